@@ -1,0 +1,340 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    name="prunella",
+    help="Prune a language model, and see what is left of it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hub id, directory, .gguf file, or the built-in smollm2-135m.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto: cuda where there is one.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: as the model is stored.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python that comes with the model.")]
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read weights that only come as pickles.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        print(f"prunella {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    if debug:
+        os.environ["PRUNELLA_DEBUG"] = "1"
+
+
+def track(items: Iterable[int], description: str, total: int) -> Iterator[int]:
+    """A progress bar with the time left on stderr; nothing where stderr is no terminal."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("blocks, elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+        yield from progress.track(items, total=total, description=f"{description:<12}")
+
+
+@app.command()
+def prune(
+    model: ModelName,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the pruned model.")],
+    step: Annotated[
+        list[str] | None,
+        typer.Option(help="A step; repeat for several in a row. See `prunella methods`. [default: sparsegpt]"),
+    ] = None,
+    sparsity: Annotated[
+        list[str] | None,
+        typer.Option(help="Share to prune, or LAYERS=SHARE for some layers; repeat. [default: 0.5]"),
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(help="unstructured, N:M (N kept of M) or RxC blocks.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Layers that stay dense, by name pattern; repeat.")] = None,
+    allocate: Annotated[str | None, typer.Option(help="How sparsity is spread over layers.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="pydoc, self, c4, wikitext2, hf:…, or a .txt or .jsonl file.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Windows of calibration text.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
+    order: Annotated[
+        str | None, typer.Option(help="block: statistics of the dense block; layer: of what each layer really sees.")
+    ] = None,
+    evaluate: Annotated[str | None, typer.Option(help="Text for the perplexities, or none.")] = None,
+    windows: Annotated[int | None, typer.Option(help="Windows of that text.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Compute and save in this dtype. [default: as stored]")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A YAML recipe; flags go before it.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    json_: Json = False,
+    trust_remote_code: Trust = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Prune MODEL in one shot and save what is left, measured."""
+    from . import prune as run
+    from .recipe import Recipe, override
+
+    values = Recipe.read(recipe) if recipe else {}
+    flags: dict[str, Any] = {
+        "model": model,
+        "steps": step,
+        "pattern": pattern,
+        "skip": skip,
+        "allocate": allocate,
+        "order": order,
+        "dtype": dtype,
+        "device": device,
+        "seed": seed,
+    }
+    values |= {key: value for key, value in flags.items() if value is not None}
+    if pattern is not None and ":" in pattern and not sparsity:
+        values.pop("sparsity", None)  # the pattern's own, whatever the recipe had
+    settings = [
+        f"{key}={json.dumps(value)}"
+        for key, value in (
+            ("calibration.source", calibration),
+            ("calibration.samples", samples),
+            ("calibration.length", length),
+            ("evaluate.source", None if evaluate == "none" else evaluate),
+            ("evaluate.windows", windows),
+        )
+        if value is not None
+    ]
+    if evaluate == "none":
+        settings.append("evaluate.source=null")
+    settings += [f"sparsity.{item}" if "=" in item else f"sparsity.*={item}" for item in sparsity or []]
+    wanted = Recipe.of(override(values, [*settings, *(set_ or [])]))
+    report = run(
+        model,
+        wanted,
+        output=output,
+        resume=resume,
+        track=track,
+        remote_code=trust_remote_code,
+        pickles=allow_pickle,
+    )
+    if json_:
+        print(json.dumps(report.plain()))
+        return
+    steps = " + ".join(name for item in report.recipe["steps"] for name in item)
+    table = Table(title=f"{Path(report.model['name']).name}: {steps}")
+    table.add_column("")
+    table.add_column("dense", overflow="fold")
+    table.add_column("pruned", overflow="fold")
+    for row in report.rows():
+        table.add_row(*row)
+    out.print(table)
+    notes = report.notes()
+    for note in notes[:10]:
+        out.print(f"note: {note}", markup=False)
+    if len(notes) > 10:
+        out.print(f"… and {len(notes) - 10} more notes: prunella inspect {output}", markup=False)
+    out.print(f"saved to {output}", markup=False)
+
+
+@app.command("eval")
+def evaluate_(
+    model: ModelName,
+    text: Annotated[str, typer.Option(help="pydoc, wikitext2, c4, hf:…, or a .txt or .jsonl file.")] = "pydoc",
+    length: Annotated[int | None, typer.Option(help="Tokens in a window. [default: 2048, or the context]")] = None,
+    windows: Annotated[int | None, typer.Option(help="The first so many windows. [default: all]")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    json_: Json = False,
+    trust_remote_code: Trust = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Measure MODEL's perplexity on a text: consecutive windows, each scored on its own."""
+    from .calibrate import all_windows
+    from .calibrate import windows as take
+    from .evaluate import perplexity
+    from .load import load_model
+    from .prune import context
+
+    opened = load_model(model, dtype=dtype, device=device, remote_code=trust_remote_code, pickles=allow_pickle)
+    length = length or min(2048, context(opened))
+    ids_NL = take(opened, text, windows, length) if windows else all_windows(opened, text, length)
+    result = perplexity(opened, ids_NL, track=track)
+    if json_:
+        print(json.dumps({"model": model, "text": text, "dtype": str(opened.dtype)[6:], **result.as_dict()}))
+    else:
+        out.print(
+            f"perplexity {result.perplexity:.3f}  ({text}, {result.windows} windows of {result.length} tokens,"
+            f" {str(opened.dtype)[6:]})",
+            markup=False,
+        )
+
+
+@app.command()
+def generate(
+    model: ModelName,
+    prompt: Annotated[str, typer.Argument(help="What to continue.")],
+    tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option()] = 0,
+    trust_remote_code: Trust = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Continue PROMPT, printing the text as it comes."""
+    import torch
+    from transformers import TextStreamer
+
+    from .errors import InputError
+    from .load import load_model
+
+    opened = load_model(model, dtype=dtype, device=device, remote_code=trust_remote_code, pickles=allow_pickle)
+    tokenizer = opened.tokenizer
+    if tokenizer is None:
+        raise InputError(f"model '{model}' has no tokenizer, so it cannot read a prompt.")
+    if chat:
+        if not tokenizer.chat_template:
+            raise InputError(f"model '{model}' has no chat template: leave --chat out.")
+        message = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].numel():
+        raise InputError("the prompt is empty.")
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    with opened.whole() as network, torch.no_grad():
+        network.generate(
+            inputs["input_ids"].to(opened.device),
+            attention_mask=inputs["attention_mask"].to(opened.device),
+            max_new_tokens=tokens,
+            streamer=TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True),
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+            **sampling,
+        )
+
+
+@app.command()
+def inspect(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A model directory, pruned or not.")],
+    json_: Json = False,
+) -> None:
+    """Per-layer sparsity, pattern and size, read from the files themselves."""
+    from .inspect import inspect as look
+
+    found = look(directory)
+    if json_:
+        print(json.dumps([row.plain() for row in found]))
+        return
+    table = Table(title=directory)
+    for name in ("layer", "shape", "zeros", "pattern", "MB", "error", "notes"):
+        numeric = name in ("shape", "zeros", "MB", "error")
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in found:
+        table.add_row(*row.cells())
+    out.print(table)
+    weights, zeros = sum(r.weights for r in found), sum(r.zeros for r in found)
+    size = sum(r.nbytes for r in found)
+    out.print(f"{len(found)} layers, {weights / 1e6:,.1f} M weights, {zeros / weights:.2%} zeros, {size / 1e6:,.1f} MB")
+
+
+@app.command()
+def methods(json_: Json = False) -> None:
+    """Every step and allocation, with a line and the options of each."""
+    from .allocate import allocations
+    from .registry import steps
+
+    rows = [
+        (
+            "step",
+            method.name,
+            method.summary,
+            {key: parameter.default for key, parameter in method.options.items()},
+        )
+        for method in steps.values()
+    ]
+    rows += [("allocation", name, (fn.__doc__ or "").split("\n")[0], {}) for name, fn in allocations.items()]
+    if json_:
+        print(json.dumps([dict(zip(("kind", "name", "summary", "options"), row, strict=True)) for row in rows]))
+        return
+    table = Table()
+    for column in ("kind", "name", "what it does", "options"):
+        table.add_column(column, overflow="fold")
+    for kind, name, summary, options in rows:
+        table.add_row(kind, name, summary, ", ".join(f"{key}={value}" for key, value in options.items()))
+    out.print(table)
+
+
+def main() -> None:
+    """Entry point: what the user can mend is one line and exit code 2, a defect of ours exit code 1."""
+    sys.exit(_guard(lambda: app(standalone_mode=False)))
+
+
+def _guard(call: Callable[[], Any]) -> int:
+    import click
+
+    from .errors import PrunellaError
+
+    try:
+        result = call()
+        return result if isinstance(result, int) else 0
+    except PrunellaError as error:
+        message, code = str(error), 2
+    except (click.ClickException, typer.TyperException) as error:  # type: ignore[attr-defined]
+        message, code = error.format_message(), 2
+    except (KeyboardInterrupt, click.Abort):
+        message, code = "interrupted. What is finished is kept: continue with the same command and --resume.", 130
+    except MemoryError:
+        message, code = "out of memory: use fewer or shorter windows (--samples, --length), or --order block.", 2
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
+            message, code = "out of memory: use fewer or shorter windows (--samples, --length), or --order block.", 2
+        else:
+            message = f"internal error, please report it: {type(error).__name__}: {error}"
+            message, code = message.splitlines()[0] + " (--debug shows where)", 1
+    if "--debug" in sys.argv or os.environ.get("PRUNELLA_DEBUG"):
+        traceback.print_exc()
+    print(f"prunella: error: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,32 @@
+"""Errors a user can mend. Each message names the thing, says what is wrong with it and what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class PrunellaError(Exception):
+    """Something the user can mend: the command line prints it on one line and exits with code 2."""
+
+
+class InputError(PrunellaError):
+    """A name, a number, a file or a text that cannot be used as given."""
+
+
+class ModelError(PrunellaError):
+    """A model that cannot be found, read or taken apart into blocks."""
+
+
+class NumericalError(PrunellaError):
+    """NaN or infinity in the weights, the activations or the result of a step."""
+
+
+class StatisticError(PrunellaError):
+    """A step asked for a statistic that it did not declare in `needs`."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """A message for an unknown name: the nearest known one if there is any, and all that exist."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return f"unknown {kind} '{name}'.{hint} Available: {', '.join(names)}."

@@ -1,0 +1,45 @@
+"""The only top-k: from scores to a mask with exactly the right number of zeros."""
+
+import torch
+from torch import Tensor
+
+from .types import Pattern
+
+
+def keep(score_OI: Tensor, sparsity: float, pattern: Pattern = Pattern(), group: str = "layer") -> Tensor:
+    """The mask (bool, True = kept) that prunes the lowest scores.
+
+    Args:
+        score_OI: importance of each weight; larger is kept. A block scores the sum over its weights.
+        sparsity: share to prune in each group; an `N:M` pattern fixes its own and ignores this one.
+        pattern: where zeros may stand. It must divide the shape (`Pattern.check`).
+        group: what competes: the whole `layer`, or each output `row` (of blocks, for a block pattern).
+
+    Exactly round(n * sparsity) of a group's n weights (or blocks) are pruned, and never all of them;
+    ties go to the lower index, which is pruned first.
+
+    >>> keep(torch.tensor([[3.0, 1.0, 2.0, 4.0]]), 0.5).tolist()
+    [[True, False, False, True]]
+    """
+    rows, columns = score_OI.shape
+    if pattern.kind == "nm":
+        groups = score_OI.reshape(-1, pattern.second)
+        return ~_lowest(groups, pattern.second - pattern.first).view(rows, columns)
+    if pattern.kind == "block":
+        r, c = pattern.first, pattern.second
+        score = score_OI.view(rows // r, r, columns // c, c).sum((1, 3))
+        return keep(score, sparsity, group=group).repeat_interleave(r, 0).repeat_interleave(c, 1)
+    groups = score_OI if group == "row" else score_OI.reshape(1, -1)
+    count = min(round(groups.shape[1] * sparsity), groups.shape[1] - 1)
+    return ~_lowest(groups, count).view(rows, columns)
+
+
+def _lowest(score_GK: Tensor, count: int) -> Tensor:
+    """True at the `count` lowest scores of each row; among equals the lower index counts as lower."""
+    if count <= 0:
+        return torch.zeros_like(score_GK, dtype=torch.bool)
+    threshold_G1 = score_GK.kthvalue(count, dim=1, keepdim=True).values
+    below = score_GK < threshold_G1
+    level = score_GK == threshold_G1
+    missing_G1 = count - below.sum(1, keepdim=True)
+    return below | (level & (level.cumsum(1) <= missing_G1))

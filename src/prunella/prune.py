@@ -1,0 +1,259 @@
+"""load -> calibrate -> allocate -> stream[ block -> steps -> block ] -> evaluate -> save -> report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .allocate import find_allocation
+from .calibrate import windows
+from .errors import InputError, NumericalError, PrunellaError
+from .evaluate import perplexity
+from .load import Checkpoint, Model, load_model, wrap_model
+from .recipe import Recipe
+from .report import Report, peak_memory
+from .save import Output, check_output, identity
+from .stream import LayerResult, Slot, Stream, Target, Track, find_layers, matches, no_track, pick_order
+
+PROMPT = "The most important thing about a garden is"
+
+
+def prune(
+    model: Any,
+    recipe: Recipe | Mapping[str, Any] | None = None,
+    *,
+    output: str | Path | None = None,
+    resume: bool = False,
+    tokenizer: Any = None,
+    calibration: Tensor | None = None,
+    track: Track = no_track,
+    remote_code: bool = False,
+    pickles: bool = False,
+) -> Report:
+    """Prune a causal language model in one shot.
+
+    Args:
+        model: hub id, directory, .gguf file or built-in name; or a transformers model in memory, which is
+            pruned in place.
+        recipe: a `Recipe` or its plain data; its `model` gives way to the argument.
+        output: directory for the result; it appears when it is whole. A name needs one, a model in memory
+            does not.
+        resume: continue the run that was interrupted while it wrote `output`.
+        tokenizer: of a model in memory; not needed if `calibration` is given and nothing is evaluated.
+        calibration: windows of token ids, (N, L), in place of the recipe's text.
+        track: wraps loops over blocks, `track(range, what, total)`, to show progress.
+        remote_code, pickles: trust code that comes with the model, weights that are pickles.
+
+    Returns:
+        The report, as it stands in prunella.json.
+
+    Raises:
+        PrunellaError: anything about the input that the user can mend.
+
+    >>> import prunella
+    >>> report = prunella.prune("smollm2-135m", {"steps": ["wanda"]}, output="pruned")  # doctest: +SKIP
+    """
+    if recipe is None or not isinstance(recipe, Recipe):
+        recipe = Recipe.of(recipe or {})
+    in_memory = not isinstance(model, str | Path)
+    if output is None and not in_memory:
+        raise InputError("a model given by name needs an output directory (-o).")
+    path = None if output is None else Path(output)
+    if path is not None:
+        check_output(path)
+    steps = recipe.make_steps()
+    allocation = find_allocation(recipe.allocate)
+    if not in_memory:
+        opened = load_model(
+            str(model), dtype=recipe.dtype, device=recipe.device, remote_code=remote_code, pickles=pickles
+        )
+    else:
+        opened = model if isinstance(model, Model) else wrap_model(model, tokenizer)
+        if resume:
+            raise InputError("a model in memory cannot be resumed: give its directory instead.")
+    started, cpu = time.perf_counter(), time.process_time()
+    torch.manual_seed(recipe.seed)
+
+    targets = choose_targets(opened, recipe, allocation)
+    length = _length(opened, recipe.calibration.length)
+    ids_NL = calibration
+    if ids_NL is None:
+        wanted = recipe.calibration
+        ids_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed)
+    held_out = _held_out(opened, recipe, ids_NL, length)
+    order = pick_order(recipe.order, steps, ids_NL, opened)
+    recipe = recipe.model_copy(
+        update={
+            "model": opened.name,
+            "order": order,
+            "dtype": str(opened.dtype).removeprefix("torch."),
+            "device": str(opened.device),
+            "calibration": recipe.calibration.model_copy(update={"samples": len(ids_NL), "length": ids_NL.shape[1]}),
+        }
+    )
+    slots = [target.slot for block in targets for target in block if target.sparsity > 0]
+    if not slots:
+        raise InputError("nothing is left to prune: every layer is skipped or has sparsity 0.")
+    out = None
+    if path is not None:
+        out = Output(path, opened, slots, identity(opened.checkpoint, recipe.plain(), ids_NL), resume)
+    seconds: dict[str, float] = {}
+    try:
+        dense = out.notes.get("dense") if out else None
+        if dense is None:
+            clock = time.perf_counter()
+            dense = _measure(opened, recipe, held_out, None, track)
+            seconds["dense evaluation"] = time.perf_counter() - clock
+            if out:
+                out.note("dense", dense)
+        clock = time.perf_counter()
+        layers = _run(opened, recipe, targets, ids_NL, out, track)
+        seconds["prune"] = time.perf_counter() - clock
+        if out:
+            out.complete()
+        clock = time.perf_counter()
+        pruned = _measure(opened, recipe, held_out, out.checkpoint if out and opened.checkpoint else None, track)
+        seconds["pruned evaluation"] = time.perf_counter() - clock
+        seconds["all"] = time.perf_counter() - started
+        parameters = list(opened.network.parameters())
+        report = Report(
+            recipe=recipe.plain(),
+            model={
+                "name": opened.name,
+                "class": type(opened.network).__name__,
+                "dtype": str(opened.dtype).removeprefix("torch."),
+                "parameters": sum(p.numel() for p in parameters),
+                "prunable": sum(t.slot.shape[0] * t.slot.shape[1] for block in targets for t in block),
+            },
+            dense=dense,
+            pruned=pruned,
+            layers=tuple(layers),
+            run={
+                "seconds": seconds,
+                "cpu_seconds": time.process_time() - cpu,
+                "peak_memory": peak_memory(),
+                "gpu_memory": torch.cuda.max_memory_allocated() if opened.device.type == "cuda" else 0,
+                "threads": torch.get_num_threads(),
+                "resumed_after_blocks": len(out.finished) if out else 0,
+            },
+        )
+        if out:
+            out.finish(report.plain(), report.card())
+        return report
+    except NumericalError:
+        if out:
+            out.discard()  # the same would happen again
+        raise
+    except PrunellaError:
+        if out and not out.blocks:
+            out.discard()
+        raise
+
+
+def choose_targets(model: Model, recipe: Recipe, allocation: Any) -> list[list[Target]]:
+    """For each block its layers with their sparsities. Raises InputError for a pattern that does not divide a
+    layer's shape and for name patterns that match no layer."""
+    slots = [find_layers(model.module(name), name) for name in model.blocks]
+    flat = [slot for block in slots for slot in block]
+    if not flat:
+        raise InputError(f"no layer that can be pruned was found in '{model.name}'.")
+    for glob in (*recipe.skip, *recipe.sparsity):
+        if not any(matches(slot.name, glob) for slot in flat):
+            raise InputError(f"'{glob}' matches no layer; names look like '{flat[0].name}'. See prunella inspect.")
+    sizes = {slot.name: slot.shape[0] * slot.shape[1] for slot in flat}
+    allocated = allocation(sizes, recipe.default_sparsity)
+
+    def target(slot: Slot) -> Target:
+        sparsity = allocated[slot.name]
+        for glob, share in recipe.sparsity.items():
+            if glob != "*" and matches(slot.name, glob):
+                sparsity = share
+        if any(matches(slot.name, glob) for glob in recipe.skip):
+            sparsity = 0.0
+        if sparsity > 0:
+            recipe.shape.check(slot.shape, slot.name)
+        return Target(slot, sparsity, recipe.shape)
+
+    return [[target(slot) for slot in block] for block in slots]
+
+
+def _run(
+    model: Model, recipe: Recipe, targets: list[list[Target]], ids_NL: Tensor, out: Output | None, track: Track
+) -> list[LayerResult]:
+    """Stream the calibration windows through the blocks, pruning each; blocks that an interrupted run left on
+    disk are only passed through."""
+    steps = recipe.make_steps()
+    stream = Stream(model, ids_NL, order="layer" if recipe.order == "layer" else "block")
+    layers: list[LayerResult] = []
+    done = out.finished if out else []
+    written = out.checkpoint if out and done else None
+    last = len(model.blocks) - 1
+    for index in track(range(len(model.blocks)), "pruning", len(model.blocks)):
+        if index < len(done):
+            layers += done[index]
+            if index < last:
+                with model.block(index, written) as block:
+                    stream.advance(index, block)
+            continue
+        with model.block(index):
+            result = stream.prune(
+                index, targets[index], steps, min_tokens=recipe.calibration.min_tokens, last=index == last
+            )
+            if out:
+                out.write(result)
+        layers += result.layers
+    return layers
+
+
+def context(model: Model) -> int:
+    """The longest window that the model takes, in tokens."""
+    return getattr(model.network.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
+def _length(model: Model, length: int | None) -> int:
+    return length if length is not None else min(2048, context(model))
+
+
+def _held_out(model: Model, recipe: Recipe, ids_NL: Tensor, length: int) -> Tensor | None:
+    """The windows to evaluate on: never those of the calibration."""
+    wanted = recipe.evaluate
+    if wanted.source is None or model.tokenizer is None:
+        return None
+    own = wanted.length or min(length, ids_NL.shape[1])
+    skip = -(-ids_NL.numel() // own) if wanted.source == recipe.calibration.source else 0
+    return windows(model, wanted.source, wanted.windows, own, skip=skip, seed=recipe.seed)
+
+
+def _measure(
+    model: Model, recipe: Recipe, ids_NL: Tensor | None, checkpoint: Checkpoint | None, track: Track
+) -> dict[str, Any]:
+    """Perplexity on held-out windows and a sample of text; of the weights in `checkpoint`, if one is given."""
+    if ids_NL is None:
+        return {"perplexity": None, "sample": None}
+    result = perplexity(model, ids_NL, checkpoint=checkpoint, track=track).as_dict()
+    return {"source": recipe.evaluate.source, **result, "sample": _sample(model, checkpoint)}
+
+
+def _sample(model: Model, checkpoint: Checkpoint | None, tokens: int = 24) -> str | None:
+    """A greedy continuation of a fixed prompt, where the whole model fits comfortably in memory."""
+    import psutil
+
+    size = sum(p.numel() * p.element_size() for p in model.network.parameters())
+    if model.checkpoint is not None and size > psutil.virtual_memory().available // 3:
+        return None
+    inputs = model.tokenizer(PROMPT, return_tensors="pt").to(model.device)
+    with model.whole(checkpoint) as network, torch.no_grad():
+        ids = network.generate(
+            inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=model.tokenizer.pad_token_id or model.tokenizer.eos_token_id or 0,
+        )
+    text: str = model.tokenizer.decode(ids[0], skip_special_tokens=True)
+    return " ".join(text.split())

@@ -1,0 +1,200 @@
+"""The recipe: everything a run is, and the only configuration there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import InputError, unknown
+from .registry import Step, find, make
+from .types import Pattern
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Calibration(_Part):
+    """The text that statistics are made from.
+
+    source:     see `prunella.calibrate`
+    samples:    how many windows
+    length:     tokens in a window; None: 2048, or the model's context if that is shorter
+    min_tokens: a layer that fewer tokens reach (an expert, say) is pruned by magnitude
+    """
+
+    source: str = "pydoc"
+    samples: int = Field(default=32, ge=1)
+    length: int | None = Field(default=None, ge=2)
+    min_tokens: int = Field(default=32, ge=1)
+
+
+class Evaluation(_Part):
+    """The text on which dense and pruned perplexity are compared; `source: null` for none.
+
+    If it is the calibration text, windows after the calibration's are taken.
+    """
+
+    source: str | None = "pydoc"
+    windows: int = Field(default=8, ge=1)
+    length: int | None = Field(default=None, ge=2)
+
+
+class Recipe(_Part):
+    """Everything a run is.
+
+    sparsity: {pattern of layer names: share of weights to prune}, the last match wins; a plain number is
+              {"*": number}. `down_proj` matches every layer whose name ends so. An N:M pattern fixes it.
+    skip:     patterns of layer names that stay dense
+    steps:    a list of names, or of {name: {option: value}}
+    order:    `layer`, `block` or `auto`: see `prunella.stream.Stream`
+    dtype:    compute and save in this dtype; `auto` keeps the checkpoint's
+    """
+
+    model: str = "smollm2-135m"
+    calibration: Calibration = Calibration()
+    pattern: str = "unstructured"
+    sparsity: dict[str, float] = {}
+    skip: tuple[str, ...] = ()
+    allocate: str = "uniform"
+    steps: tuple[dict[str, dict[str, Any]], ...] = ({"sparsegpt": {}},)
+    order: Literal["auto", "layer", "block"] = "auto"
+    evaluate: Evaluation = Evaluation()
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    seed: int = 0
+
+    @field_validator("sparsity", mode="before")
+    @classmethod
+    def _sparsity(cls, value: Any) -> Any:
+        return {"*": value} if isinstance(value, int | float) else value or {}
+
+    @field_validator("sparsity")
+    @classmethod
+    def _range(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, share in value.items():
+            if not 0 <= share < 1:
+                raise ValueError(
+                    f"sparsity {share:g} for layers '{name}' is out of range: 0 (dense) up to, not including, 1"
+                )
+        return value
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _steps(cls, value: Any) -> Any:
+        items = [value] if isinstance(value, str | Mapping) else list(value)
+        return [{item: {}} if isinstance(item, str) else {k: v or {} for k, v in item.items()} for item in items]
+
+    @field_validator("skip", mode="before")
+    @classmethod
+    def _skip(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        for step in self.steps:
+            if len(step) != 1:
+                raise ValueError(f"steps: {step} should be one step, {{name: {{option: value}}}}")
+        fixed = Pattern.parse(self.pattern).sparsity
+        if fixed is not None:
+            for name, share in self.sparsity.items():
+                if share and abs(share - fixed) > 1e-6:
+                    raise ValueError(
+                        f"pattern {self.pattern} prunes {fixed:g} of every layer, but the sparsity of '{name}' is"
+                        f" {share:g}: leave it out, or use 0 for layers that stay dense"
+                    )
+        return self
+
+    @property
+    def shape(self) -> Pattern:
+        return Pattern.parse(self.pattern)
+
+    @property
+    def default_sparsity(self) -> float:
+        """What layers get that no more special pattern matches."""
+        fixed = self.shape.sparsity
+        return self.sparsity.get("*", fixed if fixed is not None else 0.5)
+
+    def make_steps(self) -> list[Step]:
+        return [make(name, options) for step in self.steps for name, options in step.items()]
+
+    # --- from files, flags and dictionaries
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Recipe:
+        """A recipe from plain data. Raises InputError: unknown keys come with the nearest known one."""
+        try:
+            recipe = cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise InputError(_explain(cls, error)) from None
+        recipe.make_steps()
+        return recipe
+
+    @classmethod
+    def read(cls, path: str | Path) -> dict[str, Any]:
+        """The plain data of a YAML recipe. Raises InputError if it is missing or not a mapping."""
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"recipe '{path}' cannot be read: {error.strerror}.") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"recipe '{path}' is not YAML: {reason}") from None
+        if not isinstance(values, dict):
+            raise InputError(f"recipe '{path}' is not a mapping of keys to values.")
+        return values
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data, ready for YAML or JSON; `Recipe.of` reads it back."""
+        return self.model_dump(mode="json")
+
+
+def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
+    """Apply `KEY=VALUE` settings to plain recipe data: `calibration.samples=8`, `sparsity.down_proj=0.3`, or
+    an option of a step, `sparsegpt.damping=0.05`. Values are YAML. Raises InputError."""
+    out = Recipe.of(values).plain() if values else Recipe().plain()
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set {setting}: write KEY=VALUE, for example calibration.samples=8.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"--set {setting}: '{text}' is not a YAML value.") from None
+        head, _, rest = key.partition(".")
+        if head not in Recipe.model_fields:
+            steps = [step for step in out["steps"] if head in step]
+            if not steps:
+                used = [name for step in out["steps"] for name in step]
+                raise InputError(unknown("recipe key", head, [*Recipe.model_fields, *used]))
+            if rest not in find(head).options:
+                raise InputError(unknown(f"option of step {head}", rest, find(head).options))
+            for step in steps:
+                step[head][rest] = value
+        elif rest:
+            if not isinstance(out[head], dict):
+                raise InputError(f"--set {setting}: '{head}' is a single value; write {head}=VALUE.")
+            out[head][rest] = value
+        else:
+            out[head] = value
+    return out
+
+
+def _explain(cls: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        model: Any = cls
+        for part in path[:-1]:
+            model = model.model_fields[part].annotation
+        prefix = "".join(f"{part}." for part in path[:-1])
+        return unknown("recipe key", prefix + path[-1], [prefix + name for name in model.model_fields])
+    message = first["msg"].removeprefix("Value error, ")
+    shown = first.get("input")
+    value = f" (got {shown!r})" if isinstance(shown, str | int | float) else ""
+    where = f"recipe key '{'.'.join(path)}': " if path and first["type"] != "value_error" else ""
+    return f"{where}{message}{value if where else ''}."

@@ -1,0 +1,142 @@
+"""The registry of steps, and how a function becomes one.
+
+Third parties register their own: `@register("mine")` in a file of theirs, then `--step path/to/mine.py:mine`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from .errors import InputError, unknown
+from .types import Block, Layer
+
+NEEDS = frozenset({"norm", "moments", "gram", "targets"})
+
+
+@dataclass(frozen=True)
+class Step:
+    """block -> block, with the statistics it needs.
+
+    `per_layer` says that it looks at one layer at a time, so that a stream in `layer` order can use it.
+    """
+
+    name: str
+    needs: frozenset[str]
+    apply: Callable[[Block], Block]
+    per_layer: bool
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered function and what its signature says."""
+
+    name: str
+    needs: frozenset[str]
+    function: Callable[..., Any]
+    per_layer: bool
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.function) or "").split("\n")[0]
+
+    @property
+    def options(self) -> dict[str, inspect.Parameter]:
+        parameters = inspect.signature(self.function).parameters
+        return {k: p for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+steps: dict[str, Method] = {}
+
+
+def register(name: str, needs: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register `function(layer, *, options) -> layer` or `function(block, *, options) -> block`.
+
+    Args:
+        name: what users call it.
+        needs: the statistics it reads, of norm, moments, gram, targets; reading any other raises.
+    """
+    wanted = frozenset(needs)
+    if wanted - NEEDS:
+        raise ValueError(unknown("statistic", min(wanted - NEEDS), NEEDS))
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        first = next(iter(inspect.signature(function).parameters))
+        kind = typing.get_type_hints(function).get(first)
+        if kind not in (Layer, Block):
+            raise TypeError(f"the first argument of step '{name}' must be annotated as Layer or Block")
+        if kind is Layer and "targets" in wanted:
+            raise TypeError(f"step '{name}' works on layers, but `targets` belong to blocks")
+        steps[name] = Method(name, wanted, function, kind is Layer)
+        return function
+
+    return add
+
+
+def each_layer(function: Callable[[Layer], Layer]) -> Callable[[Block], Block]:
+    """Lift layer -> layer to block -> block. A layer with target sparsity 0 is left as it is."""
+
+    def apply(block: Block) -> Block:
+        return replace(block, layers=tuple(function(la) if la.sparsity > 0 else la for la in block.layers))
+
+    return apply
+
+
+def find(name: str) -> Method:
+    """The registered step `name`, or the one that `path/to/file.py:name` registers."""
+    if ".py:" in name:
+        path, _, inner = name.rpartition(":")
+        _import(Path(path))
+        name = inner
+    if name not in steps:
+        raise InputError(unknown("step", name, steps))
+    return steps[name]
+
+
+def make(name: str, options: Mapping[str, Any] | None = None) -> Step:
+    """A step ready to apply. Raises InputError for an unknown name, an unknown option or a wrong value."""
+    method = find(name)
+    options = dict(options or {})
+    for key in options:
+        if key not in method.options:
+            raise InputError(unknown(f"option of step {method.name}", key, method.options))
+    hints = typing.get_type_hints(method.function)
+    for key, value in options.items():
+        try:
+            options[key] = pydantic.TypeAdapter(hints.get(key, Any)).validate_python(value)
+        except pydantic.ValidationError as error:
+            raise InputError(f"{method.name}.{key}={value}: {error.errors()[0]['msg']}.") from None
+
+    def bound(thing: Any) -> Any:
+        return method.function(thing, **options)
+
+    defaults = {k: p.default for k, p in method.options.items()}
+    apply = each_layer(bound) if method.per_layer else bound
+    return Step(name, method.needs, apply, method.per_layer, defaults | options)
+
+
+def _import(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"step file '{path}' does not exist.")
+    key = f"prunella_step_{path.stem}_{abs(hash(path.resolve()))}"
+    if key in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(key, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[key] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[key]
+        raise InputError(f"step file '{path}' cannot be imported: {type(error).__name__}: {error}") from error

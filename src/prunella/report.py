@@ -1,0 +1,165 @@
+"""What a run did: the content of prunella.json, and tables and texts made from it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import ModelError
+from .save import REPORT
+from .stream import LayerResult
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything worth knowing about one run.
+
+    recipe:   the resolved recipe; `Recipe.of(report.recipe)` repeats the run
+    model:    name, class, dtype, parameters (all), prunable (weights in layers that could be pruned)
+    dense, pruned: perplexity (None if not measured), its windows and length, a sample of text
+    layers:   one LayerResult a layer, in order
+    run:      seconds by phase, cpu_seconds, peak memory in bytes (resident, and of the GPU), device, order
+    versions: of what the result depends on
+    """
+
+    recipe: dict[str, Any]
+    model: dict[str, Any]
+    dense: dict[str, Any]
+    pruned: dict[str, Any]
+    layers: tuple[LayerResult, ...]
+    run: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over all prunable weights."""
+        total = sum(la.shape[0] * la.shape[1] for la in self.layers)
+        return sum(la.sparsity * la.shape[0] * la.shape[1] for la in self.layers) / total if total else 0.0
+
+    def plain(self) -> dict[str, Any]:
+        return {"sparsity": self.sparsity, **asdict(self)}
+
+    @classmethod
+    def read(cls, directory: str | Path) -> Report:
+        """The report saved with a pruned model. Raises ModelError if there is none or it is damaged."""
+        path = Path(directory) / REPORT
+        if not path.is_file():
+            raise ModelError(f"'{directory}' has no {REPORT}: it was not pruned by Prunella.")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            data.pop("sparsity")
+            layers = tuple(
+                LayerResult(**{**la, "shape": tuple(la["shape"]), "notes": tuple(la["notes"])})
+                for la in data.pop("layers")
+            )
+            return cls(layers=layers, **data)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"'{path}' is damaged: {error}.") from None
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Dense beside pruned, ready for a table: (what, dense, pruned)."""
+
+        def perplexity(side: Mapping[str, Any]) -> str:
+            return f"{side['perplexity']:.2f}" if side.get("perplexity") is not None else "not measured"
+
+        rows = [
+            (self._perplexity_label(), perplexity(self.dense), perplexity(self.pruned)),
+            ("sparsity of the pruned layers", "0.0%", f"{self._active_sparsity():.1%}"),
+            ("sparsity of all block weights", "0.0%", f"{self.sparsity:.1%}"),
+            ("seconds to prune", "", f"{self.run['seconds'].get('prune', 0):.1f}"),
+            ("seconds in all, evaluation too", "", f"{self.run['seconds'].get('all', 0):.1f}"),
+            ("peak memory", "", f"{self.run['peak_memory'] / 1e9:.2f} GB"),
+        ]
+        if self.dense.get("sample") and self.pruned.get("sample"):
+            rows.append(("sample of text", self.dense["sample"], self.pruned["sample"]))
+        return rows
+
+    def _perplexity_label(self) -> str:
+        if self.dense.get("perplexity") is None:
+            return "perplexity"
+        return (
+            f"perplexity ({Path(self.dense['source']).name}, {self.dense['windows']} windows of {self.dense['length']})"
+        )
+
+    def _active_sparsity(self) -> float:
+        active = [la for la in self.layers if la.sparsity > 0]
+        total = sum(la.shape[0] * la.shape[1] for la in active)
+        return sum(la.sparsity * la.shape[0] * la.shape[1] for la in active) / total if total else 0.0
+
+    def notes(self) -> list[str]:
+        """What happened to single layers that a user should know."""
+        return [f"{la.name}: {note}" for la in self.layers for note in la.notes]
+
+    def card(self) -> str:
+        """A model card that says what was done."""
+        steps = " + ".join(name for step in self.recipe["steps"] for name in step)
+        rows = "\n".join(f"| {a} | {b} | {c} |" for a, b, c in self.rows() if a != "sample of text")
+        base = self.model["name"]
+        front = f"base_model: {base}\n" if "/" in base and not Path(base).exists() else ""
+        calibration = self.recipe["calibration"]
+        return f"""---
+library_name: transformers
+tags:
+- prunella
+- pruned
+{front}---
+
+# {Path(base).name or base}, pruned
+
+{self.sparsity:.1%} of the block weights of `{Path(base).name or base}` are zero: pruned in one shot with
+`{steps}` (pattern `{self.recipe["pattern"]}`), calibrated on {calibration["samples"]} windows of
+{calibration["length"]} tokens of `{Path(calibration["source"]).name}`.
+
+| | dense | pruned |
+| --- | --- | --- |
+{rows}
+
+Load it with `AutoModelForCausalLM.from_pretrained`. The masks are in `prunella.masks` (bit-packed), and
+`prunella.json` holds the recipe, the versions and what happened to every layer. The license is that of the
+original model.
+"""
+
+
+def versions() -> dict[str, str]:
+    import safetensors
+    import transformers
+
+    from . import __version__
+
+    return {
+        "prunella": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def peak_memory() -> int:
+    """The largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def layer_table(layers: Sequence[LayerResult]) -> list[tuple[str, ...]]:
+    """Rows for a table of layers: name, shape, sparsity, pattern, error, notes."""
+    return [
+        (
+            la.name,
+            f"{la.shape[0]}x{la.shape[1]}",
+            f"{la.sparsity:.2%}",
+            la.pattern if la.sparsity else "dense",
+            "" if la.error is None else f"{la.error:.4f}",
+            "; ".join(la.notes),
+        )
+        for la in layers
+    ]

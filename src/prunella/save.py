@@ -1,0 +1,438 @@
+"""The output directory: written block by block, whole or not there at all.
+
+While a run lasts everything is in `OUT.partial`. The weights go into safetensors files laid out like the
+source's own, tensor by tensor at their places, so that tensors which no step touched are copied byte for
+byte. A line in the journal says that a block is on disk. At the end the directory is renamed to `OUT`.
+
+Beside what transformers needs, the directory holds
+
+    prunella.json    the report
+    prunella.masks   safetensors: for each pruned layer its mask (O, I) as bits, rows one after the other,
+                     the first weight in the highest bit of the first byte (numpy.packbits)
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import InputError, ModelError
+from .load import Checkpoint, Model, quiet_transformers
+from .stream import BlockResult, LayerResult, Slot
+
+MASKS = "prunella.masks"
+REPORT = "prunella.json"
+_CODES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+}
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_FLOATS = {"F32", "BF16", "F16"}
+
+
+class TensorFile:
+    """A safetensors file of known layout whose tensors are written one at a time, in any order.
+
+    The whole length is claimed when it is created, so that a full disk shows at once.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]], base: int):
+        self.path = path
+        self.tensors = tensors
+        self.base = base
+        self.written: set[str] = set()
+        self._file = os.open(path, os.O_RDWR)
+
+    @classmethod
+    def create(
+        cls, path: Path, tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]
+    ) -> TensorFile:
+        """A new file for {name: (dtype code, shape)}, stored in this order."""
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        offset = 0
+        for name, (code, shape) in tensors.items():
+            nbytes = int(np.prod(shape, dtype=np.int64)) * torch.empty(0, dtype=_DTYPES[code]).element_size()
+            header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+            offset += nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.flush()
+            _claim(file.fileno(), 8 + len(text) + offset)
+        return cls.reopen(path)
+
+    @classmethod
+    def like(cls, path: Path, source: Path) -> TensorFile:
+        """A new file with the very header of `source`."""
+        with source.open("rb") as file:
+            length = file.read(8)
+            header = file.read(int.from_bytes(length, "little"))
+        with path.open("wb") as file:
+            file.write(length + header)
+            file.flush()
+            _claim(file.fileno(), source.stat().st_size)
+        return cls.reopen(path)
+
+    @classmethod
+    def reopen(cls, path: Path) -> TensorFile:
+        from .load import read_header
+
+        tensors, _ = read_header(path)
+        base = min((start for _, _, start, _ in tensors.values()), default=0)
+        return cls(path, tensors, base)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, cast to the dtype of its place. Raises ModelError if its shape is another."""
+        code, shape, start, _ = self.tensors[name]
+        if tuple(tensor.shape) != shape:
+            raise ModelError(f"tensor '{name}' has shape {tuple(tensor.shape)}, but its place in the file {shape}.")
+        data = tensor.detach().to(_DTYPES[code]).cpu().contiguous().flatten().view(torch.uint8).numpy()
+        _write_all(self._file, memoryview(data.data), start)
+        self.written.add(name)
+
+    def copy(self, name: str, source: Path, start: int, end: int) -> None:
+        """Copy one tensor's bytes from another file."""
+        at = self.tensors[name][2]
+        with source.open("rb") as file:
+            file.seek(start)
+            while start < end:
+                data = file.read(min(1 << 24, end - start))
+                if not data:
+                    raise ModelError(f"'{source}' is truncated.")
+                _write_all(self._file, memoryview(data), at)
+                start, at = start + len(data), at + len(data)
+        self.written.add(name)
+
+    def sync(self) -> None:
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def _claim(file: int, size: int) -> None:
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        os.ftruncate(file, size)  # a file system that cannot claim space ahead
+
+
+def _write_all(file: int, data: memoryview, at: int) -> None:
+    while data:
+        count = os.pwrite(file, data[: 1 << 26], at)
+        data, at = data[count:], at + count
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Masks
+
+
+def pack_mask(mask_OI: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(mask_OI.cpu().numpy()))
+
+
+def read_masks(directory: str | Path) -> dict[str, Tensor]:
+    """The masks saved with a pruned model, {layer name: bool (O, I)}, True where a weight was kept.
+
+    Raises ModelError if there are none or they are damaged.
+    """
+    path = Path(directory) / MASKS
+    if not path.is_file():
+        raise ModelError(f"'{directory}' holds no masks ({MASKS}): it was not pruned by Prunella.")
+    out = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = json.loads(file.metadata()["shapes"])
+            for name, (rows, columns) in shapes.items():
+                bits = np.unpackbits(file.get_tensor(name).numpy(), count=rows * columns)
+                out[name] = torch.from_numpy(bits.astype(bool)).view(rows, columns)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise ModelError(f"'{path}' is damaged: {error}.") from None
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The directory
+
+
+class Output:
+    """A run's output directory in the making.
+
+    finished: results of blocks that an earlier, interrupted run left on disk (their masks and parameters are
+              in the files)
+    blocks:   how many blocks are on disk now
+    """
+
+    def __init__(self, path: Path, model: Model, slots: Sequence[Slot], identity: Mapping[str, Any], resume: bool):
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        self.model = model
+        self.finished: list[tuple[LayerResult, ...]] = []
+        self.notes: dict[str, Any] = {}
+        check_output(path)
+        self._lock: IO[str] | None = None
+        fresh = not self.partial.exists()
+        if not fresh and not resume:
+            self._acquire()  # says so if the other run is still alive
+            self._release()
+            raise InputError(
+                f"'{self.partial}' holds an unfinished run: continue it with --resume, or delete that directory."
+            )
+        if fresh and resume:
+            raise InputError(f"there is nothing to resume: '{self.partial}' does not exist.")
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"'{self.partial}' cannot be made: {error.strerror}.") from None
+        self._acquire()
+        identity = json.loads(json.dumps(identity))
+        try:
+            if fresh or not (self.partial / "run.json").is_file():
+                self._create(slots)
+                _write_text(self.partial / "run.json", json.dumps(identity, indent=1))
+            else:
+                self._compare(identity)
+            self.files = {
+                name: TensorFile.reopen(self.partial / name)
+                for name in (model.checkpoint.files if model.checkpoint else ())
+            }
+            self.masks = TensorFile.reopen(self.partial / MASKS)
+            self._read_journal()
+            self.blocks = len(self.finished)
+            self._journal = (self.partial / "journal.jsonl").open("a", encoding="utf-8")
+        except OSError as error:
+            if fresh:
+                self.discard()
+            raise _space(error, self.partial) from None
+        except BaseException:
+            if fresh:
+                self.discard()
+            else:
+                self._release()
+            raise
+
+    def _acquire(self) -> None:
+        try:
+            self._lock = (self.partial / ".lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another run is writing to '{self.partial}': wait for it, or choose another -o."
+            ) from None
+        except OSError as error:
+            raise InputError(f"'{self.partial}' cannot be written: {error.strerror}.") from None
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _create(self, slots: Sequence[Slot]) -> None:
+        checkpoint = self.model.checkpoint
+        if checkpoint is not None:
+            keep = self.model.dtype == checkpoint.dtype()
+            code = _CODES[self.model.dtype]
+            for name, tensors in checkpoint.files.items():
+                if keep:
+                    TensorFile.like(self.partial / name, checkpoint.directory / name).close()
+                else:
+                    ordered = sorted(tensors.items(), key=lambda item: item[1][2])
+                    layout = {key: (code if t[0] in _FLOATS else t[0], t[1]) for key, t in ordered}
+                    TensorFile.create(self.partial / name, layout, checkpoint.metadata[name]).close()
+        sizes = {slot.name: ("U8", [-(-slot.shape[0] * slot.shape[1] // 8)]) for slot in slots}
+        shapes = json.dumps({slot.name: list(slot.shape) for slot in slots})
+        TensorFile.create(self.partial / MASKS, sizes, {"shapes": shapes}).close()
+
+    def _compare(self, identity: Mapping[str, Any]) -> None:
+        before = json.loads((self.partial / "run.json").read_text())
+        different = sorted(key for key in identity.keys() | before.keys() if identity.get(key) != before.get(key))
+        if different:
+            raise InputError(
+                f"the unfinished run in '{self.partial}' was another one: {', '.join(different)} differ. Repeat its"
+                " command with --resume, or delete that directory."
+            )
+
+    def _read_journal(self) -> None:
+        path = self.partial / "journal.jsonl"
+        good = 0
+        if path.is_file():
+            for line in path.read_bytes().splitlines(keepends=True):
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    break
+                if not line.endswith(b"\n"):
+                    break
+                good += len(line)
+                if "note" in entry:
+                    self.notes[entry["note"]] = entry["value"]
+                else:
+                    self.finished.append(tuple(_layer_result(item) for item in entry["layers"]))
+                    for file, names in entry["tensors"].items():
+                        self.files[file].written.update(names)
+                    self.masks.written.update(entry["masks"])
+            os.truncate(path, good)  # half a line, if the run was killed while it wrote one
+
+    def _log(self, entry: Mapping[str, Any]) -> None:
+        self._journal.write(json.dumps(entry) + "\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+    def note(self, key: str, value: Any) -> None:
+        """Keep a result of this run (the dense perplexity, say), so that a resumed run need not repeat it."""
+        self.notes[key] = value
+        self._log({"note": key, "value": value})
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The pruned weights written so far, readable like any checkpoint."""
+        return Checkpoint(self.partial)
+
+    def write(self, result: BlockResult) -> None:
+        """Put one finished block on disk. Raises InputError if the disk is full; the blocks before are safe."""
+        try:
+            tensors: dict[str, list[str]] = {}
+            if self.model.checkpoint is not None:
+                for name, tensor in self.model.stored(result.name, result.changed).items():
+                    file = self.model.checkpoint.where[name]
+                    self.files[file].write(name, tensor)
+                    tensors.setdefault(file, []).append(name)
+            for name, mask in result.masks.items():
+                self.masks.write(name, pack_mask(mask))
+            for file in tensors:
+                self.files[file].sync()
+            self.masks.sync()
+            entry = [asdict(layer) for layer in result.layers]
+            self._log({"block": result.index, "layers": entry, "tensors": tensors, "masks": list(result.masks)})
+            self.blocks += 1
+        except OSError as error:
+            raise _space(error, self.partial) from None
+
+    def complete(self) -> None:
+        """Copy what no step touched: after this `checkpoint` is a whole model."""
+        try:
+            checkpoint = self.model.checkpoint
+            if checkpoint is None:
+                with quiet_transformers():
+                    self.model.network.save_pretrained(self.partial)
+                return
+            for name, tensors in checkpoint.files.items():
+                target = self.files[name]
+                for key, (code, _, start, end) in tensors.items():
+                    if key in target.written:
+                        continue
+                    if target.tensors[key][0] == code:
+                        target.copy(key, checkpoint.directory / name, start, end)
+                    else:
+                        with checkpoint.open([key]) as slices:
+                            target.write(key, slices[key][:])
+                target.sync()
+        except OSError as error:
+            raise _space(error, self.partial) from None
+
+    def finish(self, report: Mapping[str, Any], card: str) -> None:
+        """Add everything that is not weights and let the directory appear."""
+        try:
+            self._copy_companions()
+            _write_text(self.partial / REPORT, json.dumps(report, indent=1) + "\n")
+            _write_text(self.partial / "README.md", card)
+            for file in (*self.files.values(), self.masks):
+                file.close()
+            self._journal.close()
+            for name in ("journal.jsonl", "run.json", ".lock"):
+                (self.partial / name).unlink(missing_ok=True)
+            if self.path.exists():
+                self.path.rmdir()  # check_output saw that it was empty
+            self.partial.rename(self.path)
+        except OSError as error:
+            raise _space(error, self.partial) from None
+        finally:
+            self._release()
+
+    def _copy_companions(self) -> None:
+        checkpoint = self.model.checkpoint
+        if checkpoint is None:
+            if self.model.tokenizer is not None:
+                self.model.tokenizer.save_pretrained(self.partial)
+            return
+        for path in sorted(checkpoint.directory.iterdir()):
+            small = path.suffix in (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken") or "LICENSE" in path.name
+            if path.is_file() and small and path.name not in (REPORT, "run.json"):
+                shutil.copyfile(path, self.partial / path.name)
+        if self.model.dtype != checkpoint.dtype():
+            config = json.loads((self.partial / "config.json").read_text())
+            config.pop("torch_dtype", None)
+            config["dtype"] = str(self.model.dtype).removeprefix("torch.")
+            _write_text(self.partial / "config.json", json.dumps(config, indent=2) + "\n")
+            index = self.partial / "model.safetensors.index.json"
+            if index.is_file():
+                content = json.loads(index.read_text())
+                content.setdefault("metadata", {})["total_size"] = self.checkpoint.nbytes
+                _write_text(index, json.dumps(content, indent=2) + "\n")
+
+    def discard(self) -> None:
+        """Remove all traces of the run."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self._release()
+
+
+def check_output(path: Path) -> None:
+    """Raises InputError if `path` cannot become a new directory."""
+    if path.is_dir():
+        if any(path.iterdir()):
+            raise InputError(f"output directory '{path}' exists and is not empty: choose another -o, or delete it.")
+    elif path.exists():
+        raise InputError(f"output '{path}' exists and is not a directory: choose another -o.")
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"output directory '{path}' cannot be made: '{parent}' is not writable.")
+
+
+def identity(checkpoint: Checkpoint | None, recipe: Mapping[str, Any], windows_NL: Tensor) -> dict[str, Any]:
+    """What must be the same for one run to continue another."""
+    tokens = hashlib.sha256(windows_NL.numpy().tobytes()).hexdigest()
+    source = None
+    if checkpoint is not None:
+        stats = {name: (checkpoint.directory / name).stat() for name in checkpoint.files}
+        source = {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
+    return {**recipe, "calibration tokens": tokens, "model files": source, "torch": torch.__version__}
+
+
+def _layer_result(item: Mapping[str, Any]) -> LayerResult:
+    return LayerResult(**{**item, "shape": tuple(item["shape"]), "notes": tuple(item["notes"])})
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _space(error: OSError, where: Path) -> InputError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(where if where.exists() else where.parent).free
+        return InputError(
+            f"no space left on the disk of '{where}' ({free / 1e6:,.0f} MB free): make room, or choose another -o."
+        )
+    return InputError(f"'{error.filename or where}' cannot be written: {error.strerror or error}.")

@@ -1,0 +1,13 @@
+"""Steps: a block goes in, a block comes out. One file a method.
+
+A step is a plain function of a `Layer` (or of a whole `Block`), with its options as keyword arguments;
+the defaults stand in its signature and nowhere else:
+
+    @register("mine", needs={"norm"})
+    def mine(layer: Layer, *, power: float = 1.0) -> Layer: ...
+"""
+
+from ..registry import Step, make, register, steps
+from . import magnitude, sparsegpt, wanda  # noqa: F401  (importing a method registers it)
+
+__all__ = ["Step", "make", "register", "steps"]

@@ -1,0 +1,631 @@
+"""The only loop over blocks, the only watcher of activations, the only writer of pruned weights.
+
+    for each block: its layers -> statistics -> steps -> pruned weights -> outputs, the next block's inputs
+
+How a block is called is not hard-coded. `Calls` runs the model once with every block's `forward` replaced
+by a recorder that keeps the arguments (masks, rotary embeddings, …) and hands its input on unchanged; after
+that a block can be run on its own, exactly as the model would run it. All windows have one length, so one
+recording per batch size serves them all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .errors import InputError, ModelError, NumericalError
+from .load import Checkpoint, Model
+from .registry import Step, make
+from .types import Block, Layer, Pattern, Stats
+
+SAMPLE = 512  # calibration tokens on which the error of each layer is measured
+Track = Callable[[Iterable[int], str, int], Iterable[int]]
+
+
+def no_track(items: Iterable[int], description: str, total: int) -> Iterable[int]:
+    """Progress that nobody watches."""
+    return items
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Layers of a block
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a layer's weight lives in the network.
+
+    transposed: stored as (I, O): GPT-2's Conv1D, some experts
+    expert:     index into the first dimension of a mixture's 3-D parameter, or None
+    """
+
+    name: str
+    module: nn.Module
+    parameter: str
+    transposed: bool
+    expert: int | None = None
+
+    def view(self) -> Tensor:
+        """The weight as (O, I), sharing memory with the network's parameter."""
+        weight: Tensor = getattr(self.module, self.parameter).data
+        if self.expert is not None:
+            weight = weight[self.expert]
+        return weight.T if self.transposed else weight
+
+    def bias(self) -> Tensor | None:
+        name = "bias" if self.expert is None else f"{self.parameter}_bias"
+        bias = getattr(self.module, name, None)
+        return bias if bias is None or self.expert is None else bias[self.expert]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = tuple(getattr(self.module, self.parameter).shape)[-2:]
+        return (columns, rows) if self.transposed else (rows, columns)
+
+
+_ROUTER = re.compile(r"(^|_)(router|gate)$")
+
+
+def find_layers(module: nn.Module, prefix: str) -> list[Slot]:
+    """The prunable weights of a block: linear layers (subclasses and GPT-2's transposed Conv1D too) and
+    each expert of a mixture. Routers, gates with one output, norms and convolutions are left out."""
+    slots = []
+    for path, child in module.named_modules():
+        name = f"{prefix}.{path}" if path else prefix
+        if _ROUTER.search(path.rpartition(".")[2]):
+            continue
+        weight = getattr(child, "weight", None)
+        linear = isinstance(child, nn.Linear)
+        if (linear or type(child).__name__ == "Conv1D") and isinstance(weight, nn.Parameter) and weight.ndim == 2:
+            if min(weight.shape) > 1:
+                slots.append(Slot(name, child, "weight", transposed=not linear))
+        elif "expert" in type(child).__name__.lower():
+            transposed = bool(getattr(child, "is_transposed", False))
+            for key, parameter in child.named_parameters(recurse=False):
+                if parameter.ndim == 3:
+                    slots += [Slot(f"{name}.{key}.{e}", child, key, transposed, e) for e in range(len(parameter))]
+    return slots
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the recipe and the allocation want of one layer."""
+
+    slot: Slot
+    sparsity: float
+    pattern: Pattern
+
+
+def matches(name: str, glob: str) -> bool:
+    """Does a layer's name match a user's pattern? `*` and `?` as in a shell; the end of a name is enough
+    (`down_proj`, `self_attn.*`)."""
+    return fnmatchcase(name, glob) or fnmatchcase(name, f"*.{glob}") or fnmatchcase(name, f"*.{glob}.*")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Calling blocks as the model does
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one block beside its input, and the length of the tuple that it returns (0: a tensor)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_name: bool
+    outputs: int
+
+    def run(self, block: nn.Module, hidden_BLD: Tensor) -> Tensor:
+        if self.by_name:
+            out = block(*self.args, **self.kwargs, hidden_states=hidden_BLD)
+        else:
+            out = block(hidden_BLD, *self.args, **self.kwargs)
+        result: Tensor = out[0] if isinstance(out, tuple | list) else out
+        return result
+
+
+class Calls:
+    """Recordings of how the model calls its blocks, one per batch size, and what flows in and out.
+
+    The model's parameters outside its blocks must be loaded while `embed` and `logits` are used.
+    """
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.recorded: dict[tuple[int, int], list[Call]] = {}
+        self._outputs: dict[type, int] = {}
+
+    def embed(self, ids_BL: Tensor) -> Tensor:
+        """The hidden state that enters the first block, (B, L, D); records the calls on the way."""
+        first: list[Tensor] = []
+        calls: list[Call] = []
+
+        def forward(index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            by_name = not args
+            hidden = kwargs.pop("hidden_states") if by_name else args[0]
+            rest = args[1:]
+            kind = type(self.model.module(self.model.blocks[index]))
+            if kind not in self._outputs:
+                with self.model.block(index):
+                    out = original(*args, **kwargs, **({"hidden_states": hidden} if by_name else {}))
+                self._outputs[kind] = len(out) if isinstance(out, tuple | list) else 0
+            call = Call(rest, kwargs, by_name, self._outputs[kind])
+            calls.append(call)
+            if index == 0:
+                first.append(hidden)
+            return self._wrap(hidden, call.outputs)
+
+        with self._replaced(forward), torch.no_grad():
+            self.model.network.base_model(input_ids=ids_BL.to(self.model.device), use_cache=False)
+        if len(calls) != len(self.model.blocks):
+            raise ModelError(
+                f"{type(self.model.network).__name__} has {len(self.model.blocks)} blocks but called {len(calls)} of"
+                " them: its blocks cannot be run one by one."
+            )
+        self.recorded.setdefault((ids_BL.shape[0], ids_BL.shape[1]), calls)
+        return first[0]
+
+    def of(self, index: int, hidden_BLD: Tensor) -> Call:
+        return self.recorded[hidden_BLD.shape[0], hidden_BLD.shape[1]][index]
+
+    def logits(self, ids_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
+        """What the model makes of the last block's output: its norm, its head and all, (B, L, vocabulary)."""
+
+        def forward(index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            kind = type(self.model.module(self.model.blocks[index]))
+            out = hidden_BLD if index == 0 else (args[0] if args else kwargs["hidden_states"])
+            return self._wrap(out, self._outputs[kind])
+
+        with self._replaced(forward), torch.no_grad():
+            result = self.model.network(input_ids=ids_BL.to(self.model.device), use_cache=False)
+        logits: Tensor = result.logits
+        return logits
+
+    @staticmethod
+    def _wrap(hidden: Tensor, outputs: int) -> Any:
+        return (hidden, *[None] * (outputs - 1)) if outputs else hidden
+
+    @contextlib.contextmanager
+    def _replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
+        """Every block's forward replaced by `forward(index, original, ...)`: the instance's, so that what the
+        model reads from a block's attributes (its attention type, say) stays."""
+
+        def replacement(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args, **kwargs: forward(index, original, *args, **kwargs)
+
+        blocks = [self.model.module(name) for name in self.model.blocks]
+        before = [vars(block).get("forward") for block in blocks]
+        try:
+            for index, block in enumerate(blocks):
+                block.forward = replacement(index, block.forward)  # type: ignore[method-assign]
+            yield
+        finally:
+            for block, old in zip(blocks, before, strict=True):
+                if old is None:
+                    del block.forward
+                else:
+                    block.forward = old  # type: ignore[method-assign]
+
+
+class _Stop(Exception):
+    """The forward pass has shown all that was wanted."""
+
+
+class Watch(TorchFunctionMode):
+    """Sees every product of a block's inputs with one of its layers' weights, before it is made.
+
+    `see(layer name, input (T, I), is it the same tensor as at the layer before)`. Watching the products and
+    not the modules makes linear layers, transposed ones and the experts of a mixture one case.
+    """
+
+    _PRODUCTS = frozenset(
+        {nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, torch.addmm}
+    )
+
+    def __init__(self, targets: Mapping[str, Target], see: Callable[[str, Tensor, bool], None]):
+        super().__init__()
+        self.by_address = {t.slot.view().data_ptr(): name for name, t in targets.items()}
+        self.see = see
+        self.last: tuple[Tensor, int] | None = None
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in self._PRODUCTS and len(args) >= 2:
+            x, weight = (args[1], args[2]) if function is torch.addmm else (args[0], args[1])
+            name = self.by_address.get(weight.data_ptr()) if isinstance(weight, Tensor) else None
+            if name is None and function is not torch.addmm:  # weight times columns of inputs (Mamba's dt_proj)
+                name = self.by_address.get(x.data_ptr())
+                x = weight if name is None else weight.transpose(-1, -2)
+            if name is not None and x.numel():
+                same = self.last is not None and x is self.last[0] and x._version == self.last[1]
+                self.last = (x, x._version)
+                self.see(name, x.detach().reshape(-1, x.shape[-1]), same)
+        return function(*args, **(kwargs or {}))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Hidden states
+
+
+class Hidden:
+    """The hidden states of all windows between two blocks, one tensor (B, L, D) a batch.
+
+    They stay where they are computed while they fit; otherwise in main memory, and if they do not fit there
+    in files that disappear with the process.
+    """
+
+    def __init__(self, batches: int, nbytes: int, device: torch.device):
+        self._items: list[Tensor | None] = [None] * batches
+        self.device = device
+        room = psutil.virtual_memory().available
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            self.place = device if nbytes < free // 4 else torch.device("cpu")
+        else:
+            self.place = device
+        self.on_disk = self.place.type == "cpu" and nbytes > room // 2
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> Tensor:
+        item = self._items[index]
+        assert item is not None
+        return item.to(self.device, non_blocking=True)
+
+    def __setitem__(self, index: int, value: Tensor) -> None:
+        if not self.on_disk:
+            self._items[index] = value.to(self.place)
+            return
+        import tempfile
+
+        old = self._items[index]
+        if old is None or old.shape != value.shape or old.dtype != value.dtype:
+            with tempfile.NamedTemporaryFile(prefix="prunella-hidden-") as file:
+                file.truncate(value.numel() * value.element_size())
+                flat = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
+            self._items[index] = old = flat.view(value.shape)
+        old.copy_(value)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The loop
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What happened to one layer; goes into the report."""
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    target: float
+    pattern: str
+    error: float | None
+    tokens: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """One finished block: its layers with their masks, and the parameters that changed."""
+
+    index: int
+    name: str
+    layers: tuple[LayerResult, ...]
+    masks: dict[str, Tensor]
+    changed: dict[str, Tensor]
+    seconds: float
+
+
+Order = Literal["auto", "layer", "block"]
+
+
+class Stream:
+    """Hidden states on their way through the blocks of a model.
+
+    >>> stream = Stream(model, windows)                                        # doctest: +SKIP
+    >>> for i in range(len(model.blocks)):                                     # doctest: +SKIP
+    ...     result = stream.prune(i, targets, steps, order="layer")
+
+    `order` says from which inputs statistics are made. `block`: one pass through the dense block shows the
+    inputs of all its layers, and a second pass through the pruned block makes the next block's inputs; what
+    the reference codes of SparseGPT and Wanda do. `layer`: all windows go through the block together, each
+    layer is pruned when its inputs arrive, and the pass goes on with the pruned weight; every layer sees
+    what the pruned layers before it really produce, in half the passes, but the widest activation of all
+    windows must fit in memory at once.
+    """
+
+    def __init__(self, model: Model, windows_NL: Tensor, *, order: Literal["layer", "block"] = "block"):
+        self.model = model
+        self.windows_NL = windows_NL
+        self.order = order
+        self.calls = Calls(model)
+        count, length = windows_NL.shape
+        batch = count if order == "layer" else min(count, max(1, 2048 // length))
+        self.batches: tuple[Tensor, ...] = torch.split(windows_NL, batch)
+        hidden: Hidden | None = None
+        with torch.no_grad(), model.outside(head=False):
+            for index, ids in enumerate(self.batches):
+                state = self.calls.embed(ids)
+                if hidden is None:
+                    hidden = Hidden(len(self.batches), state[0].numel() * state.element_size() * count, model.device)
+                hidden[index] = state
+        assert hidden is not None
+        self.hidden = hidden
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Run block `index` (with its weights loaded) on all windows: its outputs become the hidden states."""
+        with torch.no_grad():
+            for b in range(len(self.hidden)):
+                state = self.hidden[b]
+                self.hidden[b] = self.calls.of(index, state).run(block, state)
+
+    def logits(self, batch: int) -> Tensor:
+        """The model's logits for one batch of windows, once the hidden states have passed the last block."""
+        return self.calls.logits(self.batches[batch], self.hidden[batch])
+
+    def prune(
+        self, index: int, targets: Sequence[Target], steps: Sequence[Step], *, min_tokens: int = 32, last: bool = False
+    ) -> BlockResult:
+        """Apply `steps` to block `index`, write the weights into the network and move the hidden states on.
+
+        The block must be loaded. Layers that fewer than `min_tokens` tokens reached (experts that the router
+        seldom picks) are pruned by magnitude, and say so. Raises NumericalError, naming the layer, for NaN
+        or infinity in weights, inputs or results.
+        """
+        started = time.perf_counter()
+        name = self.model.blocks[index]
+        block = self.model.module(name)
+        active = {t.slot.name: t for t in targets if t.sparsity > 0}
+        for target in active.values():
+            if not torch.isfinite(target.slot.view()).all():
+                raise NumericalError(f"layer '{target.slot.name}' has NaN or infinite weights before pruning.")
+        if self.order == "layer":
+            layers = self._prune_on_arrival(index, name, block, active, steps, min_tokens)
+        else:
+            layers = self._prune_after_dense_pass(index, name, block, active, steps, min_tokens)
+            if not last:
+                self.advance(index, block)
+        results, masks, changed = [], {}, {}
+        for target in targets:
+            layer = layers.get(target.slot.name)
+            mask = None if layer is None else layer.mask_OI
+            results.append(
+                LayerResult(
+                    target.slot.name,
+                    target.slot.shape,
+                    0.0 if mask is None else 1 - mask.float().mean(dtype=torch.float64).item(),
+                    target.sparsity,
+                    str(target.pattern),
+                    None if layer is None else layer.error(),
+                    0 if layer is None else layer.stats.tokens,
+                    () if layer is None else layer.notes,
+                )
+            )
+            if mask is not None:
+                masks[target.slot.name] = mask
+                parameter = f"{target.slot.name}.{target.slot.parameter}"
+                if target.slot.expert is not None:
+                    parameter = target.slot.name.rpartition(".")[0]
+                changed[parameter] = getattr(target.slot.module, target.slot.parameter).data
+        return BlockResult(index, name, tuple(results), masks, changed, time.perf_counter() - started)
+
+    def _layer(self, target: Target, stats: Stats) -> Layer:
+        for value in (stats.sumsq_I, stats.sum_I):
+            if value is not None and not torch.isfinite(value).all():
+                raise NumericalError(
+                    f"the inputs of layer '{target.slot.name}' hold NaN or infinity: the model overflows on the"
+                    " calibration text; use --dtype float32 or bfloat16."
+                )
+        weight_OI = target.slot.view()
+        if target.slot.transposed:
+            weight_OI = weight_OI.contiguous()
+        bias = target.slot.bias()
+        return Layer(target.slot.name, weight_OI, weight_OI, stats, target.sparsity, target.pattern, bias_O=bias)
+
+    def _starved(self, layer: Layer, steps: Sequence[Step], min_tokens: int) -> bool:
+        return any(step.needs for step in steps) and layer.stats.tokens < min_tokens
+
+    def _apply(self, block: Block, steps: Sequence[Step], min_tokens: int) -> Block:
+        """The steps, one after the other; magnitude for layers that saw too few tokens."""
+        starved = {la.name: la for la in block.layers if self._starved(la, steps, min_tokens)}
+        fed = replace(block, layers=tuple(la for la in block.layers if la.name not in starved))
+        if fed.layers:
+            for step in steps:
+                allowed = {la.name: _only(la.stats, step.needs) for la in fed.layers}
+                kept = {la.name: la.stats for la in fed.layers}
+                lent = tuple(replace(la, stats=allowed[la.name]) for la in fed.layers)
+                fed = step.apply(replace(fed, layers=lent))
+                fed = replace(fed, layers=tuple(replace(la, stats=kept[la.name]) for la in fed.layers))
+        done = {la.name: la for la in fed.layers}
+        for name, layer in starved.items():
+            note = f"saw {layer.stats.tokens} tokens: pruned by magnitude"
+            result = make("magnitude").apply(replace(block, layers=(layer,)))
+            done[name] = replace(result.layers[0], notes=(*layer.notes, note))
+        return replace(block, layers=tuple(done[la.name] for la in block.layers))
+
+    def _prune_on_arrival(
+        self,
+        index: int,
+        name: str,
+        block: nn.Module,
+        active: Mapping[str, Target],
+        steps: Sequence[Step],
+        min_tokens: int,
+    ) -> dict[str, Layer]:
+        needs = frozenset().union(*[step.needs for step in steps])
+        done: dict[str, Layer] = {}
+        stats = Stats()
+
+        def see(layer_name: str, x_TI: Tensor, same: bool) -> None:
+            nonlocal stats
+            if layer_name in done:
+                return
+            if not same:
+                stats = Stats.of(x_TI, needs, SAMPLE)
+            layer = self._layer(active[layer_name], stats)
+            result = self._apply(Block(index, name, (layer,)), steps, min_tokens).layers[0]
+            done[layer_name] = _settle(result, active[layer_name].slot)
+
+        with torch.no_grad(), Watch(active, see):
+            state = self.hidden[0]
+            self.hidden[0] = self.calls.of(index, state).run(block, state)
+        for layer_name, target in active.items():  # experts that no token reached
+            if layer_name not in done:
+                layer = self._layer(target, Stats())
+                result = self._apply(Block(index, name, (layer,)), steps, max(1, min_tokens)).layers[0]
+                done[layer_name] = _settle(result, target.slot)
+        return done
+
+    def _prune_after_dense_pass(
+        self,
+        index: int,
+        name: str,
+        block: nn.Module,
+        active: Mapping[str, Target],
+        steps: Sequence[Step],
+        min_tokens: int,
+    ) -> dict[str, Layer]:
+        needs = frozenset().union(*[step.needs for step in steps])
+        leader: dict[str, str] = {}  # layers fed by the same tensor share the statistics of the first of them
+        stats: dict[str, Stats] = {}
+        previous, batch = "", 0
+        order: list[str] = []
+
+        def see(layer_name: str, x_TI: Tensor, same: bool) -> None:
+            nonlocal previous
+            if not same:
+                previous = layer_name
+                new = Stats.of(x_TI, needs, SAMPLE if batch == 0 or layer_name not in stats else 0)
+                stats[layer_name] = stats[layer_name] + new if layer_name in stats else new
+            leader[layer_name] = previous
+            if batch == 0 and layer_name not in order:
+                order.append(layer_name)
+            # Nothing after the last layer is of interest, nor is its product, unless outputs are wanted.
+            if batch > 0 and whole and not keep_outputs and layer_name == order[-1]:
+                raise _Stop
+
+        keep_outputs = "targets" in needs
+        outputs: list[Tensor] = []
+        whole = False
+        batches = range(len(self.hidden)) if needs else range(1)
+        with torch.no_grad():
+            for batch in batches:
+                state = self.hidden[batch]
+                with contextlib.suppress(_Stop), Watch(active, see):
+                    out = self.calls.of(index, state).run(block, state)
+                    if keep_outputs:
+                        outputs.append(out)
+                whole = len(order) == len(active) and all(t.slot.expert is None for t in active.values())
+        layers = tuple(self._layer(t, stats.get(leader.get(n, n), Stats())) for n, t in active.items())
+        dense = Block(
+            index,
+            name,
+            layers,
+            run=self._runner(index, block, active),
+            windows=len(self.windows_NL),
+            targets=(lambda n: self._window(outputs, n)) if keep_outputs else None,
+        )
+        with torch.no_grad():
+            result = self._apply(dense, steps, min_tokens)
+        return {la.name: _settle(la, active[la.name].slot) for la in result.layers}
+
+    def _window(self, batches: Sequence[Tensor] | Hidden, n: int) -> Tensor:
+        size = len(self.batches[0])
+        return batches[n // size][n % size : n % size + 1]
+
+    def _runner(
+        self, index: int, block: nn.Module, active: Mapping[str, Target]
+    ) -> Callable[[Mapping[str, Tensor], int], Tensor]:
+        """`Block.run`: the block on one window, with other weights in place of its own."""
+        slots = {name: target.slot for name, target in active.items()}
+        prefix = self.model.blocks[index] + "."
+
+        def run(weights: Mapping[str, Tensor], n: int) -> Tensor:
+            replaced: dict[str, Tensor] = {}
+            for name, weight in weights.items():
+                slot = slots[name]
+                weight = weight.T if slot.transposed else weight
+                if slot.expert is None:
+                    replaced[f"{name}.weight".removeprefix(prefix)] = weight
+                else:
+                    key = name.rpartition(".")[0].removeprefix(prefix)
+                    whole = replaced.get(key, getattr(slot.module, slot.parameter))
+                    row = torch.tensor([slot.expert], device=weight.device)
+                    replaced[key] = whole.index_copy(0, row, weight[None])
+            state = self._window(self.hidden, n)
+            if (1, state.shape[1]) not in self.calls.recorded:
+                with self.model.outside(head=False):
+                    self.calls.embed(self.windows_NL[:1])
+            call = self.calls.of(index, state)
+            kwargs = dict(call.kwargs, hidden_states=state) if call.by_name else call.kwargs
+            args = call.args if call.by_name else (state, *call.args)
+            out = torch.func.functional_call(block, replaced, args, kwargs)
+            result: Tensor = out[0] if isinstance(out, tuple | list) else out
+            return result
+
+        return run
+
+
+def _only(stats: Stats, needs: frozenset[str]) -> Stats:
+    """What a step that declared `needs` may read; the cache of shared results stays shared."""
+    return replace(
+        stats,
+        sum_I=stats.sum_I if "moments" in needs else None,
+        sumsq_I=stats.sumsq_I if needs & {"norm", "moments", "gram"} else None,
+        gram_II=stats.gram_II if "gram" in needs else None,
+    )
+
+
+def _settle(layer: Layer, slot: Slot) -> Layer:
+    """Write the weight into the network, and let go of the large statistics."""
+    before = slot.view()
+    dense_OI = before.clone()
+    before.copy_(layer.weight_OI)
+    sample = Stats(layer.stats.tokens, sample_TI=layer.stats.sample_TI)
+    return replace(layer, weight_OI=before, dense_OI=dense_OI, stats=sample)
+
+
+def pick_order(order: Order, steps: Sequence[Step], windows_NL: Tensor, model: Model) -> Literal["layer", "block"]:
+    """`layer` where every step looks at one layer at a time and the activations of all windows fit in half
+    of the free memory; else `block`. Raises InputError where `layer` was asked for and cannot be."""
+    whole_block = [step.name for step in steps if not step.per_layer]
+    if order == "layer" and whole_block:
+        raise InputError(f"step '{whole_block[0]}' works on whole blocks: use --order block.")
+    if order != "auto":
+        return order
+    if whole_block or not any(step.needs for step in steps):
+        return "block"
+    config = model.network.config.get_text_config()
+    shapes = [s.shape for s in find_layers(model.module(model.blocks[0]), model.blocks[0])]
+    widest = max((max(shape) for shape in shapes), default=0)
+    tokens = windows_NL.numel()
+    size = torch.empty(0, dtype=model.dtype).element_size()
+    need = tokens * widest * size * 4 + tokens * widest * 4
+    if getattr(config, "_attn_implementation", "") == "eager":
+        need += 3 * 4 * tokens * windows_NL.shape[1] * getattr(config, "num_attention_heads", 1)
+    free = psutil.virtual_memory().available
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    return "layer" if need < free // 2 else "block"
+
+
+def through(
+    model: Model, windows_NL: Tensor, *, checkpoint: Checkpoint | None = None, track: Track = no_track, what: str
+) -> Stream:
+    """A stream with no steps: all windows through all blocks, one block in memory at a time."""
+    stream = Stream(model, windows_NL)
+    for index in track(range(len(model.blocks)), what, len(model.blocks)):
+        with model.block(index, checkpoint) as block:
+            stream.advance(index, block)
+    return stream

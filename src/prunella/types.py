@@ -1,0 +1,247 @@
+"""The nouns that everything else is written in.
+
+Tensors carry their shape as a suffix, one capital per dimension:
+
+    O  outputs of a layer (rows of its weight)      T  tokens
+    I  inputs of a layer (columns of its weight)    N  windows of calibration text
+    L  tokens in a window                           D  width of the hidden state
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .errors import InputError, NumericalError, StatisticError
+
+Need = Literal["norm", "moments", "gram", "targets"]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Where zeros may stand.
+
+    `unstructured`: anywhere. `N:M`: **N kept of M** consecutive inputs of an output row (1:4 keeps one
+    of four). `RxC`: rectangles of R outputs by C inputs are kept or pruned whole.
+
+    >>> Pattern.parse("1:4").sparsity
+    0.75
+    """
+
+    kind: Literal["unstructured", "nm", "block"] = "unstructured"
+    first: int = 1
+    second: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """`unstructured`, `2:4`, `16x1`. Raises InputError for anything else."""
+        text = text.strip().lower()
+        if text == "unstructured":
+            return cls()
+        if match := re.fullmatch(r"(\d+)([:x])(\d+)", text):
+            first, second = int(match[1]), int(match[3])
+            if match[2] == ":" and 0 < first < second:
+                return cls("nm", first, second)
+            if match[2] == "x" and first > 0 and second > 0:
+                return cls("block", first, second)
+        raise InputError(
+            f"pattern '{text}' is none of: unstructured, N:M (N kept of M consecutive weights, N below M,"
+            " such as 2:4), RxC (blocks of R rows by C columns, such as 16x1)."
+        )
+
+    def __str__(self) -> str:
+        return {
+            "unstructured": "unstructured",
+            "nm": f"{self.first}:{self.second}",
+            "block": f"{self.first}x{self.second}",
+        }[self.kind]
+
+    @property
+    def sparsity(self) -> float | None:
+        """The share of zeros that the pattern itself fixes: 1 - N/M, or None where it is free."""
+        return 1 - self.first / self.second if self.kind == "nm" else None
+
+    @property
+    def columns(self) -> int:
+        """How many consecutive inputs belong together: M, C or 1."""
+        return 1 if self.kind == "unstructured" else self.second
+
+    def check(self, shape: Sequence[int], name: str) -> None:
+        """Raises InputError, naming the layer, if a weight of `shape` (O, I) cannot take this pattern."""
+        rows, columns = shape
+        if columns % self.columns:
+            raise InputError(
+                f"pattern {self} does not divide layer '{name}': its rows hold {columns} weights, not a"
+                f" multiple of {self.columns}. Skip it with --skip '{name}' or choose another pattern."
+            )
+        if self.kind == "block" and rows % self.first:
+            raise InputError(
+                f"pattern {self} does not divide layer '{name}': it has {rows} rows, not a multiple of"
+                f" {self.first}. Skip it with --skip '{name}' or choose another pattern."
+            )
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Sums over the tokens that entered a layer, in float32 on the layer's device.
+
+    Everything is a plain sum, so statistics of batches, devices and machines merge with `+`. Layers fed
+    by the same tensor share one `Stats`. A statistic that no step asked for is None, and reading it
+    raises StatisticError.
+
+    tokens:    how many there were
+    sum_I:     sum of x                 (`moments`)
+    sumsq_I:   sum of x^2               (`norm`, `moments`, `gram`)
+    gram_II:   sum of x x^T             (`gram`)
+    sample_TI: a few of the tokens themselves, to measure errors on
+    """
+
+    tokens: int = 0
+    sum_I: Tensor | None = None
+    sumsq_I: Tensor | None = None
+    gram_II: Tensor | None = None
+    sample_TI: Tensor | None = None
+    # Results that several layers with this input share (a Cholesky factor, say), made once by `once`.
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, x_TI: Tensor, needs: frozenset[str], sample: int = 0) -> Stats:
+        """The statistics of one batch of tokens, keeping `sample` of them, evenly spread."""
+        tokens = x_TI.shape[0]
+        x32_TI = x_TI.float()
+        stride = max(1, tokens // max(1, sample))
+        return cls(
+            tokens,
+            sum_I=x32_TI.sum(0) if "moments" in needs else None,
+            sumsq_I=x32_TI.square().sum(0) if needs & {"norm", "moments", "gram"} else None,
+            gram_II=gram(x_TI) if "gram" in needs else None,
+            sample_TI=x_TI[::stride][:sample].clone() if sample else None,
+        )
+
+    def __add__(self, other: Stats) -> Stats:
+        def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            return a if b is None else b if a is None else a + b
+
+        samples = [s for s in (self.sample_TI, other.sample_TI) if s is not None]
+        return Stats(
+            self.tokens + other.tokens,
+            add(self.sum_I, other.sum_I),
+            add(self.sumsq_I, other.sumsq_I),
+            add(self.gram_II, other.gram_II),
+            torch.cat(samples) if samples else None,
+        )
+
+    def _have(self, value: Tensor | None, need: str) -> Tensor:
+        if value is None:
+            raise StatisticError(f"this statistic was not collected: declare '{need}' in the step's needs.")
+        return value
+
+    @property
+    def mean_I(self) -> Tensor:
+        """E[x], from `moments`."""
+        return self._have(self.sum_I, "moments") / self.tokens
+
+    @property
+    def variance_I(self) -> Tensor:
+        """Population variance of x over all tokens, from `moments`."""
+        mean = self.mean_I
+        return (self._have(self.sumsq_I, "moments") / self.tokens - mean.square()).clamp_min_(0)
+
+    @property
+    def norm_I(self) -> Tensor:
+        """Root mean square of x over tokens, sqrt(E[x^2]), from `norm`."""
+        return (self._have(self.sumsq_I, "norm") / self.tokens).sqrt()
+
+    @property
+    def hessian_II(self) -> Tensor:
+        """E[x x^T], from `gram`: half the Hessian of the layer's mean squared output error."""
+        return self._have(self.gram_II, "gram") / self.tokens
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """`make()`, computed the first time that any layer with this input asks for `key`."""
+        if key not in self.cache:
+            self.cache[key] = make()
+        return self.cache[key]
+
+
+def gram(x_TI: Tensor, panel: int = 256) -> Tensor:
+    """x^T x in float32, (I, I). Only the lower triangle is multiplied out, by panels; the rest is its mirror."""
+    x_TI = x_TI.float()
+    width = x_TI.shape[1]
+    gram_II = x_TI.new_empty(width, width)
+    for start in range(0, width, panel):
+        stop = min(start + panel, width)
+        torch.mm(x_TI[:, start:stop].T, x_TI[:, :stop], out=gram_II[start:stop, :stop])
+        gram_II[:start, start:stop] = gram_II[start:stop, :start].T
+    return gram_II
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight matrix and all that a step needs to prune it.
+
+    name:       where it lives, such as `model.layers.0.self_attn.q_proj`; an expert adds its number
+    weight_OI:  what it is now, in the model's dtype
+    dense_OI:   what it was
+    mask_OI:    True where a weight is kept; None while no step has chosen
+    bias_O:     its bias, if it has one
+    stats:      of its inputs, as the step's `needs` say
+    sparsity:   share of weights to prune, 0 <= sparsity < 1
+    notes:      what the report should say about this layer
+    """
+
+    name: str
+    weight_OI: Tensor
+    dense_OI: Tensor
+    stats: Stats
+    sparsity: float
+    pattern: Pattern = Pattern()
+    mask_OI: Tensor | None = None
+    bias_O: Tensor | None = None
+    notes: tuple[str, ...] = ()
+
+    def pruned(self, weight_OI: Tensor, mask_OI: Tensor, *notes: str) -> Layer:
+        """This layer with a new weight under a new mask: the weight is cast to the layer's dtype and
+        zeroed where the mask is False. Raises NumericalError if a kept weight is not finite."""
+        weight_OI = weight_OI.to(self.weight_OI.dtype).masked_fill(~mask_OI, 0)
+        if not torch.isfinite(weight_OI).all():
+            raise NumericalError(
+                f"layer '{self.name}' got NaN or infinite weights while it was pruned: raise the damping,"
+                " use more calibration text, or run in float32 (--dtype float32)."
+            )
+        return replace(self, weight_OI=weight_OI, mask_OI=mask_OI, notes=self.notes + notes)
+
+    def error(self) -> float | None:
+        """Relative squared error of the outputs, ||X (W - W_dense)^T||^2 / ||X W_dense^T||^2, on the
+        sample of calibration tokens; None where there is none, or where the dense output is zero."""
+        if self.stats.sample_TI is None or not self.stats.tokens:
+            return None
+        x_TI, dense_OI = self.stats.sample_TI.float(), self.dense_OI.float()
+        whole = (x_TI @ dense_OI.T).square().sum().item()
+        lost = (x_TI @ (self.weight_OI.float() - dense_OI).T).square().sum().item()
+        return lost / whole if whole else None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block between two points of the stream.
+
+    layers:     the layers to prune, in the order in which they are called
+    run:        runs the block on window n with the given weights {layer name: weight_OI} in place of its
+                own, and returns its output (1, L, D); differentiable in those weights. None where the
+                stream visits layers one at a time (`order: layer`)
+    windows:    how many calibration windows `run` takes
+    targets:    targets(n) is the dense block's output on window n; None unless a step needs `targets`
+    """
+
+    index: int
+    name: str
+    layers: tuple[Layer, ...]
+    run: Callable[[Mapping[str, Tensor], int], Tensor] | None = None
+    windows: int = 0
+    targets: Callable[[int], Tensor] | None = None
