@@ -63,6 +63,19 @@ def windows(model: Model, source: str, count: int, length: int, *, skip: int = 0
     return torch.tensor(ids[skip * length : needed]).view(count, length)
 
 
+def check_windows(model: Model, windows_NL: Tensor) -> None:
+    """Raises InputError for what is no windows of the model's token ids, (N, L)."""
+    if windows_NL.ndim != 2 or not windows_NL.numel() or windows_NL.is_floating_point():
+        raise InputError(
+            f"calibration windows are {str(windows_NL.dtype)[6:]} of shape {tuple(windows_NL.shape)}, expected token"
+            " ids as integers of shape (N, L)."
+        )
+    size = model.network.get_input_embeddings().weight.shape[0]
+    low, high = int(windows_NL.min()), int(windows_NL.max())
+    if low < 0 or high >= size:
+        raise InputError(f"token {low if low < 0 else high} lies outside the model's vocabulary of {size:,}.")
+
+
 def all_windows(model: Model, source: str, length: int) -> Tensor:
     """The whole source in windows of `length` tokens, (N, L); what is left over at the end is dropped."""
     if model.tokenizer is None:

@@ -102,7 +102,9 @@ def prune(
     evaluate: Annotated[str | None, typer.Option(help="Text for the perplexities, or none.")] = None,
     windows: Annotated[int | None, typer.Option(help="Windows of that text.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Compute and save in this dtype. [default: as stored]")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A YAML recipe; flags go before it.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="fast, balanced, best, or a YAML file; flags go before it.")
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
@@ -128,8 +130,11 @@ def prune(
         "seed": seed,
     }
     values |= {key: value for key, value in flags.items() if value is not None}
-    if pattern is not None and ":" in pattern and not sparsity:
-        values.pop("sparsity", None)  # the pattern's own, whatever the recipe had
+    if pattern is not None and ":" in pattern:  # it fixes what each layer loses, whatever the recipe had
+        if not sparsity:
+            values.pop("sparsity", None)
+        if allocate is None:
+            values.pop("allocate", None)
     settings = [
         f"{key}={json.dumps(value)}"
         for key, value in (
@@ -285,15 +290,10 @@ def methods(json_: Json = False) -> None:
     from .registry import steps
 
     rows = [
-        (
-            "step",
-            method.name,
-            method.summary,
-            {key: parameter.default for key, parameter in method.options.items()},
-        )
-        for method in steps.values()
+        (kind, method.name, method.summary, {key: p.default for key, p in method.options.items()})
+        for kind, known in (("step", steps), ("allocation", allocations))
+        for method in known.values()
     ]
-    rows += [("allocation", name, (fn.__doc__ or "").split("\n")[0], {}) for name, fn in allocations.items()]
     if json_:
         print(json.dumps([dict(zip(("kind", "name", "summary", "options"), row, strict=True)) for row in rows]))
         return

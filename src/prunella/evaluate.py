@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .errors import NumericalError
 from .load import Checkpoint, Model
-from .stream import Track, no_track, through
+from .stream import Stream, Track, no_track, through
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,43 @@ def perplexity(
         NumericalError: the model gives NaN or infinity.
     """
     stream = through(model, windows_NL, checkpoint=checkpoint, track=track, what="perplexity")
-    losses: list[float] = []
-    with model.outside(checkpoint=checkpoint), torch.no_grad():
+    every = losses(stream, checkpoint)
+    mean = sum(every) / len(every)
+    if not math.isfinite(mean):
+        reason = _culprit(model, windows_NL, checkpoint)
+        raise NumericalError(f"the perplexity of '{model.name}' is not finite: {reason}.")
+    return Perplexity(math.exp(min(mean, 700.0)), len(every), windows_NL.shape[1], tuple(every))
+
+
+def losses(stream: Stream, checkpoint: Checkpoint | None = None) -> list[float]:
+    """Mean negative log-likelihood per predicted token of each window that has passed all blocks."""
+    out: list[float] = []
+    with stream.model.outside(checkpoint=checkpoint), torch.no_grad():
         for batch, ids_BL in enumerate(stream.batches):
             logits_BLV = stream.logits(batch)
             for ids_L, logits_LV in zip(ids_BL.to(logits_BLV.device), logits_BLV, strict=True):
-                losses.append(nn.functional.cross_entropy(logits_LV[:-1].float(), ids_L[1:]).item())
-    mean = sum(losses) / len(losses)
-    if not math.isfinite(mean):
-        raise NumericalError(f"the perplexity of '{model.name}' is not finite: the model overflows or is damaged.")
-    return Perplexity(math.exp(min(mean, 700.0)), len(losses), windows_NL.shape[1], tuple(losses))
+                out.append(nn.functional.cross_entropy(logits_LV[:-1].float(), ids_L[1:]).item())
+    return out
+
+
+def _culprit(model: Model, windows_NL: Tensor, checkpoint: Checkpoint | None) -> str:
+    """The tensor that is damaged or, if none is, the block that overflows first."""
+
+    def damaged(inside: str | None) -> str | None:
+        for name, parameter in model.network.named_parameters():
+            if model.block_of(name) == inside and not parameter.is_meta and not torch.isfinite(parameter).all():
+                return f"tensor '{name}' holds NaN or infinity"
+        return None
+
+    with model.outside(checkpoint=checkpoint):
+        if found := damaged(None):
+            return found
+    stream = Stream(model, windows_NL)
+    for index, name in enumerate(model.blocks):
+        with model.block(index, checkpoint) as block:
+            if found := damaged(name):
+                return found
+            stream.advance(index, block)
+        if not all(torch.isfinite(stream.hidden[b]).all() for b in range(len(stream.batches))):
+            return f"block '{name}' overflows on this text; use --dtype float32 or bfloat16"
+    return "its head overflows on this text; use --dtype float32 or bfloat16"

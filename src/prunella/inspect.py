@@ -14,7 +14,7 @@ from .report import Report
 from .save import REPORT
 from .stream import find_layers
 
-_GROUPS = ((2, 4), (4, 8), (1, 4), (1, 2), (8, 16))
+_GROUPS = ((1, 2), (2, 4), (4, 8), (8, 16), (1, 4), (2, 8), (3, 4), (1, 8))  # the strictest of each sparsity first
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _pattern(zero_OI: torch.Tensor) -> str:
     if zeros < total * 0.001:
         return "dense"
     for n, m in _GROUPS:
-        if zero_OI.shape[1] % m == 0 and zeros >= total * (m - n) / m:
+        if zero_OI.shape[1] % m == 0 and abs(zeros / total - (m - n) / m) < 0.01:  # a kept weight may be zero
             if (zero_OI.reshape(-1, m).sum(1) >= m - n).all():
                 return f"{n}:{m}"
     return "unstructured"

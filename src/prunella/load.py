@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .errors import InputError, ModelError, unknown
+from .fast import use_fast_attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -161,7 +162,9 @@ def _built_in(name: str) -> Path:
 
 
 def _from_gguf(path: Path, target: Path) -> Path:
-    if path.read_bytes()[:4] != b"GGUF":
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
         raise ModelError(f"'{path}' is not a GGUF file, or it is damaged: it does not start with 'GGUF'.")
     from transformers import GgufConfig
 
@@ -440,10 +443,11 @@ class Model:
         """Forget the parameters whose names are `wanted`; nothing happens to a model that lives in memory."""
         if self.checkpoint is None:
             return
-        for module_name, module in self.network.named_modules():
+        every = self.network.named_parameters(remove_duplicate=False)
+        going = {id(parameter) for name, parameter in every if wanted(name)}  # under all names, where it is tied
+        for module in self.network.modules():
             for key, parameter in list(module._parameters.items()):
-                name = f"{module_name}.{key}" if module_name else key
-                if parameter is not None and not parameter.is_meta and wanted(name):
+                if parameter is not None and not parameter.is_meta and id(parameter) in going:
                     module._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     def _tie(self) -> None:
@@ -557,6 +561,11 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=remote_code)
     except Exception as error:
+        if "trust_remote_code" in str(error) and not remote_code:
+            raise ModelError(
+                f"'{name}' comes with Python code of its own, which is not run unless you ask for it: pass"
+                " --trust-remote-code if you trust it."
+            ) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"the config.json of '{name}' cannot be used: {reason}") from None
     if getattr(config, "quantization_config", None) is not None:
@@ -569,11 +578,16 @@ def load_model(
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"'{name}' is no causal language model that transformers can build: {reason}") from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code)
-    except Exception:  # a model without a tokenizer can still be pruned on windows of token ids
-        tokenizer = None
+    tokenizer = None  # a model without one can still be pruned on windows of token ids
+    if any(directory.glob("token*")) or any(directory.glob("vocab*")) or any(directory.glob("*.model")):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(f"the tokenizer of '{name}' cannot be read: {reason}") from None
     model = Model(network, tokenizer, checkpoint, pick_device(device), name)
+    if model.device.type == "cpu":
+        use_fast_attention(network)
     for buffer_owner in network.modules():  # buffers are real from the start: bring them where the blocks compute
         for key, buffer in buffer_owner._buffers.items():
             if buffer is not None and not buffer.is_meta:

@@ -1,5 +1,6 @@
 """The only top-k: from scores to a mask with exactly the right number of zeros."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,3 +44,16 @@ def _lowest(score_GK: Tensor, count: int) -> Tensor:
     level = score_GK == threshold_G1
     missing_G1 = count - below.sum(1, keepdim=True)
     return below | (level & (level.cumsum(1) <= missing_G1))
+
+
+def pack(mask_OI: Tensor) -> Tensor:
+    """A mask as bits (uint8), row after row, the first weight in the highest bit of the first byte."""
+    return torch.from_numpy(np.packbits(mask_OI.cpu().numpy()))
+
+
+def unpack(bits: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The mask (bool, O x I) that `pack` made `bits` from. Raises ValueError if their number is another."""
+    count = shape[0] * shape[1]
+    if bits.dtype != torch.uint8 or bits.numel() != -(-count // 8):
+        raise ValueError(f"{bits.numel()} bytes are no mask of {shape[0]} x {shape[1]} weights")
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=count).astype(bool)).view(shape)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .allocate import find_allocation
-from .calibrate import windows
-from .errors import InputError, NumericalError, PrunellaError
+from .allocate import Budget
+from .calibrate import check_windows, windows
+from .errors import InputError, ModelError, NumericalError, PrunellaError
 from .evaluate import perplexity
 from .load import Checkpoint, Model, load_model, wrap_model
 from .recipe import Recipe
@@ -67,7 +68,7 @@ def prune(
     if path is not None:
         check_output(path)
     steps = recipe.make_steps()
-    allocation = find_allocation(recipe.allocate)
+    allocation = recipe.make_allocation()
     if not in_memory:
         opened = load_model(
             str(model), dtype=recipe.dtype, device=recipe.device, remote_code=remote_code, pickles=pickles
@@ -79,12 +80,13 @@ def prune(
     started, cpu = time.perf_counter(), time.process_time()
     torch.manual_seed(recipe.seed)
 
-    targets = choose_targets(opened, recipe, allocation)
+    targets = choose_targets(opened, recipe)
     length = _length(opened, recipe.calibration.length)
     ids_NL = calibration
     if ids_NL is None:
         wanted = recipe.calibration
         ids_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed)
+    check_windows(opened, ids_NL)
     held_out = _held_out(opened, recipe, ids_NL, length)
     order = pick_order(recipe.order, steps, ids_NL, opened)
     recipe = recipe.model_copy(
@@ -111,6 +113,15 @@ def prune(
             seconds["dense evaluation"] = time.perf_counter() - clock
             if out:
                 out.note("dense", dense)
+        clock = time.perf_counter()
+        shares = out.notes.get("shares") if out else None
+        if shares is None:
+            free = free_layers(targets, recipe)
+            shares = allocation(Budget(opened, ids_NL, targets, free, recipe.default_sparsity, track))
+            if out:
+                out.note("shares", shares)
+        targets = [[replace(t, sparsity=shares.get(t.slot.name, t.sparsity)) for t in block] for block in targets]
+        seconds["allocate"] = time.perf_counter() - clock
         clock = time.perf_counter()
         layers = _run(opened, recipe, targets, ids_NL, out, track)
         seconds["prune"] = time.perf_counter() - clock
@@ -145,7 +156,7 @@ def prune(
         if out:
             out.finish(report.plain(), report.card())
         return report
-    except NumericalError:
+    except (ModelError, NumericalError):
         if out:
             out.discard()  # the same would happen again
         raise
@@ -153,11 +164,14 @@ def prune(
         if out and not out.blocks:
             out.discard()
         raise
+    finally:
+        if out:
+            out.close()
 
 
-def choose_targets(model: Model, recipe: Recipe, allocation: Any) -> list[list[Target]]:
-    """For each block its layers with their sparsities. Raises InputError for a pattern that does not divide a
-    layer's shape and for name patterns that match no layer."""
+def choose_targets(model: Model, recipe: Recipe) -> list[list[Target]]:
+    """For each block its layers with their sparsities, before any allocation. Raises InputError for a pattern
+    that does not divide a layer's shape and for name patterns that match no layer."""
     slots = [find_layers(model.module(name), name) for name in model.blocks]
     flat = [slot for block in slots for slot in block]
     if not flat:
@@ -165,11 +179,9 @@ def choose_targets(model: Model, recipe: Recipe, allocation: Any) -> list[list[T
     for glob in (*recipe.skip, *recipe.sparsity):
         if not any(matches(slot.name, glob) for slot in flat):
             raise InputError(f"'{glob}' matches no layer; names look like '{flat[0].name}'. See prunella inspect.")
-    sizes = {slot.name: slot.shape[0] * slot.shape[1] for slot in flat}
-    allocated = allocation(sizes, recipe.default_sparsity)
 
     def target(slot: Slot) -> Target:
-        sparsity = allocated[slot.name]
+        sparsity = recipe.default_sparsity
         for glob, share in recipe.sparsity.items():
             if glob != "*" and matches(slot.name, glob):
                 sparsity = share
@@ -182,6 +194,13 @@ def choose_targets(model: Model, recipe: Recipe, allocation: Any) -> list[list[T
     return [[target(slot) for slot in block] for block in slots]
 
 
+def free_layers(targets: list[list[Target]], recipe: Recipe) -> frozenset[str]:
+    """The layers that an allocation decides on: those for which the recipe has no word of its own."""
+    fixed = [*recipe.skip, *(glob for glob in recipe.sparsity if glob != "*")]
+    names = [t.slot.name for block in targets for t in block if t.sparsity > 0]
+    return frozenset(name for name in names if not any(matches(name, glob) for glob in fixed))
+
+
 def _run(
     model: Model, recipe: Recipe, targets: list[list[Target]], ids_NL: Tensor, out: Output | None, track: Track
 ) -> list[LayerResult]:
@@ -192,14 +211,18 @@ def _run(
     layers: list[LayerResult] = []
     done = out.finished if out else []
     written = out.checkpoint if out and done else None
-    last = len(model.blocks) - 1
+    last = max(index for index, block in enumerate(targets) if any(target.sparsity > 0 for target in block))
     for index in track(range(len(model.blocks)), "pruning", len(model.blocks)):
+        if index > last:  # all that follows stays dense: nothing has to flow through it
+            layers += [LayerResult(t.slot.name, t.slot.shape, 0.0, 0.0, str(t.pattern), None, 0) for t in targets[index]]
+            continue
         if index < len(done):
             layers += done[index]
             if index < last:
                 with model.block(index, written) as block:
                     stream.advance(index, block)
             continue
+        torch.manual_seed(recipe.seed + index)  # a resumed run draws what an uninterrupted one does
         with model.block(index):
             result = stream.prune(
                 index, targets[index], steps, min_tokens=recipe.calibration.min_tokens, last=index == last
@@ -225,8 +248,15 @@ def _held_out(model: Model, recipe: Recipe, ids_NL: Tensor, length: int) -> Tens
     if wanted.source is None or model.tokenizer is None:
         return None
     own = wanted.length or min(length, ids_NL.shape[1])
-    skip = -(-ids_NL.numel() // own) if wanted.source == recipe.calibration.source else 0
+    skip = -(-ids_NL.numel() // own) if _same(wanted.source, recipe.calibration.source) else 0
     return windows(model, wanted.source, wanted.windows, own, skip=skip, seed=recipe.seed)
+
+
+def _same(source: str, other: str) -> bool:
+    """Are two sources the same text, maybe a file by two names?"""
+    if source == other:
+        return True
+    return Path(source).is_file() and Path(other).is_file() and Path(source).samefile(other)
 
 
 def _measure(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .allocate import Allocation, allocations, make_allocation
 from .errors import InputError, unknown
-from .registry import Step, find, make
+from .registry import Step, lookup, make, steps
 from .types import Pattern
+
+_SHIPPED = files(__package__) / "recipes"
 
 
 class _Part(BaseModel):
@@ -50,6 +55,7 @@ class Recipe(_Part):
     sparsity: {pattern of layer names: share of weights to prune}, the last match wins; a plain number is
               {"*": number}. `down_proj` matches every layer whose name ends so. An N:M pattern fixes it.
     skip:     patterns of layer names that stay dense
+    allocate: how sparsity is spread over the other layers: a name, or {name: {option: value}}
     steps:    a list of names, or of {name: {option: value}}
     order:    `layer`, `block` or `auto`: see `prunella.stream.Stream`
     dtype:    compute and save in this dtype; `auto` keeps the checkpoint's
@@ -60,7 +66,7 @@ class Recipe(_Part):
     pattern: str = "unstructured"
     sparsity: dict[str, float] = {}
     skip: tuple[str, ...] = ()
-    allocate: str = "uniform"
+    allocate: dict[str, dict[str, Any]] = {"uniform": {}}
     steps: tuple[dict[str, dict[str, Any]], ...] = ({"sparsegpt": {}},)
     order: Literal["auto", "layer", "block"] = "auto"
     evaluate: Evaluation = Evaluation()
@@ -86,8 +92,20 @@ class Recipe(_Part):
     @field_validator("steps", mode="before")
     @classmethod
     def _steps(cls, value: Any) -> Any:
-        items = [value] if isinstance(value, str | Mapping) else list(value)
+        items = [value] if isinstance(value, str | Mapping) else value
+        if not isinstance(items, list | tuple) or not all(isinstance(item, str | Mapping) for item in items):
+            raise ValueError(f"steps: {value!r} should be a list of names, or of {{name: {{option: value}}}}")
+        if not items:
+            raise ValueError("steps: at least one step is needed; see prunella methods")
         return [{item: {}} if isinstance(item, str) else {k: v or {} for k, v in item.items()} for item in items]
+
+    @field_validator("allocate", mode="before")
+    @classmethod
+    def _allocate(cls, value: Any) -> Any:
+        value = {value: {}} if isinstance(value, str) else value
+        if not isinstance(value, Mapping) or len(value) != 1:
+            raise ValueError(f"allocate: {value!r} should be one name, or {{name: {{option: value}}}}")
+        return {name: options or {} for name, options in value.items()}
 
     @field_validator("skip", mode="before")
     @classmethod
@@ -107,6 +125,12 @@ class Recipe(_Part):
                         f"pattern {self.pattern} prunes {fixed:g} of every layer, but the sparsity of '{name}' is"
                         f" {share:g}: leave it out, or use 0 for layers that stay dense"
                     )
+            for name in self.allocate:
+                if name != "uniform":
+                    raise ValueError(
+                        f"pattern {self.pattern} prunes {fixed:g} of every layer, so allocation '{name}' has nothing"
+                        " to spread: leave it out, or use another pattern"
+                    )
         return self
 
     @property
@@ -118,6 +142,9 @@ class Recipe(_Part):
         """What layers get that no more special pattern matches."""
         fixed = self.shape.sparsity
         return self.sparsity.get("*", fixed if fixed is not None else 0.5)
+
+    def make_allocation(self) -> Allocation:
+        return next(make_allocation(name, options) for name, options in self.allocate.items())
 
     def make_steps(self) -> list[Step]:
         return [make(name, options) for step in self.steps for name, options in step.items()]
@@ -132,13 +159,21 @@ class Recipe(_Part):
         except ValidationError as error:
             raise InputError(_explain(cls, error)) from None
         recipe.make_steps()
+        recipe.make_allocation()
         return recipe
 
     @classmethod
     def read(cls, path: str | Path) -> dict[str, Any]:
-        """The plain data of a YAML recipe. Raises InputError if it is missing or not a mapping."""
+        """The plain data of a YAML recipe: a file, or one of those that come with Prunella, by name.
+
+        Raises InputError if it is missing or not a mapping.
+        """
+        named = {file.name.removesuffix(".yaml"): file for file in _SHIPPED.iterdir() if file.name.endswith(".yaml")}
+        source: Traversable = named.get(str(path), Path(path))
+        if str(path) not in named and not Path(path).suffix and not Path(path).exists():
+            raise InputError(unknown("recipe", str(path), named) + " Or give a YAML file.")
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            values = yaml.safe_load(source.read_text(encoding="utf-8"))
         except OSError as error:
             raise InputError(f"recipe '{path}' cannot be read: {error.strerror}.") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -155,7 +190,7 @@ class Recipe(_Part):
 
 def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
     """Apply `KEY=VALUE` settings to plain recipe data: `calibration.samples=8`, `sparsity.down_proj=0.3`, or
-    an option of a step, `sparsegpt.damping=0.05`. Values are YAML. Raises InputError."""
+    an option of a step or an allocation, `sparsegpt.damping=0.05`. Values are YAML. Raises InputError."""
     out = Recipe.of(values).plain() if values else Recipe().plain()
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -167,20 +202,22 @@ def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, An
             raise InputError(f"--set {setting}: '{text}' is not a YAML value.") from None
         head, _, rest = key.partition(".")
         if head not in Recipe.model_fields:
-            steps = [step for step in out["steps"] if head in step]
-            if not steps:
-                used = [name for step in out["steps"] for name in step]
+            parts = [part for part in (*out["steps"], out["allocate"]) if head in part]
+            if not parts:
+                used = [name for part in (*out["steps"], out["allocate"]) for name in part]
                 raise InputError(unknown("recipe key", head, [*Recipe.model_fields, *used]))
-            if rest not in find(head).options:
-                raise InputError(unknown(f"option of step {head}", rest, find(head).options))
-            for step in steps:
-                step[head][rest] = value
+            for part in parts:
+                kind = "allocation" if part is out["allocate"] else "step"
+                method = lookup(kind, allocations if kind == "allocation" else steps, head)
+                if rest not in method.options:
+                    raise InputError(unknown(f"option of {kind} {head}", rest, method.options))
+                part[head][rest] = value
         elif rest:
             if not isinstance(out[head], dict):
                 raise InputError(f"--set {setting}: '{head}' is a single value; write {head}=VALUE.")
             out[head][rest] = value
         else:
-            out[head] = value
+            out[head] = {value: {}} if head == "allocate" and isinstance(value, str) else value
     return out
 
 

@@ -93,40 +93,49 @@ def each_layer(function: Callable[[Layer], Layer]) -> Callable[[Block], Block]:
 
 def find(name: str) -> Method:
     """The registered step `name`, or the one that `path/to/file.py:name` registers."""
-    if ".py:" in name:
-        path, _, inner = name.rpartition(":")
-        _import(Path(path))
-        name = inner
-    if name not in steps:
-        raise InputError(unknown("step", name, steps))
-    return steps[name]
+    return lookup("step", steps, name)
 
 
 def make(name: str, options: Mapping[str, Any] | None = None) -> Step:
     """A step ready to apply. Raises InputError for an unknown name, an unknown option or a wrong value."""
     method = find(name)
-    options = dict(options or {})
-    for key in options:
-        if key not in method.options:
-            raise InputError(unknown(f"option of step {method.name}", key, method.options))
-    hints = typing.get_type_hints(method.function)
-    for key, value in options.items():
-        try:
-            options[key] = pydantic.TypeAdapter(hints.get(key, Any)).validate_python(value)
-        except pydantic.ValidationError as error:
-            raise InputError(f"{method.name}.{key}={value}: {error.errors()[0]['msg']}.") from None
+    chosen = checked("step", method, options or {})
 
     def bound(thing: Any) -> Any:
-        return method.function(thing, **options)
+        return method.function(thing, **chosen)
 
     defaults = {k: p.default for k, p in method.options.items()}
     apply = each_layer(bound) if method.per_layer else bound
-    return Step(name, method.needs, apply, method.per_layer, defaults | options)
+    return Step(name, method.needs, apply, method.per_layer, defaults | chosen)
 
 
-def _import(path: Path) -> None:
+def lookup(kind: str, methods: Mapping[str, Method], name: str) -> Method:
+    """The method called `name`, or the one that `path/to/file.py:name` registers. Raises InputError."""
+    if ".py:" in name:
+        path, _, name = name.rpartition(":")
+        _import(Path(path), kind)
+    if name not in methods:
+        raise InputError(unknown(kind, name, methods))
+    return methods[name]
+
+
+def checked(kind: str, method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as the method's signature wants them. Raises InputError for an unknown one or a wrong value."""
+    out = dict(options)
+    hints = typing.get_type_hints(method.function, include_extras=True)
+    for key, value in options.items():
+        if key not in method.options:
+            raise InputError(unknown(f"option of {kind} {method.name}", key, method.options))
+        try:
+            out[key] = pydantic.TypeAdapter(hints.get(key, Any)).validate_python(value)
+        except pydantic.ValidationError as error:
+            raise InputError(f"{method.name}.{key}={value}: {error.errors()[0]['msg']}.") from None
+    return out
+
+
+def _import(path: Path, kind: str) -> None:
     if not path.is_file():
-        raise InputError(f"step file '{path}' does not exist.")
+        raise InputError(f"{kind} file '{path}' does not exist.")
     key = f"prunella_step_{path.stem}_{abs(hash(path.resolve()))}"
     if key in sys.modules:
         return
@@ -139,4 +148,4 @@ def _import(path: Path) -> None:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[key]
-        raise InputError(f"step file '{path}' cannot be imported: {type(error).__name__}: {error}") from error
+        raise InputError(f"{kind} file '{path}' cannot be imported: {type(error).__name__}: {error}") from error

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from .errors import InputError, ModelError
 from .load import Checkpoint, Model, quiet_transformers
+from .pattern import unpack
 from .stream import BlockResult, LayerResult, Slot
 
 MASKS = "prunella.masks"
@@ -43,6 +44,8 @@ _CODES = {
 }
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _FLOATS = {"F32", "BF16", "F16"}
+_SIZES = dict.fromkeys(("F64", "I64", "U64"), 8) | dict.fromkeys(("F32", "I32", "U32"), 4)  # bytes; else 2 or 1
+_SIZES |= dict.fromkeys(("F16", "BF16", "I16", "U16"), 2)
 
 
 class TensorFile:
@@ -66,7 +69,7 @@ class TensorFile:
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         offset = 0
         for name, (code, shape) in tensors.items():
-            nbytes = int(np.prod(shape, dtype=np.int64)) * torch.empty(0, dtype=_DTYPES[code]).element_size()
+            nbytes = int(np.prod(shape, dtype=np.int64)) * _SIZES.get(code, 1)
             header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
             offset += nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
@@ -123,7 +126,9 @@ class TensorFile:
         os.fsync(self._file)
 
     def close(self) -> None:
-        os.close(self._file)
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
 
 def _claim(file: int, size: int) -> None:
@@ -145,10 +150,6 @@ def _write_all(file: int, data: memoryview, at: int) -> None:
 # Masks
 
 
-def pack_mask(mask_OI: Tensor) -> Tensor:
-    return torch.from_numpy(np.packbits(mask_OI.cpu().numpy()))
-
-
 def read_masks(directory: str | Path) -> dict[str, Tensor]:
     """The masks saved with a pruned model, {layer name: bool (O, I)}, True where a weight was kept.
 
@@ -162,8 +163,7 @@ def read_masks(directory: str | Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             shapes = json.loads(file.metadata()["shapes"])
             for name, (rows, columns) in shapes.items():
-                bits = np.unpackbits(file.get_tensor(name).numpy(), count=rows * columns)
-                out[name] = torch.from_numpy(bits.astype(bool)).view(rows, columns)
+                out[name] = unpack(file.get_tensor(name), (rows, columns))
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ModelError(f"'{path}' is damaged: {error}.") from None
     return out
@@ -299,7 +299,10 @@ class Output:
     def note(self, key: str, value: Any) -> None:
         """Keep a result of this run (the dense perplexity, say), so that a resumed run need not repeat it."""
         self.notes[key] = value
-        self._log({"note": key, "value": value})
+        try:
+            self._log({"note": key, "value": value})
+        except OSError as error:
+            raise _space(error, self.partial) from None
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -316,7 +319,7 @@ class Output:
                     self.files[file].write(name, tensor)
                     tensors.setdefault(file, []).append(name)
             for name, mask in result.masks.items():
-                self.masks.write(name, pack_mask(mask))
+                self.masks.write(name, mask)
             for file in tensors:
                 self.files[file].sync()
             self.masks.sync()
@@ -388,6 +391,13 @@ class Output:
                 content.setdefault("metadata", {})["total_size"] = self.checkpoint.nbytes
                 _write_text(index, json.dumps(content, indent=2) + "\n")
 
+    def close(self) -> None:
+        """Let go of the files and of the lock. What is on disk stays, for a run that resumes this one."""
+        for file in (*self.files.values(), self.masks):
+            file.close()
+        self._journal.close()
+        self._release()
+
     def discard(self) -> None:
         """Remove all traces of the run."""
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -402,6 +412,8 @@ def check_output(path: Path) -> None:
     elif path.exists():
         raise InputError(f"output '{path}' exists and is not a directory: choose another -o.")
     parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise InputError(f"output directory '{path}' cannot be made: '{parent}' is not a directory.")
     if not os.access(parent, os.W_OK):
         raise InputError(f"output directory '{path}' cannot be made: '{parent}' is not writable.")
 

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import InputError, ModelError, NumericalError
 from .load import Checkpoint, Model
+from .pattern import pack
 from .registry import Step, make
 from .types import Block, Layer, Pattern, Stats
 
@@ -107,9 +108,9 @@ class Target:
 
 
 def matches(name: str, glob: str) -> bool:
-    """Does a layer's name match a user's pattern? `*` and `?` as in a shell; the end of a name is enough
-    (`down_proj`, `self_attn.*`)."""
-    return fnmatchcase(name, glob) or fnmatchcase(name, f"*.{glob}") or fnmatchcase(name, f"*.{glob}.*")
+    """Does a layer's name match a user's pattern? `*` and `?` as in a shell; any run of whole parts of the name is
+    enough (`down_proj`, `self_attn`, `model.layers.1`)."""
+    return fnmatchcase(f".{name}.", f"*.{glob}.*")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -317,7 +318,7 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """One finished block: its layers with their masks, and the parameters that changed."""
+    """One finished block: its layers, their masks as bits (`pattern.pack`), and the parameters that changed."""
 
     index: int
     name: str
@@ -398,26 +399,14 @@ class Stream:
                 self.advance(index, block)
         results, masks, changed = [], {}, {}
         for target in targets:
-            layer = layers.get(target.slot.name)
-            mask = None if layer is None else layer.mask_OI
-            results.append(
-                LayerResult(
-                    target.slot.name,
-                    target.slot.shape,
-                    0.0 if mask is None else 1 - mask.float().mean(dtype=torch.float64).item(),
-                    target.sparsity,
-                    str(target.pattern),
-                    None if layer is None else layer.error(),
-                    0 if layer is None else layer.stats.tokens,
-                    () if layer is None else layer.notes,
-                )
-            )
-            if mask is not None:
-                masks[target.slot.name] = mask
-                parameter = f"{target.slot.name}.{target.slot.parameter}"
-                if target.slot.expert is not None:
-                    parameter = target.slot.name.rpartition(".")[0]
-                changed[parameter] = getattr(target.slot.module, target.slot.parameter).data
+            slot = target.slot
+            if slot.name not in layers:
+                results.append(LayerResult(slot.name, slot.shape, 0.0, target.sparsity, str(target.pattern), None, 0))
+                continue
+            result, masks[slot.name] = layers[slot.name]
+            results.append(result)
+            parameter = f"{slot.name}.{slot.parameter}" if slot.expert is None else slot.name.rpartition(".")[0]
+            changed[parameter] = getattr(slot.module, slot.parameter).data
         return BlockResult(index, name, tuple(results), masks, changed, time.perf_counter() - started)
 
     def _layer(self, target: Target, stats: Stats) -> Layer:
@@ -462,9 +451,9 @@ class Stream:
         active: Mapping[str, Target],
         steps: Sequence[Step],
         min_tokens: int,
-    ) -> dict[str, Layer]:
+    ) -> dict[str, Settled]:
         needs = frozenset().union(*[step.needs for step in steps])
-        done: dict[str, Layer] = {}
+        done: dict[str, Settled] = {}
         stats = Stats()
 
         def see(layer_name: str, x_TI: Tensor, same: bool) -> None:
@@ -475,7 +464,7 @@ class Stream:
                 stats = Stats.of(x_TI, needs, SAMPLE)
             layer = self._layer(active[layer_name], stats)
             result = self._apply(Block(index, name, (layer,)), steps, min_tokens).layers[0]
-            done[layer_name] = _settle(result, active[layer_name].slot)
+            done[layer_name] = _settle(result, active[layer_name])
 
         with torch.no_grad(), Watch(active, see):
             state = self.hidden[0]
@@ -484,7 +473,7 @@ class Stream:
             if layer_name not in done:
                 layer = self._layer(target, Stats())
                 result = self._apply(Block(index, name, (layer,)), steps, max(1, min_tokens)).layers[0]
-                done[layer_name] = _settle(result, target.slot)
+                done[layer_name] = _settle(result, target)
         return done
 
     def _prune_after_dense_pass(
@@ -495,7 +484,7 @@ class Stream:
         active: Mapping[str, Target],
         steps: Sequence[Step],
         min_tokens: int,
-    ) -> dict[str, Layer]:
+    ) -> dict[str, Settled]:
         needs = frozenset().union(*[step.needs for step in steps])
         leader: dict[str, str] = {}  # layers fed by the same tensor share the statistics of the first of them
         stats: dict[str, Stats] = {}
@@ -538,7 +527,7 @@ class Stream:
         )
         with torch.no_grad():
             result = self._apply(dense, steps, min_tokens)
-        return {la.name: _settle(la, active[la.name].slot) for la in result.layers}
+        return {la.name: _settle(la, active[la.name]) for la in result.layers}
 
     def _window(self, batches: Sequence[Tensor] | Hidden, n: int) -> Tensor:
         size = len(self.batches[0])
@@ -587,13 +576,24 @@ def _only(stats: Stats, needs: frozenset[str]) -> Stats:
     )
 
 
-def _settle(layer: Layer, slot: Slot) -> Layer:
-    """Write the weight into the network, and let go of the large statistics."""
-    before = slot.view()
-    dense_OI = before.clone()
-    before.copy_(layer.weight_OI)
-    sample = Stats(layer.stats.tokens, sample_TI=layer.stats.sample_TI)
-    return replace(layer, weight_OI=before, dense_OI=dense_OI, stats=sample)
+Settled = tuple[LayerResult, Tensor]
+
+
+def _settle(layer: Layer, target: Target) -> Settled:
+    """Write the weight into the network; keep what the report needs and the mask as bits, nothing large."""
+    assert layer.mask_OI is not None, f"the steps chose no mask for '{layer.name}'"
+    result = LayerResult(
+        layer.name,
+        target.slot.shape,
+        1 - layer.mask_OI.count_nonzero().item() / layer.mask_OI.numel(),
+        target.sparsity,
+        str(target.pattern),
+        layer.error(),  # before the dense weight is overwritten: the two share their memory
+        layer.stats.tokens,
+        layer.notes,
+    )
+    target.slot.view().copy_(layer.weight_OI)
+    return result, pack(layer.mask_OI)
 
 
 def pick_order(order: Order, steps: Sequence[Step], windows_NL: Tensor, model: Model) -> Literal["layer", "block"]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, NumericalError, StatisticError
+from .fast import add_gram
 
 Need = Literal["norm", "moments", "gram", "targets"]
 
@@ -112,15 +113,26 @@ class Stats:
     @classmethod
     def of(cls, x_TI: Tensor, needs: frozenset[str], sample: int = 0) -> Stats:
         """The statistics of one batch of tokens, keeping `sample` of them, evenly spread."""
-        tokens = x_TI.shape[0]
-        x32_TI = x_TI.float()
+        tokens, width = x_TI.shape
         stride = max(1, tokens // max(1, sample))
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=x_TI.device)
+
+        sum_I = zeros(width) if "moments" in needs else None
+        sumsq_I = zeros(width) if needs & {"norm", "moments", "gram"} else None
+        for x in x_TI.split(2048):  # few enough to stay in the cache while they are read twice
+            if sum_I is not None:
+                sum_I += x.sum(0, dtype=torch.float32)
+            if sumsq_I is not None:
+                x = x.float()
+                sumsq_I += (x * x).sum(0)
+        gram_II = None
+        if "gram" in needs:
+            gram_II = zeros(width, width)
+            add_gram(gram_II, x_TI)
         return cls(
-            tokens,
-            sum_I=x32_TI.sum(0) if "moments" in needs else None,
-            sumsq_I=x32_TI.square().sum(0) if needs & {"norm", "moments", "gram"} else None,
-            gram_II=gram(x_TI) if "gram" in needs else None,
-            sample_TI=x_TI[::stride][:sample].clone() if sample else None,
+            tokens, sum_I, sumsq_I, gram_II, sample_TI=x_TI[::stride][:sample].clone() if sample else None
         )
 
     def __add__(self, other: Stats) -> Stats:
@@ -162,23 +174,16 @@ class Stats:
         """E[x x^T], from `gram`: half the Hessian of the layer's mean squared output error."""
         return self._have(self.gram_II, "gram") / self.tokens
 
+    @property
+    def hessian_diagonal_I(self) -> Tensor:
+        """E[x^2], the diagonal of the Hessian, from `gram`."""
+        return self._have(self.gram_II, "gram").diagonal() / self.tokens
+
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """`make()`, computed the first time that any layer with this input asks for `key`."""
         if key not in self.cache:
             self.cache[key] = make()
         return self.cache[key]
-
-
-def gram(x_TI: Tensor, panel: int = 256) -> Tensor:
-    """x^T x in float32, (I, I). Only the lower triangle is multiplied out, by panels; the rest is its mirror."""
-    x_TI = x_TI.float()
-    width = x_TI.shape[1]
-    gram_II = x_TI.new_empty(width, width)
-    for start in range(0, width, panel):
-        stop = min(start + panel, width)
-        torch.mm(x_TI[:, start:stop].T, x_TI[:, :stop], out=gram_II[start:stop, :stop])
-        gram_II[:start, start:stop] = gram_II[start:stop, :start].T
-    return gram_II
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,19 @@
 """Allocation: how sparse each layer becomes. One file a method.
 
-An allocation is a function of the layers' names and sizes, {name: weights}, and the overall target; it
-returns {name: sparsity}. Exceptions by name (`sparsity: {down_proj: 0.3}`) are applied after it.
+An allocation is a plain function of a `Budget`, with its options as keyword arguments; it returns a sparsity
+for each of the budget's layers:
+
+    @register_allocation("mine")
+    def mine(budget: Budget, *, bend: float = 0.1) -> dict[str, float]:
+        return budget.spend({name: ... for name in budget.sizes})
+
+`budget.spend` makes the sum come out right, `budget.look` shows each block with the statistics of its inputs.
+Layers with a sparsity of their own in the recipe (`sparsity: {down_proj: 0.3}`) or that it skips are not part
+of the budget: allocation by hand needs no method.
 """
 
-from collections.abc import Callable, Mapping
+from . import dlp, owl, ramp, uniform  # noqa: F401  (importing a method registers it)
+from .budget import Budget
+from .registry import Allocation, allocations, make_allocation, register_allocation
 
-from ..errors import InputError, unknown
-from .uniform import uniform
-
-Allocation = Callable[[Mapping[str, int], float], dict[str, float]]
-
-allocations: dict[str, Allocation] = {"uniform": uniform}
-
-
-def find_allocation(name: str) -> Allocation:
-    """The allocation called `name`. Raises InputError, with the nearest known one."""
-    if name not in allocations:
-        raise InputError(unknown("allocation", name, allocations))
-    return allocations[name]
-
-
-__all__ = ["Allocation", "allocations", "find_allocation"]
+__all__ = ["Allocation", "Budget", "allocations", "make_allocation", "register_allocation"]

@@ -1,8 +1,10 @@
 """Uniform allocation."""
 
-from collections.abc import Mapping
+from .budget import Budget
+from .registry import register_allocation
 
 
-def uniform(sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
+@register_allocation("uniform")
+def uniform(budget: Budget) -> dict[str, float]:
     """Every layer gets the same sparsity."""
-    return dict.fromkeys(sizes, sparsity)
+    return dict.fromkeys(budget.sizes, budget.sparsity)

@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+from pydantic import NonNegativeFloat, PositiveInt
 
 from ..linalg import inverse_factor
 from ..pattern import keep
@@ -14,8 +15,8 @@ from ..types import Layer
 def sparsegpt(
     layer: Layer,
     *,
-    damping: float = 0.01,
-    tile: int = 128,
+    damping: NonNegativeFloat = 0.01,
+    tile: PositiveInt = 128,
     order: Literal["natural", "activation"] = "natural",
 ) -> Layer:
     """Prune by w^2 / [H^-1]_jj in one sweep over the columns, updating the survivors.
@@ -28,8 +29,8 @@ def sparsegpt(
 
     The mask of each tile of columns is chosen when the sweep reaches it, from weights that already carry
     the updates before it: the lowest w_ij^2 / U_jj^2 over all rows of the tile, or within each group of
-    an N:M pattern as the sweep reaches the group. A mask that an earlier step chose is kept, and the
-    sweep only updates.
+    an N:M pattern as the sweep reaches the group. A mask that an earlier step chose is kept: the sweep then
+    starts again from the dense weights (under the mask nothing is left to make up for) and only updates.
 
     Args:
         damping: share of the mean diagonal added to the diagonal; grown tenfold where the Cholesky fails.
@@ -52,7 +53,7 @@ def sparsegpt(
     upper_II = factor.upper_II
 
     # Columns as rows: the sweep works on one column at a time, which should be contiguous.
-    weight_IO = layer.weight_OI.float().T
+    weight_IO = (layer.weight_OI if layer.mask_OI is None else layer.dense_OI).float().T
     weight_IO = (weight_IO if order_I is None else weight_IO[order_I]).clone(memory_format=torch.contiguous_format)
     weight_IO[factor.dead_I] = 0
     fixed_IO = None

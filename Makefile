@@ -1,0 +1,33 @@
+# make prune   set up, prune the built-in model, print dense beside pruned
+# make test    set up, check format, lint and types, run the tests
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= pruned
+
+.PHONY: prune test check setup clean
+
+prune: $(VENV)/.ready
+	rm -rf $(OUT) $(OUT).partial
+	$(BIN)/prunella prune smollm2-135m -o $(OUT) --sparsity 0.5
+
+test: check
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: $(VENV)/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+setup: $(VENV)/.ready
+
+# torch first and alone: with it in place nothing else draws in another build of it.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OUT) $(OUT).partial

@@ -1,0 +1,101 @@
+"""What an allocation is given to spend, and how the sum comes out right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..load import Model
+from ..registry import Step
+from ..stream import Stream, Target, Track, no_track
+from ..types import Block
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Layers, and the share of their weights that is to go, all of them together.
+
+    model, windows_NL: for allocations that look at how the model behaves on the calibration text
+    targets:  the layers of each block, in order; those with sparsity 0 stay dense
+    free:     names of the layers to decide on: not those that the recipe skips or names a sparsity for
+    sparsity: share to prune of all free weights together
+    """
+
+    model: Model
+    windows_NL: Tensor
+    targets: Sequence[Sequence[Target]]
+    free: frozenset[str]
+    sparsity: float
+    track: Track = no_track
+
+    @property
+    def blocks(self) -> list[list[str]]:
+        """The names of the free layers, block by block; blocks without any are left out."""
+        found = [[t.slot.name for t in block if t.slot.name in self.free] for block in self.targets]
+        return [names for names in found if names]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Weights of each free layer."""
+        return {
+            t.slot.name: t.slot.shape[0] * t.slot.shape[1]
+            for block in self.targets
+            for t in block
+            if t.slot.name in self.free
+        }
+
+    def look(self, visit: Callable[[Block], T], needs: Iterable[str]) -> list[T]:
+        """`visit` each dense block that has free layers, with these and the statistics of their inputs.
+
+        It is a stream with one step that changes nothing, so no more than one block is in memory.
+        """
+        seen: list[T] = []
+
+        def apply(block: Block) -> Block:
+            seen.append(visit(block))
+            return block
+
+        step = Step("look", frozenset(needs), apply, per_layer=False, options={})
+        stream = Stream(self.model, self.windows_NL)
+        count = len(self.model.blocks)
+        for index in self.track(range(count), "allocating", count):
+            wanted = [replace(t, sparsity=0.5) for t in self.targets[index] if t.slot.name in self.free]
+            with self.model.block(index) as block:
+                if wanted:
+                    stream.prune(index, wanted, [step], min_tokens=0, last=index == count - 1)
+                else:
+                    stream.advance(index, block)
+        return seen
+
+    def spend(self, wish: Mapping[str, float]) -> dict[str, float]:
+        """Sparsities as near to a wish as the budget allows, {layer: sparsity}.
+
+        One number is added to all wishes, so that their mean, weighted by the layers' sizes, is the target
+        after each has been clipped to 1% ... 99% (water filling). No layer is left dense or emptied, unless
+        the target itself is beyond these bounds.
+        """
+        sizes = self.sizes
+        names = list(sizes)
+        size = torch.tensor([sizes[name] for name in names], dtype=torch.float64)
+        want = torch.tensor([wish[name] for name in names], dtype=torch.float64)
+        least, most = min(0.01, self.sparsity), max(0.99, self.sparsity)
+        total = self.sparsity * size.sum()
+
+        def given(shift: float) -> Tensor:
+            return (want + shift).clamp(least, most)
+
+        low, high = least - want.max().item(), most - want.min().item()
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if (given(middle) * size).sum() < total else (low, middle)
+        share = given(high)
+        inside = (share > least) & (share < most)
+        if inside.any():  # what bisection leaves over
+            share[inside] += (total - (share * size).sum()) / size[inside].sum()
+        return dict(zip(names, share.clamp(least, most).tolist(), strict=True))

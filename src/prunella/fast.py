@@ -1,0 +1,135 @@
+"""The stream's own products, where the processor can do better than torch: x^T x and causal attention.
+
+Both are for bfloat16 on CPUs with AVX-512 BF16, with sums in float32 (sparse/csrc/stream_avx512.c): torch has
+no product of bfloat16 into float32, and its attention there runs at a third of the machine's speed. Anywhere
+else torch computes them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+PANEL = 256  # columns of a product with float32 sums that torch makes at a time
+TOKENS = 2048  # tokens at a time: what a product reads stays in the cache
+
+
+@functools.cache
+def _kernels() -> ctypes.CDLL | None:
+    import os
+    if "PRUNELLA_DEV_LIB" not in os.environ:
+        return None
+    found = ctypes.CDLL(os.environ["PRUNELLA_DEV_LIB"])
+    import glob
+    g = ctypes.CDLL(glob.glob(os.path.dirname(torch.__file__) + "/lib/libgomp*")[0]).GOMP_parallel
+    found.prunella_stream_threads(ctypes.cast(g, ctypes.c_void_p))
+    return found if found.prunella_stream_available() else None
+
+
+def add_gram(gram_II: Tensor, x_TI: Tensor) -> None:
+    """gram += x^T x, in place, float32. Only one triangle is multiplied out; the other is its mirror."""
+    width = x_TI.shape[1]
+    kernels = _kernels() if x_TI.dtype == torch.bfloat16 and x_TI.device.type == "cpu" else None
+    for x in x_TI.split(TOKENS):
+        if kernels is not None and x.stride(1) == 1:
+            failed = kernels.prunella_gram(
+                ctypes.c_void_p(x.data_ptr()),
+                ctypes.c_int64(x.shape[0]),
+                ctypes.c_int64(width),
+                ctypes.c_int64(x.stride(0)),
+                ctypes.c_void_p(gram_II.data_ptr()),
+                torch.get_num_threads(),
+            )
+            if failed:
+                raise MemoryError
+            continue
+        x = x.float()
+        for start in range(0, width, PANEL):
+            stop = min(start + PANEL, width)
+            gram_II[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+    for start in range(0, width, PANEL):  # mirror the upper triangle
+        stop = min(start + PANEL, width)
+        gram_II[stop:, start:stop] = gram_II[start:stop, stop:].T
+        square = gram_II[start:stop, start:stop]
+        square.copy_(square.triu() + square.triu(1).T)
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention over whole windows, with transformers' signature for attention functions.
+
+    query (B, heads, T, D), key and value (B, kv heads, T, D); returns (B, T, heads, D). Whatever the kernel does
+    not cover (masks, gradients, caches, other dtypes and devices) goes to torch.
+    """
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    batch, heads, tokens, dim = query.shape
+    if (
+        not causal
+        or attention_mask is not None
+        or dropout
+        or query.dtype != torch.bfloat16
+        or query.device.type != "cpu"
+        or key.shape[2] != tokens
+        or value.shape != key.shape
+        or key.shape[3] != dim
+        or dim % 32
+        or heads % key.shape[1]
+        or tokens > 1 << 14
+        or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+        or kwargs.get("softcap") is not None
+        or kwargs.get("s_aux") is not None
+        or any(t.stride(3) != 1 for t in (query, key, value))
+    ):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
+        )
+    out = query.new_empty(batch, tokens, heads, dim)
+    kernels = _kernels()
+    assert kernels is not None
+    strides = (ctypes.c_int64 * 9)(*(t.stride(i) for t in (query, key, value) for i in range(3)))
+    failed = kernels.prunella_attention(
+        *(ctypes.c_void_p(t.data_ptr()) for t in (query, key, value, out)),
+        *(ctypes.c_int64(n) for n in (batch, heads, key.shape[1], tokens, dim)),
+        strides,
+        ctypes.c_float(dim**-0.5 if scaling is None else scaling),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError
+    return out, None
+
+
+def use_fast_attention(network: Any) -> None:
+    """Let a transformers model on the CPU use `attention`, if it uses torch's now and the processor can."""
+    if network.config._attn_implementation != "sdpa" or _kernels() is None:
+        return
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register("prunella", attention)
+    AttentionMaskInterface.register("prunella", sdpa_mask)
+    network.set_attn_implementation("prunella")

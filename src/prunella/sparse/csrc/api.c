@@ -1,0 +1,205 @@
+/* The C ABI: everything Python calls. Functions return 0, or a negative number:
+ *     -1  an argument makes no sense     -2  out of memory
+ *
+ * No function reads or writes outside the buffers whose sizes the arguments state, whatever is in them.
+ *
+ * Threads are borrowed from the OpenMP runtime that torch has loaded (`prunella_threads` is given its entry,
+ * GOMP_parallel, which LLVM's and Intel's runtimes have too): a second runtime in the same process would keep a
+ * second set of threads spinning beside torch's.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "internal.h"
+
+#define EXPORT __attribute__((visibility("default")))
+
+typedef void (*parallel_t)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+
+static parallel_t parallel;
+static const isa_t *isa;
+
+static const isa_t *const all[] = {
+#if defined(__x86_64__)
+    &prunella_avx512bf16, &prunella_avx512, &prunella_avx2,
+#endif
+#if defined(__aarch64__)
+    &prunella_neon,
+#endif
+    &prunella_portable,
+};
+enum { ALL = sizeof(all) / sizeof(*all) };
+
+EXPORT void prunella_threads(void *gomp_parallel) { parallel = (parallel_t)gomp_parallel; }
+
+/* The name of instruction set number i, best first; NULL after the last. */
+EXPORT const char *prunella_isa(int i) { return i >= 0 && i < ALL ? all[i]->name : NULL; }
+
+/* Use the instruction set of this name, or with NULL the best one. -1 if this processor does not have it. */
+EXPORT int prunella_use(const char *name) {
+    for (int i = 0; i < ALL; i++)
+        if ((!name || !strcmp(name, all[i]->name)) && all[i]->available()) {
+            isa = all[i];
+            return i;
+        }
+    return -1;
+}
+
+/* ------------------------------------------------------------------ rows over threads */
+
+enum { EXPAND, PRODUCT, DENSE };
+
+typedef struct {
+    const job_t *job;
+    int64_t rows, chunk, next;
+    int worker, what;
+} share_t;
+
+static void work(void *data) {
+    share_t *share = data;
+    const job_t *job = share->job;
+    int me = __atomic_fetch_add(&share->worker, 1, __ATOMIC_RELAXED);
+    uint8_t *scratch = job->scratch + me * job->scratch_size;
+    for (;;) { /* chunks are handed out one by one: a thread that was interrupted holds nobody up */
+        int64_t first = __atomic_fetch_add(&share->next, share->chunk, __ATOMIC_RELAXED);
+        if (first >= share->rows) return;
+        int64_t last = first + share->chunk < share->rows ? first + share->chunk : share->rows;
+        first += job->first, last += job->first;
+        if (share->what == PRODUCT)
+            isa->product(job, first, last, scratch);
+        else if (share->what == EXPAND)
+            isa->expand(job, first, last, scratch);
+        else
+            isa->dense(job, first, last);
+    }
+}
+
+static void run(const job_t *job, int64_t rows, int what, int threads) {
+    int64_t chunk = rows / (threads * 16);
+    share_t share = {job, rows, chunk < 8 ? 8 : chunk > 64 ? 64 : chunk, 0, 0, what};
+    if (threads > 1 && rows > share.chunk)
+        parallel(work, &share, (unsigned)threads, 0);
+    else
+        work(&share);
+}
+
+static int usable(int threads) { return parallel && threads > 1 ? threads : 1; }
+
+static int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
+
+/* ------------------------------------------------------------------ entry points */
+
+static int fill(
+    weight_t *w, int32_t kind, int64_t rows, int64_t columns, const void *mask, const void *offsets,
+    const void *values, int64_t count, const void *scales, int64_t group) {
+    if (kind < F32 || kind > INT4 || rows < 0 || columns < 1 || count < 0) return -1;
+    if ((kind >= INT8) != (scales != NULL) || (scales && (group < SPAN || group % SPAN))) return -1;
+    *w = (weight_t){
+        kind,    rows, columns, (columns + 63) / 64, mask, offsets, values, count, scales, group,
+        scales ? (columns + group - 1) / group : 0,
+    };
+    return 0;
+}
+
+/* y (tokens, rows) = x (tokens, columns) W^T. x and y are of `x_kind`. */
+EXPORT int prunella_product(
+    int32_t kind, int64_t rows, int64_t columns, const void *mask, const void *offsets, const void *values,
+    int64_t count, const void *scales, int64_t group, const void *x, void *y, int32_t x_kind, int64_t tokens,
+    int threads) {
+    job_t job = {0};
+    if (fill(&job.w, kind, rows, columns, mask, offsets, values, count, scales, group)) return -1;
+    if (x_kind < F32 || x_kind > F16 || tokens < 0) return -1;
+    threads = usable(threads);
+    /* The last tile is filled up with tokens of zeros, so that a kernel may always take a full one. */
+    int64_t padded = (tokens + TOKENS - 1) / TOKENS * TOKENS;
+    job.stride = aligned(isa->prepared_size(&job.w));
+    job.scratch_size = aligned((job.w.words + 4) * 64 * (int64_t)sizeof(float));
+    int64_t bytes = padded * job.stride + threads * job.scratch_size;
+    uint8_t *memory = aligned_alloc(64, (size_t)(bytes ? bytes : 64));
+    if (!memory) return -2;
+    const int64_t row = columns * element_bits(x_kind) / 8;
+    for (int64_t t = 0; t < tokens;) {
+        int64_t tile = isa->tiles ? tile_of(tokens - t) : 1, end = t + tile < tokens ? t + tile : tokens;
+        uint8_t *to = memory + t * job.stride;
+        if (end < t + tile) memset(to, 0, (size_t)(tile * job.stride));
+        for (int64_t i = 0; t < end; t++, i++) isa->prepare(&job.w, (const uint8_t *)x + t * row, x_kind, to, tile, i);
+    }
+    job.x = memory;
+    job.y = y;
+    job.y_kind = x_kind;
+    job.tokens = tokens;
+    job.scratch = memory + padded * job.stride;
+    run(&job, rows, PRODUCT, threads);
+    free(memory);
+    return 0;
+}
+
+/* Rows [first, last) of W, dense, of `y_kind`. */
+EXPORT int prunella_expand(
+    int32_t kind, int64_t rows, int64_t columns, const void *mask, const void *offsets, const void *values,
+    int64_t count, const void *scales, int64_t group, int64_t first, int64_t last, void *y, int32_t y_kind,
+    int threads) {
+    job_t job = {0};
+    if (fill(&job.w, kind, rows, columns, mask, offsets, values, count, scales, group)) return -1;
+    if (y_kind < F32 || y_kind > F16 || first < 0 || last < first || last > rows) return -1;
+    threads = usable(threads);
+    job.scratch_size = aligned((job.w.words + 4) * 64 * (int64_t)sizeof(float));
+    job.scratch = aligned_alloc(64, (size_t)(threads * job.scratch_size));
+    if (!job.scratch) return -2;
+    job.y = y;
+    job.y_kind = y_kind;
+    job.first = first;
+    run(&job, last - first, EXPAND, threads);
+    free(job.scratch);
+    return 0;
+}
+
+/* y (tokens, rows) = x (tokens, columns) W^T for a dense bfloat16 W (rows, columns). */
+EXPORT int prunella_dense(
+    int64_t rows, int64_t columns, const void *values, const void *x, void *y, int32_t x_kind, int64_t tokens,
+    int threads) {
+    if (rows < 0 || columns < 1 || x_kind < F32 || x_kind > F16 || tokens < 0) return -1;
+    job_t job = {0};
+    job.w = (weight_t){.kind = BF16, .rows = rows, .columns = columns, .values = values};
+    threads = usable(threads);
+    job.stride = aligned(isa->dense_prepared_size(columns));
+    uint8_t *memory = aligned_alloc(64, (size_t)((tokens + 1) * job.stride));
+    if (!memory) return -2;
+    const int64_t row = columns * element_bits(x_kind) / 8;
+    for (int64_t t = 0; t < tokens; t++)
+        isa->dense_prepare(columns, (const uint8_t *)x + t * row, x_kind, memory + t * job.stride);
+    job.x = memory;
+    job.y = y;
+    job.y_kind = x_kind;
+    job.tokens = tokens;
+    run(&job, rows, DENSE, threads);
+    free(memory);
+    return 0;
+}
+
+typedef struct {
+    const uint8_t *data;
+    int64_t bytes, piece, next;
+    uint64_t sum;
+} reading_t;
+
+static void read_pieces(void *data) {
+    reading_t *job = data;
+    for (;;) {
+        int64_t at = __atomic_fetch_add(&job->next, job->piece, __ATOMIC_RELAXED);
+        if (at >= job->bytes) return;
+        int64_t bytes = at + job->piece < job->bytes ? job->piece : job->bytes - at;
+        __atomic_fetch_add(&job->sum, isa->sum(job->data + at, bytes), __ATOMIC_RELAXED);
+    }
+}
+
+/* A sum over memory, only to learn how fast it can be read. */
+EXPORT uint64_t prunella_read(const void *data, int64_t bytes, int threads) {
+    reading_t job = {data, bytes, 1 << 20, 0, 0};
+    threads = usable(threads);
+    if (threads > 1)
+        parallel(read_pieces, &job, (unsigned)threads, 0);
+    else
+        read_pieces(&job);
+    return job.sum;
+}

@@ -1,0 +1,150 @@
+/* What the instruction sets share: how a packed weight lies in memory, and the table of functions that each
+ * of them fills. docs/format.md specifies the layout. */
+#ifndef PRUNELLA_INTERNAL_H
+#define PRUNELLA_INTERNAL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { F32, BF16, F16, INT8, INT4 };
+
+/* Values that may be read past the last one: the format pads with as many zeros. */
+enum { PAD = 128 };
+/* Inputs that share one scale of the activations where the product is made in integers. */
+enum { SPAN = 128 };
+/* Tokens whose sums are kept in registers at once. */
+enum { TOKENS = 8 };
+
+typedef struct {
+    int32_t kind;
+    int64_t rows, columns, words; /* words: 64-bit words in a row of the mask */
+    const uint64_t *mask;         /* rows x words */
+    const int32_t *offsets;       /* rows + 1 */
+    const uint8_t *values;        /* count + PAD of them */
+    int64_t count;
+    const uint16_t *scales; /* bfloat16, rows x groups; NULL for floating-point values */
+    int64_t group, groups;  /* inputs to a scale, a multiple of SPAN; scales to a row */
+} weight_t;
+
+typedef struct {
+    weight_t w;
+    const void *x; /* as `prepare` left it: whole tiles of tokens */
+    void *y;       /* tokens x rows */
+    int64_t tokens, stride; /* stride: bytes that a token takes in x */
+    int32_t y_kind;
+    int64_t first; /* expand: the first row of the output */
+    uint8_t *scratch;
+    int64_t scratch_size; /* a thread's share */
+} job_t;
+
+typedef struct {
+    const char *name;
+    int (*available)(void);
+    /* Activations are prepared in tiles of 1, 2, 4 or 8 tokens (where `tiles`; else one by one): how many bytes
+     * a token takes, and how token i of T goes into the memory of its tile. */
+    int tiles;
+    int64_t (*prepared_size)(const weight_t *);
+    void (*prepare)(const weight_t *, const void *x, int32_t x_kind, uint8_t *tile, int64_t T, int64_t i);
+    /* Rows [first, last) of y = x W^T, for all tokens. */
+    void (*product)(const job_t *, int64_t first, int64_t last, uint8_t *scratch);
+    /* Rows [first, last) as a dense matrix. */
+    void (*expand)(const job_t *, int64_t first, int64_t last, uint8_t *scratch);
+    /* Rows [first, last) of y = x W^T for a dense bfloat16 W (w.values), x being float32 as prepared. */
+    int64_t (*dense_prepared_size)(int64_t columns);
+    void (*dense_prepare)(int64_t columns, const void *x, int32_t x_kind, void *out);
+    void (*dense)(const job_t *, int64_t first, int64_t last);
+    /* A sum over memory, as fast as it can be read. */
+    uint64_t (*sum)(const uint8_t *, int64_t bytes);
+} isa_t;
+
+extern const isa_t prunella_avx512bf16, prunella_avx512, prunella_avx2, prunella_neon, prunella_portable;
+
+/* How many tokens a tile takes when this many are left: 1, 2, 4 or 8, and at the end no fewer than there are. */
+static inline int64_t tile_of(int64_t left) { return left == 1 ? 1 : left == 2 ? 2 : left <= 4 ? 4 : TOKENS; }
+
+/* ------------------------------------------------------------------ numbers */
+
+static inline float bits_float(uint32_t bits) {
+    float out;
+    __builtin_memcpy(&out, &bits, 4);
+    return out;
+}
+
+static inline uint32_t float_bits(float value) {
+    uint32_t out;
+    __builtin_memcpy(&out, &value, 4);
+    return out;
+}
+
+static inline float from_bf16(uint16_t h) { return bits_float((uint32_t)h << 16); }
+
+static inline uint16_t to_bf16(float f) {
+    uint32_t u = float_bits(f);
+    if ((u & 0x7fffffff) > 0x7f800000) return (uint16_t)((u >> 16) | 0x40); /* NaN stays NaN */
+    return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+static inline float from_f16(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, low = h & 0x7fff;
+    if (low >= 0x7c00) return bits_float(sign | 0x7f800000 | (low & 0x3ff) << 13);
+    if (low >= 0x0400) return bits_float(sign | ((low << 13) + (112u << 23)));
+    float small = (float)low * 0x1p-24f; /* zero and subnormal */
+    return bits_float(sign | float_bits(small));
+}
+
+static inline uint16_t to_f16(float f) {
+    uint32_t u = float_bits(f), sign = (u >> 16) & 0x8000, low = u & 0x7fffffff;
+    if (low > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (low >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
+    if (low < 0x38800000) { /* subnormal: let the addition round */
+        float shifted = bits_float(low) + 0.5f;
+        return (uint16_t)(sign | (float_bits(shifted) - 0x3f000000));
+    }
+    low += 0xfff + ((low >> 13) & 1);
+    return (uint16_t)(sign | ((low - (112u << 23)) >> 13));
+}
+
+static inline float load_float(const void *x, int32_t kind, int64_t i) {
+    if (kind == F32) return ((const float *)x)[i];
+    uint16_t h = ((const uint16_t *)x)[i];
+    return kind == BF16 ? from_bf16(h) : from_f16(h);
+}
+
+static inline void store_float(void *y, int32_t kind, int64_t i, float value) {
+    if (kind == F32)
+        ((float *)y)[i] = value;
+    else
+        ((uint16_t *)y)[i] = kind == BF16 ? to_bf16(value) : to_f16(value);
+}
+
+/* Value number i as a float, before its scale. */
+static inline float value_at(int32_t kind, const uint8_t *values, int64_t i) {
+    switch (kind) {
+        case F32: return ((const float *)values)[i];
+        case BF16: return from_bf16(((const uint16_t *)values)[i]);
+        case F16: return from_f16(((const uint16_t *)values)[i]);
+        case INT8: return (float)(int8_t)values[i];
+        default: { /* two to a byte, the first in the low half; -8 .. 7 */
+            uint8_t nibble = (uint8_t)(values[i >> 1] >> ((i & 1) * 4)) & 15;
+            return (float)((int)(nibble ^ 8) - 8);
+        }
+    }
+}
+
+static inline int64_t element_bits(int32_t kind) {
+    return kind == F32 ? 32 : kind == BF16 || kind == F16 ? 16 : kind == INT8 ? 8 : 4;
+}
+
+/* Where a row's values begin. A damaged offset is brought inside: no mask and no offset, whatever they hold,
+ * can make a kernel read outside of its buffers. The same is done after every word of the mask. */
+static inline int64_t row_begin(const weight_t *w, int64_t row) {
+    uint32_t begin = (uint32_t)w->offsets[row];
+    return begin < (uint64_t)w->count ? (int64_t)begin : w->count;
+}
+
+static inline int64_t advance(const weight_t *w, int64_t at, uint64_t word) {
+    at += __builtin_popcountll(word);
+    return at < w->count ? at : w->count;
+}
+
+#endif

@@ -1,0 +1,89 @@
+/* Product and expansion in plain loops over words of 64 weights: a row is decoded to float32 in scratch memory
+ * that stays in the cache, then multiplied. An instruction set includes this file after it has defined
+ *
+ *     NAME(x)  TARGET
+ *     static void NAME(word)(int32_t kind, uint64_t mask, const uint8_t *values, int64_t at, float *out)
+ *         64 weights, zeros where the mask has none, before scales
+ *     static float NAME(dot)(const float *a, const float *b, int64_t n)             n a multiple of 64
+ *     static float NAME(dot_bf16)(const uint16_t *a, const float *b, int64_t n)     any n
+ */
+#include <string.h>
+
+#include "internal.h"
+
+TARGET __attribute__((unused)) static int64_t NAME(prepared_size)(const weight_t *w) { return w->words * 64 * (int64_t)sizeof(float); }
+
+TARGET __attribute__((unused)) static void NAME(prepare)(
+    const weight_t *w, const void *x, int32_t x_kind, uint8_t *tile, int64_t T, int64_t t) {
+    float *to = (float *)tile;
+    (void)T, (void)t;
+    for (int64_t i = 0; i < w->columns; i++) to[i] = load_float(x, x_kind, i);
+    for (int64_t i = w->columns; i < w->words * 64; i++) to[i] = 0;
+}
+
+/* One row as float32 with its scales, words * 64 of them. */
+TARGET static void NAME(decode)(const weight_t *w, int64_t row, float *out) {
+    const uint64_t *mask = w->mask + row * w->words;
+    const uint16_t *scales = w->scales ? w->scales + row * w->groups : NULL;
+    int64_t at = row_begin(w, row);
+    for (int64_t i = 0; i < w->words; i++) {
+        float *to = out + i * 64;
+        NAME(word)(w->kind, mask[i], w->values, at, to);
+        at = advance(w, at, mask[i]);
+        if (scales) {
+            float scale = from_bf16(scales[i * 64 / w->group]);
+            for (int j = 0; j < 64; j++) to[j] *= scale;
+        }
+    }
+}
+
+TARGET __attribute__((unused)) static void NAME(product)(
+    const job_t *job, int64_t first, int64_t last, uint8_t *scratch) {
+    const weight_t *w = &job->w;
+    float *row = (float *)scratch;
+    for (int64_t r = first; r < last; r++) {
+        NAME(decode)(w, r, row);
+        for (int64_t t = 0; t < job->tokens; t++) {
+            const float *x = (const float *)((const uint8_t *)job->x + t * job->stride);
+            store_float(job->y, job->y_kind, t * w->rows + r, NAME(dot)(row, x, w->words * 64));
+        }
+    }
+}
+
+TARGET static void NAME(expand)(const job_t *job, int64_t first, int64_t last, uint8_t *scratch) {
+    const weight_t *w = &job->w;
+    float *row = (float *)scratch;
+    for (int64_t r = first; r < last; r++) {
+        NAME(decode)(w, r, row);
+        int64_t base = (r - job->first) * w->columns;
+        if (job->y_kind == F32) {
+            memcpy((float *)job->y + base, row, (size_t)w->columns * sizeof(float));
+        } else if (job->y_kind == BF16) {
+            uint16_t *y = (uint16_t *)job->y + base;
+            for (int64_t i = 0; i < w->columns; i++) y[i] = to_bf16(row[i]);
+        } else {
+            uint16_t *y = (uint16_t *)job->y + base;
+            for (int64_t i = 0; i < w->columns; i++) y[i] = to_f16(row[i]);
+        }
+    }
+}
+
+TARGET __attribute__((unused)) static int64_t NAME(dense_prepared_size)(int64_t columns) {
+    return columns * (int64_t)sizeof(float);
+}
+
+TARGET __attribute__((unused)) static void NAME(dense_prepare)(
+    int64_t columns, const void *x, int32_t x_kind, void *out) {
+    for (int64_t i = 0; i < columns; i++) ((float *)out)[i] = load_float(x, x_kind, i);
+}
+
+TARGET __attribute__((unused)) static void NAME(dense)(const job_t *job, int64_t first, int64_t last) {
+    const weight_t *w = &job->w;
+    for (int64_t r = first; r < last; r++) {
+        const uint16_t *row = (const uint16_t *)w->values + r * w->columns;
+        for (int64_t t = 0; t < job->tokens; t++) {
+            const float *x = (const float *)((const uint8_t *)job->x + t * job->stride);
+            store_float(job->y, job->y_kind, t * w->rows + r, NAME(dot_bf16)(row, x, w->columns));
+        }
+    }
+}

@@ -1,0 +1,30 @@
+/* Kernels of the stream: see stream_avx512.c. */
+#ifndef PRUNELLA_STREAM_H
+#define PRUNELLA_STREAM_H
+
+#include <stdint.h>
+
+typedef struct {
+    const void *x;                  /* (tokens, width) bfloat16, rows `stride` apart */
+    int64_t tokens, width, stride;
+    uint32_t *packed;               /* ceil(width / 16) * ceil(tokens / 2) * 16 */
+    float *gram;                    /* (width, width): its upper triangle, by panels of 16, is added to */
+} gram_t;
+
+typedef struct {
+    const void *q, *k, *v;          /* bfloat16 (batch, heads, tokens, dim), dim contiguous */
+    void *out;                      /* bfloat16 (batch, tokens, heads, dim), contiguous */
+    int64_t batch, heads, kv_heads, tokens, dim;
+    int64_t q_stride[3], k_stride[3], v_stride[3];
+    float scale;
+    uint32_t *packed;               /* packed_size for each of batch * kv_heads */
+    int64_t packed_size;
+} attention_t;
+
+int stream_available(void);
+void stream_gram_pack(const gram_t *job);
+void stream_gram_rows(const gram_t *job, int64_t item);
+void stream_attention_pack(const attention_t *job, int64_t item);
+void stream_attention_rows(const attention_t *job, int64_t item, float *scratch);
+
+#endif

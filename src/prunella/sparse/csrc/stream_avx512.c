@@ -1,0 +1,253 @@
+/* What the stream spends its time on, in bfloat16 with sums in float32: x^T x of a layer's inputs, and causal
+ * attention. Both for AVX-512 with BF16, where torch has no product of bfloat16 into float32 and an attention at
+ * a third of the machine's speed.
+ *
+ * vdpbf16ps multiplies pairs: the two operands of a product are first laid out with each pair of the summed
+ * index side by side, in panels of 16 columns that are then read from end to end.
+ */
+#include "stream.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
+#define INLINE static inline __attribute__((always_inline))
+
+typedef uint16_t bf16;
+
+int stream_available(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
+}
+
+/* Two rows of 16 values, interleaved: out[i] = (low[i], high[i]). */
+INLINE TARGET __m512i pairs16(__m256i low, __m256i high) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+}
+
+INLINE TARGET __m256i load16(const bf16 *from, int64_t count) {
+    if (count >= 16) return _mm256_loadu_si256((const __m256i *)from);
+    return _mm256_maskz_loadu_epi16((__mmask16)((1u << (count < 0 ? 0 : count)) - 1), from);
+}
+
+INLINE TARGET __m512 dot(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+
+/* Rows [0, rows) of x (columns contiguous, rows `stride` apart) as panels of 16 columns:
+ * out[panel][row / 2][column] = pair of rows. Missing rows and columns are zero. */
+static TARGET void pack_rows(const bf16 *x, int64_t rows, int64_t columns, int64_t stride, uint32_t *out) {
+    const int64_t half = (rows + 1) / 2;
+    for (int64_t p = 0; p < columns; p += 16, out += half * 16)
+        for (int64_t t = 0; t < half; t++) {
+            __m256i low = load16(x + 2 * t * stride + p, columns - p);
+            __m256i high = 2 * t + 1 < rows ? load16(x + (2 * t + 1) * stride + p, columns - p) : _mm256_setzero_si256();
+            _mm512_storeu_si512(out + 16 * t, pairs16(low, high));
+        }
+}
+
+/* ------------------------------------------------------------------ x^T x */
+
+enum { DEPTH = 256 }; /* pairs of tokens at a time: five panels of them fit in the first two caches */
+
+/* G[i0 .. i0+8)[j0 .. j0+48) += sum over `depth` pairs; a holds the panel of i0, b three panels from j0 on. */
+INLINE TARGET void gram_tile(
+    const uint32_t *a, const uint32_t *b, int64_t panel, int64_t depth, float *g, int64_t width, int64_t i0,
+    int64_t j0, int panels) {
+    __m512 sum[8][3];
+    for (int i = 0; i < 8; i++)
+        for (int j = 0; j < 3; j++) sum[i][j] = _mm512_setzero_ps();
+    const uint32_t *b1 = panels > 1 ? b + panel : b, *b2 = panels > 2 ? b + 2 * panel : b;
+    for (int64_t t = 0; t < depth; t++) {
+        __m512i c0 = _mm512_loadu_si512(b + 16 * t), c1 = _mm512_loadu_si512(b1 + 16 * t);
+        __m512i c2 = _mm512_loadu_si512(b2 + 16 * t);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) {
+            __m512i r = _mm512_set1_epi32((int)a[16 * t + i]);
+            sum[i][0] = dot(sum[i][0], r, c0);
+            sum[i][1] = dot(sum[i][1], r, c1);
+            sum[i][2] = dot(sum[i][2], r, c2);
+        }
+    }
+    for (int i = 0; i < 8 && i0 + i < width; i++)
+        for (int j = 0; j < panels; j++) {
+            int64_t at = j0 + 16 * j, left = width - at;
+            __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
+            float *to = g + (i0 + i) * width + at;
+            _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), sum[i][j]));
+        }
+}
+
+/* Work item `item`: 16 rows of G, from their panel of the diagonal to the right. */
+TARGET void stream_gram_rows(const gram_t *job, int64_t item) {
+    const int64_t panels = (job->width + 15) / 16, half = (job->tokens + 1) / 2, panel = half * 16;
+    for (int64_t t = 0; t < half; t += DEPTH) {
+        int64_t depth = half - t < DEPTH ? half - t : DEPTH;
+        const uint32_t *a = job->packed + item * panel + 16 * t;
+        for (int64_t j = item; j < panels; j += 3) {
+            int count = panels - j < 3 ? (int)(panels - j) : 3;
+            const uint32_t *b = job->packed + j * panel + 16 * t;
+            gram_tile(a, b, panel, depth, job->gram, job->width, 16 * item, 16 * j, count);
+            gram_tile(a + 8, b, panel, depth, job->gram, job->width, 16 * item + 8, 16 * j, count);
+        }
+    }
+}
+
+TARGET void stream_gram_pack(const gram_t *job) {
+    pack_rows(job->x, job->tokens, job->width, job->stride, job->packed);
+}
+
+/* ------------------------------------------------------------------ causal attention */
+
+/* e^x for x <= 0, to float32 rounding: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. */
+INLINE TARGET __m512 exp_ps(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x); /* a NaN stays one */
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.3981999507e-3f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(_mm512_mul_ps(r, r), p, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+    return _mm512_scalef_ps(p, n);
+}
+
+enum { ROWS = 8 }; /* queries at a time */
+
+/* Work item: the keys and values of one head, packed. keys[key / 16][d / 2][key] pairs of d; values as by
+ * pack_rows: [d / 16][key / 2][d] pairs of keys. */
+TARGET void stream_attention_pack(const attention_t *a, int64_t item) {
+    const int64_t b = item / a->kv_heads, h = item % a->kv_heads, T = a->tokens, D = a->dim;
+    const int64_t padded = (T + 15) / 16 * 16;
+    const bf16 *k = (const bf16 *)a->k + b * a->k_stride[0] + h * a->k_stride[1];
+    const bf16 *v = (const bf16 *)a->v + b * a->v_stride[0] + h * a->v_stride[1];
+    uint32_t *keys = a->packed + item * a->packed_size, *values = keys + padded * D / 2;
+    for (int64_t t = 0; t < padded; t++) {
+        uint32_t *to = keys + t / 16 * 16 * (D / 2) + t % 16;
+        for (int64_t d = 0; d < D / 2; d++) {
+            uint32_t pair = 0;
+            if (t < T) memcpy(&pair, k + t * a->k_stride[2] + 2 * d, 4);
+            to[16 * d] = pair;
+        }
+    }
+    pack_rows(v, T, D, a->v_stride[2], values);
+}
+
+/* scores[row][key] for ROWS queries and two panels of 16 keys. */
+INLINE TARGET void score_tile(
+    const uint32_t *q, int64_t half_dim, const uint32_t *keys, float *scores, int64_t stride, __m512 scale) {
+    __m512 sum[ROWS][2];
+    for (int i = 0; i < ROWS; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
+    const uint32_t *second = keys + 16 * half_dim;
+    for (int64_t d = 0; d < half_dim; d++) {
+        __m512i k0 = _mm512_loadu_si512(keys + 16 * d), k1 = _mm512_loadu_si512(second + 16 * d);
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++) {
+            __m512i r = _mm512_set1_epi32((int)q[i * half_dim + d]);
+            sum[i][0] = dot(sum[i][0], r, k0);
+            sum[i][1] = dot(sum[i][1], r, k1);
+        }
+    }
+    for (int i = 0; i < ROWS; i++) {
+        _mm512_storeu_ps(scores + i * stride, _mm512_mul_ps(sum[i][0], scale));
+        _mm512_storeu_ps(scores + i * stride + 16, _mm512_mul_ps(sum[i][1], scale));
+    }
+}
+
+/* out[row][d .. d+32) = sum over pairs of keys of p[row][pair] * values, divided by the row's total. */
+INLINE TARGET void value_tile(
+    const uint32_t *p, int64_t stride, int64_t pairs, const uint32_t *v0, const uint32_t *v1, const float *total,
+    bf16 *out, int64_t out_stride, int rows) {
+    __m512 sum[ROWS][2];
+    for (int i = 0; i < ROWS; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
+    for (int64_t t = 0; t < pairs; t++) {
+        __m512i c0 = _mm512_loadu_si512(v0 + 16 * t), c1 = _mm512_loadu_si512(v1 + 16 * t);
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++) {
+            __m512i r = _mm512_set1_epi32((int)p[i * stride + t]);
+            sum[i][0] = dot(sum[i][0], r, c0);
+            sum[i][1] = dot(sum[i][1], r, c1);
+        }
+    }
+    for (int i = 0; i < rows; i++) {
+        __m512 by = _mm512_set1_ps(1.0f / total[i]);
+        __m512bh pair = _mm512_cvtne2ps_pbh(_mm512_mul_ps(sum[i][1], by), _mm512_mul_ps(sum[i][0], by));
+        _mm512_storeu_si512(out + i * out_stride, (__m512i)pair);
+    }
+}
+
+/* Work item: ROWS queries of one head. */
+TARGET void stream_attention_rows(const attention_t *a, int64_t item, float *scratch) {
+    const int64_t T = a->tokens, D = a->dim, half = D / 2, tiles = (T + ROWS - 1) / ROWS;
+    const int64_t tile = tiles - 1 - item % tiles, head = item / tiles % a->heads, b = item / tiles / a->heads;
+    const int64_t kv = head / (a->heads / a->kv_heads), padded = (T + 15) / 16 * 16;
+    const uint32_t *keys = a->packed + (b * a->kv_heads + kv) * a->packed_size, *values = keys + padded * half;
+    const int64_t first = tile * ROWS, rows = T - first < ROWS ? T - first : ROWS;
+    const int64_t seen = first + rows, span = (seen + 31) / 32 * 32, stride = (T + 31) / 32 * 32;
+
+    uint32_t *q = (uint32_t *)(scratch + ROWS * stride);
+    memset(q, 0, sizeof(uint32_t) * ROWS * half);
+    const bf16 *from = (const bf16 *)a->q + b * a->q_stride[0] + head * a->q_stride[1] + first * a->q_stride[2];
+    for (int64_t i = 0; i < rows; i++) memcpy(q + i * half, from + i * a->q_stride[2], sizeof(bf16) * D);
+
+    const __m512 scale = _mm512_set1_ps(a->scale);
+    for (int64_t t = 0; t < span; t += 32) {
+        /* The last panel may be missing where T is not a multiple of 32: score the one before it twice. */
+        if (t + 16 < padded)
+            score_tile(q, half, keys + t * half, scratch + t, stride, scale);
+        else {
+            float edge[ROWS * 32];
+            score_tile(q, half, keys + (t - (t >= 16 ? 16 : 0)) * half, edge, 32, scale);
+            for (int i = 0; i < ROWS; i++) {
+                memcpy(scratch + i * stride + t, edge + 32 * i + (t >= 16 ? 16 : 0), 64);
+                memset(scratch + i * stride + t + 16, 0, 64);
+            }
+        }
+    }
+    float total[ROWS];
+    const int64_t pairs = (seen + 1) / 2;
+    for (int64_t i = 0; i < ROWS; i++) {
+        float *s = scratch + i * stride;
+        const int64_t visible = first + i + 1 < seen ? first + i + 1 : seen;
+        __m512 top = _mm512_set1_ps(-INFINITY);
+        int64_t t = 0;
+        for (; t + 16 <= visible; t += 16) top = _mm512_max_ps(top, _mm512_loadu_ps(s + t));
+        __mmask16 rest = (__mmask16)((1u << (visible - t)) - 1);
+        top = _mm512_mask_max_ps(top, rest, top, _mm512_maskz_loadu_ps(rest, s + t));
+        const __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(top));
+        __m512 sum = _mm512_setzero_ps();
+        uint16_t *p = (uint16_t *)s; /* written behind what is still to be read */
+        for (t = 0; t < span; t += 32) {
+            __mmask16 m0 = visible - t >= 16 ? 0xffff : visible <= t ? 0 : (__mmask16)((1u << (visible - t)) - 1);
+            __mmask16 m1 = visible - t >= 32 ? 0xffff : visible <= t + 16 ? 0 : (__mmask16)((1u << (visible - t - 16)) - 1);
+            __m512 e0 = _mm512_maskz_mov_ps(m0, exp_ps(_mm512_sub_ps(_mm512_loadu_ps(s + t), most)));
+            __m512 e1 = _mm512_maskz_mov_ps(m1, exp_ps(_mm512_sub_ps(_mm512_loadu_ps(s + t + 16), most)));
+            sum = _mm512_add_ps(sum, _mm512_add_ps(e0, e1));
+            _mm512_storeu_si512(p + t, (__m512i)_mm512_cvtne2ps_pbh(e1, e0));
+        }
+        total[i] = _mm512_reduce_add_ps(sum);
+    }
+    bf16 *out = (bf16 *)a->out + ((b * T + first) * a->heads + head) * D;
+    const int64_t panel = (T + 1) / 2 * 16;
+    for (int64_t d = 0; d < D; d += 32) {
+        const uint32_t *v = values + d / 16 * panel;
+        value_tile((uint32_t *)scratch, stride, pairs, v, v + panel, total, out + d, a->heads * D, (int)rows);
+    }
+}
+
+#else
+
+int stream_available(void) { return 0; }
+void stream_gram_pack(const gram_t *job) { (void)job; }
+void stream_gram_rows(const gram_t *job, int64_t item) { (void)job, (void)item; }
+void stream_attention_pack(const attention_t *job, int64_t item) { (void)job, (void)item; }
+void stream_attention_rows(const attention_t *job, int64_t item, float *scratch) { (void)job, (void)item, (void)scratch; }
+
+#endif

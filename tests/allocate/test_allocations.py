@@ -1,0 +1,267 @@
+"""Every allocation meets its budget, and does what its formula says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import prunella
+from prunella import InputError, Recipe
+from prunella.allocate import Budget, allocations, make_allocation
+from prunella.load import wrap_model
+from prunella.prune import choose_targets, free_layers
+
+
+@pytest.fixture
+def windows() -> Tensor:
+    return tiny.token_windows(6, 24)
+
+
+def budget_of(network: Any, windows: Tensor, **recipe: Any) -> Budget:
+    wanted = Recipe.of({"sparsity": 0.6, **recipe})
+    model = wrap_model(network)
+    targets = choose_targets(model, wanted)
+    return Budget(model, windows, targets, free_layers(targets, wanted), wanted.default_sparsity)
+
+
+def mean(budget: Budget, shares: dict[str, float]) -> float:
+    sizes = budget.sizes
+    return sum(shares[name] * sizes[name] for name in sizes) / sum(sizes.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"per": "layer"}], ids=["block", "layer"])
+@pytest.mark.parametrize("sparsity", [0.05, 0.5, 0.6, 0.95])
+@pytest.mark.parametrize("architecture", ["llama", "mixtral", "gpt2"])
+@pytest.mark.parametrize("name", sorted(allocations))
+def test_the_budget_is_met_exactly(
+    name: str, architecture: str, sparsity: float, options: dict[str, Any], windows: Tensor
+) -> None:
+    if not options.keys() <= allocations[name].options.keys():
+        pytest.skip(f"{name} has no such option")
+    budget = budget_of(tiny.build(architecture), windows, sparsity=sparsity)
+    shares = make_allocation(name, options)(budget)
+    assert shares.keys() == budget.sizes.keys()
+    assert mean(budget, shares) == pytest.approx(sparsity, abs=1e-12)
+    assert min(shares.values()) >= 0.01
+    assert max(shares.values()) <= 0.99
+
+
+@pytest.mark.parametrize("name", sorted(allocations))
+def test_the_model_is_left_as_it_was(name: str, windows: Tensor) -> None:
+    network = tiny.build("llama")
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    make_allocation(name)(budget_of(network, windows))
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("name", sorted(allocations))
+def test_layers_with_a_word_of_their_own_are_not_part_of_the_budget(name: str, windows: Tensor) -> None:
+    recipe = {
+        "steps": ["magnitude"],
+        "sparsity": {"*": 0.6, "down_proj": 0.25},
+        "skip": ["o_proj"],
+        "allocate": name,
+    }
+    report = prunella.prune(tiny.build("llama", num_hidden_layers=3), recipe, calibration=windows)
+    free = [la for la in report.layers if not la.name.endswith(("down_proj", "o_proj"))]
+    assert {la.target for la in report.layers if la.name.endswith("down_proj")} == {0.25}
+    assert {la.sparsity for la in report.layers if la.name.endswith("o_proj")} == {0.0}
+    weights = [math.prod(la.shape) for la in free]
+    assert sum(n * la.target for n, la in zip(weights, free, strict=True)) / sum(weights) == pytest.approx(0.6)
+
+
+@given(
+    wishes=st.lists(st.floats(-3, 3), min_size=1, max_size=12),
+    sizes=st.lists(st.integers(1, 10**6), min_size=12, max_size=12),
+    sparsity=st.floats(0.001, 0.995),
+)
+def test_any_wish_is_filled_to_the_level(wishes: list[float], sizes: list[int], sparsity: float) -> None:
+    names = [f"layer{i}" for i in range(len(wishes))]
+
+    class Fixed(Budget):
+        @property
+        def sizes(self) -> dict[str, int]:
+            return dict(zip(names, sizes, strict=False))
+
+    budget = Fixed(None, torch.empty(0), [], frozenset(names), sparsity)  # type: ignore[arg-type]
+    shares = budget.spend(dict(zip(names, wishes, strict=True)))
+    assert mean(budget, shares) == pytest.approx(sparsity, abs=1e-9)
+    # The order of the wishes stays, and what is not clipped keeps its distance.
+    ordered = sorted(names, key=lambda name: wishes[names.index(name)])
+    assert all(shares[a] <= shares[b] + 1e-12 for a, b in zip(ordered, ordered[1:], strict=False))
+    inside = [n for n in names if 0.011 < shares[n] < 0.989]
+    for a, b in zip(inside, inside[1:], strict=False):
+        wish = wishes[names.index(a)] - wishes[names.index(b)]
+        assert shares[a] - shares[b] == pytest.approx(wish, abs=1e-9)
+
+
+def scores(network: Any, windows: Tensor) -> dict[int, Tensor]:
+    """Wanda's scores of each block of a llama, from hooks on the dense model."""
+    found: dict[int, list[Tensor]] = {}
+
+    def hook(module: Any, args: Any, _: Any) -> None:
+        norm_I = args[0].flatten(0, -2).square().mean(0).sqrt()
+        found.setdefault(module.block, []).append((module.weight.abs() * norm_I).flatten())
+
+    for index, block in enumerate(network.model.layers):
+        for module in block.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.block = index
+                module.register_forward_hook(hook)
+    with torch.no_grad():
+        network(windows)
+    return {index: torch.cat(parts) for index, parts in found.items()}
+
+
+def test_owl_falls_linearly_in_the_share_of_outliers(windows: Tensor) -> None:
+    network = tiny.build("llama", num_hidden_layers=4)
+    budget = budget_of(network, windows)
+    shares = make_allocation("owl", {"outliers": 3.0, "spread": 0.1})(budget)
+    share = {b: (a > 3 * a.mean()).float().mean().item() for b, a in scores(network, windows).items()}
+    by_block = [shares[names[0]] for names in budget.blocks]
+    low, high = min(share.values()), max(share.values())
+    for b, other in ((0, 1), (1, 2), (2, 3)):
+        wanted = -0.2 * (share[b] - share[other]) / (high - low)
+        assert by_block[b] - by_block[other] == pytest.approx(wanted, abs=1e-3)
+    assert max(by_block) - min(by_block) == pytest.approx(0.2)
+
+
+def test_dlp_rises_linearly_in_the_median(windows: Tensor) -> None:
+    network = tiny.build("llama", num_hidden_layers=4)
+    budget = budget_of(network, windows)
+    shares = make_allocation("dlp", {"spread": 0.1})(budget)
+    median = {b: a.median().item() for b, a in scores(network, windows).items()}
+    by_block = [shares[names[0]] for names in budget.blocks]
+    low, high = min(median.values()), max(median.values())
+    for b in range(3):
+        wanted = 0.2 * (median[b] - median[b + 1]) / (high - low)
+        assert by_block[b] - by_block[b + 1] == pytest.approx(wanted, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["owl", "dlp"])
+def test_blocks_that_tie_get_the_same(name: str, windows: Tensor) -> None:
+    network = tiny.build("llama", num_hidden_layers=1)
+    assert set(make_allocation(name)(budget_of(network, windows)).values()) == {0.6}
+    zero = tiny.build("llama")
+    with torch.no_grad():
+        for parameter in zero.model.layers.parameters():
+            parameter.zero_()
+    for share in make_allocation(name)(budget_of(zero, windows)).values():
+        assert share == pytest.approx(0.6)
+
+
+def test_ramp_is_an_arithmetic_progression(windows: Tensor) -> None:
+    budget = budget_of(tiny.build("llama", num_hidden_layers=4), windows)
+    shares = make_allocation("ramp", {"rise": 0.3})(budget)
+    by_block = [{shares[name] for name in names} for names in budget.blocks]
+    assert [block.pop() for block in by_block] == pytest.approx([0.45, 0.55, 0.65, 0.75])
+    assert not any(by_block)
+
+
+def test_ramp_takes_the_rise_with_the_least_held_out_loss(windows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = budget_of(tiny.build("llama", num_hidden_layers=3), windows)
+    seen: list[Any] = []
+
+    def loss(budget: Budget, shares: dict[str, float], step: str, learn_NL: Tensor, held_NL: Tensor) -> float:
+        rise = shares[budget.blocks[-1][0]] - shares[budget.blocks[0][0]]
+        seen.append((rise, len(learn_NL), len(held_NL)))
+        return (rise - best) ** 2
+
+    monkeypatch.setattr("prunella.allocate.ramp.held_out_loss", loss)
+    for best in (0.21, -0.13, 0.0):
+        seen.clear()
+        shares = make_allocation("ramp", {"stride": 0.05, "trials": 9})(budget)
+        assert shares[budget.blocks[-1][0]] - shares[budget.blocks[0][0]] == pytest.approx(best, abs=0.005)
+        assert len(seen) <= 9
+        assert {(learn, held) for _, learn, held in seen} == {(5, 1)}
+    assert torch.equal(budget.windows_NL, windows)
+
+
+def test_ramp_without_a_window_to_hold_out_says_so(windows: Tensor) -> None:
+    budget = replace(budget_of(tiny.build("llama"), windows), windows_NL=windows[:1])
+    with pytest.raises(InputError, match="use two or more windows"):
+        make_allocation("ramp")(budget)
+
+
+def test_an_nm_pattern_leaves_nothing_to_spread() -> None:
+    with pytest.raises(InputError, match="pattern 2:4 prunes 0.5 of every layer, so allocation 'owl'"):
+        Recipe.of({"pattern": "2:4", "allocate": "owl"})
+    Recipe.of({"pattern": "2:4", "allocate": "uniform"})
+
+
+@pytest.mark.parametrize(
+    ("allocate", "message"),
+    [
+        ("owll", "unknown allocation 'owll'. Did you mean 'owl'?"),
+        ({"owl": {"outlier": 5}}, "unknown option of allocation owl 'outlier'. Did you mean 'outliers'?"),
+        ({"owl": {"spread": -1}}, "owl.spread=-1: "),
+        ({"owl": {}, "dlp": {}}, "allocate: "),
+        (5, "allocate: 5 should be one name"),
+    ],
+)
+def test_an_allocation_that_cannot_be_made_says_why(allocate: Any, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        Recipe.of({"allocate": allocate})
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_brings_its_own_allocation(tmp_path: Path, windows: Tensor) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from prunella.allocate import Budget, register_allocation\n"
+        "@register_allocation('last')\n"
+        "def last(budget: Budget, *, more: float = 0.1) -> dict[str, float]:\n"
+        "    '''The last block gets more.'''\n"
+        "    names = budget.blocks[-1]\n"
+        "    return budget.spend({name: more * (name in names) for name in budget.sizes})\n"
+    )
+    try:
+        recipe = {"steps": ["wanda"], "allocate": {f"{tmp_path / 'mine.py'}:last": {"more": 0.2}}, "sparsity": 0.5}
+        report = prunella.prune(tiny.build("llama"), recipe, calibration=windows)
+        assert sorted({round(la.target, 6) for la in report.layers}) == [0.4, 0.6]
+    finally:
+        allocations.pop("last", None)
+
+
+@pytest.mark.parametrize("name", ["owl", "ramp"])
+def test_a_streamed_model_is_allocated_like_one_in_memory_and_resumes(
+    name: str, llama: Path, tmp_path: Path, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    windows = windows % 100
+    recipe = {"steps": ["wanda"], "allocate": name, "evaluate": {"source": None}}
+    report = prunella.prune(AutoModelForCausalLM.from_pretrained(llama), recipe, calibration=windows)
+    whole = prunella.prune(str(llama), recipe, output=tmp_path / "whole", calibration=windows)
+    assert [la.target for la in whole.layers] == pytest.approx([la.target for la in report.layers], abs=1e-6)
+
+    from prunella import save
+
+    real: Callable[..., None] = save.Output.write
+
+    def stop(self: save.Output, result: Any) -> None:
+        real(self, result)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(save.Output, "write", stop)
+        prunella.prune(str(llama), recipe, output=tmp_path / "cut", calibration=windows)
+
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the allocation was made again")
+
+    monkeypatch.setattr(Budget, "spend", never)
+    again = prunella.prune(str(llama), recipe, output=tmp_path / "cut", calibration=windows, resume=True)
+    assert [la.target for la in again.layers] == [la.target for la in whole.layers]
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()

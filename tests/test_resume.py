@@ -1,0 +1,282 @@
+"""A run that was killed and then resumed ends with the same bytes as one that was not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import prunella
+import pytest
+import tiny
+import torch
+from prunella import InputError, Layer, keep, register
+from prunella.registry import steps
+from prunella.save import Output, TensorFile
+from transformers import AutoModelForCausalLM
+
+
+def recipe_of(order: str, **changes: Any) -> dict[str, Any]:
+    short = {"calibration": {"samples": 4, "length": 32}, "evaluate": {"windows": 1}}
+    return {"steps": ["sparsegpt"], "order": order, **short, **changes}
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(directory.iterdir()) if p.suffix in (".safetensors", ".masks")}
+
+
+@pytest.fixture(scope="module", params=["layer", "block"])
+def order(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(order: str, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], Any]:
+    """The files and the report of a run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    report = prunella.prune(llama, recipe_of(order), output=out)
+    return files_of(out), report
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nobody catches it."""
+
+
+def killed_run(
+    monkeypatch: pytest.MonkeyPatch, place: Any, method: str, call: int, run: Callable[[], Any], after: bool = False
+) -> None:
+    """Run until the `call`-th call of a method, counted from 0, and die there."""
+    original = getattr(place, method)
+    count = 0
+
+    def dying(*arguments: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > call:
+            if after:
+                original(*arguments, **options)
+            raise Killed
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, method, dying)
+        with pytest.raises(Killed):
+            run()
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+def test_killed_between_blocks(
+    blocks: int, order: str, expected: Any, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    killed_run(
+        monkeypatch, Output, "write", blocks, lambda: prunella.prune(llama, recipe_of(order), output=out), after=False
+    )
+    assert not out.exists()
+    assert (tmp_path / "out.partial").is_dir()
+    report = prunella.prune(llama, recipe_of(order), output=out, resume=True)
+    files, whole = expected
+    assert files_of(out) == files
+    assert report.run["resumed_after_blocks"] == blocks
+    assert report.layers == whole.layers
+    assert (report.dense, report.pruned) == (whole.dense, whole.pruned)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("place", "method", "call"),
+    [
+        (TensorFile, "write", 10),  # in the middle of the second block's tensors
+        (Output, "_log", 2),  # the weights are written, the journal does not say so
+        (Output, "complete", 0),  # all blocks are done
+        (TensorFile, "copy", 3),  # what no step touched is half copied
+        (Output, "finish", 0),  # only the companions are missing
+        (shutil, "copyfile", 1),
+        (Path, "rename", 0),  # everything is there but the name
+    ],
+)
+def test_killed_anywhere_else(
+    place: Any,
+    method: str,
+    call: int,
+    order: str,
+    expected: Any,
+    llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    killed_run(monkeypatch, place, method, call, lambda: prunella.prune(llama, recipe_of(order), output=out))
+    assert not out.exists()
+    prunella.prune(llama, recipe_of(order), output=out, resume=True)
+    assert files_of(out) == expected[0]
+
+
+def test_killed_twice(
+    order: str, expected: Any, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    killed_run(monkeypatch, Output, "write", 1, lambda: prunella.prune(llama, recipe_of(order), output=out))
+    killed_run(
+        monkeypatch, Output, "write", 1, lambda: prunella.prune(llama, recipe_of(order), output=out, resume=True)
+    )
+    report = prunella.prune(llama, recipe_of(order), output=out, resume=True)
+    assert report.run["resumed_after_blocks"] == 2
+    assert files_of(out) == expected[0]
+
+
+def test_killed_by_the_system(order: str, expected: Any, llama: Path, tmp_path: Path) -> None:
+    """The real thing: SIGKILL, which nothing can clean up after."""
+    script = """
+        import os, signal, sys
+        import prunella
+        from prunella.save import Output
+        source, out, order = sys.argv[1:]
+        write, done = Output.write, 0
+        def dying(self, result):
+            global done
+            if done == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(self, result)
+            done += 1
+        Output.write = dying
+        recipe = {"steps": ["sparsegpt"], "order": order, "calibration": {"samples": 4, "length": 32},
+                  "evaluate": {"windows": 1}}
+        prunella.prune(source, recipe, output=out)
+    """
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", textwrap.dedent(script), str(llama), str(out), order]
+    killed = subprocess.run(command, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not out.exists()
+    report = prunella.prune(llama, recipe_of(order), output=out, resume=True)
+    assert report.run["resumed_after_blocks"] == 1
+    assert files_of(out) == expected[0]
+
+
+@pytest.mark.parametrize("tail", [b'{"block": 1, "lay', b'{"block": 1}', b"\x00\x00\x00", b'{"note": "x", "value": 1}'])
+def test_a_torn_last_line_of_the_journal_is_forgotten(
+    tail: bytes, order: str, expected: Any, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    killed_run(monkeypatch, Output, "write", 1, lambda: prunella.prune(llama, recipe_of(order), output=out))
+    with (tmp_path / "out.partial" / "journal.jsonl").open("ab") as journal:
+        journal.write(tail)  # without its newline
+    killed_run(
+        monkeypatch, Output, "write", 1, lambda: prunella.prune(llama, recipe_of(order), output=out, resume=True)
+    )
+    for line in (tmp_path / "out.partial" / "journal.jsonl").read_text().splitlines():
+        json.loads(line)
+    report = prunella.prune(llama, recipe_of(order), output=out, resume=True)
+    assert report.run["resumed_after_blocks"] == 2
+    assert files_of(out) == expected[0]
+
+
+def test_a_mixture_resumes_to_the_same_bytes(order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, ids = tmp_path / "source", tiny.token_windows()
+    tiny.build("mixtral", num_hidden_layers=3).save_pretrained(source, max_shard_size="40KB")
+
+    def run(name: str, **options: Any) -> Any:
+        return prunella.prune(source, recipe_of(order), output=tmp_path / name, calibration=ids, **options)
+
+    run("whole")
+    killed_run(monkeypatch, Output, "write", 2, lambda: run("out"))
+    run("out", resume=True)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_a_step_that_draws_at_random_resumes_to_the_same_bytes(
+    order: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @register("chance")
+    def chance(layer: Layer) -> Layer:
+        """Prune at random."""
+        return layer.pruned(layer.weight_OI, keep(torch.rand(layer.weight_OI.shape), layer.sparsity))
+
+    def run(name: str, **options: Any) -> Any:
+        return prunella.prune(llama, recipe_of(order, steps=["chance"]), output=tmp_path / name, **options)
+
+    try:
+        run("whole")
+        killed_run(monkeypatch, Output, "write", 2, lambda: run("out"))
+        run("out", resume=True)
+    finally:
+        del steps["chance"]
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What may not be resumed
+
+
+@pytest.fixture
+def unfinished(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    out = tmp_path / "out"
+    killed_run(monkeypatch, Output, "write", 1, lambda: prunella.prune(llama, recipe_of("layer"), output=out))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"sparsity": 0.4}, "sparsity"),
+        ({"steps": [{"sparsegpt": {"damping": 0.02}}]}, "steps"),
+        ({"order": "block"}, "order"),
+        ({"seed": 1}, "seed"),
+        ({"calibration": {"samples": 5, "length": 32}}, "calibration, calibration tokens"),
+        ({"dtype": "bfloat16"}, "dtype"),
+        ({"skip": ["q_proj"]}, "skip"),
+    ],
+)
+def test_another_recipe_does_not_continue_a_run(
+    changes: dict[str, Any], what: str, unfinished: Path, llama: Path
+) -> None:
+    partial = unfinished.with_name("out.partial")
+    before = {path.name: path.read_bytes() for path in partial.iterdir()}
+    with pytest.raises(InputError, match=f"was another one: {what} differ"):
+        prunella.prune(llama, recipe_of("layer") | changes, output=unfinished, resume=True)
+    assert {path.name: path.read_bytes() for path in partial.iterdir()} == before
+    assert prunella.prune(llama, recipe_of("layer"), output=unfinished, resume=True).run["resumed_after_blocks"] == 1
+
+
+def test_a_model_that_changed_meanwhile_does_not_continue_a_run(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(llama, source)
+    killed_run(monkeypatch, Output, "write", 1, lambda: prunella.prune(source, recipe_of("layer"), output=out))
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(source, max_shard_size="60KB")
+    with pytest.raises(InputError, match="was another one: model files differ"):
+        prunella.prune(source, recipe_of("layer"), output=out, resume=True)
+
+
+def test_an_unfinished_run_is_neither_overwritten_nor_finished_by_accident(unfinished: Path, llama: Path) -> None:
+    with pytest.raises(InputError, match=r"holds an unfinished run: continue it with --resume, or delete"):
+        prunella.prune(llama, recipe_of("layer"), output=unfinished)
+    prunella.prune(llama, recipe_of("layer"), output=unfinished, resume=True)
+    with pytest.raises(InputError, match="exists and is not empty"):
+        prunella.prune(llama, recipe_of("layer"), output=unfinished, resume=True)
+
+
+def test_two_runs_do_not_write_into_one_directory(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    refused: list[str] = []
+
+    def track(items: Any, what: str, total: int) -> Any:
+        for resume in (False, True):
+            with pytest.raises(InputError) as error:
+                prunella.prune(llama, recipe_of("layer"), output=out, resume=resume)
+            refused.append(str(error.value))
+        return items
+
+    prunella.prune(llama, recipe_of("layer"), output=out, track=track)
+    assert len(refused) == 6
+    assert all("another run is writing to" in message for message in refused)
+    assert (out / "prunella.json").exists()

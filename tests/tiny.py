@@ -1,0 +1,131 @@
+"""Tiny random models of every architecture, and a tokenizer small enough for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+VOCABULARY = 320
+
+_COMMON: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_BOTH = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+
+# What each architecture wants beside the common part; None takes a key away.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": _BOTH,
+    "gemma3_text": _BOTH,
+    "mistral": {"sliding_window": 8},
+    "phi3": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt_neox": {},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "falcon": {"head_dim": None},
+    "stablelm": {},
+    "olmo2": {},
+    "cohere2": _BOTH,
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "granite": {},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "full_attn_idxs": [1]},
+    "mamba": {"state_size": 8},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        **_BOTH,
+    },
+    "qwen3_next": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "deepseek_v3": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
+    },
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next", "deepseek_v3", "granitemoe")
+
+
+def build(architecture: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
+    """A random network of one architecture, the same for the same seed."""
+    settings = {**_COMMON, **ARCHITECTURES[architecture], **overrides}
+    config = AutoConfig.for_model(architecture, **{k: v for k, v in settings.items() if v is not None})
+    torch.manual_seed(seed)
+    network = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    # Biases and gains that are all zero or all one would hide mistakes.
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.05 * torch.randn(parameter.shape).to(dtype)
+    return network
+
+
+def token_windows(count: int = 5, length: int = 32, seed: int = 1) -> Tensor:
+    """Windows of random token ids, (N, L)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (count, length), generator=generator)
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Train a byte-level tokenizer on Python's own documentation and save it, chat template and all."""
+    from pydoc_data.topics import topics
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([topics[key] for key in sorted(topics)[:20]], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        chat_template="{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:",
+    )
+    fast.save_pretrained(directory)
