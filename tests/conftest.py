@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 import transformers
+
 from prunella import cli
 
 transformers.logging.set_verbosity_error()

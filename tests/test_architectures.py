@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import prunella
 import pytest
 import tiny
 import torch
-from prunella.load import load_model, read_header, wrap_model
-from prunella.stream import Slot, Stream, find_layers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+
+import prunella
+from prunella.load import load_model, read_header, wrap_model
+from prunella.stream import Slot, Stream, find_layers
 
 RECIPES = {
     "unstructured": {"steps": ["sparsegpt"], "order": "layer"},

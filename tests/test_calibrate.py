@@ -5,16 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import prunella
 import pytest
 import tiny
 import torch
+from torch import Tensor
+
+import prunella
 from prunella import InputError, Model, load_model, read_masks
 from prunella.calibrate import all_windows, documents, sample_self, windows
 from prunella.load import wrap_model
 from prunella.prune import _held_out
 from prunella.recipe import Recipe
-from torch import Tensor
 
 TEXTS = [f"Document {n} tells of {n} pruned branches.\nThey grew back." for n in range(60)]
 

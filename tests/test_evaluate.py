@@ -3,14 +3,15 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import prunella
 import pytest
 import tiny
 import torch
-from prunella import NumericalError, load_model, perplexity
-from prunella.load import Checkpoint, wrap_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+
+import prunella
+from prunella import NumericalError, load_model, perplexity
+from prunella.load import Checkpoint, wrap_model
 
 
 def plain_losses(network: object, ids: Tensor) -> list[float]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import prunella
 import pytest
 import tiny
 import torch
+
+import prunella
 from prunella import InputError
 from prunella.allocate import allocations
 from prunella.load import wrap_model
@@ -33,12 +34,15 @@ def test_every_combination_prunes_end_to_end(
         with pytest.raises(InputError, match=f"step '{step}' works on whole blocks: use --order block"):
             prunella.prune(network, recipe, calibration=ids)
         return
+    refusal = ""
     try:
         report = prunella.prune(network, recipe, calibration=ids)
-    except InputError as error:  # a step or an allocation may refuse a pattern, and says so
+    except InputError as error:
+        refusal = str(error)
+    if refusal:  # a step or an allocation may refuse a pattern, and says so
         assert pattern != "unstructured"
-        assert f"pattern {pattern}" in str(error)
-        pytest.skip(str(error))
+        assert f"pattern {pattern}" in refusal
+        pytest.skip(refusal)
     # Allocations may spread it, but the whole is as sparse as asked, up to rounding in each layer or row.
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
     model = wrap_model(network)

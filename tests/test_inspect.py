@@ -2,13 +2,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import prunella
 import pytest
 import torch
-from prunella import ModelError
-from prunella.inspect import inspect
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+
+import prunella
+from prunella import ModelError
+from prunella.inspect import inspect
 
 LAYERS = 3 * 7
 

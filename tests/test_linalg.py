@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from prunella import NumericalError, Stats
 from prunella.linalg import inverse_factor
-from torch import Tensor
 
 
 def stats_of(x_TI: Tensor) -> Stats:
@@ -83,9 +84,7 @@ def test_scaling_the_activations_scales_the_factor_and_nothing_else(x_TI: Tensor
     torch.testing.assert_close(small.upper_II / 1024, one.upper_II, rtol=1e-3, atol=1e-5)
 
 
-def test_the_factor_is_made_once_for_all_layers_with_this_input(
-    x_TI: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_factor_is_made_once_for_all_layers_with_this_input(x_TI: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     cholesky = torch.linalg.cholesky_ex
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda *a, **k: calls.append(1) or cholesky(*a, **k))

@@ -37,10 +37,10 @@ def test_a_pattern_on_the_command_line_goes_before_the_recipe(
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(InputError, match="unknown recipe 'bets'. Did you mean 'best'") as error:
+    with pytest.raises(InputError, match=r"unknown recipe 'bets'\. Did you mean 'best'") as error:
         Recipe.read("bets")
     assert "Available: balanced, best, fast. Or give a YAML file." in str(error.value)
-    with pytest.raises(InputError, match="recipe 'missing.yaml' cannot be read"):
+    with pytest.raises(InputError, match=r"recipe 'missing\.yaml' cannot be read"):
         Recipe.read("missing.yaml")
 
 
@@ -48,5 +48,5 @@ def test_options_of_an_allocation_can_be_set() -> None:
     plain = override(Recipe.read("best"), ["ramp.rise=0.2", "sparsity=0.6"])
     assert Recipe.of(plain).allocate == {"ramp": {"rise": 0.2}}
     assert override({}, ["allocate=owl", "owl.spread=0.1"])["allocate"] == {"owl": {"spread": 0.1}}
-    with pytest.raises(InputError, match="unknown option of allocation ramp 'rice'. Did you mean 'rise'"):
+    with pytest.raises(InputError, match=r"unknown option of allocation ramp 'rice'\. Did you mean 'rise'"):
         override({"allocate": "ramp"}, ["ramp.rice=1"])

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prunella import InputError, Pattern, keep
 from torch import Tensor
+
+from prunella import InputError, Pattern, keep
 
 PATTERNS = ["unstructured", "2:4", "4:8", "1:4", "3:5", "4x1", "1x4", "2x3"]
 
@@ -112,5 +113,3 @@ def test_free_patterns_fix_no_sparsity() -> None:
 def test_a_pattern_that_does_not_divide_names_the_layer(text: str, shape: tuple[int, int], why: str) -> None:
     with pytest.raises(InputError, match=rf"layer 'mlp\.up'.*{why}.*--skip 'mlp\.up'"):
         Pattern.parse(text).check(shape, "mlp.up")
-
-

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import prunella
 import pytest
 import tiny
 import torch
-from prunella import InputError, ModelError, NumericalError, Recipe, prune
-from prunella.load import wrap_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import prunella
+from prunella import InputError, ModelError, NumericalError, Recipe, prune
+from prunella.load import wrap_model
 
 SHORT = {"calibration": {"samples": 4, "length": 32}, "evaluate": {"windows": 1}}
 

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from prunella import InputError, Recipe
 from prunella.recipe import override
 

@@ -3,9 +3,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import prunella
 import pytest
 import yaml
+
+import prunella
 from prunella import ModelError, Report
 from prunella.report import layer_table, peak_memory
 

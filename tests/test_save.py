@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import prunella
 import pytest
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prunella import InputError, ModelError, Recipe, load_model, read_masks
-from prunella.load import read_header
-from prunella.pattern import pack
-from prunella.save import MASKS, TensorFile, check_output
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import prunella
+from prunella import InputError, ModelError, Recipe, load_model, read_masks
+from prunella.load import read_header
+from prunella.pattern import pack
+from prunella.save import MASKS, TensorFile, check_output
 
 LEFT_OVER = {"journal.jsonl", "run.json", ".lock"}
 
@@ -190,7 +191,9 @@ def test_companions_of_the_weights_come_along_but_not_the_old_card(tmp_path: Pat
     assert "the old card" not in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(("stored", "wanted"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float16")])
+@pytest.mark.parametrize(
+    ("stored", "wanted"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float16")]
+)
 def test_another_dtype_is_that_of_all_floats_in_the_files_and_of_the_config(
     tmp_path: Path, ids: Tensor, stored: str, wanted: str
 ) -> None:

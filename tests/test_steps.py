@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-import prunella
 import pytest
 import tiny
 import torch
+from torch import Tensor
+
+import prunella
 from prunella import Block, InputError, Layer, Pattern, StatisticError, Stats, Step, keep, make, register
 from prunella.registry import find, steps
-from torch import Tensor
 
 PATTERNS = ["unstructured", "2:4", "4:8", "1:4", "4x1"]
 NAMES = sorted(steps)
@@ -85,11 +86,11 @@ def apply_or_skip(step: Step, block: Block) -> Block:
     try:
         return step.apply(block)
     except InputError as error:
-        pattern = str(block.layers[0].pattern)
-        assert pattern != "unstructured"
-        assert f"step '{step.name}'" in str(error)
-        assert f"pattern {pattern}" in str(error)
-        pytest.skip(str(error))
+        pattern, message = str(block.layers[0].pattern), str(error)
+    assert pattern != "unstructured"
+    assert f"step '{step.name}'" in message
+    assert f"pattern {pattern}" in message
+    pytest.skip(message)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -211,7 +212,7 @@ def test_a_block_step_gets_a_differentiable_block_and_its_dense_outputs(ids: Ten
 
 
 def test_register_refuses_a_function_it_cannot_call() -> None:
-    with pytest.raises(ValueError, match="unknown statistic 'norms'. Did you mean 'norm'"):
+    with pytest.raises(ValueError, match=r"unknown statistic 'norms'\. Did you mean 'norm'"):
         register("bad", needs={"norms"})
     with pytest.raises(TypeError, match="must be annotated as Layer or Block"):
         register("bad")(lambda layer: layer)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from prunella import Layer, NumericalError, StatisticError, Stats
 from prunella.types import gram
 

@@ -108,6 +108,7 @@ def token_windows(count: int = 5, length: int = 32, seed: int = 1) -> Tensor:
 def write_tokenizer(directory: Path) -> None:
     """Train a byte-level tokenizer on Python's own documentation and save it, chat template and all."""
     from pydoc_data.topics import topics
+
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

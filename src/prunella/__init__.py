@@ -9,7 +9,7 @@ __version__ = "0.1.0.dev0"
 from . import steps as _steps  # registers the built-in methods
 from .errors import InputError, ModelError, NumericalError, PrunellaError, StatisticError
 from .evaluate import Perplexity, perplexity
-from .load import Model, load_model, wrap_model
+from .load import Model, find_directory, load_model, wrap_model
 from .pattern import keep
 from .prune import prune
 from .recipe import Recipe
@@ -35,6 +35,7 @@ __all__ = [
     "StatisticError",
     "Stats",
     "Step",
+    "find_directory",
     "keep",
     "load_model",
     "make",

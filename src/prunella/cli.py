@@ -172,18 +172,20 @@ def prune(
     out.print(table)
     notes = report.notes()
     for note in notes[:10]:
-        out.print(f"note: {note}", markup=False)
+        print(f"note: {note}")
     if len(notes) > 10:
-        out.print(f"… and {len(notes) - 10} more notes: prunella inspect {output}", markup=False)
-    out.print(f"saved to {output}", markup=False)
+        print(f"… and {len(notes) - 10} more notes: prunella inspect {output}")
+    print(f"saved to {output}")
 
 
 @app.command("eval")
 def evaluate_(
     model: ModelName,
     text: Annotated[str, typer.Option(help="pydoc, wikitext2, c4, hf:…, or a .txt or .jsonl file.")] = "pydoc",
-    length: Annotated[int | None, typer.Option(help="Tokens in a window. [default: 2048, or the context]")] = None,
-    windows: Annotated[int | None, typer.Option(help="The first so many windows. [default: all]")] = None,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens in a window. [default: 2048, or the context]")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="The first so many windows. [default: all]")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     json_: Json = False,
@@ -204,10 +206,9 @@ def evaluate_(
     if json_:
         print(json.dumps({"model": model, "text": text, "dtype": str(opened.dtype)[6:], **result.as_dict()}))
     else:
-        out.print(
+        print(
             f"perplexity {result.perplexity:.3f}  ({text}, {result.windows} windows of {result.length} tokens,"
-            f" {str(opened.dtype)[6:]})",
-            markup=False,
+            f" {str(opened.dtype)[6:]})"
         )
 
 
@@ -215,8 +216,8 @@ def evaluate_(
 def generate(
     model: ModelName,
     prompt: Annotated[str, typer.Argument(help="What to continue.")],
-    tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 100,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -280,7 +281,7 @@ def inspect(
     out.print(table)
     weights, zeros = sum(r.weights for r in found), sum(r.zeros for r in found)
     size = sum(r.nbytes for r in found)
-    out.print(f"{len(found)} layers, {weights / 1e6:,.1f} M weights, {zeros / weights:.2%} zeros, {size / 1e6:,.1f} MB")
+    print(f"{len(found)} layers, {weights / 1e6:,.1f} M weights, {zeros / weights:.2%} zeros, {size / 1e6:,.1f} MB")
 
 
 @app.command()
@@ -307,34 +308,40 @@ def methods(json_: Json = False) -> None:
 
 def main() -> None:
     """Entry point: what the user can mend is one line and exit code 2, a defect of ours exit code 1."""
-    sys.exit(_guard(lambda: app(standalone_mode=False)))
+    sys.exit(_guard(lambda: app(standalone_mode=False, prog_name="prunella")))
 
 
 def _guard(call: Callable[[], Any]) -> int:
+    try:
+        result = call()
+        if result == 130:  # typer catches Ctrl-C itself, and says nothing
+            raise KeyboardInterrupt
+        return result if isinstance(result, int) else 0
+    except BrokenPipeError:
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        message, code = _explain(error)
+        if "--debug" in sys.argv or os.environ.get("PRUNELLA_DEBUG"):
+            traceback.print_exc()
+    print(f"prunella: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """What to say about an error, and the exit code."""
     import click
 
     from .errors import PrunellaError
 
-    try:
-        result = call()
-        return result if isinstance(result, int) else 0
-    except PrunellaError as error:
-        message, code = str(error), 2
-    except (click.ClickException, typer.TyperException) as error:  # type: ignore[attr-defined]
-        message, code = error.format_message(), 2
-    except (KeyboardInterrupt, click.Abort):
-        message, code = "interrupted. What is finished is kept: continue with the same command and --resume.", 130
-    except MemoryError:
-        message, code = "out of memory: use fewer or shorter windows (--samples, --length), or --order block.", 2
-    except BrokenPipeError:
-        return 0
-    except Exception as error:
-        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
-            message, code = "out of memory: use fewer or shorter windows (--samples, --length), or --order block.", 2
-        else:
-            message = f"internal error, please report it: {type(error).__name__}: {error}"
-            message, code = message.splitlines()[0] + " (--debug shows where)", 1
-    if "--debug" in sys.argv or os.environ.get("PRUNELLA_DEBUG"):
-        traceback.print_exc()
-    print(f"prunella: error: {message}", file=sys.stderr)
-    return code
+    if isinstance(error, PrunellaError):
+        return str(error), 2
+    if isinstance(error, click.ClickException | typer.TyperException):  # type: ignore[attr-defined]
+        return error.format_message(), 2
+    if isinstance(error, KeyboardInterrupt | click.Abort | typer.Abort):
+        kept = " What is finished is kept: continue with the same command and --resume." if "prune" in sys.argv else ""
+        return f"interrupted.{kept}", 130
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
+        return "out of memory: use fewer or shorter windows (--samples, --length), or --order block.", 2
+    first = text.splitlines()[0] if text else ""
+    return f"internal error, please report it: {type(error).__name__}: {first} (--debug shows where)", 1

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sparse.library import library
+
 
 PANEL = 256  # columns of a product with float32 sums that torch makes at a time
 TOKENS = 2048  # tokens at a time: what a product reads stays in the cache
@@ -21,14 +23,8 @@ TOKENS = 2048  # tokens at a time: what a product reads stays in the cache
 
 @functools.cache
 def _kernels() -> ctypes.CDLL | None:
-    import os
-    if "PRUNELLA_DEV_LIB" not in os.environ:
-        return None
-    found = ctypes.CDLL(os.environ["PRUNELLA_DEV_LIB"])
-    import glob
-    g = ctypes.CDLL(glob.glob(os.path.dirname(torch.__file__) + "/lib/libgomp*")[0]).GOMP_parallel
-    found.prunella_stream_threads(ctypes.cast(g, ctypes.c_void_p))
-    return found if found.prunella_stream_available() else None
+    found = library()
+    return found if found is not None and found.prunella_stream_available() else None
 
 
 def add_gram(gram_II: Tensor, x_TI: Tensor) -> None:

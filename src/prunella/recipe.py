@@ -200,7 +200,9 @@ def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, An
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise InputError(f"--set {setting}: '{text}' is not a YAML value.") from None
-        head, _, rest = key.partition(".")
+        named = (name for part in (*out["steps"], out["allocate"]) for name in part if key.startswith(f"{name}."))
+        head = next(named, key.partition(".")[0])  # a step from a file has dots in its name
+        rest = key[len(head) + 1 :]
         if head not in Recipe.model_fields:
             parts = [part for part in (*out["steps"], out["allocate"]) if head in part]
             if not parts:

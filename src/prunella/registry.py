@@ -113,7 +113,10 @@ def lookup(kind: str, methods: Mapping[str, Method], name: str) -> Method:
     """The method called `name`, or the one that `path/to/file.py:name` registers. Raises InputError."""
     if ".py:" in name:
         path, _, name = name.rpartition(":")
-        _import(Path(path), kind)
+        module = _import(Path(path), kind)
+        own = _of_file.setdefault((module, kind), {})  # two files may use one name
+        own |= {key: method for key, method in methods.items() if method.function.__module__ == module}
+        methods = {**methods, **own}
     if name not in methods:
         raise InputError(unknown(kind, name, methods))
     return methods[name]
@@ -133,12 +136,16 @@ def checked(kind: str, method: Method, options: Mapping[str, Any]) -> dict[str, 
     return out
 
 
-def _import(path: Path, kind: str) -> None:
+_of_file: dict[tuple[str, str], dict[str, Method]] = {}
+
+
+def _import(path: Path, kind: str) -> str:
+    """Run a file once; the name of its module."""
     if not path.is_file():
         raise InputError(f"{kind} file '{path}' does not exist.")
     key = f"prunella_step_{path.stem}_{abs(hash(path.resolve()))}"
     if key in sys.modules:
-        return
+        return key
     spec = importlib.util.spec_from_file_location(key, path)
     assert spec is not None
     assert spec.loader is not None
@@ -148,4 +155,6 @@ def _import(path: Path, kind: str) -> None:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[key]
-        raise InputError(f"{kind} file '{path}' cannot be imported: {type(error).__name__}: {error}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{kind} file '{path}' cannot be imported: {reason}") from error
+    return key

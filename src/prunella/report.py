@@ -129,6 +129,7 @@ original model.
 
 
 def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
     import safetensors
     import transformers
 

@@ -310,14 +310,20 @@ class Output:
         return Checkpoint(self.partial)
 
     def write(self, result: BlockResult) -> None:
-        """Put one finished block on disk. Raises InputError if the disk is full; the blocks before are safe."""
+        """Put one finished block on disk, whole: a run that resumes reads it from here. Raises InputError if the
+        disk is full; the blocks before are safe."""
         try:
             tensors: dict[str, list[str]] = {}
             if self.model.checkpoint is not None:
-                for name, tensor in self.model.stored(result.name, result.changed).items():
-                    file = self.model.checkpoint.where[name]
-                    self.files[file].write(name, tensor)
-                    tensors.setdefault(file, []).append(name)
+                where, plan = self.model.checkpoint.where, self.model.plan()
+                changed = self.model.stored(result.name, result.changed)
+                for name, tensor in changed.items():
+                    self.files[where[name]].write(name, tensor)
+                inside = {name for name, (parameter, _) in plan.items() if parameter.startswith(result.name + ".")}
+                for name in sorted(inside - changed.keys()):
+                    self._copy(name)
+                for name in sorted(inside | changed.keys()):
+                    tensors.setdefault(where[name], []).append(name)
             for name, mask in result.masks.items():
                 self.masks.write(name, mask)
             for file in tensors:
@@ -330,26 +336,32 @@ class Output:
             raise _space(error, self.partial) from None
 
     def complete(self) -> None:
-        """Copy what no step touched: after this `checkpoint` is a whole model."""
+        """Copy what no block holds: after this `checkpoint` is a whole model."""
         try:
             checkpoint = self.model.checkpoint
             if checkpoint is None:
                 with quiet_transformers():
                     self.model.network.save_pretrained(self.partial)
                 return
-            for name, tensors in checkpoint.files.items():
-                target = self.files[name]
-                for key, (code, _, start, end) in tensors.items():
-                    if key in target.written:
-                        continue
-                    if target.tensors[key][0] == code:
-                        target.copy(key, checkpoint.directory / name, start, end)
-                    else:
-                        with checkpoint.open([key]) as slices:
-                            target.write(key, slices[key][:])
+            for name, file in checkpoint.where.items():
+                if name not in self.files[file].written:
+                    self._copy(name)
+            for target in self.files.values():
                 target.sync()
         except OSError as error:
             raise _space(error, self.partial) from None
+
+    def _copy(self, name: str) -> None:
+        """Take a tensor that no step touched from the source: its bytes, unless its dtype changes."""
+        checkpoint = self.model.checkpoint
+        assert checkpoint is not None
+        file = checkpoint.where[name]
+        code, _, start, end = checkpoint.files[file][name]
+        if self.files[file].tensors[name][0] == code:
+            self.files[file].copy(name, checkpoint.directory / file, start, end)
+        else:
+            with checkpoint.open([name]) as slices:
+                self.files[file].write(name, slices[name][:])
 
     def finish(self, report: Mapping[str, Any], card: str) -> None:
         """Add everything that is not weights and let the directory appear."""

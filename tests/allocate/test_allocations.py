@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,9 @@ def test_any_wish_is_filled_to_the_level(wishes: list[float], sizes: list[int], 
     assert mean(budget, shares) == pytest.approx(sparsity, abs=1e-9)
     # The order of the wishes stays, and what is not clipped keeps its distance.
     ordered = sorted(names, key=lambda name: wishes[names.index(name)])
-    assert all(shares[a] <= shares[b] + 1e-12 for a, b in zip(ordered, ordered[1:], strict=False))
+    assert all(shares[a] <= shares[b] + 1e-12 for a, b in pairwise(ordered))
     inside = [n for n in names if 0.011 < shares[n] < 0.989]
-    for a, b in zip(inside, inside[1:], strict=False):
+    for a, b in pairwise(inside):
         wish = wishes[names.index(a)] - wishes[names.index(b)]
         assert shares[a] - shares[b] == pytest.approx(wish, abs=1e-9)
 
@@ -194,7 +195,7 @@ def test_ramp_without_a_window_to_hold_out_says_so(windows: Tensor) -> None:
 
 
 def test_an_nm_pattern_leaves_nothing_to_spread() -> None:
-    with pytest.raises(InputError, match="pattern 2:4 prunes 0.5 of every layer, so allocation 'owl'"):
+    with pytest.raises(InputError, match=r"pattern 2:4 prunes 0\.5 of every layer, so allocation 'owl'"):
         Recipe.of({"pattern": "2:4", "allocate": "owl"})
     Recipe.of({"pattern": "2:4", "allocate": "uniform"})
 
@@ -253,13 +254,14 @@ def test_a_streamed_model_is_allocated_like_one_in_memory_and_resumes(
         real(self, result)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(save.Output, "write", stop)
+    monkeypatch.setattr(save.Output, "write", stop)
+    with pytest.raises(KeyboardInterrupt):
         prunella.prune(str(llama), recipe, output=tmp_path / "cut", calibration=windows)
 
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the allocation was made again")
 
+    monkeypatch.setattr(save.Output, "write", real)
     monkeypatch.setattr(Budget, "spend", never)
     again = prunella.prune(str(llama), recipe, output=tmp_path / "cut", calibration=windows, resume=True)
     assert [la.target for la in again.layers] == [la.target for la in whole.layers]

@@ -53,13 +53,14 @@ class Budget:
     def look(self, visit: Callable[[Block], T], needs: Iterable[str]) -> list[T]:
         """`visit` each dense block that has free layers, with these and the statistics of their inputs.
 
-        It is a stream with one step that changes nothing, so no more than one block is in memory.
+        It is a stream with one step that keeps every weight, so no more than one block is in memory.
         """
         seen: list[T] = []
 
         def apply(block: Block) -> Block:
             seen.append(visit(block))
-            return block
+            whole = [replace(la, mask_OI=torch.ones_like(la.weight_OI, dtype=torch.bool)) for la in block.layers]
+            return replace(block, layers=tuple(whole))
 
         step = Step("look", frozenset(needs), apply, per_layer=False, options={})
         stream = Stream(self.model, self.windows_NL)

@@ -10,15 +10,15 @@ from ..registry import register
 from ..types import Layer
 from .wanda import wanda
 
-CHUNK = 1 << 24  # numbers held at once in a table of pairs
+CHUNK = 1 << 24  # numbers held at once, about
 
 
 @register("swap", needs={"gram"})
 def swap(
     layer: Layer,
     *,
-    swaps: PositiveInt = 50,
-    candidates: PositiveInt | None = 64,
+    swaps: PositiveInt = 100,
+    candidates: PositiveInt | None = 16,
     restore: Literal["dense", "fit"] = "dense",
 ) -> Layer:
     """Swap the best pair of each row, again and again, until no pair helps.
@@ -34,15 +34,15 @@ def swap(
     Args:
         swaps: at most so many a row.
         candidates: pairs are made of a row's so many kept weights with the lowest a and pruned weights with
-            the lowest b; None: all pairs, which costs O(inputs^2) for each row and swap. N:M always has all.
+            the lowest b, which finds nearly all there is to gain; None: all pairs, which costs O(inputs^2) for
+            each row and swap. N:M always has all.
         restore: v is the dense value; or `fit`, the best value for the others as they are, (c_p + w_u G_up) /
             G_pp, for weights that an earlier step fitted.
 
     Works on the mask that an earlier step chose, and on its weights; on Wanda's if there is none. Blocks of
     weights stay as they are.
 
-    Zimmer et al., "SparseSwaps: Tractable LLM Pruning Mask Refinement at Scale", 2025 (arXiv 2512.10922); it
-    has `restore="dense"` and all pairs.
+    SparseSwaps, 2025 (arXiv 2512.10922), which has `restore="dense"` and all pairs.
     """
     if layer.mask_OI is None:
         layer = wanda(layer)
@@ -53,7 +53,7 @@ def swap(
     columns = layer.weight_OI.shape[1]
     span = layer.pattern.second if layer.pattern.kind == "nm" else 0
     width = min(candidates or columns, columns)
-    rows = max(1, CHUNK // (columns * span if span else width**2))
+    rows = max(1, CHUNK // max(4 * columns, columns * span if span else width**2))
     done = []
     for start in range(0, len(layer.weight_OI), rows):
         part = slice(start, start + rows)

@@ -15,7 +15,6 @@
 #if defined(__x86_64__)
 
 #include <immintrin.h>
-#include <math.h>
 #include <string.h>
 
 #include "internal.h"
@@ -26,9 +25,8 @@
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 
-/* How far ahead to fetch where memory is read in one stream: the processor's own prefetchers stop at the ends of
- * pages. */
-enum { AHEAD = 2048 };
+/* How many bytes ahead to fetch: the processor's own prefetchers stop at the ends of pages. */
+enum { AHEAD = 4096 };
 
 /* ------------------------------------------------------------------ 64 weights */
 
@@ -152,28 +150,43 @@ static int64_t size_of_token(const weight_t *w, int bf16) {
 TARGET static void prepare_integers(
     const weight_t *w, const void *x, int32_t x_kind, uint8_t *tile, int64_t T, int64_t t) {
     float *scales = (float *)(tile + T * spans(w) * UNIT);
+    const __m512i bias = _mm512_set1_epi8((char)(w->kind == INT8 ? 128 : 8));
     for (int64_t s = 0; s < (spans(w) + 15) / 16 * 16; s++) {
         float *scale = scales + s / 16 * 16 * T + 16 * t + s % 16;
         *scale = 0;
         if (s >= spans(w)) continue;
-        float part[SPAN], largest = 0, check = 0;
-        for (int64_t i = 0; i < SPAN; i++) {
-            part[i] = s * SPAN + i < w->columns ? load_float(x, x_kind, s * SPAN + i) : 0;
-            largest = fabsf(part[i]) > largest ? fabsf(part[i]) : largest;
-            check += part[i] * 0; /* NaN if any is NaN or infinite */
-        }
+        float part[SPAN];
+        const int64_t count = w->columns - s * SPAN < SPAN ? w->columns - s * SPAN : SPAN;
+        if (x_kind == BF16)
+            for (int64_t i = 0; i < count; i++) part[i] = from_bf16(((const uint16_t *)x)[s * SPAN + i]);
+        else
+            for (int64_t i = 0; i < count; i++) part[i] = load_float(x, x_kind, s * SPAN + i);
+        for (int64_t i = count; i < SPAN; i++) part[i] = 0;
+        __m512i most = _mm512_setzero_si512(); /* of the bits without the sign, which order as numbers do */
+        for (int i = 0; i < SPAN; i += 16)
+            most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_loadu_si512(part + i), _mm512_set1_epi32(0x7fffffff)));
+        const float largest = bits_float(_mm512_reduce_max_epu32(most));
         /* 32512 = 127 * 256: h never needs a 128. A scale below the smallest normal number is not inverted. */
-        const float step = largest / 32512, inverse = step > 0x1p-126f ? 1 / step : 0;
-        *scale = step + check;
-        int8_t *h = (int8_t *)(tile + (s * T + t) * UNIT), *l = h + SPAN;
-        int32_t *start = (int32_t *)(h + 2 * SPAN);
-        for (int i = 0; i < 16; i++) start[i] = 0;
-        for (int64_t i = 0; i < SPAN; i++) {
-            int32_t q = check == 0 ? (int32_t)lrintf(part[i] * inverse) : 0;
-            l[i] = (int8_t)(q & 255);
-            h[i] = (int8_t)((q - l[i]) >> 8);
-            start[i % 64 / 4] -= (w->kind == INT8 ? 128 : 8) * q; /* the lane that vpdpbusd adds this input to */
+        const float step = largest / 32512;
+        const int finite = float_bits(largest) < 0x7f800000;
+        const __m512 inverse = _mm512_set1_ps(finite && step > 0x1p-126f ? 1 / step : 0);
+        *scale = finite ? step : largest * 0;
+        uint8_t *unit = tile + (s * T + t) * UNIT;
+        for (int i = 0; i < SPAN; i += 16) {
+            const __m512 v = finite ? _mm512_loadu_ps(part + i) : _mm512_setzero_ps();
+            const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v, inverse));
+            const __m512i l = _mm512_srai_epi32(_mm512_slli_epi32(q, 24), 24);
+            const __m512i h = _mm512_srai_epi32(_mm512_sub_epi32(q, l), 8);
+            _mm_storeu_si128((__m128i *)(unit + i), _mm512_cvtepi32_epi8(h));
+            _mm_storeu_si128((__m128i *)(unit + SPAN + i), _mm512_cvtepi32_epi8(l));
         }
+        __m512i high = _mm512_setzero_si512(), low = high;
+        for (int i = 0; i < SPAN; i += 64) {
+            high = _mm512_dpbusd_epi32(high, bias, _mm512_loadu_si512(unit + i));
+            low = _mm512_dpbusd_epi32(low, bias, _mm512_loadu_si512(unit + SPAN + i));
+        }
+        const __m512i all = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+        _mm512_storeu_si512(unit + 2 * SPAN, _mm512_sub_epi32(_mm512_setzero_si512(), all));
     }
 }
 
@@ -201,8 +214,8 @@ TARGET static void prepare_floats(
 /* ------------------------------------------------------------------ products */
 
 /* The products go by tiles of R rows and T tokens with R * T sums in registers: one load of the activations
- * serves R rows, one expansion serves T tokens. R, T, kind and `careful` are constants wherever these functions
- * are inlined. Only a careful tile, one row high, keeps its place inside of the values after every word; the others
+ * serves R rows, one expansion serves T tokens. (For one token R is 1: memory is read fastest in one stream.)
+ * R, T, kind and `careful` are constants wherever these functions are inlined. Only a careful tile, one row high, keeps its place inside of the values after every word; the others
  * are for rows that begin so far from the end that no mask could lead them out. */
 enum { ROWS = 4 };
 
@@ -216,9 +229,11 @@ INLINE int near_end(const weight_t *w, int64_t r, const int R) {
     return last + w->words * 64 > w->count;
 }
 
-/* How many values lie between a row and the same row of the next tile: the place to fetch from meanwhile. */
-INLINE int64_t next_tile(const weight_t *w, int64_t r, const int R) {
-    return r + R <= w->rows ? row_begin(w, r + R) - row_begin(w, r) : 0;
+/* How many bytes ahead of a row's place to fetch. Where one row at a time is read, memory is read in one stream;
+ * with several, what each reads next lies in the next tile. */
+INLINE int64_t fetch_ahead(const weight_t *w, int64_t r, const int R) {
+    if (R == 1) return AHEAD;
+    return r + R < w->rows ? (row_begin(w, r + R) - row_begin(w, r)) * element_bits(w->kind) / 8 : 0;
 }
 
 INLINE TARGET void store_tile(
@@ -228,43 +243,50 @@ INLINE TARGET void store_tile(
             store_float(job->y, job->y_kind, (t + i) * job->w.rows + r + a, _mm512_reduce_add_ps(sum[a][i]));
 }
 
-/* Float values. The product of two vectors of bfloat16 is a macro, since it needs its own target. */
+/* Float values. Few tokens get P sums each, which take turns (over U words): a product waits four to six cycles
+ * for the one before it in the same sum. The product of two vectors of bfloat16 is a macro, since it needs its own
+ * target. */
 #define FLOAT_TILE(BF16_INSTRUCTION, PRODUCT_OF_BF16)                                                              \
     const weight_t *w = &job->w;                                                                                   \
     const uint64_t *mask = w->mask + r * w->words;                                                                 \
+    const int P = T == 1 ? 4 : T < TOKENS ? 2 : 1, U = P == 4 ? 2 : 1;                                             \
     const int64_t unit = kind == BF16 && BF16_INSTRUCTION ? 128 : 256;                                             \
     const uint8_t *x = (const uint8_t *)job->x + t * job->stride;                                                  \
-    const int64_t ahead = next_tile(w, r, R)+EXTRA;                                                                      \
+    const int64_t ahead = fetch_ahead(w, r, R);                                                                    \
     int64_t at[ROWS];                                                                                              \
     __m512 sum[ROWS][TOKENS];                                                                                      \
     UNROLL for (int a = 0; a < R; a++) {                                                                           \
         at[a] = row_begin(w, r + a);                                                                               \
-        UNROLL for (int i = 0; i < T; i++) sum[a][i] = _mm512_setzero_ps();                                        \
+        UNROLL for (int i = 0; i < T * P; i++) sum[a][i] = _mm512_setzero_ps();                                    \
     }                                                                                                              \
-    for (int64_t j = 0; j < w->words; j++, x += T * unit) {                                                        \
+    for (int64_t k = 0; k < w->words; k += U) UNROLL for (int u = 0; u < U; u++) {                                 \
+        const int64_t j = k + u;                                                                                   \
+        if (u && j == w->words) break;                                                                             \
         UNROLL for (int a = 0; a < R; a++) {                                                                       \
             const uint64_t *here = mask + a * w->words + j, m = *here;                                             \
             if (kind == F32) {                                                                                     \
                 const float *from = (const float *)w->values + at[a];                                              \
-                _mm_prefetch((const char *)(from + ahead), HINT);                                          \
-                _mm_prefetch((const char *)(from + ahead + 16), HINT);                                     \
+                _mm_prefetch((const char *)from + ahead, _MM_HINT_T0);                                             \
+                _mm_prefetch((const char *)from + ahead + 64, _MM_HINT_T0);                                        \
                 UNROLL for (int q = 0; q < 4; q++) {                                                               \
                     const uint64_t before = m & (((uint64_t)1 << 16 * q) - 1);                                     \
                     const __m512i v = expand32(here, q, from + __builtin_popcountll(before));                      \
                     UNROLL for (int i = 0; i < T; i++) {                                                           \
                         const __m512 xi = _mm512_loadu_ps(x + i * unit + 64 * q);                                  \
-                        sum[a][i] = _mm512_fmadd_ps(_mm512_castsi512_ps(v), xi, sum[a][i]);                        \
+                        const int to = i + T * (q % P);                                                        \
+                        sum[a][to] = _mm512_fmadd_ps(_mm512_castsi512_ps(v), xi, sum[a][to]);                      \
                     }                                                                                              \
                 }                                                                                                  \
             } else {                                                                                               \
                 const uint16_t *from = (const uint16_t *)w->values + at[a];                                        \
-                _mm_prefetch((const char *)(from + ahead), HINT);                                          \
+                _mm_prefetch((const char *)from + ahead, _MM_HINT_T0);                                             \
                 UNROLL for (int h = 0; h < 2; h++) {                                                               \
                     const uint64_t before = h ? m & 0xffffffff : 0;                                                \
                     const __m512i v = expand16(here, h, from + __builtin_popcountll(before));                      \
                     if (kind == BF16 && BF16_INSTRUCTION) {                                                        \
                         UNROLL for (int i = 0; i < T; i++) {                                                       \
                             const __m512i xi = _mm512_loadu_si512(x + i * unit + 64 * h);                          \
+                            const int to = i + T * ((2 * u + h) % P);                                              \
                             PRODUCT_OF_BF16;                                                                       \
                         }                                                                                          \
                     } else {                                                                                       \
@@ -278,25 +300,29 @@ INLINE TARGET void store_tile(
                         }                                                                                          \
                         UNROLL for (int i = 0; i < T; i++) {                                                       \
                             const uint8_t *xi = x + i * unit + 128 * h;                                            \
-                            sum[a][i] = _mm512_fmadd_ps(even, _mm512_loadu_ps(xi), sum[a][i]);                     \
-                            sum[a][i] = _mm512_fmadd_ps(odd, _mm512_loadu_ps(xi + 64), sum[a][i]);                 \
+                            const int to = i + T * (2 * h % P), next = i + T * ((2 * h + 1) % P);                  \
+                            sum[a][to] = _mm512_fmadd_ps(even, _mm512_loadu_ps(xi), sum[a][to]);                   \
+                            sum[a][next] = _mm512_fmadd_ps(odd, _mm512_loadu_ps(xi + 64), sum[a][next]);           \
                         }                                                                                          \
                     }                                                                                              \
                 }                                                                                                  \
             }                                                                                                      \
             at[a] = step(w, at[a], m, careful);                                                                    \
         }                                                                                                          \
+        x += T * unit;                                                                                             \
     }                                                                                                              \
+    UNROLL for (int a = 0; a < R; a++) UNROLL for (int i = T; i < T * P; i++)                                      \
+        sum[a][i % T] = _mm512_add_ps(sum[a][i % T], sum[a][i]);                                                   \
     store_tile(job, r, t, R, T, sum);
 
 INLINE TARGET void float_tile(
     const job_t *job, int64_t r, int64_t t, const int R, const int T, const int careful, const int32_t kind) {
-    FLOAT_TILE(0, (void)xi)
+    FLOAT_TILE(0, (void)xi; (void)to)
 }
 
 INLINE TARGET_BF16 void bf16_tile(
     const job_t *job, int64_t r, int64_t t, const int R, const int T, const int careful, const int32_t kind) {
-    FLOAT_TILE(1, sum[a][i] = _mm512_dpbf16_ps(sum[a][i], (__m512bh)v, (__m512bh)xi))
+    FLOAT_TILE(1, sum[a][to] = _mm512_dpbf16_ps(sum[a][to], (__m512bh)v, (__m512bh)xi))
 }
 
 /* The scales of 16 spans of a row from span b on, as far as there are so many. */
@@ -322,11 +348,12 @@ INLINE TARGET void integer_span(
         const __m512i start = _mm512_loadu_si512(x + i * UNIT + 2 * SPAN);
         UNROLL for (int a = 0; a < R; a++) high[a][i] = _mm512_setzero_si512(), low[a][i] = start;
     }
-    UNROLL for (int h = 0; h < (half ? 1 : 2); h++) {
+    UNROLL for (int h = 0; h < 2; h++) {
         UNROLL for (int a = 0; a < R; a++) {
+            if (half && h) break;
             const uint64_t *here = mask + a * w->words + h;
-            if (h == 0 && kind == INT8) _mm_prefetch((const char *)w->values + at[a] + ahead, HINT);
-            if (h == 0 && kind == INT4) _mm_prefetch((const char *)w->values + ((at[a] + ahead) >> 1), HINT);
+            const uint8_t *from = w->values + (kind == INT8 ? at[a] : at[a] >> 1);
+            if (h == 0) _mm_prefetch((const char *)from + ahead, _MM_HINT_T0);
             const __m512i q = expand_bytes(kind, here, w->values, at[a]);
             at[a] = step(w, at[a], *here, careful);
             UNROLL for (int i = 0; i < T; i++) {
@@ -351,7 +378,7 @@ INLINE TARGET void integer_tile(
     const uint64_t *mask = w->mask + r * w->words;
     const int64_t blocks = spans(w), whole = w->words / 2;
     const float *x_scales = (const float *)(x + T * blocks * UNIT);
-    const int64_t ahead = next_tile(w, r, R);
+    const int64_t ahead = fetch_ahead(w, r, R);
     int64_t at[ROWS];
     __m512 sum[ROWS][TOKENS];
     UNROLL for (int a = 0; a < R; a++) {
@@ -400,19 +427,19 @@ INLINE TARGET void integer_tile(
     }
 
 TARGET static void f32_product(const job_t *job, int64_t first, int64_t last) {
-    ALL_TILES(float_tile, 4, 4, 4, 2, F32)
+    ALL_TILES(float_tile, 1, 2, 2, 2, F32)
 }
 TARGET static void f16_product(const job_t *job, int64_t first, int64_t last) {
-    ALL_TILES(float_tile, 4, 4, 4, 2, F16)
+    ALL_TILES(float_tile, 1, 2, 2, 2, F16)
 }
 TARGET static void shift_product(const job_t *job, int64_t first, int64_t last) {
-    ALL_TILES(float_tile, 4, 4, 4, 2, BF16)
+    ALL_TILES(float_tile, 1, 2, 2, 2, BF16)
 }
 TARGET_BF16 static void bf16_product(const job_t *job, int64_t first, int64_t last) {
-    ALL_TILES(bf16_tile, TR, 4, 4, 2, BF16)
+    ALL_TILES(bf16_tile, 1, 2, 2, 2, BF16)
 }
 TARGET static void int8_product(const job_t *job, int64_t first, int64_t last) {
-    ALL_TILES(integer_tile, TR, 4, 2, 1, INT8)
+    ALL_TILES(integer_tile, 1, 2, 2, 1, INT8)
 }
 TARGET static void int4_product(const job_t *job, int64_t first, int64_t last) {
     ALL_TILES(integer_tile, 4, 4, 2, 1, INT4)

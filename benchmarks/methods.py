@@ -1,0 +1,216 @@
+"""Every method at 50%, 60%, 70%, 2:4 and 4:8: perplexity, seconds and reconstruction error.
+
+    python benchmarks/methods.py --calibration c4.jsonl --text wikitext2-test.txt --text c4-other.jsonl
+
+Each cell prunes a fresh copy of the model in memory and is appended to a file of JSON lines (--json) as soon as it
+is done; a cell that the file already holds, made with the same settings, is not made again. Prints one table a
+text; --plot draws the first text's.
+"""
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import prunella
+from prunella.calibrate import windows
+from prunella.errors import PrunellaError
+from prunella.load import load_model, wrap_model
+from prunella.recipe import Recipe
+
+CELLS: dict[str, dict[str, Any]] = {
+    "50%": {"sparsity": 0.5},
+    "60%": {"sparsity": 0.6},
+    "70%": {"sparsity": 0.7},
+    "2:4": {"pattern": "2:4"},
+    "4:8": {"pattern": "4:8"},
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "magnitude": {"steps": ["magnitude"]},
+    "wanda": {"steps": ["wanda"]},
+    "ria": {"steps": ["ria"]},
+    "sparsegpt": {"steps": ["sparsegpt"]},
+    "magnitude + dsnot": {"steps": ["magnitude", "dsnot"]},
+    "wanda + dsnot": {"steps": ["wanda", "dsnot"]},
+    "wanda + dsnot, attention only": {"steps": ["wanda", {"dsnot": {"skip": ["mlp"]}}]},
+    "sparsegpt + dsnot": {"steps": ["sparsegpt", "dsnot"]},
+    "wanda + swap": {"steps": ["wanda", "swap"]},
+    "besa, rows": {"steps": ["besa"]},
+    "besa, layers": {"steps": [{"besa": {"per": "layer"}}]},
+    "wanda + update": {"steps": ["wanda", "update"]},
+    "sparsegpt + update": {"steps": ["sparsegpt", "update"]},
+    "wanda + swap + update": {"steps": ["wanda", "swap", "update"]},
+    "besa + update": {"steps": ["besa", "update"]},
+    "admm": {"steps": ["admm"]},
+    "admm + update": {"steps": ["admm", "update"]},
+    "alps": {"steps": ["alps"]},
+    "alps + swap + update": {"steps": ["alps", {"swap": {"restore": "fit"}}, "update"]},
+    "owl, wanda": {"allocate": "owl", "steps": ["wanda"]},
+    "dlp, wanda": {"allocate": "dlp", "steps": ["wanda"]},
+    "ramp, wanda": {"allocate": "ramp", "steps": ["wanda"]},
+    "owl, alps": {"allocate": "owl", "steps": ["alps"]},
+    "ramp, alps": {"allocate": "ramp", "steps": ["alps"]},
+    "recipe fast": Recipe.read("fast"),
+    "recipe balanced": Recipe.read("balanced"),
+    "recipe best": Recipe.read("best"),
+}
+
+
+def recipe_of(method: str, cell: str) -> dict[str, Any] | None:
+    """The recipe of a cell, or None where the method does not exist for the pattern."""
+    recipe = {**METHODS[method], **CELLS[cell], "evaluate": {"source": None}}
+    if "pattern" in CELLS[cell]:
+        if method.startswith("recipe"):
+            recipe.pop("allocate", None)  # as --recipe NAME --pattern N:M does
+        if "allocate" in recipe or method.startswith("besa"):
+            return None
+    return recipe
+
+
+def read(path: Path, settings: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """The finished cells of a file that were made with these settings."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:  # half a line of a run that was killed
+            continue
+        if row["settings"] == settings:
+            found[row["method"], row["cell"]] = row
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--calibration", default="pydoc", help="text to calibrate on")
+    parser.add_argument("--text", action="append", help="text to measure perplexity on; repeat [pydoc]")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--order", default="auto", choices=["auto", "block", "layer"])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS), metavar="CELL")
+    parser.add_argument("--json", type=Path, default=Path("methods.jsonl"), help="finished cells, one a line")
+    parser.add_argument("--plot", type=Path, help="draw the first text's perplexities here")
+    args = parser.parse_args()
+    texts = args.text or ["pydoc"]
+    names = [Path(text).name for text in texts]
+
+    settings = {
+        key: Path(value).name if key == "calibration" else value
+        for key, value in vars(args).items()
+        if key in ("model", "calibration", "samples", "length", "windows", "dtype", "order")
+    } | {"text": names}
+    opened = load_model(args.model, dtype=args.dtype, device=args.device)
+    calibration = windows(opened, args.calibration, args.samples, args.length)
+    held_out = {
+        name: windows(opened, text, args.windows, args.length, skip=args.samples if text == args.calibration else 0)
+        for name, text in zip(names, texts, strict=True)
+    }
+    log = Console(stderr=True)
+
+    def perplexities(network: Any) -> dict[str, float]:
+        model = wrap_model(network)
+        return {name: prunella.perplexity(model, ids_NL).perplexity for name, ids_NL in held_out.items()}
+
+    def finish(row: dict[str, Any]) -> None:
+        with args.json.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"settings": settings, **row}) + "\n")
+        done[row["method"], row["cell"]] = row
+        log.print(f"{row['method']}, {row['cell']}: {row['perplexity']}", markup=False)
+
+    done = read(args.json, settings)
+    with opened.whole() as dense:
+        if ("dense", "") not in done:
+            finish({"method": "dense", "cell": "", "perplexity": perplexities(dense)})
+        for cell in args.cells:
+            for method in args.methods:
+                recipe = recipe_of(method, cell)
+                if recipe is None or (method, cell) in done:
+                    continue
+                wanted = recipe | {"order": order(recipe, args.order)}
+                network = copy.deepcopy(dense)
+                cpu = time.process_time()
+                try:
+                    report = prunella.prune(network, wanted, calibration=calibration)
+                except PrunellaError as error:
+                    log.print(f"{method}, {cell}: {error}", markup=False)
+                    continue
+                cpu = time.process_time() - cpu
+                weights = [rows * columns for rows, columns in (la.shape for la in report.layers)]
+                errors = [(la.error or 0.0) * n for la, n in zip(report.layers, weights, strict=True)]
+                finish(
+                    {
+                        "method": method,
+                        "cell": cell,
+                        "recipe": report.recipe,
+                        "sparsity": report.sparsity,
+                        "perplexity": perplexities(network),
+                        "seconds": report.run["seconds"]["allocate"] + report.run["seconds"]["prune"],
+                        "cpu_seconds": cpu,
+                        "error": sum(errors) / sum(weights),
+                    }
+                )
+    for name in names:
+        Console().print(table(done, name, args))
+    if args.plot:
+        plot(done, names[0], args)
+
+
+def order(recipe: Mapping[str, Any], wanted: str) -> str:
+    """The order asked for, where every step can work in it."""
+    steps = Recipe.of(recipe).make_steps()
+    return wanted if all(step.per_layer for step in steps) else "auto"
+
+
+def table(done: Mapping[tuple[str, str], Mapping[str, Any]], name: str, args: argparse.Namespace) -> Table:
+    """Methods by cells: perplexity, then seconds and mean relative error of the first cell that has them."""
+    dense = done["dense", ""]["perplexity"][name]
+    out = Table(title=f"perplexity on {name}; {Path(args.model).name} dense: {dense:.2f}")
+    out.add_column("method", no_wrap=True)
+    for column in (*args.cells, f"seconds ({args.cells[0]})", f"error ({args.cells[0]})"):
+        out.add_column(column, justify="right")
+    for method in args.methods:
+        rows = [done.get((method, cell)) for cell in args.cells]
+        if not any(rows):
+            continue
+        cells = ["" if row is None else f"{row['perplexity'][name]:.2f}" for row in rows]
+        first = rows[0]
+        cells += ["", ""] if first is None else [f"{first['seconds']:.0f}", f"{first['error']:.4f}"]
+        out.add_row(method, *cells)
+    return out
+
+
+def plot(done: Mapping[tuple[str, str], Mapping[str, Any]], name: str, args: argparse.Namespace) -> None:
+    """Perplexity over cells, one line a method, on a logarithmic scale."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    colors = plt.get_cmap("tab20")
+    for number, method in enumerate(args.methods):
+        points = [(c, done[method, c]["perplexity"][name]) for c in args.cells if (method, c) in done]
+        if points:
+            style = "-" if number < 20 else "--"
+            axes.plot(*zip(*points, strict=True), style, marker="o", ms=4, label=method, color=colors(number % 20))
+    axes.axhline(done["dense", ""]["perplexity"][name], color="grey", ls=":", label="dense")
+    axes.set_yscale("log")
+    axes.set_ylabel(f"perplexity on {name}")
+    axes.set_title(f"{Path(args.model).name}, calibrated on {args.samples} windows of {args.length} tokens")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(args.plot, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

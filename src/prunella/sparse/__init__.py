@@ -1,0 +1,16 @@
+"""Sparse weights: how they are stored and multiplied.
+
+```
+format.py      pack and unpack one weight; the checks that every packed tensor passes
+kernels.py     the products as torch operators: C where it was compiled, else plain torch
+linear.py      the modules that hold packed weights
+quantizer.py   how transformers loads and saves them
+commands.py    whole models: pack, unpack, bench
+hook.py        registers quantizer.py once transformers is imported
+library.py     finds the compiled kernels; csrc/ is their source
+```
+"""
+
+from .hook import register as _register
+
+_register()

@@ -1,0 +1,275 @@
+"""One packed weight: the kept values row by row, a bit for each place, and where each row begins.
+
+docs/format.md specifies the layout. Shapes: O outputs, I inputs, W words of 64 weights in a row, G scales in a row,
+K kept values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError, ModelError, NumericalError
+
+VERSION = 1
+PAD = 128  # zeros after the last value, so that a kernel may always read a whole vector
+SPAN = 128  # the groups of inputs with a scale of their own are multiples of this
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+PARTS = ("weight_mask", "weight_offsets", "weight_values", "weight_scales")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A pruned weight (O, I).
+
+    mask:    uint8 (O, 8 W): bit i % 8 of byte i // 8 says whether weight i of the row is kept
+    offsets: int32 (O + 1): where each row begins in the values; the last is K
+    values:  K values and PAD zeros: a floating-point dtype, int8, or uint8 with two 4-bit values a byte
+    scales:  bfloat16 (O, G) for integer values, else None
+    columns: I
+    group:   inputs to a scale, a multiple of SPAN; 0: one scale to a row
+    """
+
+    mask: Tensor
+    offsets: Tensor
+    values: Tensor
+    scales: Tensor | None
+    columns: int
+    group: int = 0
+
+    @property
+    def rows(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def bits(self) -> int | None:
+        return {torch.int8: 8, torch.uint8: 4}.get(self.values.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in self.parts().values())
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors as they are stored, by the ends of their names."""
+        tensors = zip(PARTS, (self.mask, self.offsets, self.values, self.scales), strict=True)
+        return {name: tensor for name, tensor in tensors if tensor is not None}
+
+
+def words(columns: int) -> int:
+    return -(-columns // 64)
+
+
+def groups(columns: int, group: int) -> int:
+    """Scales to a row."""
+    return -(-columns // group) if group else 1
+
+
+def check_options(bits: int | None, group: int) -> None:
+    """Raises InputError for what cannot be packed."""
+    if bits not in (None, 8, 4):
+        raise InputError(f"--bits {bits}: packed values have 8 or 4 bits, or without --bits the model's own dtype.")
+    if group < 0 or group % SPAN:
+        raise InputError(f"--group {group}: groups are multiples of {SPAN} inputs, or 0 for one scale a row.")
+
+
+def pack(weight_OI: Tensor, mask_OI: Tensor, bits: int | None = None, group: int = SPAN) -> Packed:
+    """Pack a weight whose entries outside of the mask are zero.
+
+    Args:
+        bits: None keeps the values as they are, and unpacking gives the same bytes; 8 or 4 rounds them to
+            integers with a scale for every `group` inputs of a row (0: for a row).
+    Raises:
+        InputError: `bits` or `group` cannot be packed.
+        NumericalError: a value to round is NaN or infinite.
+    """
+    check_options(bits, group)
+    rows, columns = weight_OI.shape
+    offsets = torch.zeros(rows + 1, dtype=torch.int64)
+    offsets[1:] = mask_OI.sum(1).cumsum(0)
+    if offsets[-1] >= 1 << 31:
+        raise InputError(
+            f"a weight of {rows}x{columns} keeps {int(offsets[-1])} values: at most 2^31 - 1 can be packed."
+        )
+    padded_OI = np.zeros((rows, words(columns) * 64), dtype=bool)
+    padded_OI[:, :columns] = mask_OI.cpu().numpy()
+    mask = torch.from_numpy(np.packbits(padded_OI, axis=1, bitorder="little"))
+    if bits is None:
+        values_K, scales = weight_OI[mask_OI], None
+    else:
+        group = group if group < columns else 0
+        scales = grid(weight_OI, mask_OI, bits, group)
+        values_K = _round(weight_OI.float(), _spread(scales, columns, group), bits)[mask_OI].to(torch.int8)
+    values = torch.cat([values_K.cpu(), torch.zeros(PAD, dtype=values_K.dtype)])
+    if bits == 4:
+        values = torch.cat([values, torch.zeros(len(values) % 2, dtype=torch.int8)]).view(torch.uint8) & 15
+        values = values[::2] | values[1::2] << 4
+    return Packed(mask, offsets.to(torch.int32), values, scales, columns, group if bits else 0)
+
+
+def grid(weight_OI: Tensor, mask_OI: Tensor, bits: int, group: int) -> Tensor:
+    """The scales (O, G), bfloat16, that round these weights best: of a few that clip more or less of the largest
+    weight of a group, the one with the least squared error. With 8 bits clipping never pays."""
+    weight_OI = weight_OI.float() * mask_OI
+    if not torch.isfinite(weight_OI).all():
+        raise NumericalError("a weight to quantize is NaN or infinite.")
+    columns = weight_OI.shape[1]
+    top_OG = _by_group(weight_OI, group).abs().amax(2)
+    best_OG, least_OG = None, None
+    for share in (1.0,) if bits == 8 else (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7):
+        scales_OG = _up(top_OG * share / _limit(bits))
+        spread_OI = _spread(scales_OG, columns, group)
+        error_OI = (_round(weight_OI, spread_OI, bits) * spread_OI - weight_OI).square_()
+        error_OG = _by_group(error_OI, group).sum(2)
+        if best_OG is None or least_OG is None:
+            best_OG, least_OG = scales_OG, error_OG
+        else:
+            better_OG = error_OG < least_OG
+            best_OG = torch.where(better_OG, scales_OG, best_OG)
+            least_OG = torch.where(better_OG, error_OG, least_OG)
+    assert best_OG is not None
+    return best_OG
+
+
+def _limit(bits: int) -> int:
+    return (1 << bits - 1) - 1
+
+
+def _round(weight_OI: Tensor, scale_OI: Tensor, bits: int) -> Tensor:
+    return (weight_OI / scale_OI.clamp_min(1e-38)).round_().clamp_(-_limit(bits), _limit(bits))
+
+
+def _up(scale: Tensor) -> Tensor:
+    """To bfloat16, never below: values are rounded to multiples of the scale as it is stored."""
+    near = scale.to(torch.bfloat16)
+    return torch.where(near.float() < scale, (near.view(torch.int16) + 1).view(torch.bfloat16), near)
+
+
+def _by_group(weight_OI: Tensor, group: int) -> Tensor:
+    """(O, G, group), zeros where the last group is short."""
+    rows, columns = weight_OI.shape
+    size = group or columns
+    short = -columns % size
+    return torch.nn.functional.pad(weight_OI, (0, short)).view(rows, -1, size)
+
+
+def _spread(scales_OG: Tensor, columns: int, group: int) -> Tensor:
+    """Each weight's scale, float32 (O, I)."""
+    return scales_OG.float().repeat_interleave(group or columns, 1)[:, :columns]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Back again, in plain torch: on any device, and where no kernels were compiled
+
+
+def mask_of(mask: Tensor, columns: int) -> Tensor:
+    """The mask as booleans (O, I)."""
+    bits = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (mask.unsqueeze(2) >> bits & 1).view(len(mask), -1)[:, :columns].bool()
+
+
+def unpack(packed: Packed, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight (O, I), zeros where the mask has none; integer values times their scales in `dtype`."""
+    mask_OI = mask_of(packed.mask, packed.columns)
+    count = int(packed.offsets[-1])
+    values = packed.values
+    if packed.bits == 4:
+        nibbles = torch.stack((values & 15, values >> 4), 1).flatten()
+        values = (nibbles ^ 8).to(torch.int8) - 8
+    kept_K = values[:count]
+    if packed.scales is None:
+        weight_OI = torch.zeros(mask_OI.shape, dtype=kept_K.dtype, device=kept_K.device)
+        weight_OI[mask_OI] = kept_K
+        return weight_OI if dtype is None else weight_OI.to(dtype)
+    weight_OI = torch.zeros(mask_OI.shape, device=kept_K.device)
+    weight_OI[mask_OI] = kept_K.float()
+    weight_OI *= _spread(packed.scales, packed.columns, packed.group)
+    return weight_OI.to(dtype or torch.bfloat16)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What every packed tensor must pass before it is used
+
+
+def expected(rows: int, columns: int, count: int, bits: int | None, group: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parts of a weight (rows, columns) with `count` values kept."""
+    length = count + PAD if bits != 4 else -(-(count + PAD) // 2)
+    shapes: dict[str, tuple[int, ...]] = {
+        "weight_mask": (rows, words(columns) * 8),
+        "weight_offsets": (rows + 1,),
+        "weight_values": (length,),
+    }
+    return shapes if bits is None else {**shapes, "weight_scales": (rows, groups(columns, group))}
+
+
+def check(name: str, packed: Packed) -> None:
+    """Raises ModelError, naming the tensor, where the parts of a packed weight do not fit together."""
+
+    def refuse(part: str, reason: str) -> None:
+        raise ModelError(f"packed tensor '{name}.{part}' is damaged: {reason}. Pack the model again.")
+
+    rows, columns = packed.rows, packed.columns
+    offsets = packed.offsets.cpu().numpy().astype(np.int64)
+    count = int(offsets[-1])
+    if offsets[0] != 0 or (np.diff(offsets) < 0).any():
+        refuse("weight_offsets", "the beginnings of its rows are out of order")
+    if np.diff(offsets).max(initial=0) > columns:
+        refuse("weight_offsets", f"a row of {columns} weights cannot hold {np.diff(offsets).max()} values")
+    for part, shape in expected(rows, columns, count, packed.bits, packed.group).items():
+        found = packed.parts().get(part)
+        if found is None or tuple(found.shape) != shape:
+            was = "missing" if found is None else f"{tuple(found.shape)}"
+            refuse(part, f"its shape is {was}, but the other parts want {shape}")
+    kept_O = np.bitwise_count(packed.mask.cpu().numpy().view(np.uint64)).sum(1, dtype=np.int64)
+    if (kept_O != np.diff(offsets)).any():
+        row = int(np.argmax(kept_O != np.diff(offsets)))
+        refuse(
+            "weight_mask",
+            f"row {row} keeps {kept_O[row]} weights by its mask and {np.diff(offsets)[row]} by its offsets",
+        )
+    tail = packed.mask[:, columns // 8 :].clone()
+    tail[:, 0] >>= columns % 8
+    if tail.any():
+        refuse("weight_mask", f"it keeps weights beyond the last of {columns} columns")
+    values = packed.values.view(torch.uint8)
+    used = count * packed.values.element_size() if packed.bits != 4 else -(-count // 2)
+    if values[used:].any() or (packed.bits == 4 and count % 2 and int(values[used - 1]) >> 4):
+        refuse("weight_values", "there is something in the padding after the last value")
+    if packed.scales is not None and not torch.isfinite(packed.scales).all():
+        refuse("weight_scales", "a scale is NaN or infinite")
+
+
+def of_parts(name: str, parts: Mapping[str, Tensor], columns: int, group: int) -> Packed:
+    """A checked `Packed` from its stored parts. Raises ModelError."""
+    dtypes: dict[str, tuple[torch.dtype, ...]] = {
+        "weight_mask": (torch.uint8,),
+        "weight_offsets": (torch.int32,),
+        "weight_values": (*FLOATS, torch.int8, torch.uint8),
+        "weight_scales": (torch.bfloat16,),
+    }
+    ranks = {"weight_mask": 2, "weight_offsets": 1, "weight_values": 1, "weight_scales": 2}
+    for part in PARTS[:3]:
+        if part not in parts:
+            raise ModelError(f"packed tensor '{name}.{part}' is missing.")
+    for part, tensor in parts.items():
+        if tensor.dtype not in dtypes[part] or tensor.ndim != ranks[part] or not tensor.numel():
+            raise ModelError(
+                f"packed tensor '{name}.{part}' is damaged: {tensor.dtype} of shape {tuple(tensor.shape)} cannot be"
+                " that part of a packed weight. Pack the model again."
+            )
+    scales = parts.get("weight_scales")
+    if (scales is not None) != (parts["weight_values"].dtype in (torch.int8, torch.uint8)):
+        raise ModelError(f"packed tensor '{name}' has scales without integer values, or the reverse.")
+    packed = Packed(
+        parts["weight_mask"],
+        parts["weight_offsets"],
+        parts["weight_values"],
+        scales,
+        columns,
+        group if scales is not None and group < columns else 0,
+    )
+    check(name, packed)
+    return packed

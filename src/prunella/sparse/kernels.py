@@ -1,0 +1,222 @@
+"""The products with packed weights as torch operators, `torch.ops.prunella`.
+
+    sparse_linear   x W^T for a packed W: in C for few tokens; for many, tiles of rows are expanded in C and
+                    multiplied by torch
+    dense_linear    x W^T for a dense bfloat16 W and few tokens, at the speed of memory (torch's own product of one
+                    token reaches half of it)
+
+Where the C kernels were not compiled, and on other devices than CPUs, torch does all the work; on a CPU that is
+slow, and said aloud.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..errors import InputError, unknown
+from ..load import say
+from . import library as built
+from .format import PAD, SPAN, Packed, groups, unpack, words
+
+FEW = 16  # up to so many tokens a row is multiplied as it is expanded
+TILE = 1 << 24  # bytes of dense weights that are expanded at a time for more
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
+
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_WEIGHT = (_INT, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _POINTER, _LONG)
+_SIGNATURES = {
+    "prunella_product": (*_WEIGHT, _POINTER, _POINTER, _INT, _LONG, _INT),
+    "prunella_expand": (*_WEIGHT, _LONG, _LONG, _POINTER, _INT, _INT),
+    "prunella_dense": (_LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _LONG, _INT),
+    "prunella_read": (_POINTER, _LONG, _INT),
+    "prunella_use": (ctypes.c_char_p,),
+    "prunella_isa": (_INT,),
+    "prunella_threads": (_POINTER,),
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels for the best instructions of this processor; None, said once, where there are none."""
+    found = built.library()
+    if found is None or not hasattr(found, "prunella_product"):
+        say("the C kernels were not compiled (no C compiler when Prunella was installed): packed models run slowly")
+        return None
+    for name, types in _SIGNATURES.items():
+        getattr(found, name).argtypes = types
+    found.prunella_read.restype = ctypes.c_uint64
+    found.prunella_isa.restype = ctypes.c_char_p
+    parallel = built._openmp()
+    if parallel is not None:
+        found.prunella_threads(parallel)
+    found.prunella_use(None)
+    return found
+
+
+def instructions() -> list[str]:
+    """The instruction sets that kernels were compiled for and this processor has, best first."""
+    kernels = library()
+    if kernels is None:
+        return []
+    names: list[str] = []
+    while name := kernels.prunella_isa(len(names)):
+        names.append(name.decode())
+    usable = [name for name in names if kernels.prunella_use(name.encode()) >= 0]
+    kernels.prunella_use(None)
+    return usable
+
+
+def use(name: str | None = None) -> None:
+    """Run on these instructions from now on; None: the best. Raises InputError if this processor lacks them."""
+    kernels = library()
+    if kernels is not None and kernels.prunella_use(name.encode() if name else None) < 0:
+        raise InputError(unknown("instruction set", str(name), instructions()))
+
+
+def read_bandwidth(data: Tensor) -> int:
+    """A sum over the bytes of `data` by as many threads as torch uses: only to time how fast it can be read."""
+    kernels = library()
+    if kernels is None:
+        return int(data.view(torch.uint8).sum(dtype=torch.int64))
+    total: int = kernels.prunella_read(data.data_ptr(), data.numel() * data.element_size(), torch.get_num_threads())
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Operators
+
+# Defined by hand and not by torch.library.custom_op, whose wrapper costs more than a small product does.
+_operators: Any = torch.library.Library("prunella", "DEF")  # type: ignore[no-untyped-call]
+_operators.define(
+    "sparse_linear(Tensor x, Tensor mask, Tensor offsets, Tensor values, Tensor? scales, int columns, int group)"
+    " -> Tensor"
+)
+_operators.define("dense_linear(Tensor x, Tensor weight) -> Tensor")
+
+
+def _arguments(
+    x: Tensor, mask: Tensor, offsets: Tensor, values: Tensor, scales: Tensor | None, columns: int, group: int
+) -> tuple[Any, ...]:
+    """What the C functions take for a weight. The sizes are checked here, and the kernels never read beyond them
+    whatever the tensors hold: a damaged weight gives a wrong product, not a wrong address."""
+    rows = offsets.shape[0] - 1
+    kind = _KINDS.get(values.dtype, -1)
+    length = values.shape[0] * 2 if kind == 4 else values.shape[0]
+    count = (length - PAD) & -2 if kind == 4 else length - PAD
+    if (
+        kind < 0
+        or x.shape[-1] != columns
+        or mask.shape != (rows, words(columns) * 8)
+        or mask.dtype != torch.uint8
+        or offsets.dtype != torch.int32
+        or count < 0
+        or (kind < 3 and (scales is not None or x.dtype != values.dtype))
+        or (kind >= 3 and (scales is None or scales.dtype != torch.bfloat16 or group % SPAN))
+        or (scales is not None and scales.shape != (rows, groups(columns, group)))
+        or not (mask.is_contiguous() and offsets.is_contiguous() and values.is_contiguous())
+        or not (scales is None or scales.is_contiguous())
+    ):
+        raise ValueError(
+            f"the parts of a packed weight do not fit: x {x.dtype} {tuple(x.shape)}, mask {tuple(mask.shape)},"
+            f" offsets {tuple(offsets.shape)}, values {values.dtype} {tuple(values.shape)}, {columns} columns,"
+            f" groups of {group}"
+        )
+    whole = -(-columns // SPAN) * SPAN
+    return (
+        kind,
+        rows,
+        columns,
+        mask.data_ptr(),
+        offsets.data_ptr(),
+        values.data_ptr(),
+        count,
+        None if scales is None else scales.data_ptr(),
+        0 if scales is None else group or whole,
+    )
+
+
+def _sparse_linear_cpu(
+    x: Tensor, mask: Tensor, offsets: Tensor, values: Tensor, scales: Tensor | None, columns: int, group: int
+) -> Tensor:
+    kernels = library()
+    if kernels is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return _sparse_linear(x, mask, offsets, values, scales, columns, group)
+    weight = _arguments(x, mask, offsets, values, scales, columns, group)
+    rows, x = weight[1], x.contiguous()
+    y = x.new_empty((*x.shape[:-1], rows))
+    tokens, kind, threads = x.numel() // columns, _KINDS[x.dtype], torch.get_num_threads()
+    if tokens <= FEW:
+        _succeed(kernels.prunella_product(*weight, x.data_ptr(), y.data_ptr(), kind, tokens, threads))
+        return y
+    step = max(1, min(rows, TILE // (columns * x.element_size())))
+    tile_RI = x.new_empty((step, columns))
+    x_TI, y_TO = x.view(tokens, columns), y.view(tokens, rows)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        _succeed(kernels.prunella_expand(*weight, first, last, tile_RI.data_ptr(), kind, threads))
+        y_TO[:, first:last] = functional.linear(x_TI, tile_RI[: last - first])
+    return y
+
+
+def _sparse_linear(
+    x: Tensor, mask: Tensor, offsets: Tensor, values: Tensor, scales: Tensor | None, columns: int, group: int
+) -> Tensor:
+    return functional.linear(x, unpack(Packed(mask, offsets, values, scales, columns, group), x.dtype))
+
+
+def _dense_linear_cpu(x: Tensor, weight: Tensor) -> Tensor:
+    kernels = library()
+    tokens = x.numel() // max(1, x.shape[-1])
+    if (
+        kernels is None
+        or tokens > 4
+        or x.dtype != torch.bfloat16
+        or weight.dtype != torch.bfloat16
+        or weight.ndim != 2
+        or x.shape[-1] != weight.shape[1]
+        or not weight.is_contiguous()
+    ):
+        return functional.linear(x, weight)
+    rows, columns = weight.shape
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], rows))
+    _succeed(
+        kernels.prunella_dense(
+            rows, columns, weight.data_ptr(), x.data_ptr(), y.data_ptr(), 1, tokens, torch.get_num_threads()
+        )
+    )
+    return y
+
+
+def _succeed(code: int) -> None:
+    if code == -2:
+        raise MemoryError("no memory for the activations of a packed product")
+    assert code == 0, code
+
+
+_operators.impl("sparse_linear", _sparse_linear, "CompositeExplicitAutograd")
+_operators.impl("sparse_linear", _sparse_linear_cpu, "CPU")
+_operators.impl("dense_linear", functional.linear, "CompositeExplicitAutograd")
+_operators.impl("dense_linear", _dense_linear_cpu, "CPU")
+
+
+@torch.library.register_fake("prunella::sparse_linear", lib=_operators)  # type: ignore[untyped-decorator]
+def _(
+    x: Tensor, mask: Tensor, offsets: Tensor, values: Tensor, scales: Tensor | None, columns: int, group: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], offsets.shape[0] - 1))
+
+
+@torch.library.register_fake("prunella::dense_linear", lib=_operators)  # type: ignore[untyped-decorator]
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+sparse_linear = torch.ops.prunella.sparse_linear
+dense_linear = torch.ops.prunella.dense_linear

@@ -1,0 +1,137 @@
+"""The modules of a packed model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..errors import ModelError
+from .format import Packed, expected, of_parts, unpack
+from .kernels import dense_linear, sparse_linear
+
+
+class TrainingError(ModelError):
+    """A packed model was to be trained."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a packed model cannot be trained: unpack it first (prunella unpack DIR -o OUT), train that, and pack it"
+            " again."
+        )
+
+
+class SparseLinear(nn.Module):
+    """A linear layer whose weight (out_features, in_features) stays packed.
+
+    The parts of the weight are buffers. `weight` unpacks it anew each time it is read, for code that looks at it.
+    `transposed`: the dense module was GPT-2's Conv1D, whose weight is (I, O).
+    """
+
+    weight_mask: Tensor
+    weight_offsets: Tensor
+    weight_values: Tensor
+    weight_scales: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(self, packed: Packed, bias_O: nn.Parameter | None = None, transposed: bool = False):
+        super().__init__()
+        self.in_features, self.out_features = packed.columns, packed.rows
+        self.group, self.transposed = packed.group, transposed
+        self.register_buffer("weight_mask", packed.mask)
+        self.register_buffer("weight_offsets", packed.offsets)
+        self.register_buffer("weight_values", packed.values)
+        self.register_buffer("weight_scales", packed.scales)
+        self.register_parameter("bias", bias_O)
+        self.training = False
+
+    @classmethod
+    def empty(
+        cls, dense: nn.Module, columns: int, rows: int, count: int, values: torch.dtype, group: int
+    ) -> SparseLinear:
+        """In place of a dense module, with the sizes of what is to be loaded and no memory."""
+        bits = {torch.int8: 8, torch.uint8: 4}.get(values)
+        shapes = expected(rows, columns, count, bits, group)
+        dtypes = (torch.uint8, torch.int32, values, torch.bfloat16)
+        parts = [torch.empty(s, dtype=d, device="meta") for s, d in zip(shapes.values(), dtypes, strict=False)]
+        packed = Packed(parts[0], parts[1], parts[2], parts[3] if bits else None, columns, group if bits else 0)
+        bias = getattr(dense, "bias", None)
+        return cls(packed, bias, transposed=not isinstance(dense, nn.Linear))
+
+    def packed(self, name: str = "weight") -> Packed:
+        """The weight, checked. Raises ModelError, naming the tensor, if it is damaged."""
+        parts = {"weight_mask": self.weight_mask, "weight_offsets": self.weight_offsets}
+        parts["weight_values"] = self.weight_values
+        if self.weight_scales is not None:
+            parts["weight_scales"] = self.weight_scales
+        return of_parts(name, parts, self.in_features, self.group)
+
+    @property
+    def weight(self) -> Tensor:
+        parts = (self.weight_mask, self.weight_offsets, self.weight_values, self.weight_scales)
+        weight_OI = unpack(Packed(*parts, self.in_features, self.group))
+        return weight_OI.T if self.transposed else weight_OI
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            y: Tensor = _Untrainable.apply(x, self)  # type: ignore[no-untyped-call]
+            return y
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        y: Tensor = sparse_linear(
+            x,
+            self.weight_mask,
+            self.weight_offsets,
+            self.weight_values,
+            self.weight_scales,
+            self.in_features,
+            self.group,
+        )
+        return y if self.bias is None else y + self.bias
+
+    def train(self, mode: bool = True) -> SparseLinear:
+        if mode:
+            raise TrainingError
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> SparseLinear:
+        """As any module moves and casts, but the scales keep their dtype, which is part of the format."""
+        scales = self.weight_scales
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if scales is not None and self.weight_scales is not None and self.weight_scales.dtype != scales.dtype:
+            self.weight_scales = scales.to(self.weight_scales.device)
+        return self
+
+    def extra_repr(self) -> str:
+        bits = {torch.int8: "int8", torch.uint8: "int4"}.get(self.weight_values.dtype, str(self.weight_values.dtype))
+        return f"in_features={self.in_features}, out_features={self.out_features}, {bits}, bias={self.bias is not None}"
+
+
+class _Untrainable(torch.autograd.Function):
+    """Looking at the outputs of a packed model with gradients enabled is fine; asking for gradients is not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: SparseLinear) -> Tensor:
+        return module.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise TrainingError
+
+
+class DenseLinear(nn.Linear):
+    """A linear layer that stays dense in a packed model, such as the output head: one token at memory speed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (
+            x.device.type != "cpu"
+            or self.weight.dtype != torch.bfloat16
+            or (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
+        ):
+            return functional.linear(x, self.weight, self.bias)
+        y: Tensor = dense_linear(x, self.weight)
+        return y if self.bias is None else y + self.bias
