@@ -1,6 +1,6 @@
 """A method of your own, on a model that is already in memory.
 
-    python examples/own_step.py [MODEL]
+python examples/own_step.py [MODEL]
 """
 
 import sys

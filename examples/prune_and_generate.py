@@ -1,6 +1,6 @@
 """Prune a model, look at what it cost, and let it write.
 
-    python examples/prune_and_generate.py [MODEL] [OUT]
+python examples/prune_and_generate.py [MODEL] [OUT]
 """
 
 import sys

@@ -13,6 +13,7 @@ import prunella
 from prunella import InputError, Layer, NumericalError, Pattern, keep, make, register
 from prunella.load import wrap_model
 from prunella.registry import steps
+from prunella.pattern import unpack
 from prunella.stream import Stream, Target, find_layers, matches, pick_order, through
 
 
@@ -25,7 +26,8 @@ def prune_first_block(order: Any, step: str, ids: Tensor) -> tuple[Any, dict[str
     """A pruned first block, and the masks that the stream chose."""
     model = wrap_model(tiny.build("llama"))
     result = Stream(model, ids, order=order).prune(0, targets_of(model, 0), [make(step)])
-    return model, result.masks
+    shapes = {layer.name: layer.shape for layer in result.layers}
+    return model, {name: unpack(bits, shapes[name]) for name, bits in result.masks.items()}
 
 
 def inputs_of(network: Any, ids: Tensor, names: list[str]) -> dict[str, Tensor]:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .sparse.library import library
 
-
 PANEL = 256  # columns of a product with float32 sums that torch makes at a time
 TOKENS = 2048  # tokens at a time: what a product reads stays in the cache
 
@@ -31,7 +30,7 @@ def add_gram(gram_II: Tensor, x_TI: Tensor) -> None:
     """gram += x^T x, in place, float32. Only one triangle is multiplied out; the other is its mirror."""
     width = x_TI.shape[1]
     kernels = _kernels() if x_TI.dtype == torch.bfloat16 and x_TI.device.type == "cpu" else None
-    for x in x_TI.split(TOKENS):
+    for x in torch.split(x_TI, TOKENS):
         if kernels is not None and x.stride(1) == 1:
             failed = kernels.prunella_gram(
                 ctypes.c_void_p(x.data_ptr()),
@@ -92,7 +91,7 @@ def attention(
     ):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(
+        result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module,
             query,
             key,
@@ -103,6 +102,7 @@ def attention(
             is_causal=is_causal,
             **kwargs,
         )
+        return result
     out = query.new_empty(batch, tokens, heads, dim)
     kernels = _kernels()
     assert kernels is not None

@@ -33,7 +33,6 @@ def inverse_factor(stats: Stats, damping: float, order_I: Tensor | None = None) 
     Raises:
         NumericalError: no damping up to 1e4 helps, or the statistics are not finite.
     """
-
     # With J the reversal of the columns and A the damped Hessian, J A J = L L^T gives A = (J L J)(J L J)^T, and
     # J L J is upper triangular: its inverse is U. One Cholesky and one triangular inverse, where inverting and
     # factoring again takes three. Matrices of this size are let go as soon as they can be.

@@ -214,7 +214,7 @@ def _run(
     last = max(index for index, block in enumerate(targets) if any(target.sparsity > 0 for target in block))
     for index in track(range(len(model.blocks)), "pruning", len(model.blocks)):
         if index > last:  # all that follows stays dense: nothing has to flow through it
-            layers += [LayerResult(t.slot.name, t.slot.shape, 0.0, 0.0, str(t.pattern), None, 0) for t in targets[index]]
+            layers += [LayerResult.dense(target) for target in targets[index]]
             continue
         if index < len(done):
             layers += done[index]

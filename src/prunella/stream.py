@@ -315,6 +315,11 @@ class LayerResult:
     tokens: int
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def dense(cls, target: Target) -> LayerResult:
+        """Of a layer that stays as it is."""
+        return cls(target.slot.name, target.slot.shape, 0.0, 0.0, str(target.pattern), None, 0)
+
 
 @dataclass(frozen=True)
 class BlockResult:
@@ -401,7 +406,7 @@ class Stream:
         for target in targets:
             slot = target.slot
             if slot.name not in layers:
-                results.append(LayerResult(slot.name, slot.shape, 0.0, target.sparsity, str(target.pattern), None, 0))
+                results.append(LayerResult.dense(target))
                 continue
             result, masks[slot.name] = layers[slot.name]
             results.append(result)
@@ -516,6 +521,16 @@ class Stream:
                     if keep_outputs:
                         outputs.append(out)
                 whole = len(order) == len(active) and all(t.slot.expert is None for t in active.values())
+        if all(step.per_layer for step in steps):  # one layer at a time: its new weight and statistics can go
+            done: dict[str, Settled] = {}
+            waiting = [leader.get(layer_name, layer_name) for layer_name in active]
+            for (layer_name, target), source in zip(active.items(), tuple(waiting), strict=True):
+                waiting.remove(source)
+                found = stats.get(source, Stats()) if source in waiting else stats.pop(source, Stats())
+                one = Block(index, name, (self._layer(target, found),))
+                with torch.no_grad():
+                    done[layer_name] = _settle(self._apply(one, steps, min_tokens).layers[0], target)
+            return done
         layers = tuple(self._layer(t, stats.get(leader.get(n, n), Stats())) for n, t in active.items())
         dense = Block(
             index,

@@ -121,7 +121,7 @@ class Stats:
 
         sum_I = zeros(width) if "moments" in needs else None
         sumsq_I = zeros(width) if needs & {"norm", "moments", "gram"} else None
-        for x in x_TI.split(2048):  # few enough to stay in the cache while they are read twice
+        for x in torch.split(x_TI, 2048):  # few enough to stay in the cache while they are read twice
             if sum_I is not None:
                 sum_I += x.sum(0, dtype=torch.float32)
             if sumsq_I is not None:
@@ -131,9 +131,7 @@ class Stats:
         if "gram" in needs:
             gram_II = zeros(width, width)
             add_gram(gram_II, x_TI)
-        return cls(
-            tokens, sum_I, sumsq_I, gram_II, sample_TI=x_TI[::stride][:sample].clone() if sample else None
-        )
+        return cls(tokens, sum_I, sumsq_I, gram_II, sample_TI=x_TI[::stride][:sample].clone() if sample else None)
 
     def __add__(self, other: Stats) -> Stats:
         def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -19,6 +19,7 @@ from ..errors import InputError, ModelError
 from ..load import Checkpoint, find_directory, load_model, say
 from ..save import MASKS, check_output, read_masks
 from ..stream import Slot, find_layers
+from .bench import bench
 from .format import PARTS, SPAN, VERSION, check_options, mask_of, of_parts, pack, unpack
 
 SHARD = 2 << 30  # bytes in a file of weights: what packing holds in memory at a time
@@ -119,6 +120,13 @@ def _write_config(directory: Path, config: dict[str, Any]) -> None:
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def _write_masks(directory: Path, masks: dict[str, Tensor]) -> None:
+    """As save.py writes them."""
+    bits = {name: torch.from_numpy(np.packbits(mask_OI.numpy())) for name, mask_OI in masks.items()}
+    shapes = {name: list(mask_OI.shape) for name, mask_OI in masks.items()}
+    save_file(bits, directory / MASKS, metadata={"shapes": json.dumps(shapes)})
+
+
 def packed_config(directory: str | Path) -> dict[str, Any] | None:
     """The quantization_config of a packed model; None for a directory that holds none."""
     if not (Path(directory) / "config.json").is_file():
@@ -204,6 +212,8 @@ def pack_model(model: str, out: str | Path, bits: int | None = None, group: int 
             "modules": modules,
         }
         _write_config(partial, config)
+        if masks is not None and kept:
+            _write_masks(partial, {name: masks[name] for name in kept})
     if kept:
         say(f"{len(kept)} layers stay dense ({kept[0]} …): the experts of a mixture are not packed yet")
     return PackResult(len(modules), dense, packed, tuple(kept))
@@ -238,8 +248,7 @@ def unpack_model(model: str, out: str | Path) -> int:
     checkpoint = Checkpoint(directory)
     whole = _read_config(directory)
     dtype = getattr(torch, str(whole.get("dtype") or whole.get("torch_dtype") or "bfloat16"))
-    masks: dict[str, Tensor] = {}
-    shapes: dict[str, list[int]] = {}
+    masks = read_masks(directory) if (directory / MASKS).is_file() else {}  # of layers that stayed dense
     with _directory(out) as partial:
         shards = _Shards(partial)
         for key in checkpoint.where:
@@ -254,11 +263,13 @@ def unpack_model(model: str, out: str | Path) -> int:
             packed = of_parts(name, tensors, about["shape"][1], settings.group)
             weight_OI = unpack(packed, None if packed.bits is None else dtype)
             shards.add(f"{name}.weight", weight_OI.T if about.get("transposed") else weight_OI)
-            masks[name] = torch.from_numpy(np.packbits(mask_of(packed.mask, packed.columns).numpy()))
-            shapes[name] = [packed.rows, packed.columns]
+            masks[name] = mask_of(packed.mask, packed.columns)
         shards.finish()
-        save_file(masks, partial / MASKS, metadata={"shapes": json.dumps(shapes)})
+        _write_masks(partial, masks)
         _copy_companions(directory, partial)
         del whole["quantization_config"]
         _write_config(partial, whole)
-    return len(masks)
+    return len(settings.modules)
+
+
+__all__ = ["PackResult", "bench", "pack_model", "packed_config", "unpack_model"]

@@ -231,7 +231,7 @@ def check(name: str, packed: Packed) -> None:
             f"row {row} keeps {kept_O[row]} weights by its mask and {np.diff(offsets)[row]} by its offsets",
         )
     tail = packed.mask[:, columns // 8 :].clone()
-    tail[:, 0] >>= columns % 8
+    tail[:, :1] >>= columns % 8
     if tail.any():
         refuse("weight_mask", f"it keeps weights beyond the last of {columns} columns")
     values = packed.values.view(torch.uint8)

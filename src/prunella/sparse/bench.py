@@ -1,0 +1,237 @@
+"""How fast a model runs dense and packed, on this machine, in turns."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, unknown
+from ..load import find_directory, quiet_transformers
+from .format import SPAN, Packed, check_options, pack
+from .kernels import instructions, read_bandwidth
+from .linear import DenseLinear, SparseLinear
+
+# Shapes to measure without weights: speed does not depend on them.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-1b": {
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1024,
+        "max_position_embeddings": 2048,
+    },
+}
+
+
+def bench(
+    model: str | None = None,
+    *,
+    random: str | None = None,
+    sparsity: float = 0.5,
+    bits: int | None = None,
+    group: int = SPAN,
+    prompt: int = 512,
+    tokens: int = 32,
+    rounds: int = 3,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Prefill and decode speed of a model, dense beside packed.
+
+    Args:
+        model: a pruned or packed model.
+        random: in place of a model, random weights of this shape (`llama-1b`, `tiny`, or a directory with a
+            config.json), pruned at random to `sparsity`, in bfloat16.
+        bits, group: as for `pack_model`; a packed model is measured as it is.
+        prompt: tokens of the prefill; tokens: how many are generated, one at a time.
+        rounds: turns of dense and packed; the median of each counts.
+        threads: for torch and the kernels; None: as torch is set.
+    Returns:
+        Plain data: {"dense": side, "packed": side, "speedup": {...}, "read_bandwidth": bytes a second, …}, with side
+        = {"bytes", "prefill", "decode", "bandwidth"}: bytes of its weights, tokens a second, and the share of the
+        measured read bandwidth that decoding reaches.
+    """
+    if (model is None) == (random is None):
+        raise InputError("give a model or a shape for random weights (--random), one of the two.")
+    if not 0 <= sparsity < 1:
+        raise InputError(f"sparsity {sparsity:g} is out of range: 0 up to, not including, 1.")
+    if min(prompt, tokens, rounds) < 1:
+        raise InputError("prompt, tokens and rounds are at least 1.")
+    check_options(bits, group)
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        dense, packed = _pair(model, random, sparsity, bits, group)
+        return _measure(dense, packed, prompt, tokens, rounds)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _pair(
+    model: str | None, random: str | None, sparsity: float, bits: int | None, group: int
+) -> tuple[nn.Module, nn.Module]:
+    """The dense network and the packed one. What is not packed they share."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        if random is not None:
+            dense = _random(random)
+        else:
+            dense = AutoModelForCausalLM.from_pretrained(find_directory(str(model)), dtype="auto")
+    if any(isinstance(module, SparseLinear) for module in dense.modules()):
+        packed = dense
+        dense = _shallow(packed)
+        dense.dequantize()
+        return dense, packed
+    packed = _shallow(dense)
+    generator = torch.Generator().manual_seed(0)
+    head = packed.get_output_embeddings()
+    for name, module in list(packed.named_modules()):
+        if type(module) is not nn.Linear:
+            continue
+        weight_OI = module.weight.data
+        mask_OI = weight_OI != 0
+        if random is not None:
+            mask_OI = torch.rand(weight_OI.shape, generator=generator) >= sparsity
+        if module is head or bool(mask_OI.all()):
+            module.__class__ = DenseLinear
+        else:
+            packed.set_submodule(name, SparseLinear(pack(weight_OI * mask_OI, mask_OI, bits, group), module.bias))
+    if not any(isinstance(module, SparseLinear) for module in packed.modules()):
+        raise InputError(f"nothing in '{model}' is pruned: there is nothing to compare.")
+    return dense, packed
+
+
+def _random(shape: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    if (Path(shape) / "config.json").is_file():
+        config = AutoConfig.from_pretrained(shape)
+    elif shape in SHAPES:
+        config = AutoConfig.for_model(**SHAPES[shape])
+    else:
+        raise InputError(unknown("shape", shape, SHAPES) + " Or give a directory with a config.json.")
+    with no_init_weights():
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    network.tie_weights()
+    for parameter in network.parameters():
+        parameter.data.normal_(0, 0.02, generator=generator).requires_grad_(False)
+    return network.eval()
+
+
+def _shallow(network: Any) -> Any:
+    """A copy with modules of its own that share all tensors."""
+    memo: dict[int, Any] = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        memo[id(tensor)] = tensor
+    return copy.deepcopy(network, memo)
+
+
+def _measure(dense: Any, packed: Any, prompt: int, tokens: int, rounds: int) -> dict[str, Any]:
+    ids = torch.randint(
+        3, dense.config.get_text_config().vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)
+    )
+    times: dict[str, list[float]] = {}
+    memory = torch.ones(1 << 28, dtype=torch.uint8)  # larger than any cache
+    with torch.inference_mode():
+        for turn in range(rounds + 1):  # the first warms up
+            taken = {"read": _time(lambda: read_bandwidth(memory))}
+            for name, network in (("dense", dense), ("packed", packed)):
+                taken[f"{name} prefill"] = _time(lambda: network(ids, use_cache=True))
+                short = ids[:, : min(8, prompt)]
+                cache = network(short, use_cache=True).past_key_values
+                taken[f"{name} decode"] = _time(lambda: _generate(network, cache, ids[:, :1], tokens))
+            if turn:
+                for key, value in taken.items():
+                    times.setdefault(key, []).append(value)
+    median = {key: sorted(values)[len(values) // 2] for key, values in times.items()}
+    bandwidth = memory.numel() / median["read"]
+
+    def side(name: str, network: Any) -> dict[str, Any]:
+        seconds = median[f"{name} decode"] / tokens
+        return {
+            "bytes": _bytes(network, everything=True),
+            "prefill": prompt / median[f"{name} prefill"],
+            "decode": 1 / seconds,
+            "bandwidth": _bytes(network, everything=False) / seconds / bandwidth,
+        }
+
+    sides = {"dense": side("dense", dense), "packed": side("packed", packed)}
+    return {
+        **sides,
+        "speedup": {key: sides["packed"][key] / sides["dense"][key] for key in ("prefill", "decode")},
+        "read_bandwidth": bandwidth,
+        "instructions": (instructions() or ["none"])[0],
+        "threads": torch.get_num_threads(),
+        "prompt": prompt,
+        "tokens": tokens,
+        "sparsity": _sparsity(packed),
+    }
+
+
+def _time(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _generate(network: Any, cache: Any, token: Tensor, tokens: int) -> None:
+    for _ in range(tokens):
+        out = network(token, past_key_values=cache, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+
+
+def _bytes(network: Any, everything: bool) -> int:
+    """Bytes of the weights: all of them, or those that every token reads (not the rows of an embedding)."""
+    skip: set[int] = set()
+    if not everything:
+        head = network.get_output_embeddings()
+        for module in network.modules():
+            if isinstance(module, nn.Embedding) and (head is None or module.weight is not head.weight):
+                skip.add(id(module.weight))
+    tensors = {id(t): t for t in (*network.parameters(), *network.buffers())}
+    return sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in skip)
+
+
+def _sparsity(network: Any) -> float:
+    kept = total = 0
+    for module in network.modules():
+        if isinstance(module, SparseLinear):
+            kept += int(module.weight_offsets[-1])
+            total += module.in_features * module.out_features
+    return 1 - kept / total
+
+
+def random_packed(rows: int, columns: int, sparsity: float, bits: int | None = None, nm: bool = False) -> Packed:
+    """A random bfloat16 weight at this sparsity (or 2:4), packed: something to time kernels on."""
+    generator = torch.Generator().manual_seed(0)
+    weight_OI = torch.randn(rows, columns, generator=generator).to(torch.bfloat16)
+    if nm:
+        order = torch.rand(rows, columns // 4, 4, generator=generator).argsort(-1).argsort(-1)
+        mask_OI = (order < 2).view(rows, columns)
+    else:
+        mask_OI = torch.rand(rows, columns, generator=generator) >= sparsity
+    return pack(weight_OI * mask_OI, mask_OI, bits)

@@ -1,0 +1,92 @@
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from prunella import fast
+from prunella.fast import add_gram, attention, use_fast_attention
+
+SHAPES = [(2048, 576), (77, 50), (1, 3), (513, 129), (3000, 33), (16, 16), (2, 300)]
+
+
+@pytest.fixture(params=["kernel", "torch"])
+def way(request, monkeypatch):
+    """The compiled kernel where there is one, and torch's own products."""
+    if request.param == "torch":
+        monkeypatch.setattr(fast, "_kernels", lambda: None)
+    elif fast._kernels() is None:
+        pytest.skip("no kernel for this processor")
+    return request.param
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gram_products_are_symmetric_and_summed_in_float32(shape, dtype, way):
+    torch.manual_seed(0)
+    x_TI = (torch.randn(shape) * torch.rand(shape[1]).mul(8).exp2()).to(dtype)
+    gram_II = torch.full((shape[1], shape[1]), 0.5)
+    add_gram(gram_II, x_TI)
+    exact_II = x_TI.double().T @ x_TI.double() + 0.5
+    scale_II = exact_II.diagonal().sqrt()[:, None] * exact_II.diagonal().sqrt()
+    assert ((gram_II - exact_II).abs() / scale_II).max() < 2e-6
+    assert torch.equal(gram_II, gram_II.T)
+
+
+def test_gram_products_take_a_view_of_wider_rows(way):
+    x_TI = torch.randn(100, 80).bfloat16()[:, 16:48]
+    gram_II = torch.zeros(32, 32)
+    add_gram(gram_II, x_TI)
+    assert torch.allclose(gram_II, x_TI.float().T @ x_TI.float(), atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 3, 300, 64), (2, 4, 4, 100, 32), (1, 2, 1, 1, 64), (1, 2, 2, 17, 128)])
+@pytest.mark.parametrize("tokens", [None, 15, 16, 33, 47])
+def test_attention_is_as_near_to_the_exact_one_as_torchs(shape, tokens):
+    if fast._kernels() is None:
+        pytest.skip("no kernel for this processor")
+    torch.manual_seed(0)
+    batch, heads, kv, length, dim = shape
+    length = tokens or length
+    query, key, value = (torch.randn(batch, length, h, dim).bfloat16().mul(2).transpose(1, 2) for h in (heads, kv, kv))
+    with torch.no_grad():
+        found, _ = attention(nn.Module(), query, key, value, None, scaling=0.3)
+    repeated = (query, key.repeat_interleave(heads // kv, 1), value.repeat_interleave(heads // kv, 1))
+    exact = nn.functional.scaled_dot_product_attention(*(t.double() for t in repeated), is_causal=True, scale=0.3)
+    torchs = nn.functional.scaled_dot_product_attention(*repeated, is_causal=True, scale=0.3)
+    error, reference = (found.transpose(1, 2) - exact).abs().max(), (torchs - exact).abs().max()
+    assert error <= 1.5 * reference + 1e-6
+
+
+def test_attention_passes_nan_on():
+    key = torch.randn(1, 1, 40, 32).bfloat16()
+    query = key.clone()
+    query[0, 0, 20, 3] = torch.nan
+    with torch.no_grad():
+        found, _ = attention(nn.Module(), query, key, key, None)
+    assert torch.isnan(found[0]).any(-1).flatten().nonzero().tolist() == [[20]]
+
+
+def test_what_the_kernel_does_not_cover_goes_to_torch():
+    module = nn.Module()
+    module.is_causal, module.num_key_value_groups = True, 1
+    query = torch.randn(1, 2, 24, 32).bfloat16()
+    mask = torch.ones(24, 24, dtype=torch.bool).tril()
+    expected = nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=mask).transpose(1, 2)
+    with torch.no_grad():
+        masked, _ = attention(module, query, query, query, mask[None, None], scaling=32**-0.5)
+    assert torch.equal(masked, expected)
+    odd = query[..., :20]
+    with torch.no_grad():
+        assert attention(module, odd, odd, odd, None)[0].shape == (1, 24, 2, 20)
+    differentiable = query.clone().requires_grad_()
+    attention(module, differentiable, query, query, None)[0].sum().backward()
+    assert differentiable.grad is not None
+
+
+def test_a_model_gives_the_same_logits_with_fast_attention(ids):
+    network = tiny.build("llama", head_dim=32).to(torch.bfloat16).eval()
+    with torch.no_grad():
+        before = network(ids).logits.float()
+        use_fast_attention(network)
+        after = network(ids).logits.float()
+    assert (before - after).abs().max() <= 0.05 * before.abs().max()
