@@ -48,9 +48,7 @@ def kernels(rows: int, columns: int, turns: int, out: Console) -> None:
     bandwidth = memory.numel() / quartile["read"]
     dense_bytes = 2 * rows * columns
     perfect = dense_bytes / bandwidth
-    title = (
-        f"{rows}x{columns}, one token; reads {bandwidth / 1e9:.1f} GB/s, a perfect dense product {perfect * 1e3:.2f} ms"
-    )
+    title = f"{rows}x{columns}, one token; reads {bandwidth / 1e9:.1f} GB/s, perfect dense {perfect * 1e3:.2f} ms"
     table = Table("product", "size", "ms", "GB/s", "of read", "× perfect dense", "× torch dense", title=title)
     for name in (*packed, "dense", "torch dense"):
         nbytes = packed[name].nbytes if name in packed else dense_bytes

@@ -503,6 +503,7 @@ def test_ctrl_c_leaves_a_run_that_resume_finishes(
         (("eval", "LLAMA", "--length", 4096), "longer than the model's context of 128"),
         (("eval", "LLAMA", "--windows", 10**7, "--length", 32), "10000000 windows of 32"),
         (("eval", "LLAMA", "--windows", 0), "--windows"),
+        (("eval", "LLAMA", "--text", "self", "--length", 32), "say how many windows (--windows)"),
         (("eval", "LLAMA", "--length", 0), "--length"),
         (("eval", "LLAMA", "--dtype", "int4"), "unknown dtype 'int4'"),
         (("eval", "nothing.gguf"), "GGUF file 'nothing.gguf' does not exist"),

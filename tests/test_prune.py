@@ -214,3 +214,25 @@ def test_progress_is_told_for_every_block(llama: Path, tmp_path: Path) -> None:
 
     prune(llama, {"steps": ["wanda"], **SHORT}, output=tmp_path / "out", track=track)
     assert told == [("perplexity", 3), ("pruning", 3), ("perplexity", 3)]
+
+
+def test_a_model_in_memory_is_handed_back_as_it_was(ids: torch.Tensor) -> None:
+    network = tiny.build("mixtral", head_dim=32).to(torch.bfloat16).train()
+    before = (network.config._attn_implementation, network.config._experts_implementation)
+    state = torch.random.get_rng_state()
+    prunella.prune(network, {"steps": ["wanda"]}, calibration=ids)
+    assert (network.config._attn_implementation, network.config._experts_implementation) == before
+    assert network.training
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("order", ["layer", "block"])
+def test_streamed_equals_in_memory_with_the_kernels_for_bfloat16(ids: torch.Tensor, tmp_path: Path, order: str) -> None:
+    network = tiny.build("llama", head_dim=32).to(torch.bfloat16)
+    network.save_pretrained(tmp_path / "dense")
+    recipe = {"steps": ["sparsegpt"], "order": order, "evaluate": {"source": None}}
+    prunella.prune(tmp_path / "dense", recipe, output=tmp_path / "out", calibration=ids)
+    prunella.prune(network, recipe, calibration=ids)
+    streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, streamed[name]), name

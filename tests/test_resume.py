@@ -258,6 +258,18 @@ def test_an_unfinished_run_is_neither_overwritten_nor_finished_by_accident(unfin
         prunella.prune(llama, recipe_of("layer"), output=unfinished, resume=True)
 
 
+def test_a_model_in_memory_leaves_nothing_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing could resume it."""
+
+    def run() -> Any:
+        recipe = {"steps": ["wanda"]}
+        return prunella.prune(tiny.build(), recipe, output=tmp_path / "out", calibration=tiny.token_windows())
+
+    killed_run(monkeypatch, Output, "write", 1, run)
+    assert not list(tmp_path.iterdir())
+    assert run().sparsity == 0.5
+
+
 def test_two_runs_do_not_write_into_one_directory(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     refused: list[str] = []

@@ -81,7 +81,7 @@ def check_zeros(block: Block, sparsity: float) -> None:
     assert pruned == round(total * (sparsity if fixed is None else fixed))
 
 
-def apply_or_skip(step: Step, block: Block) -> Block:
+def apply_or_refuse(step: Step, block: Block) -> Block | None:
     """A step may refuse a pattern, but never the unstructured one, and it has to say which."""
     try:
         return step.apply(block)
@@ -90,7 +90,7 @@ def apply_or_skip(step: Step, block: Block) -> Block:
     assert pattern != "unstructured"
     assert f"step '{step.name}'" in message
     assert f"pattern {pattern}" in message
-    pytest.skip(message)
+    return None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -104,7 +104,9 @@ def test_contract(name: str, pattern: str, dtype: torch.dtype) -> None:
         block = toy_block(step, pattern, sparsity, dtype)
         before = tensors(block)
         torch.manual_seed(3)
-        after = apply_or_skip(step, block)
+        after = apply_or_refuse(step, block)
+        if after is None:
+            return
         assert {k: v.tolist() for k, v in tensors(block).items()} == {k: v.tolist() for k, v in before.items()}
         check_zeros(after, sparsity)
         assert [la.name for la in after.layers] == [la.name for la in block.layers]
@@ -130,7 +132,9 @@ def test_contract_holds_after_another_step(name: str, pattern: str) -> None:
     step = make(name)
     chosen = make("magnitude").apply(toy_block(step, pattern))
     before = tensors(chosen)
-    after = apply_or_skip(step, chosen)
+    after = apply_or_refuse(step, chosen)
+    if after is None:
+        return
     assert {k: v.tolist() for k, v in tensors(chosen).items()} == {k: v.tolist() for k, v in before.items()}
     check_zeros(after, 0.5)
 

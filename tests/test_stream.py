@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import prunella
 from prunella import InputError, Layer, NumericalError, Pattern, keep, make, register
 from prunella.load import wrap_model
-from prunella.registry import steps
 from prunella.pattern import unpack
+from prunella.registry import steps
 from prunella.stream import Stream, Target, find_layers, matches, pick_order, through
 
 

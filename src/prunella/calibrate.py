@@ -13,6 +13,7 @@ Documents are joined by an empty line, the text is tokenized once and cut into c
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -78,6 +80,8 @@ def check_windows(model: Model, windows_NL: Tensor) -> None:
 
 def all_windows(model: Model, source: str, length: int) -> Tensor:
     """The whole source in windows of `length` tokens, (N, L); what is left over at the end is dropped."""
+    if source == "self":
+        raise InputError("the text that a model writes itself has no end: say how many windows (--windows).")
     if model.tokenizer is None:
         raise InputError(f"model '{model.name}' has no tokenizer, so the text of '{source}' cannot be used.")
     ids = _tokenize(model.tokenizer, documents(source), None)
@@ -93,9 +97,11 @@ def _tokenize(tokenizer: Any, docs: Iterator[str], needed: int | None) -> list[i
     text, chars = "", 0 if needed is None else needed * 6
     while True:
         parts = [text] if text else []
+        size = len(text)
         for document in docs:
             parts.append(document)
-            if needed is not None and sum(map(len, parts)) > chars:
+            size += len(document)
+            if needed is not None and size > chars:
                 break
         else:
             needed = None  # that was all of it
@@ -181,7 +187,7 @@ def sample_self(model: Model, count: int, length: int, seed: int, *, batch: int 
     """
     key = hashlib.sha256(f"{_fingerprint(model)}|{length}|{seed}|{batch}".encode()).hexdigest()[:16]
     path = cache_directory() / "self" / f"{key}.safetensors"
-    if path.is_file():
+    with contextlib.suppress(FileNotFoundError, SafetensorError, KeyError):  # a damaged one is made again
         have: Tensor = load_file(path)["windows"]
         if len(have) >= count:
             return have[:count]

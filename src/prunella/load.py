@@ -347,6 +347,7 @@ class Model:
     """
 
     def __init__(self, network: Any, tokenizer: Any, checkpoint: Checkpoint | None, device: torch.device, name: str):
+        self._training = network.training
         self.network = network.eval()
         self.tokenizer = tokenizer
         self.checkpoint = checkpoint
@@ -354,13 +355,26 @@ class Model:
         self.name = name
         self.blocks = find_blocks(network)
         self._plan: dict[str, tuple[str, bool]] | None = None
+        self._attention = network.config._attn_implementation
+        self._experts = None
         if getattr(network, "_can_set_experts_implementation", lambda: False)():
+            self._experts = network.config._experts_implementation
             network.set_experts_implementation("eager")  # one product per expert, which the stream can watch
+        if device.type == "cpu":
+            use_fast_attention(network)
 
     @property
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.network.dtype
         return dtype
+
+    def give_back(self) -> None:
+        """Let a model that lives in memory run as it did before it was wrapped."""
+        if self.network.config._attn_implementation != self._attention:
+            self.network.set_attn_implementation(self._attention)
+        if self._experts is not None:
+            self.network.set_experts_implementation(self._experts)
+        self.network.train(self._training)
 
     def module(self, name: str) -> nn.Module:
         module: nn.Module = self.network.get_submodule(name)
@@ -586,8 +600,6 @@ def load_model(
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(f"the tokenizer of '{name}' cannot be read: {reason}") from None
     model = Model(network, tokenizer, checkpoint, pick_device(device), name)
-    if model.device.type == "cpu":
-        use_fast_attention(network)
     for buffer_owner in network.modules():  # buffers are real from the start: bring them where the blocks compute
         for key, buffer in buffer_owner._buffers.items():
             if buffer is not None and not buffer.is_meta:
@@ -596,7 +608,11 @@ def load_model(
 
 
 def wrap_model(network: Any, tokenizer: Any = None, name: str = "") -> Model:
-    """A model object that is already in memory, on whatever device it is."""
+    """A model object that is already in memory, on whatever device it is.
+
+    It is put into evaluation mode and runs its attention and experts as the stream wants them, until
+    `Model.give_back`.
+    """
     return Model(network, tokenizer, None, network.device, name or network.config._name_or_path or "in memory")
 
 

@@ -67,19 +67,29 @@ def prune(
     path = None if output is None else Path(output)
     if path is not None:
         check_output(path)
-    steps = recipe.make_steps()
-    allocation = recipe.make_allocation()
     if not in_memory:
         opened = load_model(
             str(model), dtype=recipe.dtype, device=recipe.device, remote_code=remote_code, pickles=pickles
         )
     else:
-        opened = model if isinstance(model, Model) else wrap_model(model, tokenizer)
         if resume:
             raise InputError("a model in memory cannot be resumed: give its directory instead.")
+        opened = model if isinstance(model, Model) else wrap_model(model, tokenizer)
+    try:
+        with torch.random.fork_rng():
+            return _prune(opened, recipe, path, resume, calibration, track)
+    finally:
+        if opened is not model:
+            opened.give_back()
+
+
+def _prune(
+    opened: Model, recipe: Recipe, path: Path | None, resume: bool, calibration: Tensor | None, track: Track
+) -> Report:
     started, cpu = time.perf_counter(), time.process_time()
     torch.manual_seed(recipe.seed)
-
+    steps = recipe.make_steps()
+    allocation = recipe.make_allocation()
     targets = choose_targets(opened, recipe)
     length = _length(opened, recipe.calibration.length)
     ids_NL = calibration
@@ -160,8 +170,9 @@ def prune(
         if out:
             out.discard()  # the same would happen again
         raise
-    except PrunellaError:
-        if out and not out.blocks:
+    except BaseException as error:
+        hopeless = isinstance(error, PrunellaError) and not (out and out.blocks)
+        if out and (hopeless or opened.checkpoint is None):  # a model in memory cannot be resumed
             out.discard()
         raise
     finally:

@@ -151,19 +151,17 @@ def _shallow(network: Any) -> Any:
 
 
 def _measure(dense: Any, packed: Any, prompt: int, tokens: int, rounds: int) -> dict[str, Any]:
-    ids = torch.randint(
-        3, dense.config.get_text_config().vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)
-    )
+    vocabulary = dense.config.get_text_config().vocab_size
+    ids = torch.randint(3, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
     times: dict[str, list[float]] = {}
     memory = torch.ones(1 << 28, dtype=torch.uint8)  # larger than any cache
     with torch.inference_mode():
         for turn in range(rounds + 1):  # the first warms up
-            taken = {"read": _time(lambda: read_bandwidth(memory))}
+            taken = {"read": _time(read_bandwidth, memory)}
             for name, network in (("dense", dense), ("packed", packed)):
-                taken[f"{name} prefill"] = _time(lambda: network(ids, use_cache=True))
-                short = ids[:, : min(8, prompt)]
-                cache = network(short, use_cache=True).past_key_values
-                taken[f"{name} decode"] = _time(lambda: _generate(network, cache, ids[:, :1], tokens))
+                taken[f"{name} prefill"] = _time(network, ids)
+                cache = network(ids[:, :8], use_cache=True).past_key_values
+                taken[f"{name} decode"] = _time(_generate, network, cache, ids[:, :1], tokens)
             if turn:
                 for key, value in taken.items():
                     times.setdefault(key, []).append(value)
@@ -192,9 +190,9 @@ def _measure(dense: Any, packed: Any, prompt: int, tokens: int, rounds: int) -> 
     }
 
 
-def _time(run: Callable[[], Any]) -> float:
+def _time(run: Callable[..., Any], *arguments: Any) -> float:
     start = time.perf_counter()
-    run()
+    run(*arguments)
     return time.perf_counter() - start
 
 

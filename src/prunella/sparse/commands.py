@@ -220,14 +220,15 @@ def pack_model(model: str, out: str | Path, bits: int | None = None, group: int 
 
 
 def _mask(name: str, weight_OI: Tensor, mask_OI: Tensor | None) -> Tensor | None:
-    """Where the weight is kept; None for a weight without zeros. A kept zero may be negative: bits decide."""
+    """Where the weight is kept; None for a weight without zeros. Without a mask a negative zero counts as kept, so
+    that the same bytes come back; where a mask prunes, it becomes a plain zero."""
     integers = {2: torch.int16, 4: torch.int32}[weight_OI.element_size()]
     nonzero_OI = weight_OI.contiguous().view(integers) != 0
     if mask_OI is None:
         return None if bool(nonzero_OI.all()) else nonzero_OI
     if mask_OI.shape != weight_OI.shape:
         raise ModelError(f"the mask of '{name}' has shape {tuple(mask_OI.shape)}, its weight {tuple(weight_OI.shape)}.")
-    if bool((nonzero_OI & ~mask_OI).any()):
+    if bool(((weight_OI != 0) & ~mask_OI).any()):
         raise ModelError(
             f"weights of '{name}' that its mask prunes are not zero: the model was changed after it was pruned. Delete"
             f" {MASKS} to pack it by its zeros."
@@ -261,6 +262,8 @@ def unpack_model(model: str, out: str | Path) -> int:
             with checkpoint.open(parts.values()) as slices:
                 tensors = {part: slices[key][:] for part, key in parts.items()}
             packed = of_parts(name, tensors, about["shape"][1], settings.group)
+            if packed.bits != settings.bits or [packed.rows, packed.columns] != list(about["shape"]):
+                raise ModelError(f"packed weight '{name}' is not what config.json says of it. Pack the model again.")
             weight_OI = unpack(packed, None if packed.bits is None else dtype)
             shards.add(f"{name}.weight", weight_OI.T if about.get("transposed") else weight_OI)
             masks[name] = mask_of(packed.mask, packed.columns)

@@ -25,7 +25,7 @@ from . import library as built
 from .format import PAD, SPAN, Packed, groups, unpack, words
 
 FEW = 16  # up to so many tokens a row is multiplied as it is expanded
-TILE = 1 << 24  # bytes of dense weights that are expanded at a time for more
+TILE = 1 << 22  # bytes of dense weights that are expanded at a time for more: they stay in the cache
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64

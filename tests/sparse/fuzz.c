@@ -1,0 +1,73 @@
+/* Random weights, sane and damaged, through every entry point of the kernels on every instruction set that this
+ * processor has, in buffers of exactly the sizes that the format wants. AddressSanitizer watches. */
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+int prunella_product(
+    int32_t kind, int64_t rows, int64_t columns, const void *mask, const void *offsets, const void *values,
+    int64_t count, const void *scales, int64_t group, const void *x, void *y, int32_t x_kind, int64_t tokens,
+    int threads);
+int prunella_expand(
+    int32_t kind, int64_t rows, int64_t columns, const void *mask, const void *offsets, const void *values,
+    int64_t count, const void *scales, int64_t group, int64_t first, int64_t last, void *y, int32_t y_kind,
+    int threads);
+int prunella_dense(
+    int64_t rows, int64_t columns, const void *values, const void *x, void *y, int32_t x_kind, int64_t tokens,
+    int threads);
+const char *prunella_isa(int i);
+int prunella_use(const char *name);
+
+static uint64_t state = 1;
+
+static uint64_t next(void) {
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return state;
+}
+
+static void *noise(int64_t bytes, int how) {
+    uint8_t *data = malloc((size_t)(bytes ? bytes : 1));
+    for (int64_t i = 0; i < bytes; i++) data[i] = how == 0 ? 0 : how == 1 ? 255 : (uint8_t)(next() >> 24);
+    return data;
+}
+
+int main(int argc, char **argv) {
+    const int runs = argc > 1 ? atoi(argv[1]) : 100;
+    static const int64_t size[] = {4, 2, 2};
+    for (int run = 0; run < runs; run++) {
+        const int32_t kind = (int32_t)(next() % 5), x_kind = (int32_t)(next() % 3);
+        const int64_t rows = 1 + (int64_t)(next() % 12), columns = 1 + (int64_t)(next() % 700);
+        const int64_t count = (int64_t)(next() % (uint64_t)(rows * columns + 1)), words = (columns + 63) / 64;
+        const int64_t tokens = 1 + (int64_t)(next() % 18), group = 128 * (1 + (int64_t)(next() % 3));
+        const int64_t length = count + 128;
+        const int64_t even = kind == 4 ? count & -2 : count;
+        const int64_t bytes = kind == 0 ? 4 * length : kind < 3 ? 2 * length : kind == 3 ? length : (even + 128) / 2;
+        const int64_t groups = (columns + group - 1) / group;
+        void *mask = noise(rows * words * 8, (int)(next() % 4)), *values = noise(bytes, 2);
+        int32_t *offsets = noise((rows + 1) * 4, 2);
+        if (next() % 2)
+            for (int64_t r = 0; r <= rows; r++) offsets[r] = (int32_t)(count * r / rows);
+        void *scales = kind < 3 ? NULL : noise(rows * groups * 2, 2);
+        void *x = noise(tokens * columns * size[x_kind], 2), *y = noise(tokens * rows * 4, 0);
+        void *dense = noise(rows * columns * 4, 2);
+        for (int i = 0; prunella_isa(i); i++) {
+            if (prunella_use(prunella_isa(i)) < 0) continue;
+            const int64_t first = (int64_t)(next() % (uint64_t)rows);
+            if (prunella_product(kind, rows, columns, mask, offsets, values, even, scales, group, x, y, x_kind,
+                                 tokens, 1) ||
+                prunella_expand(kind, rows, columns, mask, offsets, values, even, scales, group, first, rows, dense,
+                                x_kind, 1) ||
+                prunella_dense(rows, columns, dense, x, y, x_kind, tokens, 1))
+                return 1;
+        }
+        /* what makes no sense is refused */
+        if (prunella_product(7, rows, columns, mask, offsets, values, even, scales, group, x, y, x_kind, 1, 1) != -1 ||
+            prunella_product(3, rows, columns, mask, offsets, values, even, NULL, group, x, y, x_kind, 1, 1) != -1 ||
+            prunella_expand(0, rows, columns, mask, offsets, values, even, NULL, 0, 0, rows + 1, dense, 0, 1) != -1)
+            return 2;
+        free(mask), free(values), free(offsets), free(scales), free(x), free(y), free(dense);
+    }
+    printf("%d weights\n", runs);
+    return 0;
+}
