@@ -228,8 +228,8 @@ def test_a_model_in_memory_is_handed_back_as_it_was(ids: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("order", ["layer", "block"])
 def test_streamed_equals_in_memory_with_the_kernels_for_bfloat16(ids: torch.Tensor, tmp_path: Path, order: str) -> None:
-    network = tiny.build("llama", head_dim=32).to(torch.bfloat16)
-    network.save_pretrained(tmp_path / "dense")
+    tiny.build("llama", head_dim=32).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     recipe = {"steps": ["sparsegpt"], "order": order, "evaluate": {"source": None}}
     prunella.prune(tmp_path / "dense", recipe, output=tmp_path / "out", calibration=ids)
     prunella.prune(network, recipe, calibration=ids)

@@ -338,11 +338,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, click.ClickException | typer.TyperException):  # type: ignore[attr-defined]
         return error.format_message(), 2
     if isinstance(error, KeyboardInterrupt | click.Abort | typer.Abort):
-        kept = (
-            " Blocks that were finished are kept: continue with the same command and --resume."
-            if "prune" in sys.argv
-            else ""
-        )
+        kept = " Finished blocks are kept: continue with the same command and --resume."
+        kept = kept if "prune" in sys.argv else ""
         return f"interrupted.{kept}", 130
     text = str(error)
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
