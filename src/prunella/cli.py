@@ -199,7 +199,9 @@ def evaluate_(
     from .load import load_model
     from .prune import context
 
-    opened = load_model(model, dtype=dtype, device=device, remote_code=trust_remote_code, pickles=allow_pickle)
+    opened = load_model(
+        model, dtype=dtype, device=device, remote_code=trust_remote_code, pickles=allow_pickle, packed=True
+    )
     length = length or min(2048, context(opened))
     ids_NL = take(opened, text, windows, length) if windows else all_windows(opened, text, length)
     result = perplexity(opened, ids_NL, track=track)
@@ -232,7 +234,9 @@ def generate(
     from .errors import InputError
     from .load import load_model
 
-    opened = load_model(model, dtype=dtype, device=device, remote_code=trust_remote_code, pickles=allow_pickle)
+    opened = load_model(
+        model, dtype=dtype, device=device, remote_code=trust_remote_code, pickles=allow_pickle, packed=True
+    )
     tokenizer = opened.tokenizer
     if tokenizer is None:
         raise InputError(f"model '{model}' has no tokenizer, so it cannot read a prompt.")
@@ -282,6 +286,91 @@ def inspect(
     weights, zeros = sum(r.weights for r in found), sum(r.zeros for r in found)
     size = sum(r.nbytes for r in found)
     print(f"{len(found)} layers, {weights / 1e6:,.1f} M weights, {zeros / weights:.2%} zeros, {size / 1e6:,.1f} MB")
+
+
+Bits = Annotated[int | None, typer.Option(help="Round the kept weights to 8 or 4 bits.")]
+Group = Annotated[int, typer.Option(help="With --bits: inputs that share a scale, a multiple of 128; 0: whole rows.")]
+Out = Annotated[Path, typer.Option("--output", "-o", help="Directory for the result.")]
+
+
+@app.command()
+def pack(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A pruned model.")],
+    output: Out,
+    bits: Bits = None,
+    group: Group = 128,
+) -> None:
+    """Store a pruned model without its zeros; transformers loads it after `import prunella`."""
+    from .sparse.commands import pack_model
+
+    result = pack_model(model, output, bits, group)
+    out.print(
+        f"{result.layers} layers packed: {result.dense / 1e6:,.1f} MB became {result.packed / 1e6:,.1f} MB"
+        f" ({result.packed / result.dense:.3f}); saved to {output}",
+        markup=False,
+    )
+    if result.kept:
+        out.print(f"note: {len(result.kept)} layers stayed dense, {result.kept[0]} the first of them", markup=False)
+
+
+@app.command()
+def unpack(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A packed model.")],
+    output: Out,
+) -> None:
+    """Make a plain model of a packed one."""
+    from .sparse.commands import unpack_model
+
+    out.print(f"{unpack_model(directory, output)} layers unpacked; saved to {output}", markup=False)
+
+
+@app.command()
+def bench(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A pruned or packed model.")] = None,
+    random: Annotated[
+        str | None,
+        typer.Option(help="Random weights of a shape: llama-1b, tiny, or a config directory."),
+    ] = None,
+    sparsity: Annotated[float, typer.Option(help="Of random weights.")] = 0.5,
+    bits: Bits = None,
+    group: Group = 128,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prefill.")] = 512,
+    tokens: Annotated[int, typer.Option(help="Tokens generated, one at a time.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Turns of dense and packed; medians count.")] = 3,
+    threads: Annotated[int | None, typer.Option(help="[default: as PyTorch has them]")] = None,
+    json_: Json = False,
+) -> None:
+    """Measure prefill and decode speed on this machine, dense beside packed."""
+    from .sparse.commands import bench as measure
+
+    result = measure(
+        model,
+        random=random,
+        sparsity=sparsity,
+        bits=bits,
+        group=group,
+        prompt=prompt,
+        tokens=tokens,
+        rounds=rounds,
+        threads=threads,
+    )
+    if json_:
+        print(json.dumps(result))
+        return
+    table = Table(title=f"{model or random}: {prompt} tokens of prompt, {tokens} generated")
+    for column in ("", "dense", "packed"):
+        table.add_column(column, justify="right" if column else "left")
+    sides = result["dense"], result["packed"]
+    table.add_row("weights, MB", *(f"{side['bytes'] / 1e6:,.1f}" for side in sides))
+    table.add_row("prefill, tokens a second", *(f"{side['prefill']:,.1f}" for side in sides))
+    table.add_row("decode, tokens a second", *(f"{side['decode']:,.2f}" for side in sides))
+    table.add_row("of the read bandwidth", *(f"{side['bandwidth']:.0%}" for side in sides))
+    out.print(table)
+    speedup = result["speedup"]
+    out.print(
+        f"packed is {speedup['decode']:.2f} times as fast in decoding, {speedup['prefill']:.2f} times in prefill;"
+        f" memory reads at {result['read_bandwidth'] / 1e9:.1f} GB/s"
+    )
 
 
 @app.command()

@@ -553,6 +553,7 @@ def load_model(
     device: str = "auto",
     remote_code: bool = False,
     pickles: bool = False,
+    packed: bool = False,
 ) -> Model:
     """Open a model without reading its weights.
 
@@ -562,11 +563,12 @@ def load_model(
         device: where blocks are computed: cpu, cuda, cuda:1 …; `auto` is cuda where there is one.
         remote_code: run Python that comes with the model.
         pickles: read weights that only come as pickles.
+        packed: take a packed model as well; it is read into memory, packed as it is, and cannot be pruned.
     Raises:
         ModelError: no such model, or one that cannot be read or pruned.
     """
     import accelerate
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     directory = find_directory(name, remote_code=remote_code, pickles=pickles)
     checkpoint = Checkpoint(directory)
@@ -582,8 +584,13 @@ def load_model(
             ) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"the config.json of '{name}' cannot be used: {reason}") from None
-    if getattr(config, "quantization_config", None) is not None:
-        method = dict(getattr(config, "quantization_config", {})).get("quant_method", "unknown")
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        if method == "prunella" and packed:
+            return _load_packed(directory, name, device)
+        if method == "prunella":
+            raise ModelError(f"'{name}' is packed: prunella unpack '{name}' -o OUT makes a plain model of it.")
         raise ModelError(f"'{name}' is quantized ({method}): dequantize it before pruning.")
     wanted = checkpoint.dtype() if dtype == "auto" else DTYPES[dtype]
     try:
@@ -592,19 +599,35 @@ def load_model(
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"'{name}' is no causal language model that transformers can build: {reason}") from None
-    tokenizer = None  # a model without one can still be pruned on windows of token ids
-    if any(directory.glob("token*")) or any(directory.glob("vocab*")) or any(directory.glob("*.model")):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code)
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"the tokenizer of '{name}' cannot be read: {reason}") from None
+    tokenizer = _load_tokenizer(directory, name, remote_code)
     model = Model(network, tokenizer, checkpoint, pick_device(device), name)
     for buffer_owner in network.modules():  # buffers are real from the start: bring them where the blocks compute
         for key, buffer in buffer_owner._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 buffer_owner._buffers[key] = buffer.to(model.device)
     return model
+
+
+def _load_tokenizer(directory: Path, name: str, remote_code: bool) -> Any:
+    """The model's tokenizer, or None: a model without one can still be pruned on windows of token ids."""
+    from transformers import AutoTokenizer
+
+    if not any(next(directory.glob(pattern), None) for pattern in ("token*", "vocab*", "*.model")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"the tokenizer of '{name}' cannot be read: {reason}") from None
+
+
+def _load_packed(directory: Path, name: str, device: str) -> Model:
+    """A model whose weights stay packed, in memory."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        network = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").to(pick_device(device))
+    return wrap_model(network, _load_tokenizer(directory, name, False), name)
 
 
 def wrap_model(network: Any, tokenizer: Any = None, name: str = "") -> Model:
