@@ -382,7 +382,7 @@ def methods(json_: Json = False) -> None:
     rows = [
         (kind, method.name, method.summary, {key: p.default for key, p in method.options.items()})
         for kind, known in (("step", steps), ("allocation", allocations))
-        for method in known.values()
+        for _, method in sorted(known.items())
     ]
     if json_:
         print(json.dumps([dict(zip(("kind", "name", "summary", "options"), row, strict=True)) for row in rows]))
