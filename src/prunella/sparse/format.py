@@ -60,6 +60,7 @@ class Packed:
 
 
 def words(columns: int) -> int:
+    """64-bit words in a row of the mask."""
     return -(-columns // 64)
 
 
