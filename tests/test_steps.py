@@ -187,7 +187,8 @@ def test_a_block_step_gets_a_differentiable_block_and_its_dense_outputs(ids: Ten
         assert block.windows == len(ids)
         weights = {la.name: la.weight_OI.clone().requires_grad_() for la in block.layers}
         for n in range(block.windows):
-            assert torch.equal(block.run(weights, n), block.targets(n))
+            # Targets were made in a batch and without gradients: other products, the same up to rounding.
+            torch.testing.assert_close(block.run(weights, n), block.targets(n))
         masks = {la.name: keep(la.weight_OI.abs(), la.sparsity) for la in block.layers}
         with torch.enable_grad():
             out = block.run({name: w * masks[name] for name, w in weights.items()}, 1)
