@@ -388,9 +388,8 @@ class Output:
             if self.model.tokenizer is not None:
                 self.model.tokenizer.save_pretrained(self.partial)
             return
-        for path in sorted(checkpoint.directory.iterdir()):
-            small = path.suffix in (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken") or "LICENSE" in path.name
-            if path.is_file() and small and path.name not in (REPORT, "run.json"):
+        for path in companions(checkpoint.directory):
+            if path.name not in (REPORT, "run.json"):
                 shutil.copyfile(path, self.partial / path.name)
         if self.model.dtype != checkpoint.dtype():
             config = json.loads((self.partial / "config.json").read_text())
@@ -414,6 +413,13 @@ class Output:
         """Remove all traces of the run."""
         shutil.rmtree(self.partial, ignore_errors=True)
         self._release()
+
+
+def companions(directory: Path) -> list[Path]:
+    """The files beside a model's weights that belong to it: configs, tokenizer, chat template, code, license."""
+    suffixes = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
+    files = (path for path in sorted(directory.iterdir()) if path.is_file())
+    return [path for path in files if path.suffix in suffixes or "LICENSE" in path.name]
 
 
 def check_output(path: Path) -> None:

@@ -10,20 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .. import pattern
 from ..errors import InputError, ModelError
 from ..load import Checkpoint, find_directory, load_model, say
-from ..save import MASKS, check_output, read_masks
+from ..save import MASKS, check_output, companions, read_masks
 from ..stream import Slot, find_layers
 from .bench import bench
 from .format import PARTS, SPAN, VERSION, check_options, mask_of, of_parts, pack, unpack
 
 SHARD = 2 << 30  # bytes in a file of weights: what packing holds in memory at a time
-_COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,8 @@ def _directory(out: Path) -> Iterator[Path]:
 
 
 def _copy_companions(source: Path, out: Path) -> None:
-    for path in sorted(source.iterdir()):
-        small = path.suffix in (*_COMPANIONS, ".md") or "LICENSE" in path.name
-        if path.is_file() and small and path.name not in ("model.safetensors.index.json", "config.json"):
+    for path in (*companions(source), *source.glob("*.md")):
+        if path.name not in ("model.safetensors.index.json", "config.json"):
             shutil.copyfile(path, out / path.name)
 
 
@@ -122,7 +120,7 @@ def _write_config(directory: Path, config: dict[str, Any]) -> None:
 
 def _write_masks(directory: Path, masks: dict[str, Tensor]) -> None:
     """As save.py writes them."""
-    bits = {name: torch.from_numpy(np.packbits(mask_OI.numpy())) for name, mask_OI in masks.items()}
+    bits = {name: pattern.pack(mask_OI) for name, mask_OI in masks.items()}
     shapes = {name: list(mask_OI.shape) for name, mask_OI in masks.items()}
     save_file(bits, directory / MASKS, metadata={"shapes": json.dumps(shapes)})
 
