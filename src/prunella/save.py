@@ -9,6 +9,8 @@ Beside what transformers needs, the directory holds
     prunella.json    the report
     prunella.masks   safetensors: for each pruned layer its mask (O, I) as bits, rows one after the other,
                      the first weight in the highest bit of the first byte (numpy.packbits)
+    prunella.grids   safetensors, if layers were quantized: for each its scales (O, G), and as metadata
+                     `grids`, JSON: {layer name: {"bits": …, "group": …}} (`Grid`)
 """
 
 from __future__ import annotations
@@ -27,14 +29,17 @@ from typing import IO, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from .errors import InputError, ModelError
+from .grid import Grid
 from .load import Checkpoint, Model, quiet_transformers
 from .pattern import unpack
 from .stream import BlockResult, LayerResult, Slot
 
 MASKS = "prunella.masks"
+GRIDS = "prunella.grids"
 REPORT = "prunella.json"
 _CODES = {
     torch.float32: "F32",
@@ -147,7 +152,7 @@ def _write_all(file: int, data: memoryview, at: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Masks
+# Masks and grids
 
 
 def read_masks(directory: str | Path) -> dict[str, Tensor]:
@@ -167,6 +172,34 @@ def read_masks(directory: str | Path) -> dict[str, Tensor]:
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ModelError(f"'{path}' is damaged: {error}.") from None
     return out
+
+
+def read_grids(directory: str | Path) -> dict[str, Grid]:
+    """The grids saved with a quantized model, {layer name: grid}; none for a model that was not quantized.
+
+    Raises ModelError if they are damaged.
+    """
+    path = Path(directory) / GRIDS
+    return _read_grids(path) if path.is_file() else {}
+
+
+def _read_grids(path: Path) -> dict[str, Grid]:
+    out = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name, about in json.loads(file.metadata()["grids"]).items():
+                out[name] = Grid(about["bits"], about["group"], file.get_tensor(name))
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise ModelError(f"'{path}' is damaged: {error}.") from None
+    return out
+
+
+def write_grids(path: Path, grids: Mapping[str, Grid]) -> None:
+    """Save grids as `read_grids` reads them; no file if there are none."""
+    if grids:
+        about = {name: {"bits": grid.bits, "group": grid.group} for name, grid in grids.items()}
+        scales = {name: grid.scale_OG.cpu().contiguous() for name, grid in grids.items()}
+        _write(path, save(scales, {"grids": json.dumps(about)}))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -326,6 +359,7 @@ class Output:
                     tensors.setdefault(where[name], []).append(name)
             for name, mask in result.masks.items():
                 self.masks.write(name, mask)
+            write_grids(self.partial / f"{GRIDS}-{result.index}", result.grids)
             for file in tensors:
                 self.files[file].sync()
             self.masks.sync()
@@ -367,12 +401,14 @@ class Output:
         """Add everything that is not weights and let the directory appear."""
         try:
             self._copy_companions()
+            parts = sorted(self.partial.glob(f"{GRIDS}-*"))
+            write_grids(self.partial / GRIDS, {k: grid for part in parts for k, grid in _read_grids(part).items()})
             _write_text(self.partial / REPORT, json.dumps(report, indent=1) + "\n")
             _write_text(self.partial / "README.md", card)
             for file in (*self.files.values(), self.masks):
                 file.close()
             self._journal.close()
-            for name in ("journal.jsonl", "run.json", ".lock"):
+            for name in ("journal.jsonl", "run.json", ".lock", *(part.name for part in parts)):
                 (self.partial / name).unlink(missing_ok=True)
             if self.path.exists():
                 self.path.rmdir()  # check_output saw that it was empty
@@ -451,9 +487,13 @@ def _layer_result(item: Mapping[str, Any]) -> LayerResult:
 
 
 def _write_text(path: Path, text: str) -> None:
+    _write(path, text.encode())
+
+
+def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .errors import InputError, ModelError, NumericalError
+from .grid import Grid
 from .load import Checkpoint, Model
 from .pattern import pack
 from .registry import Step, make
@@ -304,7 +305,7 @@ class Hidden:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What happened to one layer; goes into the report."""
+    """What happened to one layer; goes into the report. `bits` of a quantized one, else None."""
 
     name: str
     shape: tuple[int, int]
@@ -314,6 +315,7 @@ class LayerResult:
     error: float | None
     tokens: int
     notes: tuple[str, ...] = ()
+    bits: int | None = None
 
     @classmethod
     def dense(cls, target: Target) -> LayerResult:
@@ -323,12 +325,14 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """One finished block: its layers, their masks as bits (`pattern.pack`), and the parameters that changed."""
+    """One finished block: its layers, their masks as bits (`pattern.pack`), the grids of the quantized ones, and the
+    parameters that changed."""
 
     index: int
     name: str
     layers: tuple[LayerResult, ...]
     masks: dict[str, Tensor]
+    grids: dict[str, Grid]
     changed: dict[str, Tensor]
     seconds: float
 
@@ -402,17 +406,19 @@ class Stream:
             layers = self._prune_after_dense_pass(index, name, block, active, steps, min_tokens)
             if not last:
                 self.advance(index, block)
-        results, masks, changed = [], {}, {}
+        results, masks, grids, changed = [], {}, {}, {}
         for target in targets:
             slot = target.slot
             if slot.name not in layers:
                 results.append(LayerResult.dense(target))
                 continue
-            result, masks[slot.name] = layers[slot.name]
+            result, masks[slot.name], grid = layers[slot.name]
             results.append(result)
+            if grid is not None:
+                grids[slot.name] = grid
             parameter = f"{slot.name}.{slot.parameter}" if slot.expert is None else slot.name.rpartition(".")[0]
             changed[parameter] = getattr(slot.module, slot.parameter).data
-        return BlockResult(index, name, tuple(results), masks, changed, time.perf_counter() - started)
+        return BlockResult(index, name, tuple(results), masks, grids, changed, time.perf_counter() - started)
 
     def _layer(self, target: Target, stats: Stats) -> Layer:
         for value in (stats.sumsq_I, stats.sum_I):
@@ -591,11 +597,11 @@ def _only(stats: Stats, needs: frozenset[str]) -> Stats:
     )
 
 
-Settled = tuple[LayerResult, Tensor]
+Settled = tuple[LayerResult, Tensor, Grid | None]
 
 
 def _settle(layer: Layer, target: Target) -> Settled:
-    """Write the weight into the network; keep what the report needs and the mask as bits, nothing large."""
+    """Write the weight into the network; keep what the report needs, the mask as bits and the grid, nothing large."""
     assert layer.mask_OI is not None, f"the steps chose no mask for '{layer.name}'"
     result = LayerResult(
         layer.name,
@@ -606,9 +612,10 @@ def _settle(layer: Layer, target: Target) -> Settled:
         layer.error(),  # before the dense weight is overwritten: the two share their memory
         layer.stats.tokens,
         layer.notes,
+        None if layer.grid is None else layer.grid.bits,
     )
     target.slot.view().copy_(layer.weight_OI)
-    return result, pack(layer.mask_OI)
+    return result, pack(layer.mask_OI), layer.grid
 
 
 def pick_order(order: Order, steps: Sequence[Step], windows_NL: Tensor, model: Model) -> Literal["layer", "block"]:

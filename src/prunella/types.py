@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .errors import InputError, NumericalError, StatisticError
 from .fast import add_gram
+from .grid import Grid
 
 Need = Literal["norm", "moments", "gram", "targets"]
 
@@ -193,6 +194,7 @@ class Layer:
     dense_OI:   what it was
     mask_OI:    True where a weight is kept; None while no step has chosen
     bias_O:     its bias, if it has one
+    grid:       what its values are multiples of, if a step quantized it
     stats:      of its inputs, as the step's `needs` say
     sparsity:   share of weights to prune, 0 <= sparsity < 1
     notes:      what the report should say about this layer
@@ -206,18 +208,20 @@ class Layer:
     pattern: Pattern = Pattern()
     mask_OI: Tensor | None = None
     bias_O: Tensor | None = None
+    grid: Grid | None = None
     notes: tuple[str, ...] = ()
 
-    def pruned(self, weight_OI: Tensor, mask_OI: Tensor, *notes: str) -> Layer:
+    def pruned(self, weight_OI: Tensor, mask_OI: Tensor, *notes: str, grid: Grid | None = None) -> Layer:
         """This layer with a new weight under a new mask: the weight is cast to the layer's dtype and
-        zeroed where the mask is False. Raises NumericalError if a kept weight is not finite."""
+        zeroed where the mask is False; `grid` says what its values are multiples of, if they are.
+        Raises NumericalError if a kept weight is not finite."""
         weight_OI = weight_OI.to(self.weight_OI.dtype).masked_fill(~mask_OI, 0)
         if not torch.isfinite(weight_OI).all():
             raise NumericalError(
                 f"layer '{self.name}' got NaN or infinite weights while it was pruned: raise the damping,"
                 " use more calibration text, or run in float32 (--dtype float32)."
             )
-        return replace(self, weight_OI=weight_OI, mask_OI=mask_OI, notes=self.notes + notes)
+        return replace(self, weight_OI=weight_OI, mask_OI=mask_OI, grid=grid, notes=self.notes + notes)
 
     def error(self) -> float | None:
         """Relative squared error of the outputs, ||X (W - W_dense)^T||^2 / ||X W_dense^T||^2, on the

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from prunella.errors import InputError, ModelError, NumericalError
-from prunella.sparse.format import Packed, check, grid, mask_of, of_parts, pack, unpack
+from prunella.grid import fit
+from prunella.sparse.format import Packed, check, mask_of, of_parts, pack, unpack
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -67,8 +68,7 @@ def test_a_weight_on_the_grid_is_packed_without_loss() -> None:
 
 def test_clipping_a_few_large_weights_pays_with_four_bits() -> None:
     weight_OI = torch.randn(8, 128)
-    every_OI = torch.ones_like(weight_OI, dtype=torch.bool)
-    scales = grid(weight_OI, every_OI, 4, 128).float()
+    scales = fit(weight_OI, 4, 128).scale_OG.float()
     assert (scales <= weight_OI.abs().amax(1, keepdim=True) / 7 * 1.01).all()
     assert (scales < weight_OI.abs().amax(1, keepdim=True) / 7 * 0.99).any()
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from .. import pattern
 from ..errors import InputError, ModelError
 from ..load import Checkpoint, find_directory, load_model, say
-from ..save import MASKS, check_output, companions, read_masks
+from ..grid import Grid
+from ..save import GRIDS, MASKS, check_output, companions, read_grids, read_masks, write_grids
 from ..stream import Slot, find_layers
 from .bench import bench
-from .format import PARTS, SPAN, VERSION, check_options, mask_of, of_parts, pack, unpack
+from .format import PARTS, SPAN, VERSION, check_options, groups, mask_of, of_parts, pack, stored_bits, unpack
 
 SHARD = 2 << 30  # bytes in a file of weights: what packing holds in memory at a time
 
@@ -144,7 +145,9 @@ def pack_model(model: str, out: str | Path, bits: int | None = None, group: int 
         model: directory (or any other name) of a pruned model; which weights were pruned says its prunella.masks,
             or where there is none, their zeros.
         out: directory for the packed model; appears when it is whole.
-        bits: None keeps the values (and `unpack_model` gives the same bytes back); 8 or 4 rounds them.
+        bits: None keeps the values (and `unpack_model` gives the same bytes back); 8 or 4 rounds them. Layers that
+            a step quantized already (prunella.grids) are packed on their own grid, without a second rounding,
+            unless `bits` says another width.
         group: inputs that share a scale, a multiple of 128; 0: all of a row.
     Raises:
         PrunellaError: anything about the input that the user can mend.
@@ -155,6 +158,7 @@ def pack_model(model: str, out: str | Path, bits: int | None = None, group: int 
         raise InputError(f"'{model}' is packed already.")
     opened = load_model(str(directory), device="cpu")
     masks = read_masks(directory) if (directory / MASKS).is_file() else None
+    grids = {name: grid for name, grid in read_grids(directory).items() if bits in (None, stored_bits(grid))}
     checkpoint = opened.checkpoint
     assert checkpoint is not None
     slots = {s.name: s for block in opened.blocks for s in find_layers(opened.module(block), block)}
@@ -184,7 +188,10 @@ def pack_model(model: str, out: str | Path, bits: int | None = None, group: int 
                     weight_OI = tensor.T if slot_.transposed else tensor
                     mask_OI = _mask(slot_.name, weight_OI, None if masks is None else masks[slot_.name])
                     if mask_OI is not None:
-                        result = pack(weight_OI.contiguous(), mask_OI, bits, group)
+                        grid = grids.get(slot_.name)
+                        if grid is not None:
+                            _check_grid(slot_.name, weight_OI, grid)
+                        result = pack(weight_OI.contiguous(), mask_OI, bits, group, grid=grid)
                         if result.nbytes >= tensor.numel() * tensor.element_size():
                             result = None
                 if result is None:
@@ -194,6 +201,8 @@ def pack_model(model: str, out: str | Path, bits: int | None = None, group: int 
                 for part, content in result.parts().items():
                     shards.add(f"{key.removesuffix('.weight')}.{part}", content)
                 about: dict[str, Any] = {"shape": list(slot_.shape)}
+                if grid is not None:
+                    about |= {"bits": result.bits, "group": result.group}
                 modules[key.removesuffix(".weight")] = {**about, "transposed": True} if slot_.transposed else about
                 dense += tensor.numel() * tensor.element_size()
                 packed += result.nbytes
@@ -212,6 +221,7 @@ def pack_model(model: str, out: str | Path, bits: int | None = None, group: int 
         _write_config(partial, config)
         if masks is not None and kept:
             _write_masks(partial, {name: masks[name] for name in kept})
+        write_grids(partial / GRIDS, {name: grids[name] for name in kept if name in grids})
     if kept:
         say(f"{len(kept)} layers stay dense ({kept[0]} …): the experts of a mixture are not packed yet")
     return PackResult(len(modules), dense, packed, tuple(kept))
@@ -234,6 +244,15 @@ def _mask(name: str, weight_OI: Tensor, mask_OI: Tensor | None) -> Tensor | None
     return mask_OI
 
 
+def _check_grid(name: str, weight_OI: Tensor, grid: Grid) -> None:
+    rows, columns = weight_OI.shape
+    if grid.scale_OG.shape != (rows, groups(columns, grid.group)) or not torch.equal(grid.round(weight_OI), weight_OI):
+        raise ModelError(
+            f"'{name}' does not lie on the grid that it was quantized to: the model was changed after it was pruned."
+            f" Delete {GRIDS} to pack it as it is, or round it again with --bits."
+        )
+
+
 def unpack_model(model: str, out: str | Path) -> int:
     """Write a packed model as a plain one, masks included; returns the number of unpacked layers. Without --bits
     its weights are the very bytes that were packed. Raises PrunellaError."""
@@ -248,6 +267,7 @@ def unpack_model(model: str, out: str | Path) -> int:
     whole = _read_config(directory)
     dtype = getattr(torch, str(whole.get("dtype") or whole.get("torch_dtype") or "bfloat16"))
     masks = read_masks(directory) if (directory / MASKS).is_file() else {}  # of layers that stayed dense
+    grids = read_grids(directory)
     with _directory(out) as partial:
         shards = _Shards(partial)
         for key in checkpoint.where:
@@ -259,14 +279,18 @@ def unpack_model(model: str, out: str | Path) -> int:
             parts = {part: f"{name}.{part}" for part in PARTS if f"{name}.{part}" in checkpoint.where}
             with checkpoint.open(parts.values()) as slices:
                 tensors = {part: slices[key][:] for part, key in parts.items()}
-            packed = of_parts(name, tensors, about["shape"][1], settings.group)
-            if packed.bits != settings.bits or [packed.rows, packed.columns] != list(about["shape"]):
+            bits, group = settings.of(name)
+            packed = of_parts(name, tensors, about["shape"][1], group)
+            if packed.bits != bits or [packed.rows, packed.columns] != list(about["shape"]):
                 raise ModelError(f"packed weight '{name}' is not what config.json says of it. Pack the model again.")
             weight_OI = unpack(packed, None if packed.bits is None else dtype)
             shards.add(f"{name}.weight", weight_OI.T if about.get("transposed") else weight_OI)
             masks[name] = mask_of(packed.mask, packed.columns)
+            if packed.bits is not None and packed.scales is not None:
+                grids[name] = Grid(packed.bits, packed.group, packed.scales)
         shards.finish()
         _write_masks(partial, masks)
+        write_grids(partial / GRIDS, grids)
         _copy_companions(directory, partial)
         del whole["quantization_config"]
         _write_config(partial, whole)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError, ModelError, NumericalError
+from ..errors import InputError, ModelError
+from ..grid import Grid, fit
 
 VERSION = 1
 PAD = 128  # zeros after the last value, so that a kernel may always read a whole vector
@@ -69,6 +70,11 @@ def groups(columns: int, group: int) -> int:
     return -(-columns // group) if group else 1
 
 
+def stored_bits(grid: Grid) -> int:
+    """How wide the values of a grid are stored: 3 bits as 4."""
+    return 8 if grid.bits == 8 else 4
+
+
 def check_options(bits: int | None, group: int) -> None:
     """Raises InputError for what cannot be packed."""
     if bits not in (None, 8, 4):
@@ -77,12 +83,16 @@ def check_options(bits: int | None, group: int) -> None:
         raise InputError(f"--group {group}: groups are multiples of {SPAN} inputs, or 0 for one scale a row.")
 
 
-def pack(weight_OI: Tensor, mask_OI: Tensor, bits: int | None = None, group: int = SPAN) -> Packed:
+def pack(
+    weight_OI: Tensor, mask_OI: Tensor, bits: int | None = None, group: int = SPAN, *, grid: Grid | None = None
+) -> Packed:
     """Pack a weight whose entries outside of the mask are zero.
 
     Args:
         bits: None keeps the values as they are, and unpacking gives the same bytes; 8 or 4 rounds them to
             integers with a scale for every `group` inputs of a row (0: for a row).
+        grid: what the values are multiples of already, in place of `bits` and `group`: unpacking gives the
+            same bytes. 3 bits are stored as 4.
     Raises:
         InputError: `bits` or `group` cannot be packed.
         NumericalError: a value to round is NaN or infinite.
@@ -98,68 +108,15 @@ def pack(weight_OI: Tensor, mask_OI: Tensor, bits: int | None = None, group: int
     padded_OI = np.zeros((rows, words(columns) * 64), dtype=bool)
     padded_OI[:, :columns] = mask_OI.cpu().numpy()
     mask = torch.from_numpy(np.packbits(padded_OI, axis=1, bitorder="little"))
-    if bits is None:
-        values_K, scales = weight_OI[mask_OI], None
-    else:
-        group = group if group < columns else 0
-        scales = grid(weight_OI, mask_OI, bits, group)
-        values_K = _round(weight_OI.float(), _spread(scales, columns, group), bits)[mask_OI].to(torch.int8)
+    if grid is None and bits is not None:
+        grid = fit(weight_OI * mask_OI, bits, group)
+    values_K = weight_OI[mask_OI] if grid is None else grid.codes(weight_OI)[mask_OI].to(torch.int8)
     values = torch.cat([values_K.cpu(), torch.zeros(PAD, dtype=values_K.dtype)])
-    if bits == 4:
+    if grid is not None and stored_bits(grid) == 4:
         values = torch.cat([values, torch.zeros(len(values) % 2, dtype=torch.int8)]).view(torch.uint8) & 15
         values = values[::2] | values[1::2] << 4
-    return Packed(mask, offsets.to(torch.int32), values, scales, columns, group if bits else 0)
-
-
-def grid(weight_OI: Tensor, mask_OI: Tensor, bits: int, group: int) -> Tensor:
-    """The scales (O, G), bfloat16, that round these weights best: of a few that clip more or less of the largest
-    weight of a group, the one with the least squared error. With 8 bits clipping never pays."""
-    weight_OI = weight_OI.float() * mask_OI
-    if not torch.isfinite(weight_OI).all():
-        raise NumericalError("a weight to quantize is NaN or infinite.")
-    columns = weight_OI.shape[1]
-    top_OG = _by_group(weight_OI, group).abs().amax(2)
-    best_OG, least_OG = None, None
-    for share in (1.0,) if bits == 8 else (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7):
-        scales_OG = _up(top_OG * share / _limit(bits))
-        spread_OI = _spread(scales_OG, columns, group)
-        error_OI = (_round(weight_OI, spread_OI, bits) * spread_OI - weight_OI).square_()
-        error_OG = _by_group(error_OI, group).sum(2)
-        if best_OG is None or least_OG is None:
-            best_OG, least_OG = scales_OG, error_OG
-        else:
-            better_OG = error_OG < least_OG
-            best_OG = torch.where(better_OG, scales_OG, best_OG)
-            least_OG = torch.where(better_OG, error_OG, least_OG)
-    assert best_OG is not None
-    return best_OG
-
-
-def _limit(bits: int) -> int:
-    return (1 << bits - 1) - 1
-
-
-def _round(weight_OI: Tensor, scale_OI: Tensor, bits: int) -> Tensor:
-    return (weight_OI / scale_OI.clamp_min(1e-38)).round_().clamp_(-_limit(bits), _limit(bits))
-
-
-def _up(scale: Tensor) -> Tensor:
-    """To bfloat16, never below: values are rounded to multiples of the scale as it is stored."""
-    near = scale.to(torch.bfloat16)
-    return torch.where(near.float() < scale, (near.view(torch.int16) + 1).view(torch.bfloat16), near)
-
-
-def _by_group(weight_OI: Tensor, group: int) -> Tensor:
-    """(O, G, group), zeros where the last group is short."""
-    rows, columns = weight_OI.shape
-    size = group or columns
-    short = -columns % size
-    return torch.nn.functional.pad(weight_OI, (0, short)).view(rows, -1, size)
-
-
-def _spread(scales_OG: Tensor, columns: int, group: int) -> Tensor:
-    """Each weight's scale, float32 (O, I)."""
-    return scales_OG.float().repeat_interleave(group or columns, 1)[:, :columns]
+    scales, group = (None, 0) if grid is None else (grid.scale_OG.cpu(), grid.group)
+    return Packed(mask, offsets.to(torch.int32), values, scales, columns, group)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -187,7 +144,7 @@ def unpack(packed: Packed, dtype: torch.dtype | None = None) -> Tensor:
         return weight_OI if dtype is None else weight_OI.to(dtype)
     weight_OI = torch.zeros(mask_OI.shape, device=kept_K.device)
     weight_OI[mask_OI] = kept_K.float()
-    weight_OI *= _spread(packed.scales, packed.columns, packed.group)
+    weight_OI *= Grid(packed.bits or 0, packed.group, packed.scales).spread(packed.columns)
     return weight_OI.to(dtype or torch.bfloat16)
 
 

@@ -37,7 +37,8 @@ class PrunellaConfig(QuantizationConfigMixin):
     bits:           None, 8 or 4
     group:          inputs to a scale; 0: one scale to a row
     modules:        {name: {"shape": [O, I]}} of the modules whose weights are packed; "transposed": true for
-                    those that are stored as (I, O) when they are dense
+                    those that are stored as (I, O) when they are dense; "bits" and "group" of those that have their
+                    own
     """
 
     def __init__(
@@ -53,11 +54,11 @@ class PrunellaConfig(QuantizationConfigMixin):
                 f"the model is packed in format version {format_version}, and this Prunella reads version {VERSION}:"
                 " use the Prunella that packed it to unpack it."
             )
-        if bits not in (None, 4, 8) or not isinstance(group, int) or group < 0 or group % SPAN:
-            raise ModelError(f"config.json: bits {bits} and group {group} are no packed format.")
+        _check_bits(bits, group)
         modules = {} if modules is None else modules
         try:
             for name, about in modules.items():
+                _check_bits(about.get("bits", bits), about.get("group", group))
                 rows, columns = about["shape"]
                 if not (isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0):
                     raise ValueError(f"shape {about['shape']} of '{name}'")
@@ -68,6 +69,11 @@ class PrunellaConfig(QuantizationConfigMixin):
         self.bits = bits
         self.group = group
         self.modules = {name: dict(about) for name, about in modules.items()}
+
+    def of(self, name: str) -> tuple[int | None, int]:
+        """Bits and group of one module."""
+        about = self.modules[name]
+        return about.get("bits", self.bits), about.get("group", self.group)
 
 
 @register_quantizer(METHOD)
@@ -106,7 +112,7 @@ class PrunellaQuantizer(HfQuantizer):
                     f"packed weight '{name}' has shape {tuple(about['shape'])}, but the model wants {(rows, columns)}."
                 )
             count, values = self._sizes(name, stored, rows, columns)
-            group = self.quantization_config.group
+            _, group = self.quantization_config.of(name)
             group = group if group < columns else 0
             if values in FLOATS:
                 values = module.weight.dtype  # the dtype that was asked for: values are cast as they are loaded
@@ -122,8 +128,7 @@ class PrunellaQuantizer(HfQuantizer):
     ) -> tuple[int, torch.dtype]:
         """The number of kept values and their dtype. Raises ModelError, naming the tensor, if the header shows
         that something is missing or has the wrong size: before anything of that size is allocated."""
-        bits = self.quantization_config.bits
-        group = self.quantization_config.group
+        bits, group = self.quantization_config.of(name)
         values = stored.get(f"{name}.weight_values")
         if values is None or len(values[1]) != 1:
             raise ModelError(f"packed tensor '{name}.weight_values' is missing or has the wrong shape.")
@@ -168,6 +173,11 @@ class PrunellaQuantizer(HfQuantizer):
             elif isinstance(module, DenseLinear):
                 module.__class__ = nn.Linear  # type: ignore[assignment]
         return model
+
+
+def _check_bits(bits: Any, group: Any) -> None:
+    if bits not in (None, 4, 8) or not isinstance(group, int) or group < 0 or group % SPAN:
+        raise ModelError(f"config.json: bits {bits} and group {group} are no packed format.")
 
 
 def _find(model: Any, name: str) -> tuple[str, Any]:
