@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .. import pattern
 from ..errors import InputError, ModelError
-from ..load import Checkpoint, find_directory, load_model, say
 from ..grid import Grid
+from ..load import Checkpoint, find_directory, load_model, say
 from ..save import GRIDS, MASKS, check_output, companions, read_grids, read_masks, write_grids
 from ..stream import Slot, find_layers
 from .bench import bench
