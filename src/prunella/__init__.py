@@ -6,6 +6,7 @@
 
 __version__ = "0.1.0.dev0"
 
+from . import sparse as _sparse  # registers the packed format with transformers
 from . import steps as _steps  # registers the built-in methods
 from .errors import InputError, ModelError, NumericalError, PrunellaError, StatisticError
 from .evaluate import Perplexity, perplexity
@@ -18,7 +19,7 @@ from .report import Report
 from .save import read_masks
 from .types import Block, Layer, Pattern, Stats
 
-del _steps
+del _sparse, _steps
 
 __all__ = [
     "Block",

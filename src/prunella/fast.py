@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sparse.library import library
+from .native import library
 
 PANEL = 256  # columns of a product with float32 sums that torch makes at a time
 TOKENS = 2048  # tokens at a time: what a product reads stays in the cache

@@ -165,7 +165,7 @@ def test_without_a_compiler_torch_does_the_work_and_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kernels.library.cache_clear()
-    monkeypatch.setattr(kernels.built, "library", lambda: None)
+    monkeypatch.setattr(kernels.native, "library", lambda: None)
     try:
         for dtype, bits in KINDS:
             p = weight(9, 130, dtype, bits)

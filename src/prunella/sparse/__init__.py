@@ -7,7 +7,7 @@ linear.py      the modules that hold packed weights
 quantizer.py   how transformers loads and saves them
 commands.py    whole models: pack, unpack, bench
 hook.py        registers quantizer.py once transformers is imported
-library.py     finds the compiled kernels; csrc/ is their source
+csrc/          the source of the compiled kernels, which native.py finds
 ```
 """
 

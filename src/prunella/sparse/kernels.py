@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .. import native
 from ..errors import InputError, unknown
 from ..load import say
-from . import library as built
 from .format import PAD, SPAN, Packed, groups, unpack, words
 
 FEW = 16  # up to so many tokens a row is multiplied as it is expanded
@@ -37,14 +37,13 @@ _SIGNATURES = {
     "prunella_read": (_POINTER, _LONG, _INT),
     "prunella_use": (ctypes.c_char_p,),
     "prunella_isa": (_INT,),
-    "prunella_threads": (_POINTER,),
 }
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels for the best instructions of this processor; None, said once, where there are none."""
-    found = built.library()
+    found = native.library()
     if found is None or not hasattr(found, "prunella_product"):
         say("the C kernels were not compiled (no C compiler when Prunella was installed): packed models run slowly")
         return None
@@ -52,9 +51,6 @@ def library() -> ctypes.CDLL | None:
         getattr(found, name).argtypes = types
     found.prunella_read.restype = ctypes.c_uint64
     found.prunella_isa.restype = ctypes.c_char_p
-    parallel = built._openmp()
-    if parallel is not None:
-        found.prunella_threads(parallel)
     found.prunella_use(None)
     return found
 

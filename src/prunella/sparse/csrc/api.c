@@ -2,21 +2,15 @@
  *     -1  an argument makes no sense     -2  out of memory
  *
  * No function reads or writes outside the buffers whose sizes the arguments state, whatever is in them.
- *
- * Threads are borrowed from the OpenMP runtime that torch has loaded (`prunella_threads` is given its entry,
- * GOMP_parallel, which LLVM's and Intel's runtimes have too): a second runtime in the same process would keep a
- * second set of threads spinning beside torch's.
  */
 #include <stdlib.h>
 #include <string.h>
 
 #include "internal.h"
+#include "parallel.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
-typedef void (*parallel_t)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
-
-static parallel_t parallel;
 static const isa_t *isa;
 
 static const isa_t *const all[] = {
@@ -29,8 +23,6 @@ static const isa_t *const all[] = {
     &prunella_portable,
 };
 enum { ALL = sizeof(all) / sizeof(*all) };
-
-EXPORT void prunella_threads(void *gomp_parallel) { parallel = (parallel_t)gomp_parallel; }
 
 /* The name of instruction set number i, best first; NULL after the last. */
 EXPORT const char *prunella_isa(int i) { return i >= 0 && i < ALL ? all[i]->name : NULL; }
@@ -51,39 +43,29 @@ enum { EXPAND, PRODUCT, DENSE };
 
 typedef struct {
     const job_t *job;
-    int64_t rows, chunk, next;
-    int worker, what;
+    int64_t rows, chunk;
+    int what;
 } share_t;
 
-static void work(void *data) {
-    share_t *share = data;
+static void work(const void *data, int64_t item, int worker) {
+    const share_t *share = data;
     const job_t *job = share->job;
-    int me = __atomic_fetch_add(&share->worker, 1, __ATOMIC_RELAXED);
-    uint8_t *scratch = job->scratch + me * job->scratch_size;
-    for (;;) { /* chunks are handed out one by one: a thread that was interrupted holds nobody up */
-        int64_t first = __atomic_fetch_add(&share->next, share->chunk, __ATOMIC_RELAXED);
-        if (first >= share->rows) return;
-        int64_t last = first + share->chunk < share->rows ? first + share->chunk : share->rows;
-        first += job->first, last += job->first;
-        if (share->what == PRODUCT)
-            isa->product(job, first, last, scratch);
-        else if (share->what == EXPAND)
-            isa->expand(job, first, last, scratch);
-        else
-            isa->dense(job, first, last);
-    }
+    uint8_t *scratch = job->scratch + worker * job->scratch_size;
+    int64_t first = item * share->chunk, last = first + share->chunk < share->rows ? first + share->chunk : share->rows;
+    first += job->first, last += job->first;
+    if (share->what == PRODUCT)
+        isa->product(job, first, last, scratch);
+    else if (share->what == EXPAND)
+        isa->expand(job, first, last, scratch);
+    else
+        isa->dense(job, first, last);
 }
 
 static void run(const job_t *job, int64_t rows, int what, int threads) {
     int64_t chunk = rows / (threads * 16);
-    share_t share = {job, rows, chunk < 8 ? 8 : chunk > 64 ? 64 : chunk, 0, 0, what};
-    if (threads > 1 && rows > share.chunk)
-        parallel(work, &share, (unsigned)threads, 0);
-    else
-        work(&share);
+    share_t share = {job, rows, chunk < 8 ? 8 : chunk > 64 ? 64 : chunk, what};
+    parallel_for(work, &share, (rows + share.chunk - 1) / share.chunk, threads);
 }
-
-static int usable(int threads) { return parallel && threads > 1 ? threads : 1; }
 
 static int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
 
@@ -179,27 +161,23 @@ EXPORT int prunella_dense(
 
 typedef struct {
     const uint8_t *data;
-    int64_t bytes, piece, next;
-    uint64_t sum;
+    int64_t bytes;
+    uint64_t *sum;
 } reading_t;
 
-static void read_pieces(void *data) {
-    reading_t *job = data;
-    for (;;) {
-        int64_t at = __atomic_fetch_add(&job->next, job->piece, __ATOMIC_RELAXED);
-        if (at >= job->bytes) return;
-        int64_t bytes = at + job->piece < job->bytes ? job->piece : job->bytes - at;
-        __atomic_fetch_add(&job->sum, isa->sum(job->data + at, bytes), __ATOMIC_RELAXED);
-    }
+enum { PIECE = 1 << 20 };
+
+static void read_piece(const void *data, int64_t item, int worker) {
+    const reading_t *job = data;
+    const int64_t at = item * PIECE, left = job->bytes - at;
+    (void)worker;
+    __atomic_fetch_add(job->sum, isa->sum(job->data + at, left < PIECE ? left : PIECE), __ATOMIC_RELAXED);
 }
 
 /* A sum over memory, only to learn how fast it can be read. */
 EXPORT uint64_t prunella_read(const void *data, int64_t bytes, int threads) {
-    reading_t job = {data, bytes, 1 << 20, 0, 0};
-    threads = usable(threads);
-    if (threads > 1)
-        parallel(read_pieces, &job, (unsigned)threads, 0);
-    else
-        read_pieces(&job);
-    return job.sum;
+    uint64_t sum = 0;
+    reading_t job = {data, bytes, &sum};
+    parallel_for(read_piece, &job, (bytes + PIECE - 1) / PIECE, usable(threads));
+    return sum;
 }

@@ -3,50 +3,17 @@
  */
 #include <stdlib.h>
 
+#include "parallel.h"
 #include "stream.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
-typedef void (*parallel_t)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
-
-static parallel_t parallel;
-
-EXPORT void prunella_stream_threads(void *gomp_parallel) { parallel = (parallel_t)gomp_parallel; }
 EXPORT int prunella_stream_available(void) { return stream_available(); }
-
-typedef struct {
-    void (*item)(const void *job, int64_t item, float *scratch);
-    const void *job;
-    int64_t items, next, scratch_size;
-    int worker;
-    float *scratch;
-} share_t;
-
-static void work(void *data) {
-    share_t *share = data;
-    int me = __atomic_fetch_add(&share->worker, 1, __ATOMIC_RELAXED);
-    float *scratch = share->scratch ? share->scratch + me * share->scratch_size : NULL;
-    for (;;) {
-        int64_t item = __atomic_fetch_add(&share->next, 1, __ATOMIC_RELAXED);
-        if (item >= share->items) return;
-        share->item(share->job, item, scratch);
-    }
-}
-
-static void run(
-    void (*item)(const void *, int64_t, float *), const void *job, int64_t items, float *scratch,
-    int64_t scratch_size, int threads) {
-    share_t share = {item, job, items, 0, scratch_size, 0, scratch};
-    if (parallel && threads > 1 && items > 1)
-        parallel(work, &share, (unsigned)threads, 0);
-    else
-        work(&share);
-}
 
 static void *lines(int64_t bytes) { return aligned_alloc(64, (size_t)((bytes + 127) & ~(int64_t)63)); }
 
-static void gram_rows(const void *job, int64_t item, float *scratch) {
-    (void)scratch;
+static void gram_rows(const void *job, int64_t item, int worker) {
+    (void)worker;
     stream_gram_rows(job, item);
 }
 
@@ -57,17 +24,20 @@ EXPORT int prunella_gram(const void *x, int64_t tokens, int64_t width, int64_t s
     gram_t job = {x, tokens, width, stride, lines(panels * half * 64), gram};
     if (!job.packed) return -2;
     stream_gram_pack(&job);
-    run(gram_rows, &job, panels, NULL, 0, threads);
+    parallel_for(gram_rows, &job, panels, usable(threads));
     free(job.packed);
     return 0;
 }
 
-static void attention_pack(const void *job, int64_t item, float *scratch) {
-    (void)scratch;
+static void attention_pack(const void *job, int64_t item, int worker) {
+    (void)worker;
     stream_attention_pack(job, item);
 }
 
-static void attention_rows(const void *job, int64_t item, float *scratch) { stream_attention_rows(job, item, scratch); }
+static void attention_rows(const void *job, int64_t item, int worker) {
+    const attention_t *a = job;
+    stream_attention_rows(a, item, a->scratch + worker * a->scratch_size);
+}
 
 /* out (batch, tokens, heads, dim) = softmax(scale q k^T + causal mask) v, for bfloat16 q (batch, heads, tokens, dim)
  * and k, v with kv_heads in place of heads; strides holds those of q, k, v for batch, head and token. */
@@ -83,17 +53,17 @@ EXPORT int prunella_attention(
         job.k_stride[i] = strides[3 + i];
         job.v_stride[i] = strides[6 + i];
     }
-    threads = parallel && threads > 1 ? threads : 1;
+    threads = usable(threads);
     job.packed_size = (tokens + 15) / 16 * 16 * (dim / 2) + (tokens + 1) / 2 * dim;
-    const int64_t scratch_size = 8 * ((tokens + 31) / 32 * 32 + dim / 2);
+    job.scratch_size = 8 * ((tokens + 31) / 32 * 32 + dim / 2);
     job.packed = lines(batch * kv_heads * job.packed_size * 4);
-    float *scratch = lines(threads * scratch_size * 4);
-    if (job.packed && scratch) {
-        run(attention_pack, &job, batch * kv_heads, NULL, 0, threads);
-        run(attention_rows, &job, batch * heads * ((tokens + 7) / 8), scratch, scratch_size, threads);
+    job.scratch = lines(threads * job.scratch_size * 4);
+    if (job.packed && job.scratch) {
+        parallel_for(attention_pack, &job, batch * kv_heads, threads);
+        parallel_for(attention_rows, &job, batch * heads * ((tokens + 7) / 8), threads);
     }
-    int failed = !job.packed || !scratch;
+    int failed = !job.packed || !job.scratch;
     free(job.packed);
-    free(scratch);
+    free(job.scratch);
     return failed ? -2 : 0;
 }

@@ -19,6 +19,8 @@ typedef struct {
     float scale;
     uint32_t *packed;               /* packed_size for each of batch * kv_heads */
     int64_t packed_size;
+    float *scratch;                 /* scratch_size for each thread */
+    int64_t scratch_size;
 } attention_t;
 
 int stream_available(void);

@@ -1,4 +1,4 @@
-"""The compiled kernels, loaded once."""
+"""The compiled kernels (sparse/csrc), loaded once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def library() -> ctypes.CDLL | None:
     It borrows the threads of the OpenMP runtime that torch has loaded: a second runtime in the process would
     keep a second set of threads spinning beside torch's.
     """
-    built = sorted(Path(__file__).parent.glob("_kernels*.so"))
+    built = sorted(Path(__file__).parent.glob("sparse/_kernels*.so"))
     if not built:
         return None
     try:
@@ -25,7 +25,7 @@ def library() -> ctypes.CDLL | None:
         return None
     parallel = _openmp()
     if parallel is not None:
-        found.prunella_stream_threads(parallel)
+        found.prunella_threads(parallel)
     return found
 
 
