@@ -21,6 +21,10 @@ class InverseFactor:
     dead_I: Tensor
     damping: float
 
+    def notes(self, damping: float) -> tuple[str, ...]:
+        """What the report should say: nothing, if the damping that was asked for was enough."""
+        return () if self.damping <= damping else (f"Hessian damped to {self.damping:g} of its mean diagonal",)
+
 
 def inverse_factor(stats: Stats, damping: float, order_I: Tensor | None = None) -> InverseFactor:
     """Factor the inverse of the damped Hessian E[x x^T], once for all layers with this input.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @functools.cache
@@ -39,3 +41,20 @@ def _openmp() -> ctypes.c_void_p | None:
         except (OSError, AttributeError):
             continue
     return None
+
+
+def call(function: Any, *arguments: Tensor | int | float | bool | None) -> None:
+    """Call a C function with tensors as pointers, floats as float and integers as int64_t, and with the number of
+    threads (int) as its last argument. Raises MemoryError."""
+
+    def convert(value: Tensor | int | float | bool | None) -> Any:
+        if isinstance(value, Tensor):
+            return ctypes.c_void_p(value.data_ptr())
+        if isinstance(value, float):
+            return ctypes.c_float(value)
+        return None if value is None else ctypes.c_int64(value)
+
+    code = function(*map(convert, arguments), torch.get_num_threads())
+    if code == -2:
+        raise MemoryError("no memory for a kernel's scratch space")
+    assert code == 0, code

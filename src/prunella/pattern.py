@@ -39,7 +39,14 @@ def _lowest(score_GK: Tensor, count: int) -> Tensor:
     """True at the `count` lowest scores of each row; among equals the lower index counts as lower."""
     if count <= 0:
         return torch.zeros_like(score_GK, dtype=torch.bool)
-    threshold_G1 = score_GK.kthvalue(count, dim=1, keepdim=True).values
+    if score_GK.device.type == "cpu" and score_GK.dtype == torch.float32:  # numpy selects two to three times as fast
+        part = np.partition(score_GK.detach().numpy(), count - 1, axis=1)
+        threshold_G1 = torch.from_numpy(part[:, count - 1 : count])
+    else:
+        threshold_G1 = score_GK.kthvalue(count, dim=1, keepdim=True).values
+    lowest = score_GK <= threshold_G1
+    if lowest.count_nonzero() == count * len(lowest):  # no ties
+        return lowest
     below = score_GK < threshold_G1
     level = score_GK == threshold_G1
     missing_G1 = count - below.sum(1, keepdim=True)

@@ -6,8 +6,8 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 
 from ..linalg import inverse_factor
-from ..pattern import keep
 from ..registry import register
+from ..sweep import sweep
 from ..types import Layer
 
 
@@ -41,7 +41,6 @@ def sparsegpt(
 
     Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", 2023.
     """
-    width = layer.weight_OI.shape[1]
     span = layer.pattern.columns
     order_I = None
     if order == "activation":
@@ -50,42 +49,11 @@ def sparsegpt(
         groups = energy.argsort(descending=True, stable=True)
         order_I = (groups[:, None] * span + torch.arange(span, device=groups.device)).flatten()
     factor = inverse_factor(layer.stats, damping, order_I)
-    upper_II = factor.upper_II
-
-    # Columns as rows: the sweep works on one column at a time, which should be contiguous.
-    weight_IO = (layer.weight_OI if layer.mask_OI is None else layer.dense_OI).float().T
-    weight_IO = (weight_IO if order_I is None else weight_IO[order_I]).clone(memory_format=torch.contiguous_format)
-    weight_IO[factor.dead_I] = 0
-    fixed_IO = None
-    if layer.mask_OI is not None:
-        fixed_IO = layer.mask_OI.T if order_I is None else layer.mask_OI.T[order_I]
-    mask_IO = torch.ones_like(weight_IO, dtype=torch.bool)
-
-    tile = -(-tile // span) * span
-    for start in range(0, width, tile):
-        stop = min(start + tile, width)
-        upper = upper_II[start:stop, start:stop]
-        w_IO = weight_IO[start:stop]
-        mask = mask_IO[start:stop]
-        diagonal = upper.diagonal()
-        whole_tile = fixed_IO is not None or layer.pattern.kind != "nm"
-        if fixed_IO is not None:
-            mask.copy_(fixed_IO[start:stop])
-        elif whole_tile:
-            score_OI = (w_IO / diagonal[:, None]).square().T
-            mask.copy_(keep(score_OI.contiguous(), layer.sparsity, layer.pattern).T)
-        errors = torch.empty_like(w_IO)
-        for j in range(stop - start):
-            if not whole_tile and j % span == 0:
-                score_OI = (w_IO[j : j + span] / diagonal[j : j + span, None]).square().T
-                mask[j : j + span] = keep(score_OI.contiguous(), layer.sparsity, layer.pattern).T
-            torch.mul(w_IO[j], ~mask[j], out=errors[j]).div_(diagonal[j])
-            if j + 1 < stop - start:
-                w_IO[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
-        weight_IO[stop:].addmm_(upper_II[start:stop, stop:].T, errors, alpha=-1)
-
+    weight_OI, mask_OI = layer.weight_OI if layer.mask_OI is None else layer.dense_OI, layer.mask_OI
     if order_I is not None:
-        back = order_I.argsort()
-        weight_IO, mask_IO = weight_IO[back], mask_IO[back]
-    note = () if factor.damping <= damping else (f"Hessian damped to {factor.damping:g} of its mean diagonal",)
-    return layer.pruned(weight_IO.T, mask_IO.T.contiguous(), *note)
+        weight_OI, mask_OI = weight_OI[:, order_I], None if mask_OI is None else mask_OI[:, order_I]
+    weight_OI, mask_OI, _ = sweep(weight_OI, factor, mask_OI, layer.sparsity, layer.pattern, tile=tile)
+    if order_I is not None:
+        back_I = order_I.argsort()
+        weight_OI, mask_OI = weight_OI[:, back_I], mask_OI[:, back_I]
+    return layer.pruned(weight_OI, mask_OI, *factor.notes(damping))
