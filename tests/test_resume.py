@@ -85,6 +85,16 @@ def test_killed_between_blocks(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_the_dense_model_beside_the_pruned_one_is_resumed_too(
+    order: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, whole, out = recipe_of(order, steps=["align", "wanda", "update"]), tmp_path / "whole", tmp_path / "out"
+    prunella.prune(llama, recipe, output=whole)
+    killed_run(monkeypatch, Output, "write", 1, lambda: prunella.prune(llama, recipe, output=out))
+    assert prunella.prune(llama, recipe, output=out, resume=True).run["resumed_after_blocks"] == 1
+    assert files_of(out) == files_of(whole)
+
+
 @pytest.mark.parametrize(
     ("place", "method", "call"),
     [

@@ -16,7 +16,7 @@ from prunella import Block, InputError, Layer, Pattern, StatisticError, Stats, S
 from prunella.registry import find, steps
 
 PATTERNS = ["unstructured", "2:4", "4:8", "1:4", "4x1"]
-NAMES = sorted(steps)
+NAMES = sorted(name for name, step in steps.items() if step.prunes)
 EVERYTHING = frozenset({"norm", "moments", "gram"})
 
 

@@ -278,6 +278,6 @@ def test_a_layer_in_use_elsewhere_keeps_its_module(ids: Tensor) -> None:
 
 
 def test_layer_order_with_a_step_on_whole_blocks_is_refused() -> None:
-    whole = prunella.Step("whole", frozenset(), lambda block: block, per_layer=False, options={})
+    whole = prunella.Step("whole", frozenset(), lambda block: block, per_layer=False, prunes=True, options={})
     with pytest.raises(InputError, match="step 'whole' works on whole blocks: use --order block"):
         pick_order("layer", [whole], tiny.token_windows(), wrap_model(tiny.build()))

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from prunella import Layer, NumericalError, StatisticError, Stats
 
-EVERYTHING = frozenset({"norm", "moments", "gram"})
+EVERYTHING = frozenset({"norm", "moments", "gram", "drift"})
 
 
 def fields(stats: Stats) -> dict[str, Any]:
-    names = ("sum_I", "sumsq_I", "gram_II")
+    names = ("sum_I", "sumsq_I", "gram_II", "drift_II")
     return {"tokens": torch.tensor(stats.tokens), **{name: getattr(stats, name) for name in names}}
 
 
@@ -21,8 +21,9 @@ def fields(stats: Stats) -> dict[str, Any]:
 @settings(max_examples=50, deadline=None)
 def test_merged_statistics_are_those_of_the_concatenation(sizes: list[int], needs: set[str]) -> None:
     batches = [torch.randn(size, 12) for size in sizes]
-    merged = sum((Stats.of(x_TI, frozenset(needs)) for x_TI in batches), Stats())
-    whole = Stats.of(torch.cat(batches), frozenset(needs))
+    merged = sum((Stats.of(x_TI, frozenset(needs), dense_TI=x_TI.sin()) for x_TI in batches), Stats())
+    x_TI = torch.cat(batches)
+    whole = Stats.of(x_TI, frozenset(needs), dense_TI=x_TI.sin())
     torch.testing.assert_close(fields(merged), fields(whole), atol=1e-4, rtol=1e-5)
 
 
@@ -33,6 +34,9 @@ def test_derived_statistics_agree_with_torch() -> None:
     torch.testing.assert_close(stats.variance_I, x_TI.var(0, correction=0), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(stats.norm_I, torch.linalg.vector_norm(x_TI, dim=0) / 20)
     torch.testing.assert_close(stats.hessian_II, x_TI.T @ x_TI / 400, atol=1e-5, rtol=1e-5)
+    assert not stats.mean_drift_II.any()
+    drifted = Stats.of(x_TI, EVERYTHING, dense_TI=2 * x_TI)
+    torch.testing.assert_close(drifted.mean_drift_II, stats.hessian_II, atol=1e-5, rtol=1e-5)
 
 
 def test_variance_of_a_constant_is_not_negative() -> None:
@@ -56,11 +60,12 @@ def test_sums_of_half_precision_tokens_are_kept_in_single_precision() -> None:
         (("norm",), ("norm_I",)),
         (("moments",), ("mean_I", "variance_I", "norm_I")),
         (("gram",), ("hessian_II", "norm_I")),
+        (("drift",), ("mean_drift_II",)),
     ],
 )
 def test_reading_what_was_not_collected_raises(needs: tuple[str, ...], readable: tuple[str, ...]) -> None:
     stats = Stats.of(torch.randn(9, 4), frozenset(needs))
-    for name in ("mean_I", "variance_I", "norm_I", "hessian_II"):
+    for name in ("mean_I", "variance_I", "norm_I", "hessian_II", "mean_drift_II"):
         if name in readable:
             assert torch.isfinite(getattr(stats, name)).all()
         else:

@@ -54,6 +54,17 @@ def add_gram(gram_II: Tensor, x_TI: Tensor) -> None:
         square.copy_(square.triu() + square.triu(1).T)
 
 
+def add_drift(drift_II: Tensor, dense_TI: Tensor, x_TI: Tensor) -> None:
+    """drift += (dense - x)^T x, in place, float32.
+
+    bfloat16 where x is: sums of `TOKENS` tokens are rounded to it, an error far below that of their estimate.
+    """
+    for dense, x in zip(torch.split(dense_TI, TOKENS), torch.split(x_TI, TOKENS), strict=True):
+        if x.dtype != torch.bfloat16:
+            dense, x = dense.float(), x.float()
+        drift_II += (dense - x).T @ x
+
+
 def attention(
     module: torch.nn.Module,
     query: Tensor,

@@ -218,7 +218,8 @@ def _run(
     """Stream the calibration windows through the blocks, pruning each; blocks that an interrupted run left on
     disk are only passed through."""
     steps = recipe.make_steps()
-    stream = Stream(model, ids_NL, order="layer" if recipe.order == "layer" else "block")
+    drift = any("drift" in step.needs for step in steps)
+    stream = Stream(model, ids_NL, order="layer" if recipe.order == "layer" else "block", drift=drift)
     layers: list[LayerResult] = []
     done = out.finished if out else []
     written = out.checkpoint if out and done else None
@@ -232,6 +233,9 @@ def _run(
             if index < last:
                 with model.block(index, written) as block:
                     stream.advance(index, block)
+                if stream.dense is not None:
+                    with model.block(index) as block:
+                        stream.advance(index, block, stream.dense)
             continue
         torch.manual_seed(recipe.seed + index)  # a resumed run draws what an uninterrupted one does
         with model.block(index):

@@ -158,7 +158,10 @@ class Recipe(_Part):
             recipe = cls.model_validate(dict(values))
         except ValidationError as error:
             raise InputError(_explain(cls, error)) from None
-        recipe.make_steps()
+        made = recipe.make_steps()
+        if not any(step.prunes for step in made):
+            names = ", ".join(step.name for step in made)
+            raise InputError(f"steps: {names} chooses no weights to prune: add a step that does, such as wanda.")
         recipe.make_allocation()
         return recipe
 

@@ -19,20 +19,22 @@ import pydantic
 from .errors import InputError, unknown
 from .types import Block, Layer
 
-NEEDS = frozenset({"norm", "moments", "gram", "targets"})
+NEEDS = frozenset({"norm", "moments", "gram", "drift", "targets"})
 
 
 @dataclass(frozen=True)
 class Step:
     """block -> block, with the statistics it needs.
 
-    `per_layer` says that it looks at one layer at a time, so that a stream in `layer` order can use it.
+    per_layer: it looks at one layer at a time, so that a stream in `layer` order can use it
+    prunes:    it chooses a mask where none stands
     """
 
     name: str
     needs: frozenset[str]
     apply: Callable[[Block], Block]
     per_layer: bool
+    prunes: bool
     options: Mapping[str, Any]
 
 
@@ -44,6 +46,7 @@ class Method:
     needs: frozenset[str]
     function: Callable[..., Any]
     per_layer: bool
+    prunes: bool = True
 
     @property
     def summary(self) -> str:
@@ -58,12 +61,15 @@ class Method:
 steps: dict[str, Method] = {}
 
 
-def register(name: str, needs: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def register(
+    name: str, needs: Iterable[str] = (), *, prunes: bool = True
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register `function(layer, *, options) -> layer` or `function(block, *, options) -> block`.
 
     Args:
         name: what users call it.
-        needs: the statistics it reads, of norm, moments, gram, targets; reading any other raises.
+        needs: the statistics it reads, of norm, moments, gram, drift, targets; reading any other raises.
+        prunes: it chooses a mask where none stands; one that does not needs another step beside it.
     """
     wanted = frozenset(needs)
     if wanted - NEEDS:
@@ -76,7 +82,7 @@ def register(name: str, needs: Iterable[str] = ()) -> Callable[[Callable[..., An
             raise TypeError(f"the first argument of step '{name}' must be annotated as Layer or Block")
         if kind is Layer and "targets" in wanted:
             raise TypeError(f"step '{name}' works on layers, but `targets` belong to blocks")
-        steps[name] = Method(name, wanted, function, kind is Layer)
+        steps[name] = Method(name, wanted, function, kind is Layer, prunes)
         return function
 
     return add
@@ -106,7 +112,7 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Step:
 
     defaults = {k: p.default for k, p in method.options.items()}
     apply = each_layer(bound) if method.per_layer else bound
-    return Step(name, method.needs, apply, method.per_layer, defaults | chosen)
+    return Step(name, method.needs, apply, method.per_layer, method.prunes, defaults | chosen)
 
 
 def lookup(kind: str, methods: Mapping[str, Method], name: str) -> Method:

@@ -355,7 +355,9 @@ class Stream:
     windows must fit in memory at once.
     """
 
-    def __init__(self, model: Model, windows_NL: Tensor, *, order: Literal["layer", "block"] = "block"):
+    def __init__(
+        self, model: Model, windows_NL: Tensor, *, order: Literal["layer", "block"] = "block", drift: bool = False
+    ):
         self.model = model
         self.windows_NL = windows_NL
         self.order = order
@@ -363,22 +365,28 @@ class Stream:
         count, length = windows_NL.shape
         batch = count if order == "layer" else min(count, max(1, 2048 // length))
         self.batches: tuple[Tensor, ...] = torch.split(windows_NL, batch)
-        hidden: Hidden | None = None
+        streams: list[Hidden] = []
         with torch.no_grad(), model.outside(head=False):
             for index, ids in enumerate(self.batches):
                 state = self.calls.embed(ids)
-                if hidden is None:
-                    hidden = Hidden(len(self.batches), state[0].numel() * state.element_size() * count, model.device)
-                hidden[index] = state
-        assert hidden is not None
-        self.hidden = hidden
+                if not streams:
+                    size = state[0].numel() * state.element_size() * count
+                    streams = [Hidden(len(self.batches), size, model.device) for _ in range(1 + drift)]
+                for hidden in streams:
+                    hidden[index] = state
+        self.hidden = streams[0]
+        self.dense = streams[1] if drift else None  # what the dense model has in place of `hidden`
 
-    def advance(self, index: int, block: nn.Module) -> None:
-        """Run block `index` (with its weights loaded) on all windows: its outputs become the hidden states."""
+    def advance(self, index: int, block: nn.Module, hidden: Hidden | None = None) -> None:
+        """Run block `index` (with its weights loaded) on all windows: its outputs become the hidden states (or
+        those in `hidden`)."""
+        hidden = self.hidden if hidden is None else hidden
         with torch.no_grad():
-            for b in range(len(self.hidden)):
-                state = self.hidden[b]
-                self.hidden[b] = self.calls.of(index, state).run(block, state)
+            for b in range(len(hidden)):
+                hidden[b] = self._forward(index, block, hidden[b])
+
+    def _forward(self, index: int, block: nn.Module, state: Tensor) -> Tensor:
+        return self.calls.of(index, state).run(block, state)
 
     def logits(self, batch: int) -> Tensor:
         """The model's logits for one batch of windows, once the hidden states have passed the last block."""
@@ -454,6 +462,23 @@ class Stream:
             done[name] = replace(result.layers[0], notes=(*layer.notes, note))
         return replace(block, layers=tuple(done[la.name] for la in block.layers))
 
+    def _dense_inputs(
+        self, index: int, block: nn.Module, active: Mapping[str, Target], batch: int
+    ) -> dict[str, Tensor]:
+        """What the layers of the block, still dense, get from the dense model's hidden states, which move on; of
+        layers that share an input, the first. Experts are left out: other tokens may be routed to them."""
+        inputs: dict[str, Tensor] = {}
+        if self.dense is None:
+            return inputs
+
+        def see(layer_name: str, x_TI: Tensor, same: bool) -> None:
+            if not same and active[layer_name].slot.expert is None:
+                inputs[layer_name] = x_TI
+
+        with torch.no_grad(), Watch(active, see):
+            self.dense[batch] = self._forward(index, block, self.dense[batch])
+        return inputs
+
     def _prune_on_arrival(
         self,
         index: int,
@@ -472,14 +497,14 @@ class Stream:
             if layer_name in done:
                 return
             if not same:
-                stats = Stats.of(x_TI, needs, SAMPLE)
+                stats = Stats.of(x_TI, needs, SAMPLE, dense.pop(layer_name, None))
             layer = self._layer(active[layer_name], stats)
             result = self._apply(Block(index, name, (layer,)), steps, min_tokens).layers[0]
             done[layer_name] = _settle(result, active[layer_name])
 
+        dense = self._dense_inputs(index, block, active, 0)
         with torch.no_grad(), Watch(active, see):
-            state = self.hidden[0]
-            self.hidden[0] = self.calls.of(index, state).run(block, state)
+            self.hidden[0] = self._forward(index, block, self.hidden[0])
         for layer_name, target in active.items():  # experts that no token reached
             if layer_name not in done:
                 layer = self._layer(target, Stats())
@@ -506,7 +531,8 @@ class Stream:
             nonlocal previous
             if not same:
                 previous = layer_name
-                new = Stats.of(x_TI, needs, SAMPLE if batch == 0 or layer_name not in stats else 0)
+                sample = SAMPLE if batch == 0 or layer_name not in stats else 0
+                new = Stats.of(x_TI, needs, sample, dense.pop(layer_name, None))
                 stats[layer_name] = stats[layer_name] + new if layer_name in stats else new
             leader[layer_name] = previous
             if batch == 0 and layer_name not in order:
@@ -517,14 +543,15 @@ class Stream:
 
         keep_outputs = "targets" in needs
         outputs: list[Tensor] = []
+        dense: dict[str, Tensor] = {}
         whole = False
         batches = range(len(self.hidden)) if needs else range(1)
         with torch.no_grad():
             for batch in batches:
-                state = self.hidden[batch]
+                dense = self._dense_inputs(index, block, active, batch)
                 with contextlib.suppress(_Stop), Watch(active, see):
-                    out = self.calls.of(index, state).run(block, state)
-                    if keep_outputs:
+                    out = self._forward(index, block, self.hidden[batch])
+                    if keep_outputs and self.dense is None:
                         outputs.append(out)
                 whole = len(order) == len(active) and all(t.slot.expert is None for t in active.values())
         if all(step.per_layer for step in steps):  # one layer at a time: its new weight and statistics can go
@@ -538,16 +565,18 @@ class Stream:
                     done[layer_name] = _settle(self._apply(one, steps, min_tokens).layers[0], target)
             return done
         layers = tuple(self._layer(t, stats.get(leader.get(n, n), Stats())) for n, t in active.items())
-        dense = Block(
+        whole_block = Block(
             index,
             name,
             layers,
             run=self._runner(index, block, active),
             windows=len(self.windows_NL),
-            targets=(lambda n: self._window(outputs, n)) if keep_outputs else None,
+            targets=(lambda n: self._window(outputs if self.dense is None else self.dense, n))
+            if keep_outputs
+            else None,
         )
         with torch.no_grad():
-            result = self._apply(dense, steps, min_tokens)
+            result = self._apply(whole_block, steps, min_tokens)
         return {la.name: _settle(la, active[la.name]) for la in result.layers}
 
     def _window(self, batches: Sequence[Tensor] | Hidden, n: int) -> Tensor:
@@ -594,6 +623,7 @@ def _only(stats: Stats, needs: frozenset[str]) -> Stats:
         sum_I=stats.sum_I if "moments" in needs else None,
         sumsq_I=stats.sumsq_I if needs & {"norm", "moments", "gram"} else None,
         gram_II=stats.gram_II if "gram" in needs else None,
+        drift_II=stats.drift_II if "drift" in needs else None,
     )
 
 
@@ -634,6 +664,8 @@ def pick_order(order: Order, steps: Sequence[Step], windows_NL: Tensor, model: M
     tokens = windows_NL.numel()
     size = torch.empty(0, dtype=model.dtype).element_size()
     need = tokens * widest * size * 4 + tokens * widest * 4
+    if any("drift" in step.needs for step in steps):
+        need += tokens * widest * size * 3  # the dense model's inputs of all layers of a block
     if getattr(config, "_attn_implementation", "") == "eager":
         need += 3 * 4 * tokens * windows_NL.shape[1] * getattr(config, "num_attention_heads", 1)
     free = psutil.virtual_memory().available

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, NumericalError, StatisticError
-from .fast import add_gram
+from .fast import add_drift, add_gram
 from .grid import Grid
 
-Need = Literal["norm", "moments", "gram", "targets"]
+Need = Literal["norm", "moments", "gram", "drift", "targets"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ class Stats:
     sum_I:     sum of x                 (`moments`)
     sumsq_I:   sum of x^2               (`norm`, `moments`, `gram`)
     gram_II:   sum of x x^T             (`gram`)
+    drift_II:  sum of (x' - x) x^T, x' what the layer gets in the dense model (`drift`)
     sample_TI: a few of the tokens themselves, to measure errors on
     """
 
@@ -107,13 +108,15 @@ class Stats:
     sum_I: Tensor | None = None
     sumsq_I: Tensor | None = None
     gram_II: Tensor | None = None
+    drift_II: Tensor | None = None
     sample_TI: Tensor | None = None
     # Results that several layers with this input share (a Cholesky factor, say), made once by `once`.
     cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, x_TI: Tensor, needs: frozenset[str], sample: int = 0) -> Stats:
-        """The statistics of one batch of tokens, keeping `sample` of them, evenly spread."""
+    def of(cls, x_TI: Tensor, needs: frozenset[str], sample: int = 0, dense_TI: Tensor | None = None) -> Stats:
+        """The statistics of one batch of tokens, keeping `sample` of them, evenly spread; `dense_TI` is what the
+        dense model has in place of x_TI, if that is something else."""
         tokens, width = x_TI.shape
         stride = max(1, tokens // max(1, sample))
 
@@ -132,7 +135,13 @@ class Stats:
         if "gram" in needs:
             gram_II = zeros(width, width)
             add_gram(gram_II, x_TI)
-        return cls(tokens, sum_I, sumsq_I, gram_II, sample_TI=x_TI[::stride][:sample].clone() if sample else None)
+        drift_II = None
+        if "drift" in needs:
+            drift_II = zeros(width, width)
+            if dense_TI is not None:
+                add_drift(drift_II, dense_TI, x_TI)
+        kept_TI = x_TI[::stride][:sample].clone() if sample else None
+        return cls(tokens, sum_I, sumsq_I, gram_II, drift_II, sample_TI=kept_TI)
 
     def __add__(self, other: Stats) -> Stats:
         def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -144,6 +153,7 @@ class Stats:
             add(self.sum_I, other.sum_I),
             add(self.sumsq_I, other.sumsq_I),
             add(self.gram_II, other.gram_II),
+            add(self.drift_II, other.drift_II),
             torch.cat(samples) if samples else None,
         )
 
@@ -174,6 +184,11 @@ class Stats:
         return self._have(self.gram_II, "gram") / self.tokens
 
     @property
+    def mean_drift_II(self) -> Tensor:
+        """E[(x' - x) x^T], from `drift`."""
+        return self._have(self.drift_II, "drift") / self.tokens
+
+    @property
     def hessian_diagonal_I(self) -> Tensor:
         """E[x^2], the diagonal of the Hessian, from `gram`."""
         return self._have(self.gram_II, "gram").diagonal() / self.tokens
@@ -191,7 +206,7 @@ class Layer:
 
     name:       where it lives, such as `model.layers.0.self_attn.q_proj`; an expert adds its number
     weight_OI:  what it is now, in the model's dtype
-    dense_OI:   what it was
+    dense_OI:   what it was: the steps imitate its outputs
     mask_OI:    True where a weight is kept; None while no step has chosen
     bias_O:     its bias, if it has one
     grid:       what its values are multiples of, if a step quantized it
@@ -243,7 +258,8 @@ class Block:
                 own, and returns its output (1, L, D); differentiable in those weights. None where the
                 stream visits layers one at a time (`order: layer`)
     windows:    how many calibration windows `run` takes
-    targets:    targets(n) is the dense block's output on window n; None unless a step needs `targets`
+    targets:    targets(n) is the dense block's output on window n; where the dense model runs beside the pruned
+                one (`drift`), its own output there. None unless a step needs `targets`
     """
 
     index: int

@@ -62,7 +62,7 @@ class Budget:
             whole = [replace(la, mask_OI=torch.ones_like(la.weight_OI, dtype=torch.bool)) for la in block.layers]
             return replace(block, layers=tuple(whole))
 
-        step = Step("look", frozenset(needs), apply, per_layer=False, options={})
+        step = Step("look", frozenset(needs), apply, per_layer=False, prunes=False, options={})
         stream = Stream(self.model, self.windows_NL)
         count = len(self.model.blocks)
         for index in self.track(range(count), "allocating", count):

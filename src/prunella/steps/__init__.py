@@ -8,6 +8,19 @@ the defaults stand in its signature and nowhere else:
 """
 
 from ..registry import Step, make, register, steps
-from . import admm, alps, besa, dsnot, gptq, magnitude, ria, sparsegpt, swap, update, wanda  # noqa: F401  (registers them)
+from . import (  # noqa: F401  (registers them)
+    admm,
+    align,
+    alps,
+    besa,
+    dsnot,
+    gptq,
+    magnitude,
+    ria,
+    sparsegpt,
+    swap,
+    update,
+    wanda,
+)
 
 __all__ = ["Step", "make", "register", "steps"]
