@@ -11,6 +11,7 @@ recording per batch size serves them all.
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -278,6 +279,15 @@ class Hidden:
 
     def __len__(self) -> int:
         return len(self._items)
+
+    def copy(self) -> Hidden:
+        """Another with the same states, which may go other ways."""
+        other = copy.copy(self)
+        other._items = [None] * len(self)
+        for index, item in enumerate(self._items):
+            assert item is not None
+            other[index] = item
+        return other
 
     def __getitem__(self, index: int) -> Tensor:
         item = self._items[index]

@@ -234,7 +234,31 @@ def test_a_file_brings_its_own_allocation(tmp_path: Path, windows: Tensor) -> No
         allocations.pop("last", None)
 
 
-@pytest.mark.parametrize("name", ["owl", "ramp"])
+def test_probe_evens_out_what_pruning_one_block_alone_costs() -> None:
+    ids_NL = tiny.token_windows(8, 64)
+
+    def loss(network: Any) -> float:
+        return math.log(prunella.perplexity(wrap_model(network), ids_NL[6:]).perplexity)
+
+    rises = []
+    for other in (1, 0):
+        network = tiny.build(seed=3)
+        dense = loss(network)
+        recipe = {"steps": ["wanda"], "skip": [f"model.layers.{other}"], "order": "block", "sparsity": 0.6}
+        prunella.prune(network, recipe, calibration=ids_NL[:6])
+        rises.append(loss(network) - dense)
+    assert min(rises) > 0
+    shares = make_allocation("probe", {"growth": 10})(budget_of(tiny.build(seed=3), ids_NL))
+    first, second = (shares[f"model.layers.{b}.mlp.up_proj"] for b in (0, 1))
+    assert second - first == pytest.approx((math.log(rises[0]) - math.log(rises[1])) / 10, rel=1e-3)
+
+
+def test_probe_without_a_window_to_hold_out_says_so(windows: Tensor) -> None:
+    with pytest.raises(InputError, match="use two or more windows"):
+        make_allocation("probe")(budget_of(tiny.build(), windows[:1]))
+
+
+@pytest.mark.parametrize("name", ["owl", "probe", "ramp"])
 def test_a_streamed_model_is_allocated_like_one_in_memory_and_resumes(
     name: str, llama: Path, tmp_path: Path, windows: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
