@@ -1,9 +1,12 @@
 """DSnoT: prune and grow until the expected output error is gone."""
 
+from collections.abc import Callable
+
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
+from ..native import call, library
 from ..registry import register
 from ..stream import matches
 from ..types import Layer
@@ -73,12 +76,13 @@ def dsnot(
     span = layer.pattern.second if layer.pattern.kind == "nm" else 0
     if same_sign is None:
         same_sign = span > 0
-    after_OI = _swap(mask_OI, d_OI, g_OI, wanda_OI, e_O, cycles, threshold, same_sign, span)
+    swap = swaps.get(mask_OI.device.type, plain_swap)
+    after_OI = swap(mask_OI, d_OI, g_OI, wanda_OI, e_O, cycles, threshold, same_sign, span)
     weight_OI = torch.where(mask_OI, layer.weight_OI, layer.dense_OI)
     return layer.pruned(weight_OI, after_OI)
 
 
-def _swap(
+def plain_swap(
     mask_OI: Tensor,
     d_OI: Tensor,
     g_OI: Tensor,
@@ -89,7 +93,8 @@ def _swap(
     same_sign: bool,
     span: int,
 ) -> Tensor:
-    """The mask after the swaps; groups of `span` columns keep their number of zeros, 0: whole rows do."""
+    """The mask after the swaps, in torch on any device; groups of `span` columns keep their number of zeros, 0:
+    whole rows do."""
     rows = len(mask_OI)
     after_OI = mask_OI.clone()
     e_O = e_O.clone()
@@ -131,9 +136,10 @@ def _swap(
 
 
 def _best(score_OI: Tensor, where_OI: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Columns of the `count` highest scores of each row among `where_OI`, and whether each is one of those."""
-    top = score_OI.masked_fill(~where_OI, -torch.inf).topk(min(count, score_OI.shape[1]), dim=1)
-    return top.indices, top.values > -torch.inf
+    """Columns of the `count` highest scores of each row among `where_OI`, the first first among equals, and whether
+    each is one of those."""
+    sorted_OI = score_OI.masked_fill(~where_OI, -torch.inf).sort(dim=1, descending=True, stable=True)
+    return sorted_OI.indices[:, :count], sorted_OI.values[:, :count] > -torch.inf
 
 
 def _take(lists: list[tuple[Tensor, Tensor]], side_O: Tensor, next_O: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,3 +149,29 @@ def _take(lists: list[tuple[Tensor, Tensor]], side_O: Tensor, next_O: Tensor) ->
     columns = [columns.gather(1, at_O1)[:, 0] for columns, _ in lists]
     valid = [valid.gather(1, at_O1)[:, 0] & (next_O < length) for _, valid in lists]
     return torch.where(side_O == 0, columns[0], columns[1]), torch.where(side_O == 0, valid[0], valid[1])
+
+
+def _compiled_swap(
+    mask_OI: Tensor,
+    d_OI: Tensor,
+    g_OI: Tensor,
+    wanda_OI: Tensor,
+    e_O: Tensor,
+    cycles: int,
+    threshold: float,
+    same_sign: bool,
+    span: int,
+) -> Tensor:
+    """`plain_swap` in C, to the bit."""
+    arguments = (mask_OI, d_OI, g_OI, wanda_OI, e_O, cycles, threshold, same_sign, span)
+    kernels = library()
+    if kernels is None:
+        return plain_swap(*arguments)
+    after_OI = mask_OI.clone(memory_format=torch.contiguous_format)
+    tensors = (d_OI.contiguous(), g_OI.contiguous(), wanda_OI.contiguous(), e_O.contiguous())
+    call(kernels.prunella_swap, after_OI, *tensors, *mask_OI.shape, cycles, threshold, same_sign, span)
+    return after_OI
+
+
+# By type of device; `plain_swap` serves all others.
+swaps: dict[str, Callable[..., Tensor]] = {"cpu": _compiled_swap}

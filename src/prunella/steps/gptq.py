@@ -1,8 +1,8 @@
 """GPTQ: round from left to right, prune on the way, and let the remaining weights make up for both."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from ..errors import InputError
 from ..linalg import inverse_factor
@@ -17,7 +17,7 @@ def gptq(
     layer: Layer,
     *,
     bits: Literal[8, 4, 3] = 4,
-    group: NonNegativeInt = 128,
+    group: Annotated[int, Field(ge=0, multiple_of=SPAN)] = SPAN,
     damping: NonNegativeFloat = 0.01,
     tile: PositiveInt = 128,
 ) -> Layer:
@@ -47,8 +47,6 @@ def gptq(
     Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", 2023. Their
     grids have a zero point; these are symmetric, as a pruned weight has to be zero and the kernels need none.
     """
-    if group % SPAN:
-        raise InputError(f"gptq.group={group}: groups are multiples of {SPAN} inputs, or 0 for one scale a row.")
     if group % layer.pattern.columns and group < layer.weight_OI.shape[1]:
         raise InputError(
             f"step 'gptq' cannot round groups of {group} inputs under pattern {layer.pattern}: set gptq.group=0."

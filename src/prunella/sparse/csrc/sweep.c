@@ -30,6 +30,36 @@
 #include "sweep_rows.h"
 #endif
 
+/* Number 0 runs anywhere; the last one that the processor can run is the best. */
+static int can(int number) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (number == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (number == 2)
+        return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vl");
+#endif
+    return number == 0;
+}
+
+static void (*const bodies[])(const void *, int64_t, int) = {
+    any_rows,
+#if defined(__x86_64__)
+    avx2_rows, avx512_rows,
+#endif
+};
+enum { BODIES = sizeof(bodies) / sizeof(*bodies) };
+
+static int body = -1;
+
+/* Sweep with instruction set `number` from now on, with a negative one with the best; -1 if this is impossible. */
+EXPORT int prunella_sweep_use(int number) {
+    if (number < 0)
+        for (number = BODIES - 1; !can(number);) number--;
+    if (number >= BODIES || !can(number)) return -1;
+    return body = number;
+}
+
 /* The tile sweep of sweep_rows.h: weight, mask and errors are written. `upper` is the tile's square of U, rows
  * `upper_stride` apart. */
 EXPORT int prunella_sweep(
@@ -53,15 +83,8 @@ EXPORT int prunella_sweep(
                     8 * s + c < columns && 8 * s + c >= j ? upper[j * upper_stride + 8 * s + c] : 0;
     job.upper = memory;
     job.scratch = memory + whole;
-    void (*body)(const void *, int64_t, int) = any_rows;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        body = avx512_rows;
-    else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        body = avx2_rows;
-#endif
-    parallel_for(body, &job, (rows + LANES - 1) / LANES, threads);
+    if (body < 0) prunella_sweep_use(-1);
+    parallel_for(bodies[body], &job, (rows + LANES - 1) / LANES, threads);
     free(memory);
     return 0;
 }
@@ -112,7 +135,7 @@ static void pop(heap_t *h) {
 
 static int sign(float x) { return (x > 0) - (x < 0); }
 
-/* One row of `_swap` in steps/dsnot.py, with the same sums in the same order. */
+/* One row of `plain_swap` in steps/dsnot.py, with the same sums in the same order. */
 static void swap_row(const void *job, int64_t row, int worker) {
     const swap_t *s = job;
     const int64_t n = s->columns;
@@ -122,12 +145,13 @@ static void swap_row(const void *job, int64_t row, int worker) {
     heap_t grows[2] = {{memory, 0, grow, 1}, {memory + n, 0, grow, -1}};
     heap_t prunes[2] = {{memory + 2 * n, 0, score, -1}, {memory + 3 * n, 0, score, -1}};
     uint8_t *open = (uint8_t *)(memory + 4 * n); /* kept weights that may be pruned, under N:M */
-    for (int32_t i = 0; i < n; i++) {
-        open[i] = mask[i];
-        if (!(d[i] > 0 || d[i] < 0)) continue;
-        const int negative = d[i] < 0;
-        heap_t *to = mask[i] ? &prunes[!negative] : &grows[negative];
-        to->at[to->count++] = i;
+    memcpy(open, mask, (size_t)n);
+    for (int32_t i = 0; i < n; i++) { /* into all four without a branch, counted in one of them */
+        const int kept = mask[i], up = d[i] > 0, down = d[i] < 0;
+        grows[0].at[grows[0].count] = grows[1].at[grows[1].count] = i;
+        prunes[0].at[prunes[0].count] = prunes[1].at[prunes[1].count] = i;
+        grows[0].count += up & ~kept, grows[1].count += down & ~kept;
+        prunes[0].count += kept & down, prunes[1].count += kept & up;
     }
     float e = s->error[row];
     const int first = sign(e);
