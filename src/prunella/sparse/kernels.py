@@ -1,18 +1,19 @@
 """The products with packed weights as torch operators, `torch.ops.prunella`.
 
     sparse_linear   x W^T for a packed W: in C for few tokens; for many, tiles of rows are expanded in C and
-                    multiplied by torch
+                    multiplied by torch; on GPUs the same in Triton (gpu.py)
     dense_linear    x W^T for a dense bfloat16 W and few tokens, at the speed of memory (torch's own product of one
                     token reaches half of it)
 
-Where the C kernels were not compiled, and on other devices than CPUs, torch does all the work; on a CPU that is
-slow, and said aloud.
+Where the C kernels were not compiled, where Triton is missing, and on other devices, torch does all the work; that
+is slow, and said aloud.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -166,6 +167,27 @@ def _sparse_linear(
     return functional.linear(x, unpack(Packed(mask, offsets, values, scales, columns, group), x.dtype))
 
 
+@functools.cache
+def _gpu() -> ModuleType | None:
+    """gpu.py; None, said once, where Triton is missing."""
+    try:
+        from . import gpu
+    except ImportError:
+        say("Triton is not installed (it comes with PyTorch for CUDA): packed models run slowly on this GPU")
+        return None
+    return gpu
+
+
+def _sparse_linear_gpu(
+    x: Tensor, mask: Tensor, offsets: Tensor, values: Tensor, scales: Tensor | None, columns: int, group: int
+) -> Tensor:
+    gpu = _gpu()
+    if gpu is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return _sparse_linear(x, mask, offsets, values, scales, columns, group)
+    y: Tensor = gpu.sparse_linear(x, mask, offsets, values, scales, columns, group)
+    return y
+
+
 def _dense_linear_cpu(x: Tensor, weight: Tensor) -> Tensor:
     kernels = library()
     tokens = x.numel() // max(1, x.shape[-1])
@@ -198,6 +220,7 @@ def _succeed(code: int) -> None:
 
 _operators.impl("sparse_linear", _sparse_linear, "CompositeExplicitAutograd")
 _operators.impl("sparse_linear", _sparse_linear_cpu, "CPU")
+_operators.impl("sparse_linear", _sparse_linear_gpu, "CUDA")
 _operators.impl("dense_linear", functional.linear, "CompositeExplicitAutograd")
 _operators.impl("dense_linear", _dense_linear_cpu, "CPU")
 
