@@ -138,5 +138,15 @@ def _compiled_tile(
     return errors_BO
 
 
+def _gpu_tile(
+    w_OB: Tensor, upper_BB: Tensor, mask_OB: Tensor, pattern: Pattern | None, scale_O: Tensor | None, bits: int | None
+) -> Tensor:
+    try:
+        from .sweep_gpu import sweep_tile as tile
+    except ImportError:  # no Triton
+        tile = plain_tile
+    return tile(w_OB, upper_BB, mask_OB, pattern, scale_O, bits)
+
+
 # By type of device; `plain_tile` serves all others.
-tiles: dict[str, Callable[..., Tensor]] = {"cpu": _compiled_tile}
+tiles: dict[str, Callable[..., Tensor]] = {"cpu": _compiled_tile, "cuda": _gpu_tile}
