@@ -147,9 +147,9 @@ def factor(width: int) -> InverseFactor:
     return InverseFactor(upper_II, torch.zeros(width, dtype=torch.bool, device=DEVICE), 0.01)
 
 
-def swept(tile: Callable[..., Tensor], weight_OI: Tensor, of: InverseFactor, *rest: Any, **options: Any) -> Any:
+def swept(kernel: Callable[..., Tensor], weight_OI: Tensor, of: InverseFactor, *rest: Any, **options: Any) -> Any:
     before = sweep.tiles.get(DEVICE.type)
-    sweep.tiles[DEVICE.type] = tile
+    sweep.tiles[DEVICE.type] = kernel
     try:
         return sweep.sweep(weight_OI, of, None, *rest, **options)
     finally:
@@ -174,11 +174,8 @@ def check_sweeps(report: Report) -> None:
                 report.check(f"{what}: weights", distance(found[same_O], wanted[same_O]), 1e-3)
     for span in (0, 4):
         arguments = swap_case(rows, columns, span)
-        wanted, found = (run(*arguments, 20, 1e-4, span > 0, span) for run in (plain_swap, sweep_gpu.swap))
+        wanted, found = (run(*arguments, 20, 1e-4, span > 0, span) for run in (dsnot.plain_swap, sweep_gpu.swap))
         report.check(f"DSnoT's swaps, span {span}: masks that differ", float((wanted != found).float().mean()), 1e-4)
-
-
-plain_swap = getattr(dsnot, "plain_swap", None) or dsnot._swap
 
 
 def swap_case(rows: int, columns: int, span: int) -> tuple[Tensor, ...]:
@@ -209,9 +206,9 @@ def check_model(report: Report) -> None:
             if type(module) is nn.Linear and module is not head:
                 mask_OI = torch.rand(module.weight.shape, device=DEVICE) >= 0.5
                 weight_OI = (module.weight * mask_OI).detach().cpu()
-                layer = SparseLinear(pack(weight_OI, mask_OI.cpu(), bits)).to(DEVICE)
-                packed.set_submodule(name, layer)
-                dense.get_submodule(name).weight.data.copy_(layer.weight)
+                p = moved(pack(weight_OI, mask_OI.cpu(), bits))
+                packed.set_submodule(name, SparseLinear(p))
+                dense.get_submodule(name).weight.data.copy_(unpack(p, torch.float32))
         prompt = torch.randint(3, dense.config.vocab_size, (1, 4 if INTERPRET else 40), device=DEVICE)
         before = linear.sparse_linear
         linear.sparse_linear = gpu.sparse_linear if INTERPRET else before
@@ -464,7 +461,7 @@ def time_prune(report: Report, rows: int = 11008, columns: int = 4096) -> None:
             what = f"SparseGPT's sweep, {rows}x{columns}, {text}, {name}"
             report.add("prune", what, f"{taken[name] * 1e3:.0f} ms", beside)
     arguments = swap_case(rows, columns, 0)
-    base = seconds(lambda: plain_swap(*arguments, 50, 0.0, False, 0))
+    base = seconds(lambda: dsnot.plain_swap(*arguments, 50, 0.0, False, 0))
     taken_by_us = seconds(lambda: sweep_gpu.swap(*arguments, 50, 0.0, False, 0))
     report.add("prune", f"DSnoT's swaps, {rows}x{columns}, torch", f"{base * 1e3:.0f} ms")
     beside = f"{base / taken_by_us:.1f}x torch"

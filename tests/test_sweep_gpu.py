@@ -88,7 +88,7 @@ def test_the_same_weights_are_swapped_as_in_torch(span: int, same_sign: bool) ->
     e_O = (d_OI * ~mask_OI).sum(1)
     e_O[2] = 0
     arguments = (mask_OI, d_OI, g_OI, wanda_OI, e_O)
-    wanted = dsnot._swap(*arguments, 20, 1e-3, same_sign, span)
+    wanted = dsnot.plain_swap(*arguments, 20, 1e-3, same_sign, span)
     found = sweep_gpu.swap(*(a.to(DEVICE) for a in arguments), 20, 1e-3, same_sign, span)
     assert (wanted != mask_OI).sum() > 50
     assert torch.equal(found.cpu(), wanted)

@@ -158,7 +158,7 @@ def _prune(
                 "seconds": seconds,
                 "cpu_seconds": time.process_time() - cpu,
                 "peak_memory": peak_memory(),
-                "gpu_memory": torch.cuda.max_memory_allocated() if opened.device.type == "cuda" else 0,
+                "gpu_memory": torch.cuda.max_memory_allocated(opened.device) if opened.device.type == "cuda" else 0,
                 "threads": torch.get_num_threads(),
                 "resumed_after_blocks": len(out.finished) if out else 0,
             },

@@ -474,7 +474,7 @@ def check_output(path: Path) -> None:
 
 def identity(checkpoint: Checkpoint | None, recipe: Mapping[str, Any], windows_NL: Tensor) -> dict[str, Any]:
     """What must be the same for one run to continue another."""
-    tokens = hashlib.sha256(windows_NL.numpy().tobytes()).hexdigest()
+    tokens = hashlib.sha256(windows_NL.cpu().numpy().tobytes()).hexdigest()
     source = None
     if checkpoint is not None:
         stats = {name: (checkpoint.directory / name).stat() for name in checkpoint.files}

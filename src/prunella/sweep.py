@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,14 +139,12 @@ def _compiled_tile(
     return errors_BO
 
 
-def _gpu_tile(
-    w_OB: Tensor, upper_BB: Tensor, mask_OB: Tensor, pattern: Pattern | None, scale_O: Tensor | None, bits: int | None
-) -> Tensor:
+def _gpu_tile(*arguments: Any) -> Tensor:
     try:
-        from .sweep_gpu import sweep_tile as tile
+        from . import sweep_gpu
     except ImportError:  # no Triton
-        tile = plain_tile
-    return tile(w_OB, upper_BB, mask_OB, pattern, scale_O, bits)
+        return plain_tile(*arguments)
+    return sweep_gpu.sweep_tile(*arguments)
 
 
 # By type of device; `plain_tile` serves all others.

@@ -74,20 +74,7 @@ def _sweep(
 def sweep_tile(
     w_OB: Tensor, upper_BB: Tensor, mask_OB: Tensor, pattern: Pattern | None, scale_O: Tensor | None, bits: int | None
 ) -> Tensor:
-    """Sweep one tile of columns in place, without what follows from it for later columns.
-
-    For the columns j from left to right, e_i = (w_ij - q_ij) / U_jj and W_i,j: <- W_i,j: - e_i U_j,j:, where q is
-    w, rounded if `bits`, where the mask keeps it, and else 0.
-
-    Args:
-        w_OB: float32, part of a weight with contiguous rows; becomes q.
-        upper_BB: the tile's square of U, float32 with contiguous rows.
-        mask_OB: bool, part of a mask with contiguous rows; given, or written where there is a pattern.
-        pattern: N:M, to choose the mask as the sweep reaches a group; None: the mask is given.
-        scale_O: each row's grid, float32, for `bits` bits; None: values stay as they are.
-    Returns:
-        The errors e (B, O).
-    """
+    """`sweep.plain_tile`: sweep one tile in place, without what follows from it for later columns."""
     rows, columns = w_OB.shape
     errors_BO = w_OB.new_empty((columns, rows))
     with _on(w_OB):
@@ -171,7 +158,7 @@ def swap(
     same_sign: bool,
     span: int,
 ) -> Tensor:
-    """DSnoT's swaps, row by row, as `steps.dsnot._swap` makes them."""
+    """DSnoT's swaps, row by row, as `steps.dsnot.plain_swap` makes them."""
     rows, columns = mask_OI.shape
     after_OI = mask_OI.clone(memory_format=torch.contiguous_format)
     grow_2OK, can_grow_2OK = _both(

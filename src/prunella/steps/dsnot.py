@@ -1,6 +1,7 @@
 """DSnoT: prune and grow until the expected output error is gone."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
@@ -173,5 +174,13 @@ def _compiled_swap(
     return after_OI
 
 
+def _gpu_swap(*arguments: Any) -> Tensor:
+    try:
+        from .. import sweep_gpu
+    except ImportError:  # no Triton
+        return plain_swap(*arguments)
+    return sweep_gpu.swap(*arguments)
+
+
 # By type of device; `plain_swap` serves all others.
-swaps: dict[str, Callable[..., Tensor]] = {"cpu": _compiled_swap}
+swaps: dict[str, Callable[..., Tensor]] = {"cpu": _compiled_swap, "cuda": _gpu_swap}
