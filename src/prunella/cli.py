@@ -101,6 +101,11 @@ def prune(
     ] = None,
     evaluate: Annotated[str | None, typer.Option(help="Text for the perplexities, or none.")] = None,
     windows: Annotated[int | None, typer.Option(help="Windows of that text.")] = None,
+    format_: Annotated[
+        str | None, typer.Option("--format", help="dense, or packed: saved without the zeros. [default: dense]")
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="Round packed weights to 8 or 4 bits.")] = None,
+    group: Annotated[int | None, typer.Option(help="Inputs that share a scale; 0: whole rows. [default: 128]")] = None,
     dtype: Annotated[str | None, typer.Option(help="Compute and save in this dtype. [default: as stored]")] = None,
     recipe: Annotated[
         str | None, typer.Option(help="fast, balanced, best, or a YAML file; flags go before it.")
@@ -125,6 +130,9 @@ def prune(
         "skip": skip,
         "allocate": allocate,
         "order": order,
+        "format": format_,
+        "bits": bits,
+        "group": group,
         "dtype": dtype,
         "device": device,
         "seed": seed,

@@ -298,6 +298,9 @@ class Checkpoint:
             )
         return kinds[best]
 
+    def fill(self, model: Model, wanted: Callable[[str], bool]) -> None:
+        """Fill those `wanted` parameters that are not in the files under any name: a packed checkpoint has some."""
+
     @contextlib.contextmanager
     def open(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
         """Lazy slices of the named tensors. Read by pread, not mmap, so that resident memory stays small."""
@@ -425,7 +428,7 @@ class Model:
         checkpoint = checkpoint or self.checkpoint
         if checkpoint is None:
             return
-        keys = [key for key, (name, _) in self.plan().items() if wanted(name)]
+        keys = [key for key, (name, _) in self.plan().items() if wanted(name) and key in checkpoint.where]
         renamings, converters = self._conversions()
         config = LoadStateDictConfig(
             dtype=self.dtype,
@@ -447,6 +450,7 @@ class Model:
         if info.conversion_errors:
             name, reason = next(iter(info.conversion_errors.items()))
             raise ModelError(f"tensor '{name}' in '{checkpoint.directory}' cannot be converted: {reason}")
+        checkpoint.fill(self, wanted)
         self._tie()
         for name, parameter in self.network.named_parameters():
             if parameter.is_meta and wanted(name):

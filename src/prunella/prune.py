@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -113,7 +113,7 @@ def _prune(
         raise InputError("nothing is left to prune: every layer is skipped or has sparsity 0.")
     out = None
     if path is not None:
-        out = Output(path, opened, slots, identity(opened.checkpoint, recipe.plain(), ids_NL), resume)
+        out = Output(path, opened, slots, identity(opened.checkpoint, recipe.plain(), ids_NL), resume, recipe.packing)
     seconds: dict[str, float] = {}
     try:
         dense = out.notes.get("dense") if out else None
@@ -138,10 +138,14 @@ def _prune(
         if out:
             out.complete()
         clock = time.perf_counter()
-        pruned = _measure(opened, recipe, held_out, out.checkpoint if out and opened.checkpoint else None, track)
+        written = out.checkpoint if out else None
+        pruned = _measure(opened, recipe, held_out, written if opened.checkpoint else None, track)
         seconds["pruned evaluation"] = time.perf_counter() - clock
         seconds["all"] = time.perf_counter() - started
         parameters = list(opened.network.parameters())
+        if written:
+            dense |= {"bytes": sum(p.numel() * p.element_size() for p in parameters)}
+            pruned |= {"bytes": written.nbytes}
         report = Report(
             recipe=recipe.plain(),
             model={
@@ -218,8 +222,9 @@ def _run(
     """Stream the calibration windows through the blocks, pruning each; blocks that an interrupted run left on
     disk are only passed through."""
     steps = recipe.make_steps()
+    order: Literal["layer", "block"] = "layer" if recipe.order == "layer" else "block"
     drift = any("drift" in step.needs for step in steps)
-    stream = Stream(model, ids_NL, order="layer" if recipe.order == "layer" else "block", drift=drift)
+    stream = Stream(model, ids_NL, order=order, drift=drift, rounding=recipe.rounding)
     layers: list[LayerResult] = []
     done = out.finished if out else []
     written = out.checkpoint if out and done else None

@@ -58,6 +58,9 @@ class Recipe(_Part):
     allocate: how sparsity is spread over the other layers: a name, or {name: {option: value}}
     steps:    a list of names, or of {name: {option: value}}
     order:    `layer`, `block` or `auto`: see `prunella.stream.Stream`
+    format:   how the weights are saved: `dense`, zeros and all, or `packed`, without them
+    bits:     packed weights that no step has quantized are rounded to 8 or 4 bits; null: they keep their dtype
+    group:    inputs that share a scale, a multiple of 128; 0: whole rows
     dtype:    compute and save in this dtype; `auto` keeps the checkpoint's
     """
 
@@ -70,6 +73,9 @@ class Recipe(_Part):
     steps: tuple[dict[str, dict[str, Any]], ...] = ({"sparsegpt": {}},)
     order: Literal["auto", "layer", "block"] = "auto"
     evaluate: Evaluation = Evaluation()
+    format: Literal["dense", "packed"] = "dense"
+    bits: Literal[8, 4] | None = None
+    group: int = 128
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     seed: int = 0
@@ -117,6 +123,10 @@ class Recipe(_Part):
         for step in self.steps:
             if len(step) != 1:
                 raise ValueError(f"steps: {step} should be one step, {{name: {{option: value}}}}")
+        if self.bits is not None and self.format == "dense":
+            raise ValueError(f"bits: {self.bits} is of packed weights: add format: packed (--format packed)")
+        if self.group < 0 or self.group % 128:
+            raise ValueError(f"group {self.group} is no multiple of 128 inputs, nor 0 for whole rows")
         fixed = Pattern.parse(self.pattern).sparsity
         if fixed is not None:
             for name, share in self.sparsity.items():
@@ -148,6 +158,20 @@ class Recipe(_Part):
 
     def make_steps(self) -> list[Step]:
         return [make(name, options) for step in self.steps for name, options in step.items()]
+
+    @property
+    def packing(self) -> tuple[int | None, int] | None:
+        """Bits and group of the packed format; None for plain weights."""
+        return (self.bits, self.group) if self.format == "packed" else None
+
+    @property
+    def rounding(self) -> tuple[int, int] | None:
+        """Bits and group of the grid for layers that no step quantizes: those of `bits`, or of the step that quantizes
+        the other layers of a packed model (it leaves experts out that see too few tokens)."""
+        if self.bits is not None:
+            return self.bits, self.group
+        options = [step.options for step in self.make_steps() if {"bits", "group"} <= step.options.keys()]
+        return (options[-1]["bits"], options[-1]["group"]) if options and self.format == "packed" else None
 
     # --- from files, flags and dictionaries
 

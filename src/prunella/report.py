@@ -24,7 +24,7 @@ class Report:
 
     recipe:   the resolved recipe; `Recipe.of(report.recipe)` repeats the run
     model:    name, class, dtype, parameters (all), prunable (weights in layers that could be pruned)
-    dense, pruned: perplexity (None if not measured), its windows and length, a sample of text
+    dense, pruned: perplexity (None if not measured), its windows and length, a sample of text, bytes of the files
     layers:   one LayerResult a layer, in order
     run:      seconds by phase, cpu_seconds, peak memory in bytes (resident, and of the GPU), device, order
     versions: of what the result depends on
@@ -70,10 +70,14 @@ class Report:
         def perplexity(side: Mapping[str, Any]) -> str:
             return f"{side['perplexity']:.2f}" if side.get("perplexity") is not None else "not measured"
 
+        def size(side: Mapping[str, Any]) -> str:
+            return f"{side['bytes'] / 1e6:,.1f} MB" if "bytes" in side else "not saved"
+
         rows = [
             (self._perplexity_label(), perplexity(self.dense), perplexity(self.pruned)),
             ("sparsity of the pruned layers", "0.0%", f"{self._active_sparsity():.1%}"),
             ("sparsity of all block weights", "0.0%", f"{self.sparsity:.1%}"),
+            ("size of the weights", size(self.dense), size(self.pruned)),
             ("seconds to prune", "", f"{self.run['seconds'].get('prune', 0):.1f}"),
             ("seconds in all, evaluation too", "", f"{self.run['seconds'].get('all', 0):.1f}"),
             ("peak memory", "", f"{self.run['peak_memory'] / 1e9:.2f} GB"),
@@ -105,6 +109,12 @@ class Report:
         base = self.model["name"]
         front = f"base_model: {base}\n" if "/" in base and not Path(base).exists() else ""
         calibration = self.recipe["calibration"]
+        if self.recipe["format"] == "packed":
+            load = (
+                "Load it with `AutoModelForCausalLM.from_pretrained` after `import prunella`. Its zeros are not stored"
+            )
+        else:
+            load = "Load it with `AutoModelForCausalLM.from_pretrained`. The masks are in `prunella.masks` (bit-packed)"
         return f"""---
 library_name: transformers
 tags:
@@ -122,9 +132,8 @@ tags:
 | --- | --- | --- |
 {rows}
 
-Load it with `AutoModelForCausalLM.from_pretrained`. The masks are in `prunella.masks` (bit-packed), and
-`prunella.json` holds the recipe, the versions and what happened to every layer. The license is that of the
-original model.
+{load}, and `prunella.json` holds the
+recipe, the versions and what happened to every layer. The license is that of the original model.
 """
 
 

@@ -21,7 +21,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -29,7 +29,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .errors import InputError, ModelError
@@ -38,6 +38,7 @@ from .load import Checkpoint, Model, quiet_transformers
 from .pattern import unpack
 from .stream import BlockResult, LayerResult, Slot
 
+INDEX = "model.safetensors.index.json"
 MASKS = "prunella.masks"
 GRIDS = "prunella.grids"
 REPORT = "prunella.json"
@@ -45,7 +46,13 @@ _CODES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.float64: "F64",
     torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
 }
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _FLOATS = {"F32", "BF16", "F16"}
@@ -136,6 +143,20 @@ class TensorFile:
             self._file = -1
 
 
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file that appears when it is whole. Raises OSError if the disk is full."""
+    temporary = path.with_name(path.name + ".tmp")
+    layout = {name: (_CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    file = TensorFile.create(temporary, layout, metadata or {"format": "pt"})
+    try:
+        for name, tensor in tensors.items():
+            file.write(name, tensor)
+        file.sync()
+    finally:
+        file.close()
+    temporary.replace(path)
+
+
 def _claim(file: int, size: int) -> None:
     try:
         os.posix_fallocate(file, 0, size)
@@ -155,23 +176,41 @@ def _write_all(file: int, data: memoryview, at: int) -> None:
 # Masks and grids
 
 
-def read_masks(directory: str | Path) -> dict[str, Tensor]:
-    """The masks saved with a pruned model, {layer name: bool (O, I)}, True where a weight was kept.
+def read_masks(directory: str | Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """The masks saved with a pruned model, {layer name: bool (O, I)}, True where a weight was kept: all of them, or
+    those of these layers.
 
     Raises ModelError if there are none or they are damaged.
     """
+    shapes = mask_shapes(directory)
+    path = Path(directory) / MASKS
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: unpack(file.get_tensor(name), shapes[name]) for name in (shapes if names is None else names)}
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ModelError(f"'{path}' is damaged: {error}.") from None
+
+
+def mask_shapes(directory: str | Path) -> dict[str, tuple[int, int]]:
+    """The layers that have a mask, and the shape of each. Raises ModelError as `read_masks` does."""
     path = Path(directory) / MASKS
     if not path.is_file():
         raise ModelError(f"'{directory}' holds no masks ({MASKS}): it was not pruned by Prunella.")
-    out = {}
+    return _mask_shapes(path)
+
+
+def _mask_shapes(path: Path) -> dict[str, tuple[int, int]]:
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = json.loads(file.metadata()["shapes"])
-            for name, (rows, columns) in shapes.items():
-                out[name] = unpack(file.get_tensor(name), (rows, columns))
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            return {name: (rows, columns) for name, (rows, columns) in json.loads(file.metadata()["shapes"]).items()}
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"'{path}' is damaged: {error}.") from None
-    return out
+
+
+def write_masks(path: Path, bits: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Save masks, given as bits (`pattern.pack`), as `read_masks` reads them."""
+    about = json.dumps({name: list(shapes[name]) for name in bits})
+    save_tensors(path, bits, {"shapes": about})
 
 
 def read_grids(directory: str | Path) -> dict[str, Grid]:
@@ -206,18 +245,198 @@ def write_grids(path: Path, grids: Mapping[str, Grid]) -> None:
 # The directory
 
 
+class _DenseFiles:
+    """Weights of a run in safetensors files laid out like the source's own, the masks of all pruned layers, and the
+    grids of the quantized ones."""
+
+    def __init__(self, partial: Path, model: Model):
+        self.partial, self.model = partial, model
+
+    def create(self, slots: Sequence[Slot]) -> None:
+        """Lay out all files for a fresh run."""
+        checkpoint = self.model.checkpoint
+        if checkpoint is not None:
+            keep = self.model.dtype == checkpoint.dtype()
+            code = _CODES[self.model.dtype]
+            for name, tensors in checkpoint.files.items():
+                if keep:
+                    TensorFile.like(self.partial / name, checkpoint.directory / name).close()
+                else:
+                    ordered = sorted(tensors.items(), key=lambda item: item[1][2])
+                    layout = {key: (code if t[0] in _FLOATS else t[0], t[1]) for key, t in ordered}
+                    TensorFile.create(self.partial / name, layout, checkpoint.metadata[name]).close()
+        sizes = {slot.name: ("U8", [-(-slot.shape[0] * slot.shape[1] // 8)]) for slot in slots}
+        shapes = json.dumps({slot.name: list(slot.shape) for slot in slots})
+        TensorFile.create(self.partial / MASKS, sizes, {"shapes": shapes}).close()
+
+    def open(self) -> None:
+        checkpoint = self.model.checkpoint
+        names = checkpoint.files if checkpoint else ()
+        self.files = {name: TensorFile.reopen(self.partial / name) for name in names}
+        self.masks = TensorFile.reopen(self.partial / MASKS)
+
+    def close(self) -> None:
+        for file in (*self.files.values(), self.masks):
+            file.close()
+
+    def write(self, result: BlockResult) -> dict[str, Any]:
+        """Put a block on disk; what `restore` takes."""
+        tensors: dict[str, list[str]] = {}
+        if self.model.checkpoint is not None:
+            where, plan = self.model.checkpoint.where, self.model.plan()
+            changed = self.model.stored(result.name, result.changed)
+            for name, tensor in changed.items():
+                self.files[where[name]].write(name, tensor)
+            inside = {name for name, (parameter, _) in plan.items() if parameter.startswith(result.name + ".")}
+            for name in sorted(inside - changed.keys()):
+                self._copy(name)
+            for name in sorted(inside | changed.keys()):
+                tensors.setdefault(where[name], []).append(name)
+        for name, mask in result.masks.items():
+            self.masks.write(name, mask)
+        write_grids(self.partial / f"{GRIDS}-{result.index}", result.grids)
+        for file in tensors:
+            self.files[file].sync()
+        self.masks.sync()
+        return {"tensors": tensors, "masks": list(result.masks)}
+
+    def restore(self, index: int, entry: Mapping[str, Any]) -> None:
+        """Take a block as written, by an earlier run."""
+        for file, names in entry["tensors"].items():
+            self.files[file].written.update(names)
+        self.masks.written.update(entry["masks"])
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(self.partial)
+
+    def complete(self) -> None:
+        """Copy what no block holds."""
+        checkpoint = self.model.checkpoint
+        if checkpoint is None:
+            with quiet_transformers():
+                self.model.network.save_pretrained(self.partial)
+            return
+        for name, file in checkpoint.where.items():
+            if name not in self.files[file].written:
+                self._copy(name)
+        for target in self.files.values():
+            target.sync()
+
+    def _copy(self, name: str) -> None:
+        """Take a tensor that no step touched from the source: its bytes, unless its dtype changes."""
+        checkpoint = self.model.checkpoint
+        assert checkpoint is not None
+        file = checkpoint.where[name]
+        code, _, start, end = checkpoint.files[file][name]
+        if self.files[file].tensors[name][0] == code:
+            self.files[file].copy(name, checkpoint.directory / file, start, end)
+        else:
+            with checkpoint.open([name]) as slices:
+                self.files[file].write(name, slices[name][:])
+
+    def finish(self) -> None:
+        """Bring what lies beside the weights into its last form."""
+        checkpoint, index = self.model.checkpoint, self.partial / INDEX
+        if checkpoint is not None and self.model.dtype != checkpoint.dtype() and index.is_file():
+            content = json.loads(index.read_text())
+            content.setdefault("metadata", {})["total_size"] = self.checkpoint.nbytes
+            _write_text(index, json.dumps(content, indent=2) + "\n")
+        _merge_grids(self.partial)
+
+
+class _PackedFiles:
+    """Weights of a run in the packed format, and the masks and grids of those pruned layers that stay dense."""
+
+    def __init__(self, partial: Path, model: Model, bits: int | None, group: int):
+        from .sparse.files import PackedFiles
+
+        self.partial, self.model = partial, model
+        self.files = PackedFiles(partial, model, bits, group)
+
+    def create(self, slots: Sequence[Slot]) -> None:
+        pass  # how large a block will be shows when it is packed
+
+    def open(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def write(self, result: BlockResult) -> dict[str, Any]:
+        shapes = {layer.name: layer.shape for layer in result.layers}
+        masks = {name: unpack(bits, shapes[name]) for name, bits in result.masks.items()}
+        entry = self.files.write(result.index, masks, result.grids)
+        stayed = {name: result.masks[name] for name in entry["stayed"]}
+        if stayed:
+            write_masks(self.partial / f"{MASKS}-{result.index}", stayed, shapes)
+            grids = {name: grid for name, grid in result.grids.items() if name in stayed}
+            write_grids(self.partial / f"{GRIDS}-{result.index}", grids)
+        return entry
+
+    def restore(self, index: int, entry: Mapping[str, Any]) -> None:
+        self.files.restore(index, entry)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.files.checkpoint
+
+    def complete(self) -> None:
+        self.files.complete()
+
+    def finish(self) -> None:
+        network = self.model.network
+        if self.model.checkpoint is None:
+            network.config.save_pretrained(self.partial)
+            if network.can_generate():
+                network.generation_config.save_pretrained(self.partial)
+        config = json.loads((self.partial / "config.json").read_text())
+        if self.model.checkpoint is None:
+            config |= {"architectures": [type(network).__name__], "dtype": str(self.model.dtype)[6:]}
+        self.files.finish(config)
+        parts = sorted(self.partial.glob(f"{MASKS}-*"))
+        masks: dict[str, Tensor] = {}
+        shapes: dict[str, tuple[int, int]] = {}
+        for part in parts:
+            shapes |= _mask_shapes(part)
+            masks |= load_file(part)
+        if masks:
+            write_masks(self.partial / MASKS, masks, shapes)
+        for part in parts:
+            part.unlink()
+        _merge_grids(self.partial)
+
+
+def _merge_grids(partial: Path) -> None:
+    parts = sorted(partial.glob(f"{GRIDS}-*"))
+    write_grids(partial / GRIDS, {name: grid for part in parts for name, grid in _read_grids(part).items()})
+    for part in parts:
+        part.unlink()
+
+
 class Output:
     """A run's output directory in the making.
 
     finished: results of blocks that an earlier, interrupted run left on disk (their masks and parameters are
               in the files)
     blocks:   how many blocks are on disk now
+    packing:  None for plain weights; (bits, group) to pack them, see `sparse.format.pack`
     """
 
-    def __init__(self, path: Path, model: Model, slots: Sequence[Slot], identity: Mapping[str, Any], resume: bool):
+    def __init__(
+        self,
+        path: Path,
+        model: Model,
+        slots: Sequence[Slot],
+        identity: Mapping[str, Any],
+        resume: bool,
+        packing: tuple[int | None, int] | None = None,
+    ):
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self.model = model
+        self.weights: _DenseFiles | _PackedFiles
+        self.weights = _PackedFiles(self.partial, model, *packing) if packing else _DenseFiles(self.partial, model)
         self.finished: list[tuple[LayerResult, ...]] = []
         self.notes: dict[str, Any] = {}
         check_output(path)
@@ -239,15 +458,11 @@ class Output:
         identity = json.loads(json.dumps(identity))
         try:
             if fresh or not (self.partial / "run.json").is_file():
-                self._create(slots)
+                self.weights.create(slots)
                 _write_text(self.partial / "run.json", json.dumps(identity, indent=1))
             else:
                 self._compare(identity)
-            self.files = {
-                name: TensorFile.reopen(self.partial / name)
-                for name in (model.checkpoint.files if model.checkpoint else ())
-            }
-            self.masks = TensorFile.reopen(self.partial / MASKS)
+            self.weights.open()
             self._read_journal()
             self.blocks = len(self.finished)
             self._journal = (self.partial / "journal.jsonl").open("a", encoding="utf-8")
@@ -278,22 +493,6 @@ class Output:
             self._lock.close()
             self._lock = None
 
-    def _create(self, slots: Sequence[Slot]) -> None:
-        checkpoint = self.model.checkpoint
-        if checkpoint is not None:
-            keep = self.model.dtype == checkpoint.dtype()
-            code = _CODES[self.model.dtype]
-            for name, tensors in checkpoint.files.items():
-                if keep:
-                    TensorFile.like(self.partial / name, checkpoint.directory / name).close()
-                else:
-                    ordered = sorted(tensors.items(), key=lambda item: item[1][2])
-                    layout = {key: (code if t[0] in _FLOATS else t[0], t[1]) for key, t in ordered}
-                    TensorFile.create(self.partial / name, layout, checkpoint.metadata[name]).close()
-        sizes = {slot.name: ("U8", [-(-slot.shape[0] * slot.shape[1] // 8)]) for slot in slots}
-        shapes = json.dumps({slot.name: list(slot.shape) for slot in slots})
-        TensorFile.create(self.partial / MASKS, sizes, {"shapes": shapes}).close()
-
     def _compare(self, identity: Mapping[str, Any]) -> None:
         before = json.loads((self.partial / "run.json").read_text())
         different = sorted(key for key in identity.keys() | before.keys() if identity.get(key) != before.get(key))
@@ -319,9 +518,7 @@ class Output:
                     self.notes[entry["note"]] = entry["value"]
                 else:
                     self.finished.append(tuple(_layer_result(item) for item in entry["layers"]))
-                    for file, names in entry["tensors"].items():
-                        self.files[file].written.update(names)
-                    self.masks.written.update(entry["masks"])
+                    self.weights.restore(entry["block"], entry["weights"])
             os.truncate(path, good)  # half a line, if the run was killed while it wrote one
 
     def _log(self, entry: Mapping[str, Any]) -> None:
@@ -340,31 +537,14 @@ class Output:
     @property
     def checkpoint(self) -> Checkpoint:
         """The pruned weights written so far, readable like any checkpoint."""
-        return Checkpoint(self.partial)
+        return self.weights.checkpoint
 
     def write(self, result: BlockResult) -> None:
         """Put one finished block on disk, whole: a run that resumes reads it from here. Raises InputError if the
         disk is full; the blocks before are safe."""
         try:
-            tensors: dict[str, list[str]] = {}
-            if self.model.checkpoint is not None:
-                where, plan = self.model.checkpoint.where, self.model.plan()
-                changed = self.model.stored(result.name, result.changed)
-                for name, tensor in changed.items():
-                    self.files[where[name]].write(name, tensor)
-                inside = {name for name, (parameter, _) in plan.items() if parameter.startswith(result.name + ".")}
-                for name in sorted(inside - changed.keys()):
-                    self._copy(name)
-                for name in sorted(inside | changed.keys()):
-                    tensors.setdefault(where[name], []).append(name)
-            for name, mask in result.masks.items():
-                self.masks.write(name, mask)
-            write_grids(self.partial / f"{GRIDS}-{result.index}", result.grids)
-            for file in tensors:
-                self.files[file].sync()
-            self.masks.sync()
-            entry = [asdict(layer) for layer in result.layers]
-            self._log({"block": result.index, "layers": entry, "tensors": tensors, "masks": list(result.masks)})
+            entry = {"block": result.index, "layers": [asdict(layer) for layer in result.layers]}
+            self._log({**entry, "weights": self.weights.write(result)})
             self.blocks += 1
         except OSError as error:
             raise _space(error, self.partial) from None
@@ -372,43 +552,20 @@ class Output:
     def complete(self) -> None:
         """Copy what no block holds: after this `checkpoint` is a whole model."""
         try:
-            checkpoint = self.model.checkpoint
-            if checkpoint is None:
-                with quiet_transformers():
-                    self.model.network.save_pretrained(self.partial)
-                return
-            for name, file in checkpoint.where.items():
-                if name not in self.files[file].written:
-                    self._copy(name)
-            for target in self.files.values():
-                target.sync()
+            self.weights.complete()
         except OSError as error:
             raise _space(error, self.partial) from None
-
-    def _copy(self, name: str) -> None:
-        """Take a tensor that no step touched from the source: its bytes, unless its dtype changes."""
-        checkpoint = self.model.checkpoint
-        assert checkpoint is not None
-        file = checkpoint.where[name]
-        code, _, start, end = checkpoint.files[file][name]
-        if self.files[file].tensors[name][0] == code:
-            self.files[file].copy(name, checkpoint.directory / file, start, end)
-        else:
-            with checkpoint.open([name]) as slices:
-                self.files[file].write(name, slices[name][:])
 
     def finish(self, report: Mapping[str, Any], card: str) -> None:
         """Add everything that is not weights and let the directory appear."""
         try:
             self._copy_companions()
-            parts = sorted(self.partial.glob(f"{GRIDS}-*"))
-            write_grids(self.partial / GRIDS, {k: grid for part in parts for k, grid in _read_grids(part).items()})
+            self.weights.finish()
             _write_text(self.partial / REPORT, json.dumps(report, indent=1) + "\n")
             _write_text(self.partial / "README.md", card)
-            for file in (*self.files.values(), self.masks):
-                file.close()
+            self.weights.close()
             self._journal.close()
-            for name in ("journal.jsonl", "run.json", ".lock", *(part.name for part in parts)):
+            for name in ("journal.jsonl", "run.json", ".lock"):
                 (self.partial / name).unlink(missing_ok=True)
             if self.path.exists():
                 self.path.rmdir()  # check_output saw that it was empty
@@ -432,16 +589,10 @@ class Output:
             config.pop("torch_dtype", None)
             config["dtype"] = str(self.model.dtype).removeprefix("torch.")
             _write_text(self.partial / "config.json", json.dumps(config, indent=2) + "\n")
-            index = self.partial / "model.safetensors.index.json"
-            if index.is_file():
-                content = json.loads(index.read_text())
-                content.setdefault("metadata", {})["total_size"] = self.checkpoint.nbytes
-                _write_text(index, json.dumps(content, indent=2) + "\n")
 
     def close(self) -> None:
         """Let go of the files and of the lock. What is on disk stays, for a run that resumes this one."""
-        for file in (*self.files.values(), self.masks):
-            file.close()
+        self.weights.close()
         self._journal.close()
         self._release()
 

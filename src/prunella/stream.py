@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .errors import InputError, ModelError, NumericalError
-from .grid import Grid
+from .grid import Grid, fit
 from .load import Checkpoint, Model
 from .pattern import pack
 from .registry import Step, make
@@ -69,6 +69,11 @@ class Slot:
         name = "bias" if self.expert is None else f"{self.parameter}_bias"
         bias = getattr(self.module, name, None)
         return bias if bias is None or self.expert is None else bias[self.expert]
+
+    @property
+    def key(self) -> str:
+        """The name of the network's parameter that holds the weight."""
+        return f"{self.name}.{self.parameter}" if self.expert is None else self.name.rpartition(".")[0]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -363,12 +368,22 @@ class Stream:
     layer is pruned when its inputs arrive, and the pass goes on with the pruned weight; every layer sees
     what the pruned layers before it really produce, in half the passes, but the widest activation of all
     windows must fit in memory at once.
+
+    `rounding`: bits and group of the grid to which pruned layers are rounded that no step has quantized; layers after
+    them see what that does.
     """
 
     def __init__(
-        self, model: Model, windows_NL: Tensor, *, order: Literal["layer", "block"] = "block", drift: bool = False
+        self,
+        model: Model,
+        windows_NL: Tensor,
+        *,
+        order: Literal["layer", "block"] = "block",
+        drift: bool = False,
+        rounding: tuple[int, int] | None = None,
     ):
         self.model = model
+        self.rounding = rounding
         self.windows_NL = windows_NL
         self.order = order
         self.calls = Calls(model)
@@ -434,8 +449,7 @@ class Stream:
             results.append(result)
             if grid is not None:
                 grids[slot.name] = grid
-            parameter = f"{slot.name}.{slot.parameter}" if slot.expert is None else slot.name.rpartition(".")[0]
-            changed[parameter] = getattr(slot.module, slot.parameter).data
+            changed[slot.key] = getattr(slot.module, slot.parameter).data
         return BlockResult(index, name, tuple(results), masks, grids, changed, time.perf_counter() - started)
 
     def _layer(self, target: Target, stats: Stats) -> Layer:
@@ -470,7 +484,13 @@ class Stream:
             note = f"saw {layer.stats.tokens} tokens: pruned by magnitude"
             result = make("magnitude").apply(replace(block, layers=(layer,)))
             done[name] = replace(result.layers[0], notes=(*layer.notes, note))
-        return replace(block, layers=tuple(done[la.name] for la in block.layers))
+        return replace(block, layers=tuple(self._rounded(done[la.name]) for la in block.layers))
+
+    def _rounded(self, layer: Layer) -> Layer:
+        if self.rounding is None or layer.grid is not None or layer.mask_OI is None:
+            return layer
+        grid = fit(layer.weight_OI, *self.rounding)
+        return layer.pruned(grid.round(layer.weight_OI), layer.mask_OI, grid=grid)
 
     def _dense_inputs(
         self, index: int, block: nn.Module, active: Mapping[str, Target], batch: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -50,16 +50,22 @@ class SparseLinear(nn.Module):
 
     @classmethod
     def empty(
-        cls, dense: nn.Module, columns: int, rows: int, count: int, values: torch.dtype, group: int
-    ) -> SparseLinear:
-        """In place of a dense module, with the sizes of what is to be loaded and no memory."""
+        cls,
+        columns: int,
+        rows: int,
+        count: int,
+        values: torch.dtype,
+        group: int,
+        bias_O: nn.Parameter | None = None,
+        transposed: bool = False,
+    ) -> Self:
+        """With the sizes of what is to be loaded and no memory."""
         bits = {torch.int8: 8, torch.uint8: 4}.get(values)
         shapes = expected(rows, columns, count, bits, group)
         dtypes = (torch.uint8, torch.int32, values, torch.bfloat16)
         parts = [torch.empty(s, dtype=d, device="meta") for s, d in zip(shapes.values(), dtypes, strict=False)]
         packed = Packed(parts[0], parts[1], parts[2], parts[3] if bits else None, columns, group if bits else 0)
-        bias = getattr(dense, "bias", None)
-        return cls(packed, bias, transposed=not isinstance(dense, nn.Linear))
+        return cls(packed, bias_O, transposed)
 
     def packed(self, name: str = "weight") -> Packed:
         """The weight, checked. Raises ModelError, naming the tensor, if it is damaged."""
@@ -109,6 +115,25 @@ class SparseLinear(nn.Module):
     def extra_repr(self) -> str:
         bits = {torch.int8: "int8", torch.uint8: "int4"}.get(self.weight_values.dtype, str(self.weight_values.dtype))
         return f"in_features={self.in_features}, out_features={self.out_features}, {bits}, bias={self.bias is not None}"
+
+
+class SparseExpert(SparseLinear):
+    """An expert of a mixture, in place of its slice of a 3-D parameter.
+
+    The parameter becomes a list of these. The architecture's own forward (experts_implementation "eager") does with
+    the list what it did with the parameter, `linear(x, weight[e])` or `x @ weight[e]`, and so routing, activations
+    and biases stay its business.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function in (functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__) and len(args) == 2:
+            x, expert = args
+            if isinstance(expert, cls) and expert.transposed == (function is not functional.linear) and not kwargs:
+                return expert(x)
+        raise ModelError(f"the experts of this architecture cannot run packed ({function}): unpack the model first.")
 
 
 class _Untrainable(torch.autograd.Function):

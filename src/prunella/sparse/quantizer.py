@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -16,9 +18,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import ModelError
 from ..load import read_header
 from .format import FLOATS, PAD, PARTS, SPAN, VERSION, expected
-from .linear import DenseLinear, SparseLinear
+from .linear import DenseLinear, SparseExpert, SparseLinear
 
 METHOD = "prunella"
+_NOT_PACKED = r"(?!.*\.weight_[a-z]{4,7}$)"  # any of format.PARTS; transformers knows no groups within an assertion
 _DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -37,8 +40,8 @@ class PrunellaConfig(QuantizationConfigMixin):
     bits:           None, 8 or 4
     group:          inputs to a scale; 0: one scale to a row
     modules:        {name: {"shape": [O, I]}} of the modules whose weights are packed; "transposed": true for
-                    those that are stored as (I, O) when they are dense; "bits" and "group" of those that have their
-                    own
+                    those that are stored as (I, O) when they are dense; "experts": E for a mixture's 3-D parameter
+                    of that name, packed expert by expert; "bits" and "group" of those that have their own
     """
 
     def __init__(
@@ -62,6 +65,8 @@ class PrunellaConfig(QuantizationConfigMixin):
                 rows, columns = about["shape"]
                 if not (isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0):
                     raise ValueError(f"shape {about['shape']} of '{name}'")
+                if not isinstance(about.get("experts", 1), int) or about.get("experts", 1) < 1:
+                    raise ValueError(f"{about['experts']} experts of '{name}'")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ModelError(f"config.json: quantization_config.modules is damaged: {error}.") from None
         self.quant_method = METHOD
@@ -71,7 +76,7 @@ class PrunellaConfig(QuantizationConfigMixin):
         self.modules = {name: dict(about) for name, about in modules.items()}
 
     def of(self, name: str) -> tuple[int | None, int]:
-        """Bits and group of one module."""
+        """Bits and group of a module."""
         about = self.modules[name]
         return about.get("bits", self.bits), about.get("group", self.group)
 
@@ -105,30 +110,72 @@ class PrunellaQuantizer(HfQuantizer):
             stored.update({name: entry[:2] for name, entry in tensors.items()})
         self.replaced: list[str] = []
         for name, about in self.quantization_config.modules.items():
+            if "experts" in about:
+                self._replace_experts(model, name, about, stored)
+                continue
             module_name, module = _find(model, name)
             columns, rows = _shape(module)
-            if [rows, columns] != list(about["shape"]):
-                raise ModelError(
-                    f"packed weight '{name}' has shape {tuple(about['shape'])}, but the model wants {(rows, columns)}."
-                )
-            count, values = self._sizes(name, stored, rows, columns)
-            _, group = self.quantization_config.of(name)
-            group = group if group < columns else 0
-            if values in FLOATS:
-                values = module.weight.dtype  # the dtype that was asked for: values are cast as they are loaded
-            model.set_submodule(module_name, SparseLinear.empty(module, columns, rows, count, values, group))
+            _check_shape(name, about, (rows, columns))
+            sizes = self._sizes(name, stored, rows, columns, module.weight.dtype, *self.quantization_config.of(name))
+            transposed = not isinstance(module, nn.Linear)
+            model.set_submodule(module_name, SparseLinear.empty(columns, rows, *sizes, module.bias, transposed))
             self.replaced.append(module_name)
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = DenseLinear  # the same parameters, whatever is tied to them
         return model
 
+    def _replace_experts(
+        self, model: Any, name: str, about: Mapping[str, Any], stored: dict[str, tuple[str, tuple[int, ...]]]
+    ) -> None:
+        """Put a list of packed experts in place of a mixture's 3-D parameter."""
+        owner_name, owner, key = _find_parameter(model, name)
+        parameter = getattr(owner, key)
+        transposed = bool(about.get("transposed"))
+        experts, rows, columns = parameter.transpose(1, 2).shape if transposed else parameter.shape
+        _check_shape(name, about, (rows, columns), experts)
+        packed = [f"{name}.{e}" for e in range(experts)]
+        options = self.quantization_config.of(name)
+        sizes = [self._sizes(one, stored, rows, columns, parameter.dtype, *options) for one in packed]
+        delattr(owner, key)
+        empty = [SparseExpert.empty(columns, rows, *size, None, transposed) for size in sizes]
+        owner.add_module(key, nn.ModuleList(empty).eval())
+        self.replaced += [f"{owner_name}.{key}.{e}" for e in range(experts)]
+        if model._can_set_experts_implementation():
+            model.set_experts_implementation("eager")
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Packed tensors have the network's own names: what renames tensors, puts a mixture's experts together or, when
+        a model is saved, takes them apart, leaves them alone."""
+
+        def but(patterns: list[str]) -> list[str]:
+            return [p + (r"(?!\w)" if p[-1].isalnum() else "") + _NOT_PACKED for p in patterns]
+
+        out = []
+        for entry in super().update_weight_conversions(weight_conversions, model):
+            if type(entry) in (WeightRenaming, WeightConverter):
+                patterns = but(entry._original_source_patterns), but(entry._original_target_patterns)
+                out.append(
+                    entry.copy(*patterns, **({"operations": entry.operations} if hasattr(entry, "operations") else {}))
+                )
+            else:
+                out.append(entry)
+        return out
+
     def _sizes(
-        self, name: str, stored: dict[str, tuple[str, tuple[int, ...]]], rows: int, columns: int
-    ) -> tuple[int, torch.dtype]:
-        """The number of kept values and their dtype. Raises ModelError, naming the tensor, if the header shows
+        self,
+        name: str,
+        stored: dict[str, tuple[str, tuple[int, ...]]],
+        rows: int,
+        columns: int,
+        dtype: torch.dtype,
+        bits: int | None,
+        group: int,
+    ) -> tuple[int, torch.dtype, int]:
+        """The number of kept values, their dtype in memory (`dtype`, to which they are cast as they are loaded, or
+        integers), and the inputs to a scale. Raises ModelError, naming the tensor, if the header shows
         that something is missing or has the wrong size: before anything of that size is allocated."""
-        bits, group = self.quantization_config.of(name)
+        group = group if group < columns else 0
         values = stored.get(f"{name}.weight_values")
         if values is None or len(values[1]) != 1:
             raise ModelError(f"packed tensor '{name}.weight_values' is missing or has the wrong shape.")
@@ -137,7 +184,7 @@ class PrunellaQuantizer(HfQuantizer):
         count = length - PAD if bits != 4 else 2 * length - PAD
         if code not in wanted or count < 0:
             raise ModelError(f"packed tensor '{name}.weight_values' is damaged: {length} values of type {code}.")
-        shapes = expected(rows, columns, count, bits, group if group < columns else 0)
+        shapes = expected(rows, columns, count, bits, group)
         codes = dict(zip(PARTS, ("U8", "I32", code, "BF16"), strict=True))
         for part, shape in shapes.items():
             found = stored.get(f"{name}.{part}")
@@ -146,7 +193,7 @@ class PrunellaQuantizer(HfQuantizer):
                     f"packed tensor '{name}.{part}' is {'missing' if found is None else f'{found[0]} {found[1]}'}, but"
                     f" the model wants {codes[part]} {shape}. Pack the model again."
                 )
-        return count, _DTYPES[code]
+        return count, dtype if _DTYPES[code] in FLOATS else _DTYPES[code], group
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name in self.replaced:
@@ -159,15 +206,22 @@ class PrunellaQuantizer(HfQuantizer):
         """A plain model: `model.dequantize()`."""
         from transformers.pytorch_utils import Conv1D
 
+        dtype = dtype if isinstance(dtype, torch.dtype) else model.dtype  # transformers may hand over a name
         for name, module in list(model.named_modules()):
-            if isinstance(module, SparseLinear):
-                dense: Any
+            dense: Any
+            if isinstance(module, nn.ModuleList) and len(module) and isinstance(module[0], SparseExpert):
+                owner, _, key = name.rpartition(".")
+                experts: Any = module
+                weight = torch.stack([expert.weight.to(dtype) for expert in experts])
+                delattr(model.get_submodule(owner), key)
+                model.get_submodule(owner).register_parameter(key, nn.Parameter(weight))
+            elif isinstance(module, SparseLinear) and not isinstance(module, SparseExpert):
                 with torch.device("meta"):
                     if module.transposed:
                         dense = Conv1D(module.out_features, module.in_features)
                     else:
                         dense = nn.Linear(module.in_features, module.out_features, module.bias is not None)
-                dense.weight = nn.Parameter(module.weight.to(dtype or model.dtype).contiguous())
+                dense.weight = nn.Parameter(module.weight.to(dtype).contiguous())
                 dense.bias = module.bias
                 model.set_submodule(name, dense.eval())
             elif isinstance(module, DenseLinear):
@@ -181,16 +235,36 @@ def _check_bits(bits: Any, group: Any) -> None:
 
 
 def _find(model: Any, name: str) -> tuple[str, Any]:
-    """The module of this name. A base model has names without the prefix of its place in a model with a head."""
-    prefix = model.base_model_prefix + "."
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
-        try:
+    """The module of this name."""
+    for candidate in _names(model, name):
+        with contextlib.suppress(AttributeError):
             module = model.get_submodule(candidate)
-        except AttributeError:
-            continue
-        if getattr(module, "weight", None) is not None and module.weight.ndim == 2:
-            return candidate, module
+            if getattr(module, "weight", None) is not None and module.weight.ndim == 2:
+                return candidate, module
     raise ModelError(f"config.json names a packed module '{name}' that the model does not have.")
+
+
+def _find_parameter(model: Any, name: str) -> tuple[str, Any, str]:
+    """The module that holds a 3-D parameter, its name, and the name of the parameter in it."""
+    for candidate in _names(model, name):
+        owner, _, key = candidate.rpartition(".")
+        with contextlib.suppress(AttributeError):
+            if model.get_parameter(candidate).ndim == 3:
+                return owner, model.get_submodule(owner), key
+    raise ModelError(f"config.json names packed experts '{name}' that the model does not have.")
+
+
+def _names(model: Any, name: str) -> tuple[str, ...]:
+    """A base model has names without the prefix of its place in a model with a head."""
+    prefix = model.base_model_prefix + "."
+    return name, name.removeprefix(prefix), prefix + name
+
+
+def _check_shape(name: str, about: Mapping[str, Any], wanted: tuple[int, int], experts: int | None = None) -> None:
+    if tuple(about["shape"]) != wanted or about.get("experts") != experts:
+        found = f"{about['experts']} experts of shape" if "experts" in about else "shape"
+        want = wanted if experts is None else f"{experts} of {wanted}"
+        raise ModelError(f"packed weight '{name}' has {found} {tuple(about['shape'])}, but the model wants {want}.")
 
 
 def _shape(module: Any) -> tuple[int, int]:

@@ -1,0 +1,255 @@
+"""The weights of a packed model on disk: a file for each block, and one for all that lies outside of the blocks.
+
+`prunella pack` and `prunella prune --format packed` both write through `PackedFiles`. What is written is read back
+through `PackedCheckpoint`, block by block, as any other checkpoint is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..grid import Grid
+from ..load import Checkpoint, Model
+from ..save import INDEX, save_tensors
+from ..stream import Slot, find_layers
+from .format import PARTS, SPAN, VERSION, Packed, of_parts, pack, stored_bits, unpack
+
+
+@dataclass
+class Contents:
+    """What packed files hold.
+
+    modules: of config.json's quantization_config: docs/format.md
+    stayed:  pruned layers that are stored dense
+    dense, packed: bytes of the packed weights, before and after
+    """
+
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stayed: list[str] = field(default_factory=list)
+    dense: int = 0
+    packed: int = 0
+
+    def add(self, other: Contents) -> None:
+        self.modules |= other.modules
+        self.stayed += other.stayed
+        self.dense += other.dense
+        self.packed += other.packed
+
+
+class PackedFiles:
+    """A packed model's safetensors files in the making.
+
+    A file appears when it is whole. Tensors that are not packed are written as they are in the model's own
+    checkpoint, under the same names, in the model's dtype.
+
+    bits, group: None, 8 or 4 bits for each value, and inputs to a scale, as `format.pack` takes them
+    contents:    what the files hold so far
+    """
+
+    def __init__(self, directory: Path, model: Model, bits: int | None = None, group: int = SPAN):
+        self.directory, self.model, self.bits, self.group = directory, model, bits, group
+        self.contents = Contents()
+        self.done: set[int] = set()
+        self.plan: Mapping[str, tuple[str, bool]]
+        if model.checkpoint is not None:
+            self.plan = model.plan()
+        else:
+            tied = model.network.all_tied_weights_keys
+            self.plan = {name: (name, False) for name in model.network.state_dict() if name not in tied}
+
+    def write(self, index: int, masks: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> dict[str, Any]:
+        """Put block `index` on disk, those of its layers packed whose masks (bool, (O, I)) are given, on their grids
+        where they have some. The block must be loaded, unless there are no masks. Returns what `restore` takes."""
+        block = self.model.blocks[index]
+        found = Contents()
+        tensors: dict[str, Tensor] = {}
+        gone: set[str] = set()
+        changed: dict[str, Tensor] = {}
+        for parameter, slots in _by_parameter(find_layers(self.model.module(block), block)).items():
+            pruned = [slot for slot in slots if slot.name in masks]
+            if not pruned:
+                continue
+            name = self._name(block, slots[0]) if len(pruned) == len(slots) else None
+            packed = self._pack(slots, masks, grids) if name is not None else []
+            kinds = {(one.bits, one.group) for one in packed}
+            dense = getattr(slots[0].module, slots[0].parameter)
+            size, nbytes = sum(p.nbytes for p in packed), dense.numel() * dense.element_size()
+            if name is None or size >= nbytes or len(kinds) > 1:
+                found.stayed += [slot.name for slot in pruned]
+                changed[parameter] = dense.data
+                continue
+            gone.add(parameter)
+            about: dict[str, Any] = {"shape": list(slots[0].shape)}
+            if kinds != {self._kind(slots[0].shape[1])}:
+                about["bits"], about["group"] = kinds.pop()
+            if slots[0].expert is not None:
+                about["experts"] = len(slots)
+            if slots[0].transposed:
+                about["transposed"] = True
+            for module, content in zip(module_names(name, about), packed, strict=True):
+                tensors |= {f"{module}.{part}": tensor for part, tensor in content.parts().items()}
+            found.add(Contents({name: about}, [], nbytes, size))
+        keys = [k for k, (p, _) in self.plan.items() if self.model.block_of(p) == block and p not in gone]
+        tensors |= self._plain(keys)
+        if changed and self.model.checkpoint is not None:
+            stored = self.model.stored(block, changed)
+            tensors |= {key: stored[key].to(tensors[key].dtype) for key in keys if key in stored}
+        self._save(index, tensors)
+        self.restore(index, entry := asdict(found))
+        return entry
+
+    def restore(self, index: int, entry: Mapping[str, Any]) -> None:
+        """Take block `index` as written, by an earlier run maybe."""
+        self.contents.add(Contents(**entry))
+        self.done.add(index)
+
+    def complete(self) -> None:
+        """Write the blocks that are not there yet as they are in the model, and all that lies outside of blocks."""
+        for index in range(len(self.model.blocks)):
+            if index not in self.done:
+                self.write(index, {}, {})
+        self._save(len(self.model.blocks), self._plain([k for k, (p, _) in self.plan.items() if not self._inside(p)]))
+
+    def finish(self, config: Mapping[str, Any]) -> None:
+        """Add the index and the model's config.json, with what a reader must know."""
+        write_index(self.directory)
+        settings = {
+            "quant_method": "prunella",
+            "format_version": VERSION,
+            "bits": self.bits,
+            "group": self.group,
+            "modules": self.contents.modules,
+        }
+        write_json(self.directory / "config.json", {**config, "quantization_config": settings})
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What is written so far."""
+        return PackedCheckpoint(self.directory, self.contents.modules, self.bits, self.group)
+
+    def _inside(self, parameter: str) -> bool:
+        return self.model.block_of(parameter) is not None
+
+    def _name(self, block: str, slot: Slot) -> str | None:
+        """The name under which a parameter is stored when it is packed; None if it cannot be: transformers makes it
+        of tensors that other parameters are made of too, knows its module by another name, or it has a dtype of its
+        own."""
+        parameter = slot.key
+        keys = {key: converted for key, (p, converted) in self.plan.items() if p == parameter}
+        if not keys or any(self._code(key) not in (None, self.model.dtype) for key in keys):
+            return None
+        if slot.expert is not None:
+            names = {name for name, _ in self.plan.values()}
+            whole = (f"{block}.{name}" for name, _ in self.model.module(block).named_parameters())
+            return parameter if not any(keys.values()) or all(name in names for name in whole) else None
+        key, prefix = next(iter(keys)), f"{self.model.network.base_model_prefix}."
+        same = key.removeprefix(prefix) == parameter.removeprefix(prefix)
+        return key.removesuffix(".weight") if same and not keys[key] else None
+
+    def _code(self, key: str) -> torch.dtype | None:
+        """The dtype of a stored tensor if it differs from that of most others, and is kept."""
+        checkpoint = self.model.checkpoint
+        if checkpoint is None or checkpoint.dtype() != self.model.dtype:
+            return None
+        code = checkpoint.files[checkpoint.where[key]][key][0]
+        return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(code)
+
+    def _pack(self, slots: Sequence[Slot], masks: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> list[Packed]:
+        """The weights of one parameter. Those without a grid are rounded as the others are."""
+        bits, group = self.bits, self.group
+        for grid in (grids[slot.name] for slot in slots if slot.name in grids):
+            bits, group = stored_bits(grid), grid.group
+        return [
+            pack(slot.view().cpu().contiguous(), masks[slot.name], bits, group, grid=grids.get(slot.name))
+            for slot in slots
+        ]
+
+    def _kind(self, columns: int) -> tuple[int | None, int]:
+        """Bits and group of a weight for which nothing else is said."""
+        return self.bits, self.group if self.bits and self.group < columns else 0
+
+    def _plain(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors as the model has them."""
+        checkpoint = self.model.checkpoint
+        if checkpoint is None:
+            state = self.model.network.state_dict()
+            return {key: state[key] for key in keys}
+        cast = checkpoint.dtype() != self.model.dtype
+        with checkpoint.open(keys) as slices:
+            tensors: dict[str, Tensor] = {key: slices[key][:] for key in keys}
+        return {k: t.to(self.model.dtype) if cast and t.is_floating_point() else t for k, t in tensors.items()}
+
+    def _save(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        total = len(self.model.blocks) + 1
+        save_tensors(self.directory / f"model-{number + 1:05d}-of-{total:05d}.safetensors", tensors)
+
+
+class PackedCheckpoint(Checkpoint):
+    """A packed model's files, for a network that is not packed: its weights are unpacked as they are loaded."""
+
+    def __init__(self, directory: Path, modules: Mapping[str, Mapping[str, Any]], bits: int | None, group: int):
+        super().__init__(directory)
+        self.modules, self.bits, self.group = modules, bits, group
+
+    def fill(self, model: Model, wanted: Callable[[str], bool]) -> None:
+        for name, about in self.modules.items():
+            parameter = name if "experts" in about else model.plan()[f"{name}.weight"][0]
+            if wanted(parameter):
+                owner, _, key = parameter.rpartition(".")
+                weight = self.weight(name, model.dtype).to(model.device)
+                model.network.get_submodule(owner)._parameters[key] = nn.Parameter(weight, requires_grad=False)
+
+    def packed(self, name: str) -> dict[str, Packed]:
+        """The packed weights that make up a parameter, by module. Raises ModelError, naming the tensor, if one is
+        missing or damaged."""
+        about = self.modules[name]
+        bits, group = about.get("bits", self.bits), about.get("group", self.group)
+        out = {}
+        for module in module_names(name, about):
+            parts = {part: f"{module}.{part}" for part in PARTS if f"{module}.{part}" in self.where}
+            with self.open(parts.values()) as slices:
+                tensors = {part: slices[key][:] for part, key in parts.items()}
+            out[module] = of_parts(module, tensors, about["shape"][1], group)
+            if [out[module].rows, out[module].columns, out[module].bits] != [*about["shape"], bits]:
+                raise ModelError(f"packed weight '{module}' is not what config.json says of it. Pack the model again.")
+        return out
+
+    def weight(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A packed parameter as the plain model has it; integer values times their scales in `dtype`."""
+        about = self.modules[name]
+        weights = [unpack(p, None if p.bits is None else dtype) for p in self.packed(name).values()]
+        if about.get("transposed"):
+            weights = [weight_OI.T for weight_OI in weights]
+        return torch.stack(weights) if "experts" in about else weights[0].contiguous()
+
+
+def module_names(name: str, about: Mapping[str, Any]) -> list[str]:
+    """The modules that an entry of quantization_config.modules stands for: itself, or a mixture's experts."""
+    return [f"{name}.{e}" for e in range(about["experts"])] if "experts" in about else [name]
+
+
+def write_index(directory: Path) -> None:
+    """Say which tensor is in which file, where there are several files."""
+    checkpoint = Checkpoint(directory)
+    if len(checkpoint.files) > 1:
+        index = {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": dict(sorted(checkpoint.where.items()))}
+        write_json(directory / INDEX, index)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _by_parameter(slots: Sequence[Slot]) -> dict[str, list[Slot]]:
+    out: dict[str, list[Slot]] = {}
+    for slot in slots:
+        out.setdefault(slot.key, []).append(slot)
+    return out

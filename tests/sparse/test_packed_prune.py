@@ -1,0 +1,162 @@
+"""Pruning straight into the packed format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import prunella
+from prunella import InputError, Recipe, load_model, perplexity
+from prunella.save import GRIDS, MASKS, Output
+from prunella.sparse.commands import pack_model, unpack_model
+from prunella.sparse.linear import SparseLinear
+
+SHORT: dict[str, Any] = {"calibration": {"samples": 4, "length": 32}, "evaluate": {"windows": 1}}
+
+
+def recipe_of(**changes: Any) -> dict[str, Any]:
+    return {"steps": ["sparsegpt"], "format": "packed", **SHORT, **changes}
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(directory.iterdir()) if p.suffix in (".safetensors", ".masks")}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"skip": ["k_proj"]}, {"dtype": "bfloat16"}, {"sparsity": {"*": 0.5, "o_proj": 0.01}}]
+)
+def test_it_is_the_same_as_packing_afterwards(llama: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    prunella.prune(llama, recipe_of(**changes, format="dense"), output=tmp_path / "dense")
+    pack_model(str(tmp_path / "dense"), tmp_path / "two")
+    report = prunella.prune(llama, recipe_of(**changes), output=tmp_path / "one")
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "two")]
+    assert configs[0] == configs[1]
+    plain = prunella.Report.read(tmp_path / "dense")
+    assert report.pruned["perplexity"] == plain.pruned["perplexity"]
+    assert report.pruned["bytes"] < 0.9 * plain.pruned["bytes"]
+    assert (tmp_path / "one" / MASKS).is_file() == ("sparsity" in changes)  # of the layers that stayed dense
+
+
+def test_a_mixture_goes_out_packed(tmp_path: Path) -> None:
+    tiny.build("qwen3_moe", moe_intermediate_size=96).save_pretrained(tmp_path / "source")
+    ids = tiny.token_windows()
+    prunella.prune(tmp_path / "source", recipe_of(format="dense"), output=tmp_path / "dense", calibration=ids)
+    pack_model(str(tmp_path / "dense"), tmp_path / "two")
+    prunella.prune(tmp_path / "source", recipe_of(), output=tmp_path / "one", calibration=ids)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+def test_a_model_in_memory_goes_out_packed(tmp_path: Path) -> None:
+    for architecture in ("llama", "gpt2", "mixtral"):
+        network = tiny.build(architecture, tie_word_embeddings=True)
+        out, ids = tmp_path / architecture, tiny.token_windows()
+        prunella.prune(network, {"steps": ["wanda"], "format": "packed"}, output=out, calibration=ids)
+        again = AutoModelForCausalLM.from_pretrained(out)
+        assert any(isinstance(module, SparseLinear) for module in again.modules())
+        with torch.no_grad():
+            torch.testing.assert_close(again(ids).logits, network(ids).logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_with_bits_later_layers_see_the_rounded_ones(llama: Path, tmp_path: Path, bits: int) -> None:
+    report = prunella.prune(llama, recipe_of(bits=bits), output=tmp_path / "out")
+    unpack_model(str(tmp_path / "out"), tmp_path / "plain")
+    opened = load_model(str(tmp_path / "plain"))
+    windows = torch.tensor(report.pruned["nll"]).shape[0]
+    assert windows == 1
+    pack_model(str(tmp_path / "plain"), tmp_path / "again")  # on the grids that came with it
+    before, after = (
+        {k: v for p in sorted((tmp_path / d).glob("*.safetensors")) for k, v in load_file(p).items()}
+        for d in ("out", "again")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    down = packed.model.layers[1].mlp.down_proj
+    assert down.weight_values.dtype == (torch.int8 if bits == 8 else torch.uint8)
+    ids = tiny.token_windows()
+    assert perplexity(opened, ids).perplexity == pytest.approx(
+        perplexity(prunella.wrap_model(packed), ids).perplexity, rel=1e-3
+    )
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nobody catches it."""
+
+
+@pytest.mark.parametrize(
+    ("place", "method", "call"),
+    [(Output, "_log", 2), (Output, "write", 2), (Output, "finish", 0), (Path, "replace", 3)],
+)
+@pytest.mark.parametrize(
+    "changes", [{}, {"bits": 4, "order": "block"}, {"dtype": "bfloat16", "sparsity": {"*": 0.5, "o_proj": 0.01}}]
+)
+def test_a_killed_run_resumes_to_the_same_bytes(
+    llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: Any,
+    method: str,
+    call: int,
+    changes: dict[str, Any],
+) -> None:
+    whole = prunella.prune(llama, recipe_of(**changes), output=tmp_path / "whole")
+    original, count = getattr(place, method), 0
+
+    def dying(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > call:
+            raise Killed
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, method, dying)
+        with pytest.raises(Killed):
+            prunella.prune(llama, recipe_of(**changes), output=tmp_path / "out")
+    report = prunella.prune(llama, recipe_of(**changes), output=tmp_path / "out", resume=True)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert report.pruned == whole.pruned
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
+
+
+def test_experts_that_see_too_few_tokens_are_rounded_too(tmp_path: Path) -> None:
+    tiny.build("mixtral").save_pretrained(tmp_path / "source")
+    recipe = recipe_of(bits=8, calibration={"min_tokens": 1000})
+    prunella.prune(tmp_path / "source", recipe, output=tmp_path / "out", calibration=tiny.token_windows())
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(m.weight_values.dtype == torch.int8 for m in network.modules() if isinstance(m, SparseLinear))
+    assert not (tmp_path / "out" / GRIDS).exists()
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    with pytest.raises(InputError, match="add format: packed"):
+        Recipe.of({"bits": 8})
+    with pytest.raises(InputError, match="group 100 is no multiple of 128"):
+        Recipe.of({"format": "packed", "bits": 8, "group": 100})
+    with pytest.raises(InputError, match="bits"):
+        Recipe.of({"format": "packed", "bits": 5})
+
+
+def test_the_command_line_prints_both_sizes(run: Callable[..., Any], llama: Path, tmp_path: Path) -> None:
+    short = ("--samples", "2", "--length", "32", "--windows", "1", "--step", "wanda")
+    done = run("prune", llama, "-o", tmp_path / "out", "--format", "packed", "--bits", "4", "--group", "0", *short)
+    assert done.code == 0, done.err
+    assert "size of the weights" in done.out
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (settings["bits"], settings["group"]) == (4, 0)
+    told = prunella.Report.read(tmp_path / "out")
+    assert told.dense["bytes"] > told.pruned["bytes"] > 0
+    assert "import prunella" in (tmp_path / "out" / "README.md").read_text()
+    assert run("eval", tmp_path / "out", "--length", "32", "--windows", "1").code == 0
