@@ -189,37 +189,78 @@ def prune(
 @app.command("eval")
 def evaluate_(
     model: ModelName,
-    text: Annotated[str, typer.Option(help="pydoc, wikitext2, c4, hf:…, or a .txt or .jsonl file.")] = "pydoc",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="pydoc, wikitext2, c4, hf:…, or a .txt or .jsonl file; repeat. [default: pydoc, or no text]"),
+    ] = None,
     length: Annotated[
         int | None, typer.Option(min=2, help="Tokens in a window. [default: 2048, or the context]")
     ] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="The first so many windows. [default: all]")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval: arc_easy,piqa …")] = None,
+    tasks_file: Annotated[
+        list[Path] | None, typer.Option(help="JSON lines with query, choices and gold, for lm-eval; repeat.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many questions of each task.")] = None,
+    beside: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Compare with this model, the dense one say.")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     json_: Json = False,
     trust_remote_code: Trust = False,
     allow_pickle: Pickle = False,
 ) -> None:
-    """Measure MODEL's perplexity on a text: consecutive windows, each scored on its own."""
-    from .calibrate import all_windows
-    from .calibrate import windows as take
-    from .evaluate import perplexity
-    from .load import load_model
-    from .prune import context
+    """Measure MODEL: perplexity on texts, in consecutive windows each scored on its own; accuracy on tasks."""
+    from .score import score
 
-    opened = load_model(
-        model, dtype=dtype, device=device, remote_code=trust_remote_code, pickles=allow_pickle, packed=True
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    result = score(
+        model,
+        text or ([] if names or tasks_file else ["pydoc"]),
+        names,
+        tasks_file or [],
+        beside=beside,
+        length=length,
+        windows=windows,
+        limit=limit,
+        dtype=dtype,
+        device=device,
+        remote_code=trust_remote_code,
+        pickles=allow_pickle,
+        track=track,
     )
-    length = length or min(2048, context(opened))
-    ids_NL = take(opened, text, windows, length) if windows else all_windows(opened, text, length)
-    result = perplexity(opened, ids_NL, track=track)
     if json_:
-        print(json.dumps({"model": model, "text": text, "dtype": str(opened.dtype)[6:], **result.as_dict()}))
-    else:
-        print(
-            f"perplexity {result.perplexity:.3f}  ({text}, {result.windows} windows of {result.length} tokens,"
-            f" {str(opened.dtype)[6:]})"
-        )
+        print(json.dumps(result))
+        return
+    for found in result["texts"]:
+        about = f"({found['text']}, {found['windows']} windows of {found['length']} tokens, {result['dtype']})"
+        print(f"perplexity {found['perplexity']:.3f}  {about}")
+        if beside:
+            apart = found["difference"]
+            print(
+                f"           {found['beside']['perplexity']:.3f}  {beside}: {apart['difference']:+.3f}, 95% between"
+                f" {apart['low']:+.3f} and {apart['high']:+.3f}"
+            )
+    if result["tasks"]:
+        table = Table()
+        for column in ("task", "questions", "metric", *([Path(beside).name] if beside else []), Path(model).name):
+            table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+        if beside:
+            table.add_column("changed", justify="right")  # answers
+        for found in result["tasks"]:
+            for metric, value in found["metrics"].items():
+                sides = [found["beside"]["metrics"][metric], value] if beside else [value]
+                changed = [f"{found['changed']:.1%}"] if beside else []
+                shown = [_with_error(side["value"], side["stderr"]) for side in sides]
+                table.add_row(found["task"], str(found["questions"]), metric, *shown, *changed)
+        out.print(table)
+    for warning in result["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
 @app.command()

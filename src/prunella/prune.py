@@ -14,7 +14,7 @@ from torch import Tensor
 from .allocate import Budget
 from .calibrate import check_windows, windows
 from .errors import InputError, ModelError, NumericalError, PrunellaError
-from .evaluate import perplexity
+from .evaluate import fingerprint, perplexity
 from .load import Checkpoint, Model, load_model, wrap_model
 from .recipe import Recipe
 from .report import Report, peak_memory
@@ -166,6 +166,7 @@ def _prune(
                 "threads": torch.get_num_threads(),
                 "resumed_after_blocks": len(out.finished) if out else 0,
             },
+            fingerprint=fingerprint(ids_NL),
         )
         if out:
             out.finish(report.plain(), report.card())

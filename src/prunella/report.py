@@ -28,6 +28,7 @@ class Report:
     layers:   one LayerResult a layer, in order
     run:      seconds by phase, cpu_seconds, peak memory in bytes (resident, and of the GPU), device, order
     versions: of what the result depends on
+    fingerprint: of the calibration text, see `evaluate.fingerprint`
     """
 
     recipe: dict[str, Any]
@@ -37,6 +38,7 @@ class Report:
     layers: tuple[LayerResult, ...]
     run: dict[str, Any]
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    fingerprint: str = ""
 
     @property
     def sparsity(self) -> float:

@@ -1,0 +1,114 @@
+"""All that `prunella eval` measures: perplexities and accuracies of a model, of two models side by side if asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calibrate import all_windows
+from .calibrate import windows as take
+from .errors import InputError, ModelError
+from .evaluate import difference, overlap, perplexity
+from .load import Model, load_model
+from .prune import context
+from .report import Report
+from .save import REPORT
+from .stream import Track, no_track
+
+SHARED = 0.05  # of a text's 13-grams in the calibration text: more than two texts have in common by chance
+
+
+def score(
+    model: str,
+    texts: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    files: Sequence[str | Path] = (),
+    *,
+    beside: str | None = None,
+    length: int | None = None,
+    windows: int | None = None,
+    limit: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    remote_code: bool = False,
+    pickles: bool = False,
+    track: Track = no_track,
+) -> dict[str, Any]:
+    """Measure a model by any name, a packed one in packed form.
+
+    Args:
+        texts: sources of text (`prunella.calibrate`) for the perplexity, in windows of `length` tokens: the first
+            `windows` of each, or all.
+        tasks, files, limit: for the accuracies, see `prunella.harness.accuracies`.
+        beside: another model to measure on the same; differences are of `model` minus this one.
+    Returns:
+        Plain data: model, beside, dtype, texts and tasks (one entry each, with what `beside` got under that name), and
+        warnings about what makes the figures doubtful. With one text its fields stand at the top as well.
+    Raises:
+        PrunellaError: anything about the input that the user can mend.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "remote_code": remote_code}
+    warnings: list[str] = []
+    opened = load_model(model, packed=True, pickles=pickles, **options)
+    result = {"model": model, "beside": beside, "dtype": str(opened.dtype)[6:]}
+    other = load_model(beside, packed=True, pickles=pickles, **options) if beside and texts else None
+    length = length or min(2048, *(context(m) for m in (opened, other) if m is not None))
+    known = {name: _fingerprint(name) for name in (model, beside) if name}
+    found_texts = []
+    for text in texts:
+        ids_NL = _windows(opened, text, windows, length)
+        ours = perplexity(opened, ids_NL, track=track)
+        shared = {name: overlap(grams, ids_NL) for name, grams in known.items() if grams}
+        warnings += [
+            f"{share:.0%} of the 13-grams of '{text}' stand in the text that '{name}' was calibrated on as well: its"
+            " perplexity there flatters it."
+            for name, share in shared.items()
+            if share is not None and share >= SHARED
+        ]
+        entry: dict[str, Any] = {"text": text, **ours.as_dict(), "overlap": shared.get(model)}
+        if other is not None:
+            if text != "self" and not torch.equal(ids_NL, _windows(other, text, windows, length)):
+                raise InputError(
+                    f"'{model}' and '{beside}' cut '{text}' into different tokens: their perplexities cannot be"
+                    " compared."
+                )
+            theirs = perplexity(other, ids_NL, track=track)
+            entry |= {"beside": theirs.as_dict(), "difference": asdict(difference(ours, theirs))}
+        found_texts.append(entry)
+    del opened, other
+    found_tasks = []
+    if tasks or files:
+        try:
+            from .harness import accuracies
+        except ImportError as error:
+            if error.name is None or error.name.partition(".")[0] not in ("lm_eval", "datasets"):
+                raise
+            raise InputError("accuracies on tasks need the package lm-eval: pip install 'prunella[eval]'.") from None
+        mine = accuracies(model, tasks, files, limit=limit, **options)
+        found_tasks = [accuracy.plain() for accuracy in mine]
+        if beside:
+            for entry, one, two in zip(
+                found_tasks, mine, accuracies(beside, tasks, files, limit=limit, **options), strict=True
+            ):
+                entry |= {"beside": two.plain(), "changed": one.changed(two)}
+    top = found_texts[0] if len(found_texts) == 1 else {}
+    return {**top, **result, "texts": found_texts, "tasks": found_tasks, "warnings": warnings}
+
+
+def _windows(model: Model, text: str, count: int | None, length: int) -> Tensor:
+    return take(model, text, count, length) if count else all_windows(model, text, length)
+
+
+def _fingerprint(model: str) -> str:
+    """Of the text that a model was calibrated on; empty where nothing is known."""
+    if not (Path(model) / REPORT).is_file():
+        return ""
+    try:
+        return Report.read(model).fingerprint
+    except ModelError:
+        return ""
