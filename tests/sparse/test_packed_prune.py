@@ -133,11 +133,13 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 
 def test_experts_that_see_too_few_tokens_are_rounded_too(tmp_path: Path) -> None:
     tiny.build("mixtral").save_pretrained(tmp_path / "source")
-    recipe = recipe_of(bits=8, calibration={"min_tokens": 1000})
-    prunella.prune(tmp_path / "source", recipe, output=tmp_path / "out", calibration=tiny.token_windows())
-    network = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert all(m.weight_values.dtype == torch.int8 for m in network.modules() if isinstance(m, SparseLinear))
-    assert not (tmp_path / "out" / GRIDS).exists()
+    for name, changes in (("round", {"bits": 8}), ("gptq", {"steps": [{"gptq": {"bits": 8}}]})):
+        recipe = recipe_of(**changes, calibration={"min_tokens": 80})  # the average of an expert
+        report = prunella.prune(tmp_path / "source", recipe, output=tmp_path / name, calibration=tiny.token_windows())
+        assert 0 < sum("magnitude" in note for note in report.notes()) < 16
+        network = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert all(m.weight_values.dtype == torch.int8 for m in network.modules() if isinstance(m, SparseLinear))
+        assert not (tmp_path / name / GRIDS).exists()
 
 
 def test_what_does_not_go_together_is_refused() -> None:
