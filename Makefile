@@ -1,12 +1,13 @@
 # make prune   set up, prune the built-in model, print dense beside pruned
 # make test    set up, check format, lint and types, run the tests
+# make docs    set up, build the documentation: docs/_build/index.html
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= pruned
 
-.PHONY: prune test check setup clean
+.PHONY: prune test check docs setup clean
 
 prune: $(VENV)/.ready
 	rm -rf $(OUT) $(OUT).partial
@@ -20,14 +21,17 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.ready
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+
 setup: $(VENV)/.ready
 
 # torch first and alone: with it in place nothing else draws in another build of it.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OUT) $(OUT).partial
+	rm -rf $(VENV) $(OUT) $(OUT).partial docs/_build

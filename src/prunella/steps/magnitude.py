@@ -13,6 +13,9 @@ def magnitude(layer: Layer, *, group: Literal["layer", "row"] = "layer") -> Laye
 
     score_ij = |W_ij|, compared over the whole layer (or within each output row).
 
+    Args:
+        group: what competes: the whole layer, or each output row.
+
     Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015.
     """
     score_OI = layer.weight_OI.float().abs()

@@ -21,6 +21,10 @@ def wanda(layer: Layer, *, group: Literal["row", "layer"] = "row", variant: bool
     is lost once they go gives that same mask for every alpha, so the target is met exactly and no search
     is needed. It applies to unstructured pruning; other patterns use the plain score.
 
+    Args:
+        group: what competes: each output row, or the whole layer.
+        variant: rows may differ in sparsity; goes before `group`.
+
     Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2023.
     """
     score_OI = layer.weight_OI.float().abs() * layer.stats.norm_I
