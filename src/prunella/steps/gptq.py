@@ -41,7 +41,8 @@ def gptq(
     Args:
         bits: 8, 4 or 3; 3 are stored as 4.
         group: inputs that share a scale, a multiple of 128; 0: all of a row.
-        damping, tile: as in `sparsegpt`.
+        damping: as in `sparsegpt`.
+        tile: as in `sparsegpt`.
 
     Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2023, and
     Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", 2023. Their
