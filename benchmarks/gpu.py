@@ -52,6 +52,8 @@ from prunella.steps import dsnot  # noqa: E402
 from prunella.types import Pattern  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRET else "cuda")
+if INTERPRET:  # which takes as long for a program of many rows as for one of few
+    gpu.ROWS, sweep_gpu.SWEEP_ROWS = 64, 64
 GIB = 1 << 30
 
 
@@ -235,12 +237,13 @@ def check_pruning(report: Report) -> None:
     ):
         recipe = {"steps": steps, "pattern": pattern, "sparsity": 0.5}
         here, there = small(), small().cpu()
-        before = sweep.tiles["cpu"]
-        sweep.tiles["cpu"] = sweep_gpu.sweep_tile if INTERPRET else before
+        before = sweep.tiles["cpu"], dsnot.swaps["cpu"]
+        if INTERPRET:
+            sweep.tiles["cpu"], dsnot.swaps["cpu"] = sweep_gpu.sweep_tile, sweep_gpu.swap
         try:
             prunella.prune(here, recipe, calibration=ids_NL)
         finally:
-            sweep.tiles["cpu"] = before
+            sweep.tiles["cpu"], dsnot.swaps["cpu"] = before
         prunella.prune(there, recipe, calibration=ids_NL)
         differ = total = 0
         for a, b in zip(here.parameters(), there.parameters(), strict=True):
