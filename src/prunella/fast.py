@@ -76,17 +76,52 @@ def attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal attention over whole windows, with transformers' signature for attention functions.
+    """Causal attention over whole windows, or of one token over a cache, with transformers' signature for attention
+    functions.
 
-    query (B, heads, T, D), key and value (B, kv heads, T, D); returns (B, T, heads, D). Whatever the kernel does
-    not cover (masks, gradients, caches, other dtypes and devices) goes to torch.
+    query (B, heads, T, D), key and value (B, kv heads, T, D); returns (B, T, heads, D). Whatever the kernels do
+    not cover (masks, gradients, windows over a cache, other dtypes and devices) goes to torch.
     """
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    batch, heads, tokens, dim = query.shape
-    if (
-        not causal
-        or attention_mask is not None
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    out = None
+    if not (
+        attention_mask is not None
         or dropout
+        or torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+        or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache"))
+    ):
+        if query.shape[2] == 1:  # the newest token sees all keys
+            from .sparse.kernels import attend
+
+            out = attend(query, key, value, scale)
+        elif causal:
+            out = _causal(query, key, value, scale)
+    if out is not None:
+        return out, None
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        is_causal=is_causal,
+        **kwargs,
+    )
+    return result
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
+    """Causal attention over windows, (B, T, heads, D); None where there is no kernel for these tensors."""
+    batch, heads, tokens, dim = query.shape
+    kernels = _kernels()
+    if (
+        kernels is None
         or query.dtype != torch.bfloat16
         or query.device.type != "cpu"
         or key.shape[2] != tokens
@@ -95,44 +130,26 @@ def attention(
         or dim % 32
         or heads % key.shape[1]
         or tokens > 1 << 14
-        or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
-        or kwargs.get("softcap") is not None
-        or kwargs.get("s_aux") is not None
         or any(t.stride(3) != 1 for t in (query, key, value))
     ):
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            is_causal=is_causal,
-            **kwargs,
-        )
-        return result
+        return None
     out = query.new_empty(batch, tokens, heads, dim)
-    kernels = _kernels()
-    assert kernels is not None
     strides = (ctypes.c_int64 * 9)(*(t.stride(i) for t in (query, key, value) for i in range(3)))
     failed = kernels.prunella_attention(
         *(ctypes.c_void_p(t.data_ptr()) for t in (query, key, value, out)),
         *(ctypes.c_int64(n) for n in (batch, heads, key.shape[1], tokens, dim)),
         strides,
-        ctypes.c_float(dim**-0.5 if scaling is None else scaling),
+        ctypes.c_float(scale),
         torch.get_num_threads(),
     )
     if failed:
         raise MemoryError
-    return out, None
+    return out
 
 
 def use_fast_attention(network: Any) -> None:
     """Let a transformers model on the CPU use `attention`, if it uses torch's now and the processor can."""
-    if network.config._attn_implementation != "sdpa" or _kernels() is None:
+    if network.config._attn_implementation != "sdpa" or library() is None:
         return
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..errors import InputError, unknown
 from ..load import find_directory, quiet_transformers
 from .format import SPAN, Packed, check_options, pack
-from .kernels import instructions, read_bandwidth
-from .linear import DenseLinear, SparseLinear
+from .kernels import instructions, read_bandwidth, resident
+from .linear import DenseLinear, SparseLinear, settle
 
 # Shapes to measure without weights: speed does not depend on them.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -103,6 +103,7 @@ def _pair(
         packed = dense
         dense = _shallow(packed)
         dense.dequantize()
+        dense.set_attn_implementation("sdpa")
         return dense, packed
     packed = _shallow(dense)
     generator = torch.Generator().manual_seed(0)
@@ -120,6 +121,7 @@ def _pair(
             packed.set_submodule(name, SparseLinear(pack(weight_OI * mask_OI, mask_OI, bits, group), module.bias))
     if not any(isinstance(module, SparseLinear) for module in packed.modules()):
         raise InputError(f"nothing in '{model}' is pruned: there is nothing to compare.")
+    settle(packed)
     return dense, packed
 
 
@@ -154,7 +156,7 @@ def _measure(dense: Any, packed: Any, prompt: int, tokens: int, rounds: int) -> 
     vocabulary = dense.config.get_text_config().vocab_size
     ids = torch.randint(3, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
     times: dict[str, list[float]] = {}
-    memory = torch.ones(1 << 28, dtype=torch.uint8)  # larger than any cache
+    memory = resident(torch.ones(1 << 28, dtype=torch.uint8))  # larger than any cache
     with torch.inference_mode():
         for turn in range(rounds + 1):  # the first warms up
             taken = {"read": _time(read_bandwidth, memory)}

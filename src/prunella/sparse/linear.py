@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ModelError
+from ..fast import use_fast_attention
 from .format import Packed, expected, of_parts, unpack
-from .kernels import dense_linear, sparse_linear
+from .kernels import dense_linear, resident, sparse_linear
 
 
 class TrainingError(ModelError):
@@ -160,3 +161,17 @@ class DenseLinear(nn.Linear):
             return functional.linear(x, self.weight, self.bias)
         y: Tensor = dense_linear(x, self.weight)
         return y if self.bias is None else y + self.bias
+
+
+def settle(network: Any) -> None:
+    """Make a packed model ready to run on the CPU: the weights that every token reads go into large pages of memory,
+    and attention runs with our own kernels."""
+    use_fast_attention(network)
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, SparseLinear):
+                for name, part in module.named_buffers():
+                    if part.device.type == "cpu":
+                        setattr(module, name, resident(part))
+            elif isinstance(module, DenseLinear) and module.weight.device.type == "cpu":
+                module.weight.data = resident(module.weight.data)

@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import ModelError
 from ..load import read_header
 from .format import FLOATS, PAD, PARTS, SPAN, VERSION, expected
-from .linear import DenseLinear, SparseExpert, SparseLinear
+from .linear import DenseLinear, SparseExpert, SparseLinear, settle
 
 METHOD = "prunella"
 _NOT_PACKED = r"(?!.*\.weight_[a-z]{4,7}$)"  # any of format.PARTS; transformers knows no groups within an assertion
@@ -200,6 +200,7 @@ class PrunellaQuantizer(HfQuantizer):
             module = model.get_submodule(name)
             if not module.weight_mask.is_meta:
                 module.packed(name)
+        settle(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

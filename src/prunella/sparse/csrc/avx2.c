@@ -114,6 +114,7 @@ const isa_t prunella_avx2 = {
     .dense_prepared_size = avx2_dense_prepared_size,
     .dense_prepare = avx2_dense_prepare,
     .dense = avx2_dense,
+    .attend = avx2_attend,
     .sum = avx2_sum,
 };
 

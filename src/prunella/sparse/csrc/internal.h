@@ -37,6 +37,17 @@ typedef struct {
     int64_t scratch_size; /* a thread's share */
 } job_t;
 
+/* Attention of one new token over all that are cached, bfloat16 throughout, the last dimension contiguous. */
+typedef struct {
+    const uint16_t *q, *k, *v; /* q (batch, heads, dim), k and v (batch, kv_heads, tokens, dim) */
+    uint16_t *out;             /* (batch, heads, dim), contiguous */
+    int64_t batch, heads, kv_heads, tokens, dim;
+    int64_t q_stride[2], k_stride[3], v_stride[3]; /* of batch, head and token */
+    float scale;
+    float *scratch; /* a thread's share: scratch_size */
+    int64_t scratch_size;
+} attend_t;
+
 typedef struct {
     const char *name;
     int (*available)(void);
@@ -53,6 +64,8 @@ typedef struct {
     int64_t (*dense_prepared_size)(int64_t columns);
     void (*dense_prepare)(int64_t columns, const void *x, int32_t x_kind, void *out);
     void (*dense)(const job_t *, int64_t first, int64_t last);
+    /* One head of k and v with all heads of q that share it; item = (number in the batch) * kv_heads + head. */
+    void (*attend)(const attend_t *, int64_t item, float *scratch);
     /* A sum over memory, as fast as it can be read. */
     uint64_t (*sum)(const uint8_t *, int64_t bytes);
 } isa_t;
@@ -102,6 +115,17 @@ static inline uint16_t to_f16(float f) {
     }
     low += 0xfff + ((low >> 13) & 1);
     return (uint16_t)(sign | ((low - (112u << 23)) >> 13));
+}
+
+/* e^x for x <= 0, to float's precision; NaN stays NaN. Without branches, so that loops over it become vectors. */
+static inline float exp_negative(float x) {
+    x = x < -87 ? -87 : x;
+    const float round = x * 1.442695041f + 12582912.0f; /* 1.5 * 2^23: the integer lies in the low bits */
+    const float n = round - 12582912.0f;
+    const float r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts */
+    const float series =
+        1 + r * (1 + r * (0.5f + r * (0.16666667f + r * (0.041666668f + r * (0.0083333338f + r * 0.0013888889f)))));
+    return series * bits_float((float_bits(round) + 127) << 23);
 }
 
 static inline float load_float(const void *x, int32_t kind, int64_t i) {

@@ -115,6 +115,7 @@ const isa_t prunella_neon = {
     .dense_prepared_size = neon_dense_prepared_size,
     .dense_prepare = neon_dense_prepare,
     .dense = neon_dense,
+    .attend = neon_attend,
     .sum = neon_sum,
 };
 

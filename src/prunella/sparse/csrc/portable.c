@@ -49,5 +49,6 @@ const isa_t prunella_portable = {
     .dense_prepared_size = portable_dense_prepared_size,
     .dense_prepare = portable_dense_prepare,
     .dense = portable_dense,
+    .attend = portable_attend,
     .sum = portable_sum,
 };

@@ -7,6 +7,7 @@
  *     static float NAME(dot)(const float *a, const float *b, int64_t n)             n a multiple of 64
  *     static float NAME(dot_bf16)(const uint16_t *a, const float *b, int64_t n)     any n
  */
+#include <math.h>
 #include <string.h>
 
 #include "internal.h"
@@ -86,4 +87,39 @@ TARGET __attribute__((unused)) static void NAME(dense)(const job_t *job, int64_t
             store_float(job->y, job->y_kind, t * w->rows + r, NAME(dot_bf16)(row, x, w->columns));
         }
     }
+}
+
+TARGET static void NAME(attend)(const attend_t *a, int64_t item, float *scratch) {
+    const int64_t b = item / a->kv_heads, h = item % a->kv_heads, shared = a->heads / a->kv_heads, dim = a->dim;
+    const uint16_t *k = a->k + b * a->k_stride[0] + h * a->k_stride[1];
+    const uint16_t *v = a->v + b * a->v_stride[0] + h * a->v_stride[1];
+    float *q = scratch, *sum = q + shared * dim, *most = sum + shared * dim, *total = most + shared;
+    float *weight = total + shared; /* shared x tokens */
+    for (int64_t g = 0; g < shared; g++) {
+        const uint16_t *from = a->q + b * a->q_stride[0] + (h * shared + g) * a->q_stride[1];
+        for (int64_t i = 0; i < dim; i++) q[g * dim + i] = from_bf16(from[i]) * a->scale;
+        for (int64_t i = 0; i < dim; i++) sum[g * dim + i] = 0;
+        most[g] = -INFINITY, total[g] = 0;
+    }
+    for (int64_t j = 0; j < a->tokens; j++)
+        for (int64_t g = 0; g < shared; g++) {
+            const float score = NAME(dot_bf16)(k + j * a->k_stride[2], q + g * dim, dim);
+            weight[g * a->tokens + j] = score;
+            most[g] = score > most[g] ? score : most[g];
+        }
+    for (int64_t g = 0; g < shared; g++) {
+        float *to = weight + g * a->tokens;
+        for (int64_t j = 0; j < a->tokens; j++) to[j] = exp_negative(to[j] - most[g]);
+    }
+    for (int64_t j = 0; j < a->tokens; j++)
+        for (int64_t g = 0; g < shared; g++) {
+            const uint16_t *from = v + j * a->v_stride[2];
+            const float p = weight[g * a->tokens + j];
+            float *to = sum + g * dim;
+            for (int64_t i = 0; i < dim; i++) to[i] += p * from_bf16(from[i]);
+            total[g] += p;
+        }
+    uint16_t *out = a->out + (b * a->heads + h * shared) * dim;
+    for (int64_t g = 0; g < shared; g++)
+        for (int64_t i = 0; i < dim; i++) out[g * dim + i] = to_bf16(sum[g * dim + i] / total[g]);
 }
