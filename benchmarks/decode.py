@@ -1,25 +1,34 @@
-"""One token at a time: packed products against the memory's speed, and whole models, dense beside packed.
+"""One token at a time: packed products against the memory's speed, and whole models, dense beside packed beside
+llama.cpp.
 
-    python benchmarks/decode.py [--threads N] [--rows 11008 --columns 4096] [--model llama-1b] [--tokens 128]
+    python benchmarks/decode.py [--threads 1 2] [--rows 11008 --columns 4096] [--model llama-1b] [--tokens 128]
+                                [--llama DIRECTORY]
 
 A perfect dense product is one that reads its bfloat16 weights at the measured read bandwidth. Everything is timed
-in turns, and the lower quartile of each counts, so that a busy machine shows ratios that hold.
+in turns; of the products the lower quartile counts, of the models the median, so that a busy machine shows ratios
+that hold. llama.cpp (llama-cpp-python from PyPI) is built into an environment of its own, once: that takes long.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import subprocess
+import sys
 import time
+import venv
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from prunella.sparse.bench import bench, random_packed
-from prunella.sparse.kernels import dense_linear, instructions, read_bandwidth, sparse_linear
+from prunella.load import cache_directory
+from prunella.sparse.bench import measure, packed_copy, random_network, random_packed
+from prunella.sparse.format import Packed
+from prunella.sparse.kernels import dense_linear, instructions, read_bandwidth, resident, sparse_linear
 
 
 def kernels(rows: int, columns: int, turns: int, out: Console) -> None:
@@ -30,12 +39,13 @@ def kernels(rows: int, columns: int, turns: int, out: Console) -> None:
         "int8 50%": (0.5, 8, False),
         "int4 50%": (0.5, 4, False),
     }
-    packed = {name: random_packed(rows, columns, *case) for name, case in cases.items()}
-    dense_OI = torch.randn(rows, columns).to(torch.bfloat16)
+    packed = {name: _resident(random_packed(rows, columns, *case)) for name, case in cases.items()}
+    (dense_OI,) = resident([torch.randn(rows, columns).to(torch.bfloat16)])
     x = torch.randn(1, columns).to(torch.bfloat16)
     # Pieces about as large as a packed weight: a longer read would be interrupted more often on a busy machine than
     # the products it is compared with, and flatter them. Each piece has left the cache when its turn comes again.
-    pieces = itertools.cycle(torch.ones(1 << 28, dtype=torch.uint8).split(1 << 25))
+    (memory,) = resident([torch.ones(1 << 28, dtype=torch.uint8)])
+    pieces = itertools.cycle(memory.split(1 << 25))
     runs: dict[str, Callable[[], Any]] = {"read": lambda: read_bandwidth(next(pieces))}
     for name, p in packed.items():
         runs[name] = lambda p=p: sparse_linear(x, p.mask, p.offsets, p.values, p.scales, columns, p.group)
@@ -68,28 +78,94 @@ def kernels(rows: int, columns: int, turns: int, out: Console) -> None:
     out.print(table)
 
 
-def models(shape: str, prompt: int, tokens: int, rounds: int, out: Console) -> None:
-    table = Table("weights", "GB", "prefill t/s", "decode t/s", "of read", "× prefill", "× decode")
-    table.title = f"{shape}, random weights: prompt of {prompt}, {tokens} tokens generated"
-    for name, bits in (("packed 50%", None), ("packed 50% int8", 8)):
-        result = bench(random=shape, bits=bits, prompt=prompt, tokens=tokens, rounds=rounds)
-        for side in ("dense", "packed"):
-            row = result[side]
-            table.add_row(
-                name if side == "packed" else "dense bfloat16",
-                f"{row['bytes'] / 1e9:.2f}",
-                f"{row['prefill']:.1f}",
-                f"{row['decode']:.2f}",
-                f"{row['bandwidth']:.2f}",
-                "" if side == "dense" else f"{result['speedup']['prefill']:.2f}",
-                "" if side == "dense" else f"{result['speedup']['decode']:.2f}",
-            )
+def _resident(p: Packed) -> Packed:
+    """As `settle` places it in a model."""
+    mask, offsets, values, *scales = resident(list(p.parts().values()))
+    return Packed(mask, offsets, values, scales[0] if scales else None, p.columns, p.group)
+
+
+class Llama:
+    """llama.cpp with random weights of a network's shape, in a process of its own."""
+
+    def __init__(self, directory: Path, network: Any, threads: int):
+        python = directory / "bin" / "python"
+        if not (directory / "ready").exists():
+            print(f"building llama.cpp in {directory}: this takes long", file=sys.stderr)
+            venv.create(directory, with_pip=True)
+            subprocess.run([python, "-m", "pip", "install", "--quiet", "llama-cpp-python", "gguf"], check=True)
+            (directory / "ready").touch()
+        config = network.config
+        shape = (config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers)
+        heads = (config.num_attention_heads, config.num_key_value_heads)
+        worker = [python, Path(__file__).with_name("_llama_worker.py"), directory, *shape, *heads, threads]
+        self.process = subprocess.Popen(
+            list(map(str, worker)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self._answer()
+
+    def _answer(self) -> None:
+        assert self.process.stdout is not None
+        if not self.process.stdout.readline():
+            raise RuntimeError(f"it ended with code {self.process.wait()}")
+
+    def generate(self, kind: str, tokens: int) -> None:
+        assert self.process.stdin is not None
+        print(kind, tokens, file=self.process.stdin, flush=True)
+        self._answer()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def models(shape: str, prompt: int, tokens: int, rounds: int, llama: Path | None, threads: int, out: Console) -> None:
+    dense = random_network(shape)
+    networks = {
+        "dense bfloat16": dense,
+        "packed 50%": packed_copy(dense, 0.5),
+        "packed 50% int8": packed_copy(dense, 0.5, 8),
+    }
+    beside: dict[str, Callable[[int], None]] = {}
+    peer = None
+    if llama is not None:
+        try:
+            peer = Llama(llama, dense, threads)
+            beside = {
+                "llama.cpp BF16": lambda count: peer.generate("BF16", count),
+                "llama.cpp Q8_0": lambda count: peer.generate("Q8_0", count),
+            }
+        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+            out.print(f"without llama.cpp, which could not be built or run: {error}")
+    try:
+        result = measure(networks, prompt, tokens, rounds, beside)
+    finally:
+        if peer is not None:
+            peer.close()
+    table = Table("weights", "GB", "prefill t/s", "decode t/s", "of read", "× prefill", "× decode", "× BF16", "× Q8_0")
+    read = result["read_bandwidth"] / 1e9
+    table.title = f"{shape}, random weights: prompt of {prompt}, {tokens} tokens generated; reads {read:.1f} GB/s"
+    first = result["dense bfloat16"]
+
+    def ratio(row: dict[str, float], key: str, other: dict[str, float] | None) -> str:
+        return f"{row[key] / other[key]:.2f}" if other and key in row else ""
+
+    for name in (*networks, *beside):
+        row = result[name]
+        table.add_row(
+            name,
+            *(f"{row[key] * unit:.{digits}f}" if key in row else "" for key, unit, digits in _COLUMNS),
+            *(ratio(row, key, first) for key in ("prefill", "decode")),
+            *(ratio(row, "decode", result.get(f"llama.cpp {kind}")) for kind in ("BF16", "Q8_0")),
+        )
     out.print(table)
+
+
+_COLUMNS = (("bytes", 1e-9, 2), ("prefill", 1, 1), ("decode", 1, 2), ("bandwidth", 1, 2))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     parser.add_argument("--rows", type=int, default=11008)
     parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--turns", type=int, default=40)
@@ -97,13 +173,16 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--llama", default=str(cache_directory() / "llama.cpp"), help="its environment, or none")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     out = Console(width=120)
-    out.print(f"instructions: {', '.join(instructions()) or 'none compiled'}; threads: {arguments.threads}")
-    kernels(arguments.rows, arguments.columns, arguments.turns, out)
-    if arguments.model != "none":
-        models(arguments.model, arguments.prompt, arguments.tokens, arguments.rounds, out)
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        out.print(f"instructions: {', '.join(instructions()) or 'none compiled'}; threads: {threads}")
+        kernels(arguments.rows, arguments.columns, arguments.turns, out)
+        if arguments.model != "none":
+            llama = None if arguments.llama == "none" else Path(arguments.llama)
+            models(arguments.model, arguments.prompt, arguments.tokens, arguments.rounds, llama, threads, out)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,17 @@ def bench(
         torch.set_num_threads(threads)
     try:
         dense, packed = _pair(model, random, sparsity, bits, group)
-        return _measure(dense, packed, prompt, tokens, rounds)
+        result = measure({"dense": dense, "packed": packed}, prompt, tokens, rounds)
+        speedup = {key: result["packed"][key] / result["dense"][key] for key in ("prefill", "decode")}
+        return {
+            **result,
+            "speedup": speedup,
+            "instructions": (instructions() or ["none"])[0],
+            "threads": torch.get_num_threads(),
+            "prompt": prompt,
+            "tokens": tokens,
+            "sparsity": _sparsity(packed),
+        }
     finally:
         torch.set_num_threads(before)
 
@@ -96,7 +106,7 @@ def _pair(
 
     with quiet_transformers():
         if random is not None:
-            dense = _random(random)
+            dense = random_network(random)
         else:
             dense = AutoModelForCausalLM.from_pretrained(find_directory(str(model)), dtype="auto")
     if any(isinstance(module, SparseLinear) for module in dense.modules()):
@@ -105,7 +115,13 @@ def _pair(
         dense.dequantize()
         dense.set_attn_implementation("sdpa")
         return dense, packed
-    packed = _shallow(dense)
+    return dense, packed_copy(dense, sparsity if random is not None else None, bits, group)
+
+
+def packed_copy(network: Any, sparsity: float | None = None, bits: int | None = None, group: int = SPAN) -> Any:
+    """A packed copy of a network, whose zeros say what is pruned, or with `sparsity` a random mask does. What is not
+    packed the two share."""
+    packed = _shallow(network)
     generator = torch.Generator().manual_seed(0)
     head = packed.get_output_embeddings()
     for name, module in list(packed.named_modules()):
@@ -113,19 +129,20 @@ def _pair(
             continue
         weight_OI = module.weight.data
         mask_OI = weight_OI != 0
-        if random is not None:
+        if sparsity is not None:
             mask_OI = torch.rand(weight_OI.shape, generator=generator) >= sparsity
         if module is head or bool(mask_OI.all()):
             module.__class__ = DenseLinear
         else:
             packed.set_submodule(name, SparseLinear(pack(weight_OI * mask_OI, mask_OI, bits, group), module.bias))
     if not any(isinstance(module, SparseLinear) for module in packed.modules()):
-        raise InputError(f"nothing in '{model}' is pruned: there is nothing to compare.")
+        raise InputError("nothing in the model is pruned: there is nothing to compare.")
     settle(packed)
-    return dense, packed
+    return packed
 
 
-def _random(shape: str) -> Any:
+def random_network(shape: str) -> Any:
+    """A network of this shape (a name in SHAPES, or a directory with a config.json), random weights, bfloat16."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -152,44 +169,48 @@ def _shallow(network: Any) -> Any:
     return copy.deepcopy(network, memo)
 
 
-def _measure(dense: Any, packed: Any, prompt: int, tokens: int, rounds: int) -> dict[str, Any]:
-    vocabulary = dense.config.get_text_config().vocab_size
+def measure(
+    networks: dict[str, Any],
+    prompt: int,
+    tokens: int,
+    rounds: int,
+    beside: dict[str, Callable[[int], None]] | None = None,
+) -> dict[str, Any]:
+    """Prefill and decode speed of several networks in turns, the median of `rounds` each; `beside` holds other things
+    that generate so many tokens when they are called, and of which only the decode speed is known.
+
+    Returns {name: {"bytes", "prefill", "decode", "bandwidth"} or {"decode"}, "read_bandwidth": bytes a second}.
+    """
+    vocabulary = min(network.config.get_text_config().vocab_size for network in networks.values())
     ids = torch.randint(3, vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0))
     times: dict[str, list[float]] = {}
-    memory = resident(torch.ones(1 << 28, dtype=torch.uint8))  # larger than any cache
+    (memory,) = resident([torch.ones(1 << 28, dtype=torch.uint8)])  # larger than any cache
     with torch.inference_mode():
         for turn in range(rounds + 1):  # the first warms up
             taken = {"read": _time(read_bandwidth, memory)}
-            for name, network in (("dense", dense), ("packed", packed)):
+            for name, network in networks.items():
                 taken[f"{name} prefill"] = _time(network, ids)
                 cache = network(ids[:, :8], use_cache=True).past_key_values
                 taken[f"{name} decode"] = _time(_generate, network, cache, ids[:, :1], tokens)
+            for name, generate in (beside or {}).items():
+                taken[f"{name} decode"] = _time(generate, tokens)
             if turn:
                 for key, value in taken.items():
                     times.setdefault(key, []).append(value)
     median = {key: sorted(values)[len(values) // 2] for key, values in times.items()}
     bandwidth = memory.numel() / median["read"]
-
-    def side(name: str, network: Any) -> dict[str, Any]:
+    result: dict[str, Any] = {"read_bandwidth": bandwidth}
+    for name, network in networks.items():
         seconds = median[f"{name} decode"] / tokens
-        return {
+        result[name] = {
             "bytes": _bytes(network, everything=True),
             "prefill": prompt / median[f"{name} prefill"],
             "decode": 1 / seconds,
             "bandwidth": _bytes(network, everything=False) / seconds / bandwidth,
         }
-
-    sides = {"dense": side("dense", dense), "packed": side("packed", packed)}
-    return {
-        **sides,
-        "speedup": {key: sides["packed"][key] / sides["dense"][key] for key in ("prefill", "decode")},
-        "read_bandwidth": bandwidth,
-        "instructions": (instructions() or ["none"])[0],
-        "threads": torch.get_num_threads(),
-        "prompt": prompt,
-        "tokens": tokens,
-        "sparsity": _sparsity(packed),
-    }
+    for name in beside or {}:
+        result[name] = {"decode": tokens / median[f"{name} decode"]}
+    return result
 
 
 def _time(run: Callable[..., Any], *arguments: Any) -> float:

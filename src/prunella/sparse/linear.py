@@ -167,11 +167,14 @@ def settle(network: Any) -> None:
     """Make a packed model ready to run on the CPU: the weights that every token reads go into large pages of memory,
     and attention runs with our own kernels."""
     use_fast_attention(network)
-    with torch.no_grad():
-        for module in network.modules():
-            if isinstance(module, SparseLinear):
-                for name, part in module.named_buffers():
-                    if part.device.type == "cpu":
-                        setattr(module, name, resident(part))
-            elif isinstance(module, DenseLinear) and module.weight.device.type == "cpu":
-                module.weight.data = resident(module.weight.data)
+    parts = [
+        (module, name, part)
+        for module in network.modules()
+        if isinstance(module, SparseLinear)
+        for name, part in module.named_buffers(recurse=False)
+    ]
+    parts += [(m.weight, "data", m.weight.data) for m in network.modules() if isinstance(m, DenseLinear)]
+    parts = [(owner, name, part) for owner, name, part in parts if part.device.type == "cpu" and part.numel()]
+    copies = resident([part for _, _, part in parts])
+    for (owner, name, _), copy in zip(parts, copies, strict=True):
+        setattr(owner, name, copy)

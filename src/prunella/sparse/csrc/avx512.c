@@ -28,7 +28,7 @@
 /* How many bytes ahead to fetch, since the processor's own prefetchers stop at the ends of pages: packed values into
  * the first cache, for they come in uneven steps; what is read line by line (FAR) into the second, which has room for
  * more requests on their way. */
-enum { AHEAD = 6144, FAR = 3072 };
+enum { AHEAD = 4096, FAR = 3072 };
 
 /* ------------------------------------------------------------------ 64 weights */
 
