@@ -89,4 +89,7 @@ def test_a_model_gives_the_same_logits_with_fast_attention(ids):
         before = network(ids).logits.float()
         use_fast_attention(network)
         after = network(ids).logits.float()
+        cache = network(ids[:, :-1], use_cache=True).past_key_values
+        last = network(ids[:, -1:], past_key_values=cache, use_cache=True).logits.float()
+    assert (before[:, -1:] - last).abs().max() <= 0.05 * before.abs().max()
     assert (before - after).abs().max() <= 0.05 * before.abs().max()

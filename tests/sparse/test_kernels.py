@@ -137,6 +137,40 @@ def test_the_dense_product_agrees_with_float64(instructions: str, columns: int) 
         assert distance(y, x.double() @ weight_OI.double().T) < 4e-3
 
 
+@pytest.mark.parametrize("shape", [(1, 9, 3, 300, 64), (2, 4, 4, 100, 32), (1, 2, 1, 1, 80), (3, 6, 2, 17, 7)])
+def test_one_token_attends_as_in_float64(instructions: str, shape: tuple[int, ...]) -> None:
+    batch, heads, kv, length, dim = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def random(tokens: int, heads: int) -> Tensor:  # transposed, as transformers hands them over
+        return torch.randn(batch, tokens, heads, dim, generator=generator).bfloat16().mul(2).transpose(1, 2)
+
+    query, key, value = random(1, heads), random(length, kv), random(length, kv)
+    found = kernels.attend(query, key, value, 0.3)
+    if kernels.library() is None:
+        assert found is None
+        return
+    assert found is not None
+    wide = (t.double().repeat_interleave(heads // kv, 1) for t in (key, value))
+    exact = torch.nn.functional.scaled_dot_product_attention(query.double(), *wide, scale=0.3)
+    assert distance(found.transpose(1, 2), exact) < 4e-3
+    key[0, 0, length // 2, 0] = torch.nan
+    again = kernels.attend(query, key, value, 0.3)
+    assert again is not None
+    assert again[0, 0, : heads // kv].isnan().all()
+    assert torch.equal(again[0, 0, heads // kv :], found[0, 0, heads // kv :])
+
+
+def test_copies_in_large_pages_are_copies() -> None:
+    tensors = [torch.randn(700, 900).T, torch.ones(3).bfloat16(), torch.arange(7, dtype=torch.uint8)]
+    copies = list(kernels.resident(tensors))
+    assert all(copy.is_contiguous() and torch.equal(copy, tensor) for copy, tensor in zip(copies, tensors, strict=True))
+    assert all(copy.data_ptr() % 64 == 0 for copy in copies)
+    copies[1].zero_()
+    assert torch.equal(copies[0], tensors[0])
+    assert torch.equal(copies[2], tensors[2])
+
+
 def test_parts_that_do_not_fit_are_refused() -> None:
     p = weight(8, 100, torch.float32, None)
     x = torch.randn(1, 100)
