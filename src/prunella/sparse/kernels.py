@@ -91,8 +91,8 @@ def read_bandwidth(data: Tensor) -> int:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
-    """softmax(scale q k^T) v of one token, (B, heads, 1, D) over (B, kv heads, T, D), as (B, 1, heads, D): torch's takes
-    tens of times as long in bfloat16. None where there is no kernel for these tensors."""
+    """softmax(scale q k^T) v of one token, (B, heads, 1, D) over (B, kv heads, T, D), as (B, 1, heads, D): torch's
+    takes tens of times as long in bfloat16. None where there is no kernel for these tensors."""
     kernels = library()
     batch, heads, _, dim = query.shape
     if (

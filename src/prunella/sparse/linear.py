@@ -167,7 +167,7 @@ def settle(network: Any) -> None:
     """Make a packed model ready to run on the CPU: the weights that every token reads go into large pages of memory,
     and attention runs with our own kernels."""
     use_fast_attention(network)
-    parts = [
+    parts: list[tuple[Any, str, Tensor]] = [
         (module, name, part)
         for module in network.modules()
         if isinstance(module, SparseLinear)
