@@ -2,15 +2,11 @@
 
     python benchmarks/methods.py --calibration c4.jsonl --text wikitext2-test.txt --text c4-other.jsonl
 
-Each cell prunes a fresh copy of the model in memory and is appended to a file of JSON lines (--json) as soon as it
-is done; a cell that the file already holds, made with the same settings, is not made again. Prints one table a
-text; --plot draws the first text's.
+A sweep (src/prunella/cells.py) whose cells are methods of a choosing that no grid gives: finished cells are in a file
+of JSON lines (--json) and are not made again. Prints one table a text; --plot draws the first text's.
 """
 
 import argparse
-import copy
-import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-import prunella
 from prunella.calibrate import windows
-from prunella.errors import PrunellaError
-from prunella.load import load_model, wrap_model
+from prunella.cells import Cell, Rows, Sweep
+from prunella.load import load_model
 from prunella.recipe import Recipe
 
 CELLS: dict[str, dict[str, Any]] = {
@@ -73,19 +68,6 @@ def recipe_of(method: str, cell: str) -> dict[str, Any] | None:
     return recipe
 
 
-def read(path: Path, settings: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    """The finished cells of a file that were made with these settings."""
-    found = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:  # half a line of a run that was killed
-            continue
-        if row["settings"] == settings:
-            found[row["method"], row["cell"]] = row
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
@@ -116,50 +98,16 @@ def main() -> None:
         name: windows(opened, text, args.windows, args.length, skip=args.samples if text == args.calibration else 0)
         for name, text in zip(names, texts, strict=True)
     }
+    cells = [
+        Cell(method, cell, recipe | {"order": order(recipe, args.order)})
+        for cell in args.cells
+        for method in args.methods
+        if (recipe := recipe_of(method, cell)) is not None
+    ]
     log = Console(stderr=True)
-
-    def perplexities(network: Any) -> dict[str, float]:
-        model = wrap_model(network)
-        return {name: prunella.perplexity(model, ids_NL).perplexity for name, ids_NL in held_out.items()}
-
-    def finish(row: dict[str, Any]) -> None:
-        with args.json.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"settings": settings, **row}) + "\n")
-        done[row["method"], row["cell"]] = row
-        log.print(f"{row['method']}, {row['cell']}: {row['perplexity']}", markup=False)
-
-    done = read(args.json, settings)
-    with opened.whole() as dense:
-        if ("dense", "") not in done:
-            finish({"method": "dense", "cell": "", "perplexity": perplexities(dense)})
-        for cell in args.cells:
-            for method in args.methods:
-                recipe = recipe_of(method, cell)
-                if recipe is None or (method, cell) in done:
-                    continue
-                wanted = recipe | {"order": order(recipe, args.order)}
-                network = copy.deepcopy(dense)
-                cpu = time.process_time()
-                try:
-                    report = prunella.prune(network, wanted, calibration=calibration)
-                except PrunellaError as error:
-                    log.print(f"{method}, {cell}: {error}", markup=False)
-                    continue
-                cpu = time.process_time() - cpu
-                weights = [rows * columns for rows, columns in (la.shape for la in report.layers)]
-                errors = [(la.error or 0.0) * n for la, n in zip(report.layers, weights, strict=True)]
-                finish(
-                    {
-                        "method": method,
-                        "cell": cell,
-                        "recipe": report.recipe,
-                        "sparsity": report.sparsity,
-                        "perplexity": perplexities(network),
-                        "seconds": report.run["seconds"]["allocate"] + report.run["seconds"]["prune"],
-                        "cpu_seconds": cpu,
-                        "error": sum(errors) / sum(weights),
-                    }
-                )
+    sweep = Sweep(opened, calibration, held_out, Rows(args.json, settings))
+    rows = sweep.run(cells, say=lambda message: log.print(message, markup=False))
+    done = {key: row for key, row in rows.items() if "failed" not in row}
     for name in names:
         Console().print(table(done, name, args))
     if args.plot:

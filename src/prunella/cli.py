@@ -423,6 +423,107 @@ def bench(
 
 
 @app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned model.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The page to write. [default: DIR/report.html]")
+    ] = None,
+) -> None:
+    """Write a page of HTML that shows what was done to a pruned model; it needs no network."""
+    from .page import write_page
+
+    print(f"saved to {write_page(directory, output)}")
+
+
+@app.command()
+def compare(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Pruned models.")],
+    html: Annotated[Path | None, typer.Option(help="Write a page of HTML as well.")] = None,
+    json_: Json = False,
+) -> None:
+    """Pruned models side by side: what was done to each and what it measured."""
+    from .compare import Comparison
+    from .page import write_text
+
+    found = Comparison.read(directories)
+    if html is not None:
+        write_text(html, found.page())
+    if json_:
+        print(json.dumps(found.plain()))
+        return
+    table = Table()
+    for name in ("", "dense", *found.names):
+        table.add_column(name, overflow="fold")
+    for row in found.rows():
+        table.add_row(*row)
+    out.print(table)
+
+
+@app.command()
+def sweep(
+    model: ModelName,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the results; cells in it are kept.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="A YAML file: a recipe, and under `grid` lists of values for its keys.")
+    ] = None,
+    step: Annotated[list[str] | None, typer.Option(help="Steps of some cells, such as wanda+update; repeat.")] = None,
+    sparsity: Annotated[list[float] | None, typer.Option(help="Share to prune; repeat.")] = None,
+    pattern: Annotated[list[str] | None, typer.Option(help="unstructured, N:M or RxC; repeat.")] = None,
+    allocate: Annotated[list[str] | None, typer.Option(help="How sparsity is spread over layers; repeat.")] = None,
+    grid: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=[VALUE, ...]", help="Values for any other recipe key; repeat.")
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Text to measure perplexity on; repeat.")] = None,
+    speed: Annotated[bool, typer.Option("--speed", help="Measure how fast each cell decodes packed, too.")] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A recipe key, for all cells.")
+    ] = None,
+    json_: Json = False,
+    trust_remote_code: Trust = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Prune MODEL in every combination of some choices; run again, it makes the cells that are missing."""
+    from .cells import parse_grid
+    from .cells import sweep as run
+    from .recipe import Recipe
+
+    flags = {
+        "steps": [item.split("+") for item in step or []],
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "allocate": allocate,
+    }
+    plan = Recipe.read(recipe) if recipe else {}
+    plan = parse_grid(plan, {key: values for key, values in flags.items() if values}, grid or [], set_ or [])
+    results = run(
+        model,
+        plan,
+        output,
+        texts=text,
+        speed=speed,
+        say=lambda message: print(f"prunella: {message}", file=sys.stderr, flush=True),
+        track=track,
+        remote_code=trust_remote_code,
+        pickles=allow_pickle,
+    )
+    if json_:
+        print(json.dumps(results.rows))
+    else:
+        for name, dense in results.rows[0]["perplexity"].items():
+            columns, rows = results.matrix(name)
+            table = Table(title=f"perplexity on {name}, dense {dense:.2f}")
+            for column in columns:
+                table.add_column(column, justify="left" if column == columns[0] else "right", overflow="fold")
+            for row in rows:
+                table.add_row(*row)
+            out.print(table)
+        print(f"saved to {output}")
+    if results.failed:
+        print(f"prunella: {len(results.failed)} cells failed; the same command tries them again", file=sys.stderr)
+        raise typer.Exit(2)
+
+
+@app.command()
 def methods(json_: Json = False) -> None:
     """Every step and allocation, with a line and the options of each."""
     from .allocate import allocations
@@ -476,9 +577,11 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, click.ClickException | typer.TyperException):  # type: ignore[attr-defined]
         return error.format_message(), 2
     if isinstance(error, KeyboardInterrupt | click.Abort | typer.Abort):
-        kept = " Finished blocks are kept: continue with the same command and --resume."
-        kept = kept if "prune" in sys.argv else ""
-        return f"interrupted.{kept}", 130
+        kept = {
+            "prune": " Finished blocks are kept: continue with the same command and --resume.",
+            "sweep": " Finished cells are kept: continue with the same command.",
+        }
+        return f"interrupted.{kept.get(next((word for word in sys.argv if word in kept), ''), '')}", 130
     text = str(error)
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
         return "out of memory: use fewer or shorter windows (--samples, --length), or --order block.", 2

@@ -371,6 +371,13 @@ class Model:
         dtype: torch.dtype = self.network.dtype
         return dtype
 
+    @property
+    def parameters(self) -> int:
+        """How many there are. Tied ones count once, also where none is loaded and each has a place of its own."""
+        named = dict(self.network.named_parameters())
+        tied = self.network.all_tied_weights_keys
+        return sum(p.numel() for name, p in named.items() if tied.get(name) not in named)
+
     def give_back(self) -> None:
         """Let a model that lives in memory run as it did before it was wrapped."""
         if self.network.config._attn_implementation != self._attention:

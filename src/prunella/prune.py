@@ -19,7 +19,7 @@ from .load import Checkpoint, Model, load_model, wrap_model
 from .recipe import Recipe
 from .report import Report, peak_memory
 from .save import Output, check_output, identity
-from .stream import LayerResult, Slot, Stream, Target, Track, find_layers, matches, no_track, pick_order
+from .stream import TOKENS, LayerResult, Slot, Stream, Target, Track, find_layers, matches, no_track, pick_order
 
 PROMPT = "The most important thing about a garden is"
 
@@ -32,6 +32,7 @@ def prune(
     resume: bool = False,
     tokenizer: Any = None,
     calibration: Tensor | None = None,
+    shared: dict[Any, Any] | None = None,
     track: Track = no_track,
     remote_code: bool = False,
     pickles: bool = False,
@@ -47,6 +48,8 @@ def prune(
         resume: continue the run that was interrupted while it wrote `output`.
         tokenizer: of a model in memory; not needed if `calibration` is given and nothing is evaluated.
         calibration: windows of token ids, (N, L), in place of the recipe's text.
+        shared: a dictionary in which runs on the same dense weights and the same calibration windows leave each
+            other what they have in common: statistics of the dense model that allocations look at.
         track: wraps loops over blocks, `track(range, what, total)`, to show progress.
         remote_code, pickles: trust code that comes with the model, weights that are pickles.
 
@@ -77,27 +80,33 @@ def prune(
         opened = model if isinstance(model, Model) else wrap_model(model, tokenizer)
     try:
         with torch.random.fork_rng():
-            return _prune(opened, recipe, path, resume, calibration, track)
+            return _prune(opened, recipe, path, resume, calibration, {} if shared is None else shared, track)
     finally:
         if opened is not model:
             opened.give_back()
 
 
 def _prune(
-    opened: Model, recipe: Recipe, path: Path | None, resume: bool, calibration: Tensor | None, track: Track
+    opened: Model,
+    recipe: Recipe,
+    path: Path | None,
+    resume: bool,
+    calibration: Tensor | None,
+    shared: dict[Any, Any],
+    track: Track,
 ) -> Report:
     started, cpu = time.perf_counter(), time.process_time()
     torch.manual_seed(recipe.seed)
     steps = recipe.make_steps()
     allocation = recipe.make_allocation()
     targets = choose_targets(opened, recipe)
-    length = _length(opened, recipe.calibration.length)
+    length = window_length(opened, recipe.calibration.length)
     ids_NL = calibration
     if ids_NL is None:
         wanted = recipe.calibration
         ids_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed)
     check_windows(opened, ids_NL)
-    held_out = _held_out(opened, recipe, ids_NL, length)
+    held_out = held_out_windows(opened, recipe, ids_NL, length)
     order = pick_order(recipe.order, steps, ids_NL, opened)
     recipe = recipe.model_copy(
         update={
@@ -127,7 +136,7 @@ def _prune(
         shares = out.notes.get("shares") if out else None
         if shares is None:
             free = free_layers(targets, recipe)
-            shares = allocation(Budget(opened, ids_NL, targets, free, recipe.default_sparsity, track))
+            shares = allocation(Budget(opened, ids_NL, targets, free, recipe.default_sparsity, shared, track))
             if out:
                 out.note("shares", shares)
         targets = [[replace(t, sparsity=shares.get(t.slot.name, t.sparsity)) for t in block] for block in targets]
@@ -142,9 +151,8 @@ def _prune(
         pruned = _measure(opened, recipe, held_out, written if opened.checkpoint else None, track)
         seconds["pruned evaluation"] = time.perf_counter() - clock
         seconds["all"] = time.perf_counter() - started
-        parameters = list(opened.network.parameters())
         if written:
-            dense |= {"bytes": sum(p.numel() * p.element_size() for p in parameters)}
+            dense |= {"bytes": opened.parameters * opened.dtype.itemsize}
             pruned |= {"bytes": written.nbytes}
         report = Report(
             recipe=recipe.plain(),
@@ -152,7 +160,7 @@ def _prune(
                 "name": opened.name,
                 "class": type(opened.network).__name__,
                 "dtype": str(opened.dtype).removeprefix("torch."),
-                "parameters": sum(p.numel() for p in parameters),
+                "parameters": opened.parameters,
                 "prunable": sum(t.slot.shape[0] * t.slot.shape[1] for block in targets for t in block),
             },
             dense=dense,
@@ -224,6 +232,8 @@ def _run(
     disk are only passed through."""
     steps = recipe.make_steps()
     order: Literal["layer", "block"] = "layer" if recipe.order == "layer" else "block"
+    if order == "block" and not any(step.needs for step in steps):  # errors are measured on the first batch alone
+        ids_NL = ids_NL[: max(1, TOKENS // ids_NL.shape[1])]
     drift = any("drift" in step.needs for step in steps)
     stream = Stream(model, ids_NL, order=order, drift=drift, rounding=recipe.rounding)
     layers: list[LayerResult] = []
@@ -259,11 +269,12 @@ def context(model: Model) -> int:
     return getattr(model.network.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
-def _length(model: Model, length: int | None) -> int:
+def window_length(model: Model, length: int | None) -> int:
+    """What a recipe leaves open: 2048 tokens, or the context if that is shorter."""
     return length if length is not None else min(2048, context(model))
 
 
-def _held_out(model: Model, recipe: Recipe, ids_NL: Tensor, length: int) -> Tensor | None:
+def held_out_windows(model: Model, recipe: Recipe, ids_NL: Tensor, length: int) -> Tensor | None:
     """The windows to evaluate on: never those of the calibration."""
     wanted = recipe.evaluate
     if wanted.source is None or model.tokenizer is None:
@@ -294,7 +305,7 @@ def _sample(model: Model, checkpoint: Checkpoint | None, tokens: int = 24) -> st
     """A greedy continuation of a fixed prompt, where the whole model fits comfortably in memory."""
     import psutil
 
-    size = sum(p.numel() * p.element_size() for p in model.network.parameters())
+    size = model.parameters * model.dtype.itemsize
     if model.checkpoint is not None and size > psutil.virtual_memory().available // 3:
         return None
     inputs = model.tokenizer(PROMPT, return_tensors="pt").to(model.device)

@@ -26,11 +26,13 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import InputError, ModelError, NumericalError
 from .grid import Grid, fit
+from .histogram import histograms
 from .load import Checkpoint, Model
 from .pattern import pack
 from .registry import Step, make
 from .types import Block, Layer, Pattern, Stats
 
+TOKENS = 2048  # that go through a block at a time, in `block` order
 SAMPLE = 512  # calibration tokens on which the error of each layer is measured
 Track = Callable[[Iterable[int], str, int], Iterable[int]]
 
@@ -331,6 +333,7 @@ class LayerResult:
     tokens: int
     notes: tuple[str, ...] = ()
     bits: int | None = None
+    weights: dict[str, float | str] | None = None  # `histograms` of a pruned layer
 
     @classmethod
     def dense(cls, target: Target) -> LayerResult:
@@ -388,7 +391,7 @@ class Stream:
         self.order = order
         self.calls = Calls(model)
         count, length = windows_NL.shape
-        batch = count if order == "layer" else min(count, max(1, 2048 // length))
+        batch = count if order == "layer" else min(count, max(1, TOKENS // length))
         self.batches: tuple[Tensor, ...] = torch.split(windows_NL, batch)
         streams: list[Hidden] = []
         with torch.no_grad(), model.outside(head=False):
@@ -673,6 +676,7 @@ def _settle(layer: Layer, target: Target) -> Settled:
         layer.stats.tokens,
         layer.notes,
         None if layer.grid is None else layer.grid.bits,
+        histograms(layer.dense_OI, layer.weight_OI, layer.mask_OI),
     )
     target.slot.view().copy_(layer.weight_OI)
     return result, pack(layer.mask_OI), layer.grid

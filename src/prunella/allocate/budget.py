@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..load import Model
 from ..registry import Step
 from ..stream import Stream, Target, Track, no_track
-from ..types import Block
+from ..types import Block, Layer, Stats
 
 T = TypeVar("T")
 
@@ -25,6 +25,7 @@ class Budget:
     targets:  the layers of each block, in order; those with sparsity 0 stay dense
     free:     names of the layers to decide on: not those that the recipe skips or names a sparsity for
     sparsity: share to prune of all free weights together
+    shared:   statistics that `look` made and other budgets on the same dense model and windows may use
     """
 
     model: Model
@@ -32,6 +33,7 @@ class Budget:
     targets: Sequence[Sequence[Target]]
     free: frozenset[str]
     sparsity: float
+    shared: dict[Any, dict[str, Stats]] = field(default_factory=dict)
     track: Track = no_track
 
     @property
@@ -53,16 +55,29 @@ class Budget:
     def look(self, visit: Callable[[Block], T], needs: Iterable[str]) -> list[T]:
         """`visit` each dense block that has free layers, with these and the statistics of their inputs.
 
-        It is a stream with one step that keeps every weight, so no more than one block is in memory.
+        It is a stream with one step that keeps every weight, so no more than one block is in memory; where only
+        small statistics are wanted and another budget made them, no text has to pass.
         """
         seen: list[T] = []
+        key = (frozenset(needs), self.free)
+        if key in self.shared:
+            known = self.shared[key]
+            for index, targets in enumerate(self.targets):
+                name = self.model.blocks[index]
+                with self.model.block(index):
+                    layers = [_dense(t, known[t.slot.name]) for t in targets if t.slot.name in known]
+                    if layers:
+                        seen.append(visit(Block(index, name, tuple(layers))))
+            return seen
+        made: dict[str, Stats] = {}
 
         def apply(block: Block) -> Block:
             seen.append(visit(block))
+            made.update({la.name: replace(la.stats, sample_TI=None, cache={}) for la in block.layers})
             whole = [replace(la, mask_OI=torch.ones_like(la.weight_OI, dtype=torch.bool)) for la in block.layers]
             return replace(block, layers=tuple(whole))
 
-        step = Step("look", frozenset(needs), apply, per_layer=False, prunes=False, options={})
+        step = Step("look", key[0], apply, per_layer=False, prunes=False, options={})
         stream = Stream(self.model, self.windows_NL)
         count = len(self.model.blocks)
         for index in self.track(range(count), "allocating", count):
@@ -72,6 +87,8 @@ class Budget:
                     stream.prune(index, wanted, [step], min_tokens=0, last=index == count - 1)
                 else:
                     stream.advance(index, block)
+        if key[0] <= {"norm", "moments"}:
+            self.shared[key] = made
         return seen
 
     def spend(self, wish: Mapping[str, float]) -> dict[str, float]:
@@ -100,3 +117,9 @@ class Budget:
         if inside.any():  # what bisection leaves over
             share[inside] += (total - (share * size).sum()) / size[inside].sum()
         return dict(zip(names, share.clamp(least, most).tolist(), strict=True))
+
+
+def _dense(target: Target, stats: Stats) -> Layer:
+    weight_OI = target.slot.view()
+    sparsity, pattern, bias = target.sparsity, target.pattern, target.slot.bias()
+    return Layer(target.slot.name, weight_OI, weight_OI, stats, sparsity, pattern, bias_O=bias)

@@ -45,7 +45,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def bench(
-    model: str | None = None,
+    model: str | nn.Module | None = None,
     *,
     random: str | None = None,
     sparsity: float = 0.5,
@@ -59,7 +59,7 @@ def bench(
     """Prefill and decode speed of a model, dense beside packed.
 
     Args:
-        model: a pruned or packed model.
+        model: a pruned or packed model: a name, or a network in memory.
         random: in place of a model, random weights of this shape (`llama-1b`, `tiny`, or a directory with a
             config.json), pruned at random to `sparsity`, in bfloat16.
         bits, group: as for `pack_model`; a packed model is measured as it is.
@@ -99,7 +99,7 @@ def bench(
 
 
 def _pair(
-    model: str | None, random: str | None, sparsity: float, bits: int | None, group: int
+    model: str | nn.Module | None, random: str | None, sparsity: float, bits: int | None, group: int
 ) -> tuple[nn.Module, nn.Module]:
     """The dense network and the packed one. What is not packed they share."""
     from transformers import AutoModelForCausalLM
@@ -107,6 +107,8 @@ def _pair(
     with quiet_transformers():
         if random is not None:
             dense = random_network(random)
+        elif isinstance(model, nn.Module):
+            dense = _shallow(model)
         else:
             dense = AutoModelForCausalLM.from_pretrained(find_directory(str(model)), dtype="auto")
     if any(isinstance(module, SparseLinear) for module in dense.modules()):

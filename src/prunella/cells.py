@@ -1,0 +1,391 @@
+"""Many runs beside each other: a grid of them on one model, and a comparison of finished ones.
+
+The cells of a sweep share all that does not depend on the cell: the process, the tokenized windows of calibration
+and of held-out text, the dense weights in memory, their perplexity, and the statistics of the dense model that
+allocations look at. Each finished cell is a line of a JSON Lines file; a sweep that was killed goes on after the
+last whole line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import fcntl
+import hashlib
+import itertools
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+from torch import Tensor
+
+from .calibrate import windows
+from .errors import InputError, PrunellaError, unknown
+from .evaluate import perplexity
+from .load import Checkpoint, Model, load_model, wrap_model
+from .prune import held_out_windows, prune, window_length
+from .recipe import Recipe, override
+from .results import Results, Row
+from .sparse.format import SPAN, expected
+from .stream import LayerResult, Track, no_track
+
+Key = tuple[str, str]
+DENSE: Key = ("dense", "")
+SHARED = ("model", "calibration", "evaluate", "dtype", "device")  # recipe keys that all cells have in common
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep. `method` and `cell` name its row and its column in tables, and nothing else does."""
+
+    method: str
+    cell: str
+    recipe: Mapping[str, Any]
+
+    @property
+    def key(self) -> Key:
+        return self.method, self.cell
+
+    @property
+    def label(self) -> str:
+        return f"{self.method}, {self.cell}"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The grid
+
+
+def cells_of(base: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]) -> list[Cell]:
+    """Every combination of the grid's values, {recipe key: values}, in place of the base recipe's.
+
+    An N:M pattern fixes sparsity and leaves nothing to allocate, so that combinations which differ in no more than
+    that are one cell. Raises InputError for a key that cells cannot differ in and for values no recipe takes.
+
+    >>> [cell.label for cell in cells_of({}, {"steps": ["wanda", "ria"], "sparsity": [0.5, 0.6]})]
+    ['wanda, 50%', 'ria, 50%', 'wanda, 60%', 'ria, 60%']
+    """
+    known = [key for key in Recipe.model_fields if key not in SHARED]
+    for key, values in grid.items():
+        if key not in known:
+            raise InputError(unknown("key of the grid", key, known))
+        if not isinstance(values, list | tuple) or not values:
+            raise InputError(f"grid key '{key}': {values!r} should be a list of values.")
+    cells: dict[Key, Cell] = {}
+    keys = sorted(grid, key=("pattern", "sparsity", "steps", "allocate", *known).index)  # column by column
+    for values in itertools.product(*(grid[key] for key in keys)):
+        chosen = dict(zip(keys, values, strict=True))
+        wanted = {**base, **chosen}
+        if isinstance(chosen.get("sparsity"), int | float):
+            before = base.get("sparsity") or {}
+            wanted["sparsity"] = {**(before if isinstance(before, Mapping) else {}), "*": chosen["sparsity"]}
+        if ":" in str(wanted.get("pattern", "")):
+            wanted.pop("sparsity", None)
+            wanted.pop("allocate", None)
+        cell = _cell(Recipe.of(wanted), [key for key in chosen if key not in _NAMED])
+        cells.setdefault(cell.key, cell)
+    return list(cells.values())
+
+
+def parse_grid(
+    plan: Mapping[str, Any], flags: Mapping[str, Sequence[Any]], grid: Sequence[str], settings: Sequence[str]
+) -> dict[str, Any]:
+    """A plan with what a command line adds to it: values for keys of the grid, as they are or as `KEY=[VALUE, ...]`,
+    and settings of the recipe that all cells start from. Raises InputError."""
+    axes = dict(plan.get("grid") or {}) | dict(flags)
+    for item in grid:
+        key, _, text = item.partition("=")
+        try:
+            axes[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"--grid {item}: '{text}' is not a YAML list.") from None
+    base = {key: value for key, value in plan.items() if key != "grid"}
+    return {**override(base, settings), "grid": axes} if settings else {**base, "grid": axes}
+
+
+_NAMED = ("steps", "allocate", "sparsity", "pattern")  # keys that names of cells have words for
+
+
+def _cell(recipe: Recipe, others: Sequence[str]) -> Cell:
+    plain = recipe.plain()
+
+    def words(part: Mapping[str, Mapping[str, Any]]) -> str:
+        (name, options), *_ = part.items()
+        chosen = ", ".join(f"{key}={value}" for key, value in options.items())
+        return f"{name}({chosen})" if options else name
+
+    method = " + ".join(words(step) for step in plain["steps"])
+    if plain["allocate"] != {"uniform": {}}:
+        method = f"{words(plain['allocate'])}, {method}"
+    for key in others:
+        method += f", {key}={plain[key] if isinstance(plain[key], str | int | float) else json.dumps(plain[key])}"
+    if recipe.shape.sparsity is not None:
+        return Cell(method, recipe.pattern, plain)
+    shares = [f"{100 * recipe.default_sparsity:.6g}%"]
+    shares += [f"{name} {100 * share:.6g}%" for name, share in recipe.sparsity.items() if name != "*"]
+    if recipe.pattern != "unstructured":
+        shares.insert(0, recipe.pattern)
+    return Cell(method, " ".join(shares), plain)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The file of finished cells
+
+
+class Rows:
+    """The cells of a JSON Lines file that were made with the same settings; the last line of a cell counts.
+
+    Lines that were made with other settings stay in the file and out of sight; half a line, left by a run that
+    was killed while it wrote it, is passed over.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]):
+        self.path = path
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.rows: dict[Key, Row] = {}
+        try:
+            text = path.read_bytes() if path.exists() else b""
+        except OSError as error:
+            raise InputError(f"'{path}' cannot be read: {error.strerror}.") from None
+        for line in text.split(b"\n"):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                if row["settings"] == self.settings:
+                    self.rows[row["method"], row["cell"]] = row
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """Hold the file, alone, to `add` to it. Raises InputError if another sweep does, or it cannot be written."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b")
+        except OSError as error:
+            raise InputError(f"'{self.path}' cannot be written: {error.strerror}.") from None
+        with self._file:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another sweep is writing to '{self.path}': wait for it.") from None
+            yield
+
+    def add(self, key: Key, row: Mapping[str, Any]) -> None:
+        """Write one row, to stay whatever happens next."""
+        whole = {"settings": self.settings, "method": key[0], "cell": key[1], **row}
+        text = json.dumps(whole).encode() + b"\n"
+        try:
+            end = self._file.seek(0, os.SEEK_END)
+            if end:
+                self._file.seek(end - 1)
+                text = text if self._file.read(1) == b"\n" else b"\n" + text  # after half a line
+            self._file.write(text)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise InputError(f"'{self.path}' cannot be written: {error.strerror}.") from None
+        self.rows[key] = whole
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The sweep
+
+
+class Sweep:
+    """Runs of one model on the same windows.
+
+    Args:
+        model: a model that was opened by name.
+        calibration_NL: its calibration windows.
+        held_out: the windows to measure perplexity on, {text: (N, L)}.
+        rows: where finished cells are and go.
+        speed: measure how fast each cell decodes when it is packed, too.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        calibration_NL: Tensor,
+        held_out: Mapping[str, Tensor],
+        rows: Rows,
+        *,
+        speed: bool = False,
+    ):
+        self.model = model
+        self.calibration_NL = calibration_NL
+        self.held_out = held_out
+        self.rows = rows
+        self.speed = speed
+        self._shared: dict[Any, Any] = {}
+
+    def run(
+        self, cells: Sequence[Cell], *, say: Callable[[str], None] = lambda message: None, track: Track = no_track
+    ) -> dict[Key, Row]:
+        """Make the cells that are not in the file yet; all their rows, and the dense one, in order.
+
+        A cell that fails leaves a row with `failed`, the reason, and is tried again by the next run; the others are
+        not held up.
+        """
+        missing = [cell for cell in cells if not self._have(cell.key)]
+        with contextlib.ExitStack() as stack:
+            if missing or DENSE not in self.rows.rows:
+                stack.enter_context(self.rows.open())
+                network = stack.enter_context(self._dense_weights())
+            if DENSE not in self.rows.rows:
+                model = self.model if network is None else self._wrapped(network)
+                size = model.parameters * model.dtype.itemsize
+                self.rows.add(DENSE, {"perplexity": self._perplexities(model, None, track), "size": size})
+            for number, cell in enumerate(missing, 1):
+                try:
+                    row = self._make(cell, network, track)
+                    found = ", ".join(f"{value:.2f}" for value in row["perplexity"].values())
+                except Exception as error:  # of a method, maybe not ours: the rest goes on
+                    reason = str(error) if isinstance(error, PrunellaError) else f"{type(error).__name__}: {error}"
+                    row = {"failed": " ".join(reason.split())}
+                    found = f"failed: {row['failed']}"
+                self.rows.add(cell.key, row)
+                say(f"{number} of {len(missing)}: {cell.label}: {found}")
+        return {key: self.rows.rows[key] for key in (DENSE, *(cell.key for cell in cells))}
+
+    def _have(self, key: Key) -> bool:
+        row = self.rows.rows.get(key)
+        return row is not None and "failed" not in row and ("speed" in row or not self.speed)
+
+    @contextlib.contextmanager
+    def _dense_weights(self) -> Iterator[Any]:
+        """The dense network, or None where two of it do not fit into memory: then cells are read from its files and
+        written to a scratch directory."""
+        free = psutil.virtual_memory().available
+        if self.model.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.model.device)[0]
+        size = self.model.parameters * self.model.dtype.itemsize
+        if 2 * size > free // 2:
+            yield None
+        else:
+            with self.model.whole() as network:
+                yield network
+
+    def _make(self, cell: Cell, network: Any, track: Track) -> Row:
+        recipe = {**cell.recipe, "evaluate": {"source": None}}  # measured below, on windows that all cells share
+        with contextlib.ExitStack() as stack:
+            checkpoint, output = None, None
+            if network is None:
+                scratch = tempfile.TemporaryDirectory(prefix=".sweep-", dir=self.rows.path.parent)
+                output = Path(stack.enter_context(scratch)) / "model"
+                model = self.model
+            else:
+                model = self._wrapped(copy.deepcopy(network))
+            cpu = time.process_time()
+            report = prune(
+                model, recipe, output=output, calibration=self.calibration_NL, shared=self._shared, track=track
+            )
+            cpu = time.process_time() - cpu
+            if output is not None:
+                checkpoint = Checkpoint(output)
+            weights = [rows * columns for rows, columns in (layer.shape for layer in report.layers)]
+            errors = [(layer.error or 0.0) * n for layer, n in zip(report.layers, weights, strict=True)]
+            itemsize = model.dtype.itemsize
+            row = {
+                "recipe": report.recipe,
+                "sparsity": report.sparsity,
+                "perplexity": self._perplexities(model, checkpoint, track),
+                "size": (model.parameters - sum(weights)) * itemsize
+                + sum(packed_bytes(layer, itemsize) for layer in report.layers),
+                "seconds": report.run["seconds"]["allocate"] + report.run["seconds"]["prune"],
+                "cpu_seconds": cpu,
+                "error": sum(errors) / sum(weights),
+            }
+            if self.speed:
+                from .sparse.bench import bench
+
+                row["speed"] = bench(str(output) if output else model.network, prompt=128)
+            return row
+
+    def _wrapped(self, network: Any) -> Model:
+        return wrap_model(network, self.model.tokenizer, self.model.name)
+
+    def _perplexities(self, model: Model, checkpoint: Checkpoint | None, track: Track) -> dict[str, float]:
+        return {
+            text: perplexity(model, ids_NL, checkpoint=checkpoint, track=track).perplexity
+            for text, ids_NL in self.held_out.items()
+        }
+
+
+def packed_bytes(layer: LayerResult, itemsize: int) -> int:
+    """What `prunella pack` makes of a layer: values, mask and where rows begin (of a quantized one with a scale for
+    every 128 inputs), or all of it where that is less."""
+    rows, columns = layer.shape
+    kept = round((1 - layer.sparsity) * rows * columns)
+    bits = None if layer.bits is None else max(4, layer.bits)  # three are stored as four
+    width = {"weight_mask": 1, "weight_offsets": 4, "weight_values": 1 if bits else itemsize, "weight_scales": 2}
+    shapes = expected(rows, columns, kept, bits, SPAN)
+    packed = sum(math.prod(shape) * width[part] for part, shape in shapes.items())
+    return min(packed, rows * columns * itemsize) if layer.sparsity or bits else rows * columns * itemsize
+
+
+def sweep(
+    model: str,
+    plan: Mapping[str, Any],
+    directory: str | Path,
+    *,
+    texts: Sequence[str] | None = None,
+    speed: bool = False,
+    say: Callable[[str], None] = lambda message: None,
+    track: Track = no_track,
+    remote_code: bool = False,
+    pickles: bool = False,
+) -> Results:
+    """Prune one model in many ways, and write down what each costs and saves.
+
+    Args:
+        model: hub id, directory, .gguf file or built-in name.
+        plan: plain data of a recipe and, under `grid`, lists of values for any of its keys but those that all cells
+            share; every combination is a cell.
+        directory: for cells.jsonl, where finished cells are and new ones go, and what is made of it: table.csv,
+            sweep.html and, with matplotlib, pareto.png and pareto.svg.
+        texts: to measure perplexity on, in place of the recipe's one.
+        speed: measure how fast each cell decodes packed, too.
+        say: is told of each finished cell.
+    Raises:
+        PrunellaError: anything about the input that the user can mend. Cells that fail do not raise.
+    """
+    base = {key: value for key, value in plan.items() if key != "grid"}
+    cells = cells_of(base, plan.get("grid") or {})
+    recipe = Recipe.of({**base, "model": model})
+    opened = load_model(model, dtype=recipe.dtype, device=recipe.device, remote_code=remote_code, pickles=pickles)
+    wanted = recipe.calibration
+    length = window_length(opened, wanted.length)
+    calibration_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed)
+    held_out: dict[str, Tensor] = {}
+    for text in texts or filter(None, [recipe.evaluate.source]):
+        evaluation = recipe.evaluate.model_copy(update={"source": text})
+        found = held_out_windows(opened, recipe.model_copy(update={"evaluate": evaluation}), calibration_NL, length)
+        if found is not None:
+            held_out[Path(text).name] = found
+    if not held_out:
+        raise InputError("a sweep compares perplexities: it needs a text (--text) and a model with a tokenizer.")
+    tokens = hashlib.sha256(b"".join(ids.numpy().tobytes() for ids in (calibration_NL, *held_out.values())))
+    named = {*SHARED, *_NAMED, *(plan.get("grid") or {})}
+    settings = {
+        "model": model,
+        "calibration": Path(wanted.source).name,
+        "samples": wanted.samples,
+        "length": length,
+        "windows": recipe.evaluate.windows,
+        "dtype": str(opened.dtype).removeprefix("torch."),
+        "text": list(held_out),
+        "tokens": tokens.hexdigest()[:16],
+        "recipe": {key: value for key, value in recipe.plain().items() if key not in named},
+    }
+    directory = Path(directory)
+    rows = Rows(directory / "cells.jsonl", settings)
+    found_rows = Sweep(opened, calibration_NL, held_out, rows, speed=speed).run(cells, say=say, track=track)
+    results = Results(rows.settings, tuple(found_rows.values()))
+    results.write(directory)
+    return results
