@@ -39,7 +39,7 @@ def test_a_pattern_on_the_command_line_goes_before_the_recipe(
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"unknown recipe 'bets'\. Did you mean 'best'") as error:
         Recipe.read("bets")
-    assert "Available: balanced, best, fast. Or give a YAML file." in str(error.value)
+    assert "Available: balanced, best, fast, healed-50. Or give a YAML file." in str(error.value)
     with pytest.raises(InputError, match=r"recipe 'missing\.yaml' cannot be read"):
         Recipe.read("missing.yaml")
 

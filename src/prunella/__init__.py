@@ -10,6 +10,7 @@ from . import sparse as _sparse  # registers the packed format with transformers
 from . import steps as _steps  # registers the built-in methods
 from .errors import InputError, ModelError, NumericalError, PrunellaError, StatisticError
 from .evaluate import Perplexity, perplexity
+from .heal.run import heal
 from .load import Model, find_directory, load_model, wrap_model
 from .pattern import keep
 from .prune import prune
@@ -37,6 +38,7 @@ __all__ = [
     "Stats",
     "Step",
     "find_directory",
+    "heal",
     "keep",
     "load_model",
     "make",

@@ -88,6 +88,17 @@ def all_windows(model: Model, source: str, length: int) -> Tensor:
     return windows(model, source, max(1, len(ids) // length), length)
 
 
+def up_to(model: Model, source: str, count: int, length: int, seed: int = 0) -> Tensor:
+    """The first `count` windows of `length` tokens, (N, L), or as many as the source holds: maybe none."""
+    if source == "self":
+        return windows(model, source, count, length, seed=seed)
+    if model.tokenizer is None:
+        raise InputError(f"model '{model.name}' has no tokenizer, so the text of '{source}' cannot be used.")
+    ids = _tokenize(model.tokenizer, documents(source), count * length)
+    found = min(count, len(ids) // length)
+    return torch.tensor(ids[: found * length], dtype=torch.int64).view(found, length)
+
+
 def _tokenize(tokenizer: Any, docs: Iterator[str], needed: int | None) -> list[int]:
     """Token ids of the joined documents: all of them, or at least `needed` where there are that many.
 

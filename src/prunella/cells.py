@@ -365,7 +365,12 @@ def sweep(
     held_out: dict[str, Tensor] = {}
     for text in texts or filter(None, [recipe.evaluate.source]):
         evaluation = recipe.evaluate.model_copy(update={"source": text})
-        found = held_out_windows(opened, recipe.model_copy(update={"evaluate": evaluation}), calibration_NL, length)
+        found = held_out_windows(
+            opened,
+            recipe.model_copy(update={"evaluate": evaluation}),
+            calibration_NL.numel(),
+            min(length, calibration_NL.shape[1]),
+        )
         if found is not None:
             held_out[Path(text).name] = found
     if not held_out:

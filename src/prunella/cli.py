@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from .report import Report
 
 app = typer.Typer(
     name="prunella",
@@ -99,6 +103,9 @@ def prune(
     order: Annotated[
         str | None, typer.Option(help="block: statistics of the dense block; layer: of what each layer really sees.")
     ] = None,
+    heal: Annotated[
+        list[str] | None, typer.Option(help="Retrain afterwards: what trains; repeat. See `prunella methods`.")
+    ] = None,
     evaluate: Annotated[str | None, typer.Option(help="Text for the perplexities, or none.")] = None,
     windows: Annotated[int | None, typer.Option(help="Windows of that text.")] = None,
     format_: Annotated[
@@ -149,6 +156,7 @@ def prune(
             ("calibration.source", calibration),
             ("calibration.samples", samples),
             ("calibration.length", length),
+            ("heal.train", heal),
             ("evaluate.source", None if evaluate == "none" else evaluate),
             ("evaluate.windows", windows),
         )
@@ -158,15 +166,17 @@ def prune(
         settings.append("evaluate.source=null")
     settings += [f"sparsity.{item}" if "=" in item else f"sparsity.*={item}" for item in sparsity or []]
     wanted = Recipe.of(override(values, [*settings, *(set_ or [])]))
-    report = run(
-        model,
-        wanted,
-        output=output,
-        resume=resume,
-        track=track,
-        remote_code=trust_remote_code,
-        pickles=allow_pickle,
-    )
+    with watcher() as watch:
+        report = run(
+            model,
+            wanted,
+            output=output,
+            resume=resume,
+            track=track,
+            watch=watch,
+            remote_code=trust_remote_code,
+            pickles=allow_pickle,
+        )
     if json_:
         print(json.dumps(report.plain()))
         return
@@ -178,12 +188,139 @@ def prune(
     for row in report.rows():
         table.add_row(*row)
     out.print(table)
+    if report.healing:
+        _print_healing(report)
     notes = report.notes()
     for note in notes[:10]:
         print(f"note: {note}")
     if len(notes) > 10:
         print(f"… and {len(notes) - 10} more notes: prunella inspect {output}")
     print(f"saved to {output}")
+
+
+@contextlib.contextmanager
+def watcher() -> Iterator[Callable[[int, int, float | None], None]]:
+    """A progress bar over training steps, with the loss and the time left."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps, loss {task.fields[loss]}, elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+        task = progress.add_task(f"{'healing':<12}", total=None, loss="", visible=False)
+
+        def watch(step: int, steps: int, loss: float | None) -> None:
+            shown = "" if loss is None else f"{loss:.3f}"
+            progress.update(task, completed=step, total=steps, loss=shown, visible=True)
+
+        yield watch
+
+
+@app.command()
+def heal(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A pruned model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the healed model.")],
+    train: Annotated[
+        list[str] | None,
+        typer.Option(help="What trains; repeat. See `prunella methods`. [default: mask-lora and norms]"),
+    ] = None,
+    way: Annotated[
+        str | None,
+        typer.Option(help="retrain: the whole model on text; reconstruct: block by block, to the dense one."),
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="pydoc, c4, hf:…, or a .txt or .jsonl file to train on; repeat.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on in all. [default: 250000]")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens in a window. [default: 512]")] = None,
+    rate: Annotated[float | None, typer.Option(help="Learning rate. [default: each method's own]")] = None,
+    distill: Annotated[
+        float | None, typer.Option(help="Share of the loss that follows the dense model's predictions.")
+    ] = None,
+    dense: Annotated[str | None, typer.Option(help="The dense model. [default: the one that was pruned]")] = None,
+    calibration: Annotated[str | None, typer.Option(help="Text for reconstruct and new-biases.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Windows of that text.")] = None,
+    evaluate: Annotated[str | None, typer.Option(help="Text for the perplexities, or none.")] = None,
+    windows: Annotated[int | None, typer.Option(help="Windows of that text.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A named recipe or a YAML file; its `heal` section counts.")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    json_: Json = False,
+    trust_remote_code: Trust = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Retrain a pruned model, the mask held, and save it exactly as sparse."""
+    from .heal.run import heal as run
+    from .recipe import Recipe, override
+
+    values = Recipe.read(recipe) if recipe else {}
+    settings = [
+        f"{key}={json.dumps(value)}"
+        for key, value in (
+            ("heal.train", train),
+            ("heal.way", way),
+            ("heal.text", text),
+            ("heal.tokens", tokens),
+            ("heal.length", length),
+            ("heal.rate", rate),
+            ("heal.distill", distill),
+            ("heal.dense", dense),
+            ("calibration.source", calibration),
+            ("calibration.samples", samples),
+            ("evaluate.source", None if evaluate == "none" else evaluate),
+            ("evaluate.windows", windows),
+            ("device", device),
+            ("seed", seed),
+        )
+        if value is not None
+    ]
+    if evaluate == "none":
+        settings.append("evaluate.source=null")
+    wanted = Recipe.of(override(values, [*settings, *(set_ or [])]))
+    with watcher() as watch:
+        report = run(
+            directory,
+            wanted,
+            output=output,
+            resume=resume,
+            track=track,
+            watch=watch,
+            remote_code=trust_remote_code,
+            pickles=allow_pickle,
+        )
+    if not report.healing:
+        return  # one of several processes, and not the first
+    if json_:
+        print(json.dumps(report.plain()))
+        return
+    _print_healing(report)
+    print(f"saved to {output}")
+
+
+def _print_healing(report: Report) -> None:
+    table = Table(title="healing")
+    for column in ("", "pruned", "healed"):
+        table.add_column(column, overflow="fold")
+    for row in report.healing_rows():
+        table.add_row(*row)
+    out.print(table)
 
 
 @app.command("eval")
@@ -525,13 +662,14 @@ def sweep(
 
 @app.command()
 def methods(json_: Json = False) -> None:
-    """Every step and allocation, with a line and the options of each."""
+    """Every step, allocation and healing method, with a line and the options of each."""
     from .allocate import allocations
+    from .heal import groups
     from .registry import steps
 
     rows = [
         (kind, method.name, method.summary, {key: p.default for key, p in method.options.items()})
-        for kind, known in (("step", steps), ("allocation", allocations))
+        for kind, known in (("step", steps), ("allocation", allocations), ("healing", groups))
         for _, method in sorted(known.items())
     ]
     if json_:

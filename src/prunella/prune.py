@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,10 +34,11 @@ def prune(
     calibration: Tensor | None = None,
     shared: dict[Any, Any] | None = None,
     track: Track = no_track,
+    watch: Callable[[int, int, float | None], None] | None = None,
     remote_code: bool = False,
     pickles: bool = False,
 ) -> Report:
-    """Prune a causal language model in one shot.
+    """Prune a causal language model in one shot and, if the recipe says so, heal it.
 
     Args:
         model: hub id, directory, .gguf file or built-in name; or a transformers model in memory, which is
@@ -51,6 +52,7 @@ def prune(
         shared: a dictionary in which runs on the same dense weights and the same calibration windows leave each
             other what they have in common: statistics of the dense model that allocations look at.
         track: wraps loops over blocks, `track(range, what, total)`, to show progress.
+        watch: called after each step of healing, `watch(step, steps, loss)`.
         remote_code, pickles: trust code that comes with the model, weights that are pickles.
 
     Returns:
@@ -70,6 +72,16 @@ def prune(
     path = None if output is None else Path(output)
     if path is not None:
         check_output(path)
+    if recipe.heal.train:
+        if in_memory or path is None or calibration is not None:
+            raise InputError(
+                "healing reads and writes directories: give the model by name, and its calibration as text."
+            )
+        from .heal.rounds import prune_and_heal
+
+        return prune_and_heal(
+            str(model), recipe, path, resume=resume, track=track, watch=watch, remote_code=remote_code, pickles=pickles
+        )
     if not in_memory:
         opened = load_model(
             str(model), dtype=recipe.dtype, device=recipe.device, remote_code=remote_code, pickles=pickles
@@ -106,7 +118,7 @@ def _prune(
         wanted = recipe.calibration
         ids_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed)
     check_windows(opened, ids_NL)
-    held_out = held_out_windows(opened, recipe, ids_NL, length)
+    held_out = held_out_windows(opened, recipe, ids_NL.numel(), min(length, ids_NL.shape[1]))
     order = pick_order(recipe.order, steps, ids_NL, opened)
     recipe = recipe.model_copy(
         update={
@@ -128,7 +140,7 @@ def _prune(
         dense = out.notes.get("dense") if out else None
         if dense is None:
             clock = time.perf_counter()
-            dense = _measure(opened, recipe, held_out, None, track)
+            dense = measure(opened, recipe, held_out, None, track)
             seconds["dense evaluation"] = time.perf_counter() - clock
             if out:
                 out.note("dense", dense)
@@ -148,7 +160,7 @@ def _prune(
             out.complete()
         clock = time.perf_counter()
         written = out.checkpoint if out else None
-        pruned = _measure(opened, recipe, held_out, written if opened.checkpoint else None, track)
+        pruned = measure(opened, recipe, held_out, written if opened.checkpoint else None, track)
         seconds["pruned evaluation"] = time.perf_counter() - clock
         seconds["all"] = time.perf_counter() - started
         if written:
@@ -274,24 +286,25 @@ def window_length(model: Model, length: int | None) -> int:
     return length if length is not None else min(2048, context(model))
 
 
-def held_out_windows(model: Model, recipe: Recipe, ids_NL: Tensor, length: int) -> Tensor | None:
-    """The windows to evaluate on: never those of the calibration."""
+def held_out_windows(model: Model, recipe: Recipe, used: int, length: int) -> Tensor | None:
+    """The windows to evaluate on, of `length` tokens if the recipe does not say: never the `used` tokens of the
+    calibration."""
     wanted = recipe.evaluate
     if wanted.source is None or model.tokenizer is None:
         return None
-    own = wanted.length or min(length, ids_NL.shape[1])
-    skip = -(-ids_NL.numel() // own) if _same(wanted.source, recipe.calibration.source) else 0
+    own = wanted.length or length
+    skip = -(-used // own) if same_text(wanted.source, recipe.calibration.source) else 0
     return windows(model, wanted.source, wanted.windows, own, skip=skip, seed=recipe.seed)
 
 
-def _same(source: str, other: str) -> bool:
+def same_text(source: str, other: str) -> bool:
     """Are two sources the same text, maybe a file by two names?"""
     if source == other:
         return True
     return Path(source).is_file() and Path(other).is_file() and Path(source).samefile(other)
 
 
-def _measure(
+def measure(
     model: Model, recipe: Recipe, ids_NL: Tensor | None, checkpoint: Checkpoint | None, track: Track
 ) -> dict[str, Any]:
     """Perplexity on held-out windows and a sample of text; of the weights in `checkpoint`, if one is given."""

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .allocate import Allocation, allocations, make_allocation
 from .errors import InputError, unknown
+from .heal import Group, groups, make_group
 from .registry import Step, lookup, make, steps
 from .types import Pattern
 
@@ -49,6 +50,80 @@ class Evaluation(_Part):
     length: int | None = Field(default=None, ge=2)
 
 
+def _methods(kind: str, value: Any) -> list[dict[str, Any]]:
+    """A list of names, or of {name: {option: value}}, as the latter."""
+    items = [value] if isinstance(value, str | Mapping) else value
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str | Mapping) for item in items):
+        raise ValueError(f"{kind}: {value!r} should be a list of names, or of {{name: {{option: value}}}}")
+    return [{item: {}} if isinstance(item, str) else {k: v or {} for k, v in item.items()} for item in items]
+
+
+class Healing(_Part):
+    """Retraining after pruning, the mask held.
+
+    train:       what trains: a list of names, or of {name: {option: value}}; empty: a pruned model is not healed
+    way:         `retrain`: the whole model on text; `reconstruct`: block by block, to the dense outputs
+    text:        sources to train on, one after the other; empty: the calibration's
+    tokens:      to train on in all; text that is shorter is taken again
+    length:      tokens in a window; windows are packed, not padded
+    batch:       windows in a step, over all processes
+    micro:       windows that one process runs at a time
+    rate:        learning rate of everything that trains; None: each method's own. It rises over the first `warmup`
+                 of the steps and falls linearly to 0
+    clip:        largest norm of the gradient
+    betas:       of AdamW
+    distill:     share of the loss that is the divergence from the dense model's predictions
+    temperature: of that divergence
+    teacher:     the dense model stays in `memory`, or is streamed once over the text before training (`stream`)
+    dense:       the dense model; None: the one that was pruned, by the report's word
+    held_out:    windows of the text that find the best checkpoint; 0: the last one is taken
+    evaluations: how often they do
+    patience:    stop after so many evaluations that were no better
+    checkpointing: recompute activations and trained weights in the backward pass: less memory, more time
+    part:        reconstruct whole blocks, or their attention and MLP one after the other
+    epochs:      passes of `reconstruct` over its windows (the calibration's)
+    rounds:      prune and heal in so many rounds, each a little sparser: iterative magnitude pruning
+    """
+
+    train: tuple[dict[str, dict[str, Any]], ...] = ()
+    way: Literal["retrain", "reconstruct"] = "retrain"
+    text: tuple[str, ...] = ()
+    tokens: int = Field(default=250_000, ge=1)
+    length: int = Field(default=512, ge=2)
+    batch: int = Field(default=8, ge=1)
+    micro: int = Field(default=4, ge=1)
+    rate: float | None = Field(default=None, gt=0, lt=1)
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    clip: float = Field(default=1.0, gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    distill: float = Field(default=0.0, ge=0, le=1)
+    temperature: float = Field(default=1.0, gt=0)
+    teacher: Literal["memory", "stream"] = "memory"
+    dense: str | None = None
+    held_out: int = Field(default=8, ge=0)
+    evaluations: int = Field(default=5, ge=1)
+    patience: int = Field(default=3, ge=1)
+    checkpointing: bool = False
+    part: Literal["block", "sub-block"] = "block"
+    epochs: int = Field(default=1, ge=1)
+    rounds: int = Field(default=1, ge=1)
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _train(cls, value: Any) -> Any:
+        return _methods("train", value)
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    def make_groups(self) -> list[Group]:
+        """What trains, ready to use. Raises InputError."""
+        rate = {} if self.rate is None else {"rate": self.rate}
+        return [make_group(name, {**options, **rate}) for item in self.train for name, options in item.items()]
+
+
 class Recipe(_Part):
     """Everything a run is.
 
@@ -62,6 +137,7 @@ class Recipe(_Part):
     bits:     packed weights that no step has quantized are rounded to 8 or 4 bits; null: they keep their dtype
     group:    inputs that share a scale, a multiple of 128; 0: whole rows
     dtype:    compute and save in this dtype; `auto` keeps the checkpoint's
+    heal:     retraining of what was pruned
     """
 
     model: str = "smollm2-135m"
@@ -79,6 +155,7 @@ class Recipe(_Part):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     seed: int = 0
+    heal: Healing = Healing()
 
     @field_validator("sparsity", mode="before")
     @classmethod
@@ -98,12 +175,10 @@ class Recipe(_Part):
     @field_validator("steps", mode="before")
     @classmethod
     def _steps(cls, value: Any) -> Any:
-        items = [value] if isinstance(value, str | Mapping) else value
-        if not isinstance(items, list | tuple) or not all(isinstance(item, str | Mapping) for item in items):
-            raise ValueError(f"steps: {value!r} should be a list of names, or of {{name: {{option: value}}}}")
+        items = _methods("steps", value)
         if not items:
             raise ValueError("steps: at least one step is needed; see prunella methods")
-        return [{item: {}} if isinstance(item, str) else {k: v or {} for k, v in item.items()} for item in items]
+        return items
 
     @field_validator("allocate", mode="before")
     @classmethod
@@ -187,6 +262,7 @@ class Recipe(_Part):
             names = ", ".join(step.name for step in made)
             raise InputError(f"steps: {names} chooses no weights to prune: add a step that does, such as wanda.")
         recipe.make_allocation()
+        recipe.heal.make_groups()
         return recipe
 
     @classmethod
@@ -227,24 +303,27 @@ def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, An
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise InputError(f"--set {setting}: '{text}' is not a YAML value.") from None
-        named = (name for part in (*out["steps"], out["allocate"]) for name in part if key.startswith(f"{name}."))
+        methods = [("step", steps, part) for part in out["steps"]]
+        methods += [("allocation", allocations, out["allocate"])]
+        methods += [("healing method", groups, part) for part in out["heal"]["train"]]
+        used = [name for _, _, part in methods for name in part]
+        named = (name for name in used if key.startswith(f"{name}."))
         head = next(named, key.partition(".")[0])  # a step from a file has dots in its name
         rest = key[len(head) + 1 :]
         if head not in Recipe.model_fields:
-            parts = [part for part in (*out["steps"], out["allocate"]) if head in part]
-            if not parts:
-                used = [name for part in (*out["steps"], out["allocate"]) for name in part]
+            if head not in used:
                 raise InputError(unknown("recipe key", head, [*Recipe.model_fields, *used]))
-            for part in parts:
-                kind = "allocation" if part is out["allocate"] else "step"
-                method = lookup(kind, allocations if kind == "allocation" else steps, head)
+            for kind, known, part in methods:
+                if head not in part:
+                    continue
+                method = lookup(kind, known, head)
                 if rest not in method.options:
                     raise InputError(unknown(f"option of {kind} {head}", rest, method.options))
                 part[head][rest] = value
         elif rest:
             if not isinstance(out[head], dict):
                 raise InputError(f"--set {setting}: '{head}' is a single value; write {head}=VALUE.")
-            out[head][rest] = value
+            out[head][rest] = _methods("train", value) if (head, rest) == ("heal", "train") else value
         else:
             out[head] = {value: {}} if head == "allocate" and isinstance(value, str) else value
     return out

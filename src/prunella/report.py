@@ -29,6 +29,8 @@ class Report:
     run:      seconds by phase, cpu_seconds, peak memory in bytes (resident, and of the GPU), device, order
     versions: of what the result depends on
     fingerprint: of the calibration text, see `evaluate.fingerprint`
+    healing:  what retraining did, if there was any: what trained and how, losses, tokens, seconds, perplexity before
+              and after
     """
 
     recipe: dict[str, Any]
@@ -39,6 +41,7 @@ class Report:
     run: dict[str, Any]
     versions: dict[str, str] = field(default_factory=lambda: versions())
     fingerprint: str = ""
+    healing: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -69,14 +72,11 @@ class Report:
     def rows(self) -> list[tuple[str, str, str]]:
         """Dense beside pruned, ready for a table: (what, dense, pruned)."""
 
-        def perplexity(side: Mapping[str, Any]) -> str:
-            return f"{side['perplexity']:.2f}" if side.get("perplexity") is not None else "not measured"
-
         def size(side: Mapping[str, Any]) -> str:
             return f"{side['bytes'] / 1e6:,.1f} MB" if "bytes" in side else "not saved"
 
         rows = [
-            (self._perplexity_label(), perplexity(self.dense), perplexity(self.pruned)),
+            (_perplexity_label(self.dense), _perplexity(self.dense), _perplexity(self.pruned)),
             ("sparsity of the pruned layers", "0.0%", f"{self._active_sparsity():.1%}"),
             ("sparsity of all block weights", "0.0%", f"{self.sparsity:.1%}"),
             ("size of the weights", size(self.dense), size(self.pruned)),
@@ -88,12 +88,26 @@ class Report:
             rows.append(("sample of text", self.dense["sample"], self.pruned["sample"]))
         return rows
 
-    def _perplexity_label(self) -> str:
-        if self.dense.get("perplexity") is None:
-            return "perplexity"
-        return (
-            f"perplexity ({Path(self.dense['source']).name}, {self.dense['windows']} windows of {self.dense['length']})"
-        )
+    def _healed_card(self) -> str:
+        if not self.healing:
+            return ""
+        rows = "\n".join(f"| {a} | {b} | {c} |" for a, b, c in self.healing_rows() if a != "sample of text")
+        return f"\nThen it was retrained, the mask held:\n\n| | pruned | healed |\n| --- | --- | --- |\n{rows}\n"
+
+    def healing_rows(self) -> list[tuple[str, str, str]]:
+        """Pruned beside healed, ready for a table: (what, pruned, healed)."""
+        did = self.healing
+        rows = [
+            (_perplexity_label(did["before"]), _perplexity(did["before"]), _perplexity(did["after"])),
+            ("trained", "", ", ".join(name for item in did["recipe"]["train"] for name in item)),
+            ("parameters that trained", "", f"{did['trained']:.3%}"),
+            ("tokens", "", f"{did['tokens']:,}"),
+            ("seconds to heal", "", f"{did['seconds']:.1f}"),
+            ("peak memory", "", f"{did['peak_memory'] / 1e9:.2f} GB"),
+        ]
+        if did["before"].get("sample") and did["after"].get("sample"):
+            rows.append(("sample of text", did["before"]["sample"], did["after"]["sample"]))
+        return rows
 
     def _active_sparsity(self) -> float:
         active = [la for la in self.layers if la.sparsity > 0]
@@ -133,10 +147,20 @@ tags:
 | | dense | pruned |
 | --- | --- | --- |
 {rows}
-
+{self._healed_card()}
 {load}, and `prunella.json` holds the
 recipe, the versions and what happened to every layer. The license is that of the original model.
 """
+
+
+def _perplexity(side: Mapping[str, Any]) -> str:
+    return f"{side['perplexity']:.2f}" if side.get("perplexity") is not None else "not measured"
+
+
+def _perplexity_label(side: Mapping[str, Any]) -> str:
+    if side.get("perplexity") is None:
+        return "perplexity"
+    return f"perplexity ({Path(side['source']).name}, {side['windows']} windows of {side['length']})"
 
 
 def versions() -> dict[str, str]:

@@ -300,6 +300,11 @@ class _DenseFiles:
         self.masks.sync()
         return {"tensors": tensors, "masks": list(result.masks)}
 
+    def write_outside(self, changed: Mapping[str, Tensor]) -> None:
+        assert self.model.checkpoint is not None
+        for name, tensor in self.model.stored("", dict(changed)).items():
+            self.files[self.model.checkpoint.where[name]].write(name, tensor)
+
     def restore(self, index: int, entry: Mapping[str, Any]) -> None:
         """Take a block as written, by an earlier run."""
         for file, names in entry["tensors"].items():
@@ -546,6 +551,14 @@ class Output:
             entry = {"block": result.index, "layers": [asdict(layer) for layer in result.layers]}
             self._log({**entry, "weights": self.weights.write(result)})
             self.blocks += 1
+        except OSError as error:
+            raise _space(error, self.partial) from None
+
+    def write_outside(self, changed: Mapping[str, Tensor]) -> None:
+        """Put parameters that no block holds on disk: embeddings, the head, the last norm."""
+        assert isinstance(self.weights, _DenseFiles)
+        try:
+            self.weights.write_outside(changed)
         except OSError as error:
             raise _space(error, self.partial) from None
 

@@ -384,6 +384,7 @@ class Stream:
         order: Literal["layer", "block"] = "block",
         drift: bool = False,
         rounding: tuple[int, int] | None = None,
+        checkpoint: Checkpoint | None = None,
     ):
         self.model = model
         self.rounding = rounding
@@ -394,7 +395,7 @@ class Stream:
         batch = count if order == "layer" else min(count, max(1, TOKENS // length))
         self.batches: tuple[Tensor, ...] = torch.split(windows_NL, batch)
         streams: list[Hidden] = []
-        with torch.no_grad(), model.outside(head=False):
+        with torch.no_grad(), model.outside(head=False, checkpoint=checkpoint):
             for index, ids in enumerate(self.batches):
                 state = self.calls.embed(ids)
                 if not streams:
@@ -436,13 +437,14 @@ class Stream:
         for target in active.values():
             if not torch.isfinite(target.slot.view()).all():
                 raise NumericalError(f"layer '{target.slot.name}' has NaN or infinite weights before pruning.")
+        others: dict[str, Tensor] = {}
         if self.order == "layer":
             layers = self._prune_on_arrival(index, name, block, active, steps, min_tokens)
         else:
-            layers = self._prune_after_dense_pass(index, name, block, active, steps, min_tokens)
+            layers, others = self._prune_after_dense_pass(index, name, block, active, steps, min_tokens)
             if not last:
                 self.advance(index, block)
-        results, masks, grids, changed = [], {}, {}, {}
+        results, masks, grids, changed = [], {}, {}, dict(others)
         for target in targets:
             slot = target.slot
             if slot.name not in layers:
@@ -487,7 +489,7 @@ class Stream:
             note = f"saw {layer.stats.tokens} tokens: pruned by magnitude"
             result = make("magnitude").apply(replace(block, layers=(layer,)))
             done[name] = replace(result.layers[0], notes=(*layer.notes, note))
-        return replace(block, layers=tuple(self._rounded(done[la.name]) for la in block.layers))
+        return replace(fed, layers=tuple(self._rounded(done[la.name]) for la in block.layers))
 
     def _rounded(self, layer: Layer) -> Layer:
         if self.rounding is None or layer.grid is not None or layer.mask_OI is None:
@@ -553,7 +555,7 @@ class Stream:
         active: Mapping[str, Target],
         steps: Sequence[Step],
         min_tokens: int,
-    ) -> dict[str, Settled]:
+    ) -> tuple[dict[str, Settled], dict[str, Tensor]]:
         needs = frozenset().union(*[step.needs for step in steps])
         leader: dict[str, str] = {}  # layers fed by the same tensor share the statistics of the first of them
         stats: dict[str, Stats] = {}
@@ -596,8 +598,10 @@ class Stream:
                 one = Block(index, name, (self._layer(target, found),))
                 with torch.no_grad():
                     done[layer_name] = _settle(self._apply(one, steps, min_tokens).layers[0], target)
-            return done
+            return done, {}
         layers = tuple(self._layer(t, stats.get(leader.get(n, n), Stats())) for n, t in active.items())
+        weights = {id(getattr(t.slot.module, t.slot.parameter)) for t in active.values()}
+        own = {f"{name}.{key}": p for key, p in block.named_parameters() if id(p) not in weights}
         whole_block = Block(
             index,
             name,
@@ -607,26 +611,31 @@ class Stream:
             targets=(lambda n: self._window(outputs if self.dense is None else self.dense, n))
             if keep_outputs
             else None,
+            others={key: parameter.data for key, parameter in own.items()},
         )
         with torch.no_grad():
             result = self._apply(whole_block, steps, min_tokens)
-        return {la.name: _settle(la, active[la.name]) for la in result.layers}
+        changed = {key: value for key, value in result.others.items() if value is not whole_block.others[key]}
+        for key, value in changed.items():
+            own[key].data.copy_(value)
+        return {la.name: _settle(la, active[la.name]) for la in result.layers}, changed
 
     def _window(self, batches: Sequence[Tensor] | Hidden, n: int) -> Tensor:
         size = len(self.batches[0])
         return batches[n // size][n % size : n % size + 1]
 
-    def _runner(
-        self, index: int, block: nn.Module, active: Mapping[str, Target]
-    ) -> Callable[[Mapping[str, Tensor], int], Tensor]:
+    def _runner(self, index: int, block: nn.Module, active: Mapping[str, Target]) -> Callable[..., Tensor]:
         """`Block.run`: the block on one window, with other weights in place of its own."""
         slots = {name: target.slot for name, target in active.items()}
         prefix = self.model.blocks[index] + "."
 
-        def run(weights: Mapping[str, Tensor], n: int) -> Tensor:
+        def run(weights: Mapping[str, Tensor], n: int, at: str | None = None) -> Tensor:
             replaced: dict[str, Tensor] = {}
             for name, weight in weights.items():
-                slot = slots[name]
+                slot = slots.get(name)
+                if slot is None:
+                    replaced[name.removeprefix(prefix)] = weight
+                    continue
                 weight = weight.T if slot.transposed else weight
                 if slot.expert is None:
                     replaced[f"{name}.weight".removeprefix(prefix)] = weight
@@ -642,7 +651,16 @@ class Stream:
             call = self.calls.of(index, state)
             kwargs = dict(call.kwargs, hidden_states=state) if call.by_name else call.kwargs
             args = call.args if call.by_name else (state, *call.args)
-            out = torch.func.functional_call(block, replaced, args, kwargs)
+            out: Any = None
+
+            def stop(module: nn.Module, inputs: Any, output: Any) -> None:
+                nonlocal out
+                out = output
+                raise _Stop
+
+            watched = contextlib.nullcontext() if at is None else block.get_submodule(at).register_forward_hook(stop)
+            with contextlib.suppress(_Stop), watched:
+                out = torch.func.functional_call(block, replaced, args, kwargs)
             result: Tensor = out[0] if isinstance(out, tuple | list) else out
             return result
 
@@ -712,7 +730,7 @@ def through(
     model: Model, windows_NL: Tensor, *, checkpoint: Checkpoint | None = None, track: Track = no_track, what: str
 ) -> Stream:
     """A stream with no steps: all windows through all blocks, one block in memory at a time."""
-    stream = Stream(model, windows_NL)
+    stream = Stream(model, windows_NL, checkpoint=checkpoint)
     for index in track(range(len(model.blocks)), what, len(model.blocks)):
         with model.block(index, checkpoint) as block:
             stream.advance(index, block)

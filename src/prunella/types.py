@@ -254,17 +254,20 @@ class Block:
     """One transformer block between two points of the stream.
 
     layers:     the layers to prune, in the order in which they are called
-    run:        runs the block on window n with the given weights {layer name: weight_OI} in place of its
-                own, and returns its output (1, L, D); differentiable in those weights. None where the
-                stream visits layers one at a time (`order: layer`)
+    run:        run(weights, n) runs the block on window n with the given weights {layer name: weight_OI, or name in
+                `others`: tensor} in place of its own, and returns its output (1, L, D); differentiable in those
+                weights. run(weights, n, at=path) stops at a module of the block and returns that one's output.
+                None where the stream visits layers one at a time (`order: layer`)
     windows:    how many calibration windows `run` takes
     targets:    targets(n) is the dense block's output on window n; where the dense model runs beside the pruned
                 one (`drift`), its own output there. None unless a step needs `targets`
+    others:     the block's other parameters by name (norms, biases, …), which a step on blocks may replace
     """
 
     index: int
     name: str
     layers: tuple[Layer, ...]
-    run: Callable[[Mapping[str, Tensor], int], Tensor] | None = None
+    run: Callable[..., Tensor] | None = None
     windows: int = 0
     targets: Callable[[int], Tensor] | None = None
+    others: Mapping[str, Tensor] = field(default_factory=dict)

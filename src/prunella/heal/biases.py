@@ -1,0 +1,141 @@
+"""Biases, and new ones."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..load import Checkpoint, Model, quiet_transformers
+from ..save import MASKS, companions
+from ..stream import Stream, Target, Track, Watch, find_layers, no_track
+from ..types import Pattern
+from .parts import Change, Master, Part, trains
+
+LIST = "new-biases.list"
+
+
+@trains("biases")
+def biases(part: Part, *, rate: float = 1e-3) -> Change | None:
+    """Train the biases that the model has, those of norms too."""
+    return Master(part) if "bias" in part.kinds and not part.new else None
+
+
+@trains("new-biases")
+def new_biases(part: Part, *, rate: float = 1e-3) -> Change | None:
+    """Add biases to linear layers, where the model's config can carry them, and train them.
+
+    A new bias starts from the mean output error that pruning left, b = E[(W_dense - W) x], so that healing begins
+    with a better model than the pruned one.
+    """
+    return Master(part) if part.new else None
+
+
+def bias_flags(model: Model) -> dict[str, list[str]]:
+    """{switch of the config: names of the biases that it gives to linear layers}, of all that are off now."""
+    import accelerate
+    from transformers import AutoModelForCausalLM
+
+    config = model.network.config
+    have = {name for name, _ in model.network.named_parameters()}
+    layers = {slot.name for name in model.blocks for slot in find_layers(model.module(name), name)}
+    found = {}
+    for key, value in vars(config).items():
+        if value is not False or "bias" not in key:
+            continue
+        trial = copy.deepcopy(config)
+        setattr(trial, key, True)
+        with accelerate.init_empty_weights(), quiet_transformers():
+            network = AutoModelForCausalLM.from_config(trial)
+        new = [name for name, _ in network.named_parameters() if name not in have]
+        if new and all(name.endswith(".bias") and name.removesuffix(".bias") in layers for name in new):
+            found[key] = new
+    return found
+
+
+def mean_errors(
+    model: Model, dense: Model, windows_NL: Tensor, names: frozenset[str], track: Track = no_track
+) -> dict[str, Tensor]:
+    """{bias: E[(W_dense - W) x]} over the inputs x that a layer gets from pruned blocks before it whose biases are
+    corrected already."""
+    stream = Stream(model, windows_NL)
+    out: dict[str, Tensor] = {}
+    for index in track(range(len(model.blocks)), "biases", len(model.blocks)):
+        name = model.blocks[index]
+        with dense.block(index) as block:
+            weights = {slot.name: slot.view().clone() for slot in find_layers(block, name)}
+        with model.block(index) as block:
+            slots = {s.name: s for s in find_layers(block, name) if f"{s.name}.bias" in names}
+            sums: dict[str, Tensor] = {}
+
+            def see(layer: str, x_TI: Tensor, same: bool, sums: dict[str, Tensor] = sums) -> None:
+                sum_I = x_TI.sum(0, dtype=torch.float32)
+                sums[layer] = sums[layer] + sum_I if layer in sums else sum_I
+
+            with torch.no_grad(), Watch({key: Target(s, 0.0, Pattern()) for key, s in slots.items()}, see):
+                for batch in range(len(stream.hidden)):
+                    state = stream.hidden[batch]
+                    stream.calls.of(index, state).run(block, state)
+            for key, slot in slots.items():
+                mean_I = sums[key] / windows_NL.numel()
+                bias_O = ((weights[key].float() - slot.view().float()) @ mean_I).to(slot.view().dtype)
+                slot.module.bias = nn.Parameter(bias_O, requires_grad=False)
+                out[f"{key}.bias"] = bias_O
+            stream.advance(index, block)
+        for slot in slots.values():
+            slot.module.bias = None  # type: ignore[assignment]
+    return out
+
+
+def write_biased(source: Path, folder: Path, flags: Mapping[str, list[str]], values: Mapping[str, Tensor]) -> None:
+    """A copy of a model with new biases; its weights are links to the same files where the disk can link."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    checkpoint = Checkpoint(source)
+    names = {file: "model-weights.safetensors" if file == "model.safetensors" else file for file in checkpoint.files}
+    for path in (*companions(source), *(source / file for file in names), source / MASKS):
+        target = folder / names.get(path.name, path.name)
+        if path.suffix == ".safetensors":
+            try:
+                os.link(path, target)
+            except OSError:
+                shutil.copy2(path, target)
+        elif path.is_file():
+            shutil.copyfile(path, target)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= dict.fromkeys(flags, True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    new = {name: value.contiguous() for name, value in values.items()}
+    save_file(new, folder / "model-biases.safetensors", {"format": "pt"})
+    where = {name: names[file] for name, file in checkpoint.where.items()}
+    where |= dict.fromkeys(values, "model-biases.safetensors")
+    total = checkpoint.nbytes + sum(value.numel() * value.element_size() for value in values.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / LIST).write_text("\n".join(values) + "\n", encoding="utf-8")
+
+
+def add_biases(model: Model, dense: Model, windows_NL: Tensor, folder: Path, track: Track = no_track) -> None:
+    """Write the model with biases that make up for the mean output error into `folder` / pruned, and the dense one with
+    the same biases, all zero, into `folder` / dense. Raises InputError where the config cannot carry any."""
+    flags = bias_flags(model)
+    if not flags:
+        raise InputError(
+            f"healing method 'new-biases': no switch in the config of a {model.network.config.model_type} model gives"
+            " biases to its linear layers. Leave it out, or train norms."
+        )
+    names = frozenset(name for some in flags.values() for name in some)
+    values = mean_errors(model, dense, windows_NL, names, track)
+    assert model.checkpoint is not None
+    assert dense.checkpoint is not None
+    zeros = {name: torch.zeros_like(value) for name, value in values.items()}
+    write_biased(dense.checkpoint.directory, folder / "dense", flags, zeros)
+    write_biased(model.checkpoint.directory, folder / "pruned", flags, values)

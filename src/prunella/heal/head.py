@@ -1,0 +1,16 @@
+"""The output head."""
+
+from pydantic import PositiveFloat, PositiveInt
+
+from .parts import Change, LowRank, Part, trains
+
+
+@trains("head")
+def head(
+    part: Part, *, rank: PositiveInt = 16, alpha: PositiveFloat | None = None, rate: float = 5e-4
+) -> Change | None:
+    """Train a low-rank change of the head, W + c B A, merged densely: the head is not pruned.
+
+    Where head and embeddings are one tensor, both get the change, so that they still are one after merging.
+    """
+    return LowRank(part, rank, alpha) if "head" in part.kinds else None

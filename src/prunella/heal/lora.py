@@ -1,0 +1,72 @@
+"""LoRA, kept apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import PositiveFloat, PositiveInt
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import InputError
+from .parts import Change, Chosen, LowRank, Part, trains
+
+
+class Lora(LowRank):
+    """W + c B A: not sparse, so it is never merged."""
+
+    apart = True
+
+
+@trains("lora")
+def lora(
+    part: Part, *, rank: PositiveInt = 16, alpha: PositiveFloat | None = None, rate: float = 5e-4
+) -> Change | None:
+    """Train W + c B A of the pruned layers and keep it apart: the model stays as it is, the adapter is saved beside
+    it in PEFT's format.
+
+    Args:
+        rank: r, columns of B and rows of A.
+        alpha: c = alpha / r; None: c = 2.
+
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+    """
+    return Lora(part, rank, alpha) if part.mask is not None else None
+
+
+def save_adapter(folder: Path, apart: Sequence[Chosen], base: str) -> None:
+    """LoRA in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`. Raises InputError for experts,
+    which are no modules of their own."""
+    tensors: dict[str, Tensor] = {}
+    modules: list[str] = []
+    config: dict[str, Any] = {}
+    for item in apart:
+        owner, _, _ = item.part.name.rpartition(".")
+        change = item.change
+        assert isinstance(change, LowRank)
+        left, right = change.left.data, change.right.data
+        if left.ndim != 2:
+            raise InputError(f"'{item.part.name}' holds experts, which PEFT's format has no place for: use mask-lora.")
+        a_RI, b_OR = (left.T, right.T) if item.part.transposed else (right, left)
+        tensors[f"base_model.model.{owner}.lora_A.weight"] = a_RI.contiguous()
+        tensors[f"base_model.model.{owner}.lora_B.weight"] = b_OR.contiguous()
+        modules.append(owner)
+        rank = left.shape[1]
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "r": rank,
+            "lora_alpha": change.scale * rank,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": item.part.transposed,
+            "inference_mode": True,
+            "target_modules": modules,
+        }
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,75 @@
+"""The loss of a language model from its logits, beside a teacher's if there is one, in little memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROWS = 64  # tokens at a time: in float32 their logits stay in the cache
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_TV: Tensor, labels_T: Tensor, teacher_TV: Tensor | None, share: float, temperature: float
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        grad_TV = torch.empty_like(logits_TV) if wanted else None
+        keep_T = labels_T >= 0
+        count = keep_T.sum().clamp_min(1)
+        total = torch.zeros((), dtype=torch.float32, device=logits_TV.device)
+        for start in range(0, len(labels_T), ROWS):
+            here = slice(start, start + ROWS)
+            keep_R1 = keep_T[here, None]
+            label_R1 = labels_T[here, None].clamp_min(0)
+            logits_RV = logits_TV[here].float()
+            grad_RV: Tensor | None = None
+            if share < 1 or teacher_TV is None:
+                weight = 1.0 if teacher_TV is None else 1 - share
+                log_RV = logits_RV.log_softmax(1)
+                total -= weight * (log_RV.gather(1, label_R1) * keep_R1).sum()
+                if wanted:
+                    grad_RV = log_RV.exp_()
+                    grad_RV.scatter_add_(1, label_R1, torch.full_like(label_R1, -1, dtype=torch.float32))
+                    grad_RV *= weight
+            if teacher_TV is not None:
+                log_RV = (logits_RV / temperature).log_softmax(1)
+                wanted_RV = (teacher_TV[here].float() / temperature).log_softmax(1)
+                p_RV = wanted_RV.exp()
+                total += share * temperature**2 * ((p_RV * wanted_RV.sub_(log_RV)).sum(1, keepdim=True) * keep_R1).sum()
+                if wanted:
+                    pull_RV = log_RV.exp_().sub_(p_RV).mul_(share * temperature)
+                    grad_RV = pull_RV if grad_RV is None else grad_RV.add_(pull_RV)
+            if grad_TV is not None and grad_RV is not None:
+                grad_TV[here] = grad_RV.mul_(keep_R1 / count)
+        ctx.save_for_backward(grad_TV)
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad_TV,) = ctx.saved_tensors
+        return grad_TV * grads[0].to(grad_TV.dtype), None, None, None, None
+
+
+def next_token_loss(
+    logits_BLV: Tensor,
+    ids_BL: Tensor,
+    teacher_BLV: Tensor | None = None,
+    *,
+    share: float = 1.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """(1 - share) * cross entropy + share * tau^2 KL(teacher^(1/tau) || model^(1/tau)), mean over predicted tokens.
+
+    Without a teacher: the cross entropy. In float32, a few tokens at a time; beside the logits there is only
+    their gradient, in their own dtype.
+    """
+    labels_BL = torch.full_like(ids_BL, -1)
+    labels_BL[:, :-1] = ids_BL[:, 1:]
+    teacher_TV = None if teacher_BLV is None else teacher_BLV.flatten(0, 1)
+    loss: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
+        logits_BLV.flatten(0, 1), labels_BL.flatten(), teacher_TV, share, temperature
+    )
+    return loss

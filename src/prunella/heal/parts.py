@@ -1,0 +1,301 @@
+"""What can train, and what training makes of it: the nouns of healing and the registry of its methods.
+
+Third parties register their own: `@trains("mine")` in a file of theirs, then `--train path/to/mine.py:mine`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..errors import InputError, NumericalError
+from ..load import Model
+from ..registry import Method, checked, lookup
+from ..stream import find_layers
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of the network.
+
+    name:       of the parameter, such as `model.layers.0.self_attn.q_proj.weight`
+    kinds:      of linear, norm, bias, head, embedding, other; a head that is tied is an embedding too
+    value:      what it is now, in the model's dtype
+    mask:       True where a weight is kept; None where nothing was pruned. Of the shape of `value`
+    transposed: a linear layer's weight that is stored as (I, O)
+    new:        a bias that was added to be trained
+    places:     the modules that hold it, with its name in each; none for a tensor that no module holds
+    """
+
+    name: str
+    kinds: frozenset[str]
+    value: Tensor
+    mask: Tensor | None = None
+    transposed: bool = False
+    new: bool = False
+    places: tuple[tuple[nn.Module, str], ...] = ()
+
+
+class Change(nn.Module):
+    """A tensor as a function of what it was and of float32 parameters that train: `forward(base) -> tensor`.
+
+    It equals `base` before the first step, and has `base`'s dtype and shape. `apart` says that it is saved
+    beside the model and not merged into it.
+
+    The tensor is made once a step, not once a micro-batch, while `keep` is set (whoever sets it calls `forget`
+    after each step); its graph never lives: backward makes it again, so that nothing as large as the tensor
+    is saved.
+    """
+
+    apart = False
+    keep = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: tuple[bool, Tensor] | None = None
+
+    def make(self, base: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """The parameters have changed."""
+        self._made = None
+
+    def forward(self, base: Tensor) -> Tensor:
+        result: Tensor = _Once.apply(self, base, *self.parameters())  # type: ignore[no-untyped-call]
+        return result
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, change: Change, base: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.change, ctx.training = change, change.training
+        ctx.save_for_backward(base)
+        if change._made is not None and change._made[0] == change.training:
+            return change._made[1].detach()
+        made = change.make(base.detach())
+        if change.keep:
+            change._made = (change.training, made)
+        return made.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (base,) = ctx.saved_tensors
+        change: Change = ctx.change
+        with torch.enable_grad():
+            made = change.make(base.detach())
+            pulled = torch.autograd.grad(made, list(change.parameters()), grads[0])
+        return None, None, *pulled
+
+
+class Master(Change):
+    """The tensor itself, kept in float32, so that small steps are not lost to rounding: W = round(master * M)."""
+
+    mask: Tensor | None
+
+    def __init__(self, part: Part):
+        super().__init__()
+        self.master = nn.Parameter(part.value.detach().float().clone())
+        self.register_buffer("mask", part.mask, persistent=False)
+
+    def make(self, base: Tensor) -> Tensor:
+        return (self.master if self.mask is None else self.master * self.mask).to(base.dtype)
+
+
+class LowRank(Change):
+    """W + c B A with A (r, I) drawn uniformly from +-1/sqrt(I) and B (O, r) zero; c = alpha / r.
+
+    A mixture's experts (E, O, I) have a pair each. Of a weight that is stored as (I, O) the roles are swapped.
+    """
+
+    mask: Tensor
+
+    def __init__(self, part: Part, rank: int, alpha: float | None):
+        super().__init__()
+        *experts, rows, columns = part.value.shape
+        rank = min(rank, rows, columns)
+        device = part.value.device
+        bound = (rows if part.transposed else columns) ** -0.5
+        left = torch.zeros(*experts, rows, rank, device=device)
+        right = torch.zeros(*experts, rank, columns, device=device)
+        drawn = left if part.transposed else right
+        drawn.uniform_(-bound, bound)
+        self.left, self.right = nn.Parameter(left), nn.Parameter(right)
+        self.scale = (2 * rank if alpha is None else alpha) / rank
+        self.transposed = part.transposed
+        self.register_buffer("mask", part.mask, persistent=False)
+
+    def delta(self) -> Tensor:
+        return self.scale * (self.left @ self.right)
+
+    def make(self, base: Tensor) -> Tensor:
+        return (base.float() + self.delta()).to(base.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The registry
+
+groups: dict[str, Method] = {}
+
+
+def trains(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register `function(part, *, rate, options) -> Change | None`, called for every tensor of the network: what
+    training makes of it, or None where the method leaves it alone. `rate` is the learning rate."""
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        first = next(iter(inspect.signature(function).parameters))
+        if typing.get_type_hints(function).get(first) is not Part:
+            raise TypeError(f"the first argument of healing method '{name}' must be annotated as Part")
+        method = Method(name, frozenset(), function, per_layer=False)
+        if "rate" not in method.options:
+            raise TypeError(f"healing method '{name}' has no option `rate`, its learning rate")
+        groups[name] = method
+        return function
+
+    return add
+
+
+@dataclass(frozen=True)
+class Group:
+    """A healing method ready to use, with its options."""
+
+    name: str
+    change: Callable[[Part], Change | None]
+    rate: float
+
+
+def make_group(name: str, options: Mapping[str, Any] | None = None) -> Group:
+    """Raises InputError for an unknown name, an unknown option or a wrong value."""
+    method = lookup("healing method", groups, name)
+    chosen = checked("healing method", method, options or {})
+    rate = chosen.get("rate", method.options["rate"].default)
+    if not 0 < rate < 1:
+        raise InputError(f"{method.name}.rate={rate:g}: a learning rate lies between 0 and 1, such as 1e-4.")
+    return Group(method.name, lambda part: method.function(part, **chosen), rate)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Parts of a network
+
+
+def kind_of(name: str, tensors: Mapping[str, Tensor]) -> str:
+    """What a tensor outside the linear layers is: a gain or shift of a norm is a vector called weight, or the bias
+    beside one."""
+    owner, _, key = name.rpartition(".")
+    weight = tensors.get(f"{owner}.weight")
+    if key == "weight" and tensors[name].ndim == 1:
+        return "norm"
+    if key.endswith("bias"):
+        return "norm bias" if weight is not None and weight.ndim == 1 else "bias"
+    return "other"
+
+
+def kinds_of(name: str, tensors: Mapping[str, Tensor]) -> frozenset[str]:
+    """As `kind_of`; a norm's bias is both."""
+    return frozenset(kind_of(name, tensors).split())
+
+
+def parts_of(model: Model, masks: Mapping[str, Tensor], new: Iterable[str] = ()) -> list[Part]:
+    """All parameters of a network whose weights are loaded. `masks` are by layer, (O, I); `new` names biases that
+    were added."""
+    network = model.network
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in network.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            places.setdefault(id(parameter), []).append((module, key))
+    found: dict[int, tuple[Tensor | None, bool]] = {}
+    for block in model.blocks:
+        for slot in find_layers(model.module(block), block):
+            parameter = getattr(slot.module, slot.parameter)
+            mask = masks.get(slot.name)
+            if mask is not None and slot.transposed:
+                mask = mask.T
+            if slot.expert is not None:
+                whole = found.get(id(parameter), (None, False))[0]
+                if mask is not None:
+                    whole = torch.ones(parameter.shape, dtype=torch.bool) if whole is None else whole
+                    whole[slot.expert] = mask
+                mask = whole
+            found[id(parameter)] = (mask, slot.transposed)
+    head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
+    tensors = dict(network.named_parameters())
+    parts = []
+    for name, parameter in tensors.items():
+        mask, transposed = found.get(id(parameter), (None, False))
+        kinds = {"linear"} if id(parameter) in found else set(kinds_of(name, tensors))
+        if head is not None and parameter is head.weight:
+            kinds = {"head"}
+        if any(isinstance(module, nn.Embedding) for module, _ in places[id(parameter)]) or (
+            embedding is not None and parameter is embedding.weight
+        ):
+            kinds = (kinds - {"other"}) | {"embedding"}
+        mask = None if mask is None else mask.to(parameter.device)
+        here = tuple(places[id(parameter)])
+        parts.append(Part(name, frozenset(kinds), parameter.data, mask, transposed, name in set(new), here))
+    return parts
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A part, the change that trains it, and the group that the change comes from."""
+
+    part: Part
+    change: Change
+    group: Group
+
+
+def choose(parts: Iterable[Part], wanted: Sequence[Group]) -> list[Chosen]:
+    """What trains: for each part the change of the first group that wants it. Raises InputError for a group that
+    finds nothing to train."""
+    out, idle = [], {group.name for group in wanted}
+    for part in parts:
+        for group in wanted:
+            change = group.change(part)
+            if change is not None:
+                out.append(Chosen(part, change, group))
+                idle.discard(group.name)
+                break
+    for name in sorted(idle):
+        raise InputError(
+            f"healing method '{name}' finds nothing to train: the model has no such tensors, or another method that"
+            " comes before it trains them all."
+        )
+    return out
+
+
+def attach(chosen: Iterable[Chosen]) -> None:
+    """Let the modules use the changed tensors."""
+    for item in chosen:
+        for module, key in item.part.places:
+            getattr(module, key).requires_grad_(False)
+            parametrize.register_parametrization(module, key, item.change)
+
+
+def detach(chosen: Iterable[Chosen], *, merge: bool = True) -> dict[str, Tensor]:
+    """Take the changes out of the modules again and, with `merge`, write what they make into the parameters;
+    {parameter: its value}. Raises NumericalError for a value that is not finite."""
+    values = {}
+    for item in chosen:
+        change = item.change.eval()
+        change.forget()
+        first, key = item.part.places[0]
+        original = first.parametrizations[key].original  # type: ignore[index, union-attr]
+        if merge and not change.apart:
+            with torch.no_grad():
+                value = change(original)
+            if not torch.isfinite(value).all():
+                raise NumericalError(f"'{item.part.name}' got NaN or infinite values while it was healed.")
+            values[item.part.name] = value
+        for module, name in item.part.places:
+            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+            module._parameters[name] = original  # tied again
+        if item.part.name in values:
+            original.data.copy_(values[item.part.name])
+    return values

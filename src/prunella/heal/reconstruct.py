@@ -1,0 +1,239 @@
+"""Reconstruction: block by block, to what the dense block makes of the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
+
+from ..errors import InputError, NumericalError
+from ..load import Model
+from ..registry import Step, register
+from ..steps.wanda import wanda
+from ..types import Block, Pattern
+from .parts import Chosen, Group, Part, choose, kinds_of, make_group
+
+
+@register("reconstruct", needs={"norm", "targets"})
+def reconstruct(
+    block: Block,
+    *,
+    train: tuple[str, ...] = ("all",),
+    part: Literal["block", "sub-block"] = "block",
+    epochs: PositiveInt = 1,
+    rate: PositiveFloat | None = None,
+    warmup: float = 0.1,
+) -> Block:
+    """Train what is left of a block until its outputs are near the dense block's, the mask held.
+
+    AdamW on one window a step, learning rate rising over the first `warmup` of the steps and falling linearly to 0,
+
+        L = ||Y - Y_dense||^2 / ||Y_dense||^2
+
+    Y_dense is what the dense block makes of the inputs that the pruned blocks before it give.
+
+    Args:
+        train: healing methods (`prunella methods`): what trains.
+        part: whole blocks; or their parts one after the other (attention, MLP), each to its own dense output, which
+            leaves tensors outside them (norms) as they are.
+        epochs: passes over the calibration windows.
+        rate: learning rate of everything that trains; None: each method's own.
+        warmup: share of the steps.
+
+    The whole model is never in the optimizer. Layers without a mask get Wanda's first.
+
+    Zimmer et al., "PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs", 2023; sub-blocks: "A Free Lunch
+    in LLM Compression", 2025.
+    """
+    groups = [make_group(name, {} if rate is None else {"rate": rate}) for name in train]
+    layers = (wanda(la) if la.sparsity > 0 and la.mask_OI is None else la for la in block.layers)
+    block = replace(block, layers=tuple(layers))
+    return fit(block, groups, part=part, epochs=epochs, warmup=warmup)[0]
+
+
+def fit(
+    block: Block, groups: Sequence[Group], *, part: str, epochs: int, warmup: float, new: frozenset[str] = frozenset()
+) -> tuple[Block, list[float], int]:
+    """The block with what `groups` train fitted, the loss of each step, and how many parameters trained."""
+    if block.run is None or block.targets is None:
+        raise InputError("step 'reconstruct' runs whole blocks: use --order block.")
+    active = [layer for layer in block.layers if layer.sparsity > 0]
+    if not active:
+        return block, [], 0
+    layers = [Part(la.name, frozenset({"linear"}), la.weight_OI.contiguous(), la.mask_OI) for la in active]
+    others = [Part(name, kinds_of(name, block.others), value, new=name in new) for name, value in block.others.items()]
+    now = {item.name: item.value for item in (*layers, *others)}
+    losses: list[float] = []
+    trained = 0
+    if part == "block":
+        chosen = choose([*layers, *others], groups)
+        trained = _size(chosen)
+        now |= _train(block.run, now, chosen, block.targets, range(block.windows), epochs, warmup, None, losses)
+    else:
+        for at in sub_blocks(block):
+            prefix = f"{block.name}.{at}"
+            inside = [item for item in (*layers, *others) if _within(item.name, prefix)]
+            outside = {name: value for name, value in now.items() if not _within(name, prefix)}
+
+            def dense(n: int, at: str = at, outside: Mapping[str, Tensor] = outside) -> Tensor:
+                assert block.run is not None
+                with torch.no_grad():
+                    return block.run(outside, n, at=at)
+
+            chosen = choose(inside, groups)
+            trained += _size(chosen)
+            now |= _train(block.run, now, chosen, dense, range(block.windows), epochs, warmup, at, losses)
+    done = {}
+    for layer in active:
+        assert layer.mask_OI is not None
+        done[layer.name] = layer.pruned(now[layer.name], layer.mask_OI)
+    return (
+        replace(
+            block,
+            layers=tuple(done.get(la.name, la) for la in block.layers),
+            others={name: now[name] for name in block.others},
+        ),
+        losses,
+        trained,
+    )
+
+
+def _size(chosen: Sequence[Chosen]) -> int:
+    return sum(parameter.numel() for item in chosen for parameter in item.change.parameters())
+
+
+def sub_blocks(block: Block) -> list[str]:
+    """The block's modules that hold its layers, in the order in which they are called: `self_attn`, `mlp`."""
+    inner = [layer.name.removeprefix(block.name + ".").partition(".") for layer in block.layers]
+    return list(dict.fromkeys(head for head, _, _ in inner))
+
+
+def _within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def _train(
+    run: Callable[..., Tensor],
+    now: Mapping[str, Tensor],
+    chosen: Sequence[Chosen],
+    target: Callable[[int], Tensor],
+    windows: range,
+    epochs: int,
+    warmup: float,
+    at: str | None,
+    losses: list[float],
+) -> dict[str, Tensor]:
+    """{name: value} of what trained."""
+    for item in chosen:
+        if item.change.apart:
+            raise InputError(
+                f"'{item.group.name}' is kept apart from the model: reconstruct with lora-prune or mask-lora."
+            )
+    with torch.enable_grad():
+        settings = [{"params": list(item.change.parameters()), "lr": item.group.rate} for item in chosen]
+        optimizer = torch.optim.AdamW(settings, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        steps = epochs * len(windows)
+        rise = max(1, round(warmup * steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+        )
+        for step in range(steps):
+            n = windows[step % len(windows)]
+            goal = target(n).float()
+            changed = {item.part.name: item.change(item.part.value) for item in chosen}
+            out = run({**now, **changed}, n, **({} if at is None else {"at": at}))
+            loss = (out.float() - goal).square().mean() / goal.square().mean().clamp_min(1e-12)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            if not torch.isfinite(loss):
+                raise NumericalError(
+                    f"reconstruction of '{chosen[0].part.name}' diverged: its loss is {loss.item()}. Use a lower"
+                    " learning rate (--rate)."
+                )
+    with torch.no_grad():
+        return {item.part.name: item.change.eval()(item.part.value) for item in chosen}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A pruned model beside its dense one
+
+
+def restore(values: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Step:
+    """A step that puts the pruned model's weights, masks and other tensors in the place of the dense block's."""
+
+    def apply(block: Block) -> Block:
+        layers = []
+        for layer in block.layers:
+            mask_OI = masks[layer.name].to(layer.weight_OI.device)
+            layers.append(layer.pruned(values[layer.name], mask_OI))
+        return replace(block, layers=tuple(layers), others={name: values[name] for name in block.others})
+
+    return Step("restore", frozenset(), apply, per_layer=False, prunes=True, options={})
+
+
+def reconstruct_blocks(
+    model: Model,
+    dense: Model,
+    masks: Mapping[str, Tensor],
+    windows_NL: Tensor,
+    recipe: Any,
+    out: Any,
+    track: Any,
+    new: frozenset[str] = frozenset(),
+) -> dict[str, Any]:
+    """Stream the windows through the pruned model, fitting each block to the dense one; blocks that an interrupted
+    run left on disk are only passed through. What happened, for the report."""
+    from ..stream import Stream, Target, find_layers
+
+    assert dense.checkpoint is not None
+    strange = sorted(set(model.plan()) - set(dense.checkpoint.where))
+    if strange:
+        raise InputError(f"'{dense.name}' is not the dense model of this one: it has no tensor '{strange[0]}'.")
+    settings = recipe.heal
+    groups = settings.make_groups()
+    stream = Stream(model, windows_NL, order="block")
+    done = out.checkpoint if out.finished else None
+    losses: dict[str, list[float]] = out.notes.get("losses", {})
+    trained = 0
+    total = sum(parameter.numel() for parameter in model.network.parameters())
+    last = len(model.blocks) - 1
+    for index in track(range(last + 1), "healing", last + 1):
+        name = model.blocks[index]
+        slots = find_layers(model.module(name), name)
+        if index < len(out.finished):
+            with model.block(index, done) as block:
+                stream.advance(index, block)
+            continue
+        torch.manual_seed(recipe.seed + index)
+        with model.block(index) as block:
+            values = {f"{name}.{key}": parameter.data.clone() for key, parameter in block.named_parameters()}
+            values |= {slot.name: slot.view().clone() for slot in slots}
+        kept = {slot.name: masks.get(slot.name) for slot in slots}
+        targets = [
+            Target(slot, 0.0 if mask is None else 1 - mask.count_nonzero().item() / mask.numel(), Pattern())
+            for slot, mask in zip(slots, kept.values(), strict=True)
+        ]
+        seen: list[float] = []
+        count = 0
+
+        def apply(block: Block) -> Block:
+            nonlocal seen, count
+            fitted, seen, count = fit(
+                block, groups, part=settings.part, epochs=settings.epochs, warmup=settings.warmup, new=new
+            )
+            return fitted
+
+        step = Step("reconstruct", frozenset({"targets"}), apply, per_layer=False, prunes=True, options={})
+        with model.block(index, dense.checkpoint):
+            out.write(stream.prune(index, targets, [restore(values, masks), step], min_tokens=0, last=index == last))
+        losses[name] = seen
+        trained += count
+        out.note("losses", losses)
+    return {"trained": trained / total, "tokens": windows_NL.numel() * settings.epochs, "losses": losses}

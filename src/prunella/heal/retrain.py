@@ -1,0 +1,317 @@
+"""Retraining: the language-model loss on the whole model, by transformers' Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..errors import InputError, NumericalError
+from ..load import Model, quiet_transformers
+from ..stream import Track, no_track, through
+from .loss import next_token_loss
+from .parts import Chosen
+
+WEIGHTS = "model.safetensors"
+_RECOMPUTE = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"  # newer, older name
+Watcher = Callable[[int, int, float | None], None]  # steps done, steps in all, the loss of the last
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to retrain; the fields are those of the recipe's `heal` section."""
+
+    steps: int
+    batch: int
+    micro: int
+    warmup: float
+    clip: float
+    betas: tuple[float, float]
+    share: float
+    temperature: float
+    evaluations: int
+    patience: int
+    checkpointing: bool
+    seed: int
+
+
+class Teacher(Protocol):
+    """The dense model's logits for some of the training windows."""
+
+    def __call__(self, index_B: Tensor, ids_BL: Tensor) -> Tensor: ...
+
+
+@contextlib.contextmanager
+def teacher_in_memory(model: Model) -> Iterator[Teacher]:
+    """The whole dense model stays in memory and runs beside the one that is trained."""
+    with model.whole() as network:
+
+        def logits(index_B: Tensor, ids_BL: Tensor) -> Tensor:
+            with torch.no_grad():
+                out: Tensor = network(input_ids=ids_BL, use_cache=False).logits
+            return out
+
+        yield logits
+
+
+@contextlib.contextmanager
+def teacher_streamed(model: Model, windows_NL: Tensor, track: Track = no_track) -> Iterator[Teacher]:
+    """The dense model is streamed once, block by block, over all windows; what stays is its last hidden states (in
+    memory, or on disk where they do not fit) and its head."""
+    stream = through(model, windows_NL, track=track, what="teacher")
+    size = len(stream.batches[0])
+    with model.outside():
+
+        def logits(index_B: Tensor, ids_BL: Tensor) -> Tensor:
+            rows = [stream.hidden[n // size][n % size] for n in index_B.tolist()]
+            return stream.calls.logits(ids_BL, torch.stack(rows))
+
+        yield logits
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a retraining did: the loss of every step, and of the held-out windows {step: loss}."""
+
+    losses: tuple[float, ...]
+    held_out: dict[int, float]
+    best_step: int
+    steps: int
+
+
+def retrain(
+    model: Model,
+    chosen: Sequence[Chosen],
+    windows_NL: Tensor,
+    held_out_NL: Tensor | None,
+    plan: Plan,
+    folder: Path,
+    *,
+    teacher: Teacher | None = None,
+    resume: bool = False,
+    watch: Watcher | None = None,
+) -> Outcome:
+    """Train the attached changes of a model whose weights are loaded.
+
+    Args:
+        windows_NL: what to train on, in this order; taken again from the start where more is asked for.
+        held_out_NL: what to find the best checkpoint on.
+        folder: for checkpoints.
+        resume: continue from the last of them, if there is one.
+    Raises:
+        NumericalError: the loss is not finite; the checkpoints stay.
+    """
+    network = model.network
+    bf16 = model.dtype == torch.float32 and _fast_bfloat16(model.device)
+    processes = world(model.device).num_processes
+    micro = min(plan.micro, -(-plan.batch // processes))
+    if plan.batch % (micro * processes):
+        raise InputError(
+            f"a step of {plan.batch} windows cannot be shared by {processes} processes, {micro} windows at a time each:"
+            " choose a multiple (--set heal.batch=…, --set heal.micro=…)."
+        )
+    every = max(1, math.ceil(plan.steps / plan.evaluations)) if held_out_NL is not None else max(1, plan.steps // 4)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=plan.micro,
+        gradient_accumulation_steps=plan.batch // (micro * processes),
+        max_steps=plan.steps,
+        learning_rate=max(item.group.rate for item in chosen),
+        lr_scheduler_type="linear",
+        warmup_steps=math.ceil(plan.warmup * plan.steps),
+        weight_decay=0.0,
+        max_grad_norm=plan.clip,
+        bf16=bf16,
+        **({f"{_RECOMPUTE}_checkpointing": True} if plan.checkpointing else {}),
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="no" if held_out_NL is None else "steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=held_out_NL is not None,
+        metric_for_best_model="eval_loss" if held_out_NL is not None else None,
+        greater_is_better=False,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        train_sampling_strategy="sequential",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=model.device.type == "cpu",
+        seed=plan.seed,
+        dataloader_pin_memory=model.device.type == "cuda",
+        ddp_find_unused_parameters=False,
+        log_level="error",
+    )
+    callbacks: list[TrainerCallback] = [_Watch(watch)]
+    if held_out_NL is not None:
+        callbacks.append(EarlyStoppingCallback(plan.patience))
+    changes = list(dict.fromkeys(item.change for item in chosen))
+    for change in changes:
+        change.keep = not plan.checkpointing
+    cache = network.config.use_cache
+    with quiet_transformers():
+        trainer = _Healer(chosen, plan, teacher, network, arguments, windows_NL, held_out_NL, callbacks)
+        checkpoint = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            network.config.use_cache = cache
+            network.eval()
+            if plan.checkpointing:
+                getattr(network, f"{_RECOMPUTE}_checkpointing_disable")()
+            for change in changes:
+                change.keep = False
+                change.forget()
+    history = trainer.state.log_history
+    held_out = {int(row["step"]): float(row["eval_loss"]) for row in history if "eval_loss" in row}
+    losses = tuple(float(row["loss"]) for row in history if "loss" in row)
+    steps = trainer.state.global_step
+    return Outcome(losses, held_out, trainer.state.best_global_step or steps, steps)
+
+
+class _Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """`count` windows, from the start again where there are fewer."""
+
+    def __init__(self, windows_NL: Tensor, count: int):
+        self.windows_NL, self.count = windows_NL, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, n: int) -> dict[str, Tensor]:
+        n %= len(self.windows_NL)
+        ids_L = self.windows_NL[n]
+        return {"input_ids": ids_L, "labels": ids_L, "index": torch.tensor(n)}
+
+
+class _Healer(Trainer):  # type: ignore[misc]
+    """A Trainer whose checkpoints hold what trains and nothing else."""
+
+    optimizer: Any
+
+    def __init__(
+        self,
+        chosen: Sequence[Chosen],
+        plan: Plan,
+        teacher: Teacher | None,
+        network: nn.Module,
+        arguments: TrainingArguments,
+        windows_NL: Tensor,
+        held_out_NL: Tensor | None,
+        callbacks: list[TrainerCallback],
+    ):
+        self.chosen, self.plan, self.teacher = chosen, plan, teacher
+        super().__init__(
+            model=network,
+            args=arguments,
+            train_dataset=_Windows(windows_NL, plan.steps * plan.batch),
+            eval_dataset=None if held_out_NL is None else _Windows(held_out_NL, len(held_out_NL)),
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = False  # our loss is a mean over a micro-batch; all are of one size
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            named: dict[str, dict[str, Any]] = {}
+            for item in self.chosen:
+                group = named.setdefault(item.group.name, {"params": [], "lr": item.group.rate})
+                group["params"] += list(item.change.parameters())
+            optimizer = torch.optim.AdamW(list(named.values()), betas=self.plan.betas, weight_decay=0.0, fused=True)
+            optimizer.register_step_post_hook(lambda *_: self._forget())
+            self.optimizer = optimizer
+        return self.optimizer  # type: ignore[no-any-return]
+
+    def _forget(self) -> None:
+        """What trains has changed."""
+        for item in self.chosen:
+            item.change.forget()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        ids_BL = inputs["input_ids"]
+        logits_BLV = model(input_ids=ids_BL, use_cache=False).logits
+        teacher_BLV = None
+        if self.teacher is not None and not return_outputs:  # held-out text is scored as text
+            teacher_BLV = self.teacher(inputs["index"], ids_BL)
+        loss = next_token_loss(
+            logits_BLV, ids_BL, teacher_BLV, share=self.plan.share, temperature=self.plan.temperature
+        )
+        if not return_outputs and not torch.isfinite(loss):
+            best = self.state.best_model_checkpoint
+            kept = f" The best checkpoint is kept in '{best}'." if best else ""
+            raise NumericalError(
+                f"healing diverged: the loss of step {self.state.global_step + 1} is {loss.item()}. Use a lower"
+                f" learning rate (--rate).{kept}"
+            )
+        return (loss, {}) if return_outputs else loss
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {
+            f"{item.part.name}.{key}": parameter.data
+            for item in self.chosen
+            for key, parameter in item.change.named_parameters()
+        }
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in self._trained().items()}, folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        stored = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        for name, tensor in self._trained().items():
+            tensor.copy_(stored[name])
+        self._forget()
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, watch: Watcher | None):
+        self.watch = watch
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.watch is not None and state.is_world_process_zero and logs and "loss" in logs:
+            self.watch(state.global_step, state.max_steps, logs["loss"])
+
+
+def world(device: torch.device) -> Any:
+    """The processes that train together, as accelerate sees them."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=device.type == "cpu")
+
+
+def _fast_bfloat16(device: torch.device) -> bool:
+    """Does bfloat16 pay on this processor?"""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    return bool(torch.cpu._is_avx512_bf16_supported())

@@ -1,0 +1,74 @@
+"""Prune and heal, once or in rounds: iterative magnitude pruning is `magnitude` and `all`, in several."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..load import find_directory
+from ..prune import prune
+from ..recipe import Recipe
+from ..report import Report
+from .run import heal
+
+
+def schedule(target: float, rounds: int) -> list[float]:
+    """The sparsity after each round, s_k = s (1 - (1 - k/K)^3): large steps first, the last one ends at `target`.
+
+    Zhu & Gupta, "To prune, or not to prune", 2017.
+    """
+    return [target * (1 - (1 - k / rounds) ** 3) for k in range(1, rounds)] + [target]
+
+
+def prune_and_heal(model: str, recipe: Recipe, path: Path, *, resume: bool, **options: Any) -> Report:
+    """Prune to the sparsity of each round and heal, in directories beside the output that go in the end. A run that
+    was interrupted continues in the round where it stopped."""
+    rounds = recipe.heal.rounds
+    if rounds > 1 and recipe.shape.sparsity is not None:
+        raise InputError(f"pattern {recipe.pattern} has one sparsity, which leaves nothing to do in {rounds} rounds.")
+    if recipe.packing is not None:
+        raise InputError("healing writes dense checkpoints: leave --format packed out, then prunella pack the result.")
+    aside = path.with_name(path.name + ".rounds")
+    if aside.exists() and not resume:
+        raise InputError(f"'{aside}' holds an unfinished run: continue it with --resume, or delete that directory.")
+    shares = {
+        glob: schedule(share, rounds) for glob, share in {"*": recipe.default_sparsity, **recipe.sparsity}.items()
+    }
+    dense = recipe.heal.dense or model
+    source, report = model, None
+    for k in range(rounds):
+        pruned, healed = aside / f"{k + 1}-pruned", path if k == rounds - 1 else aside / f"{k + 1}-healed"
+        sparsity = {glob: steps[k] for glob, steps in shares.items()}
+        plain = recipe.model_copy(
+            update={
+                "sparsity": {} if recipe.shape.sparsity is not None else sparsity,
+                "heal": recipe.heal.model_copy(update={"train": ()}),
+            }
+        )
+        if not pruned.exists():
+            prune(source, plain, output=pruned, resume=resume and _partial(pruned), **_without(options, "watch"))
+        part = recipe.heal.model_copy(
+            update={"dense": str(find_directory(dense)), "tokens": recipe.heal.tokens // rounds}
+        )
+        if not healed.exists() or healed == path:
+            report = heal(
+                pruned,
+                recipe.model_copy(update={"heal": part}),
+                output=healed,
+                resume=resume and _partial(healed),
+                **options,
+            )
+        source = str(healed)
+    shutil.rmtree(aside, ignore_errors=True)
+    assert report is not None
+    return report
+
+
+def _partial(path: Path) -> bool:
+    return path.with_name(path.name + ".partial").exists()
+
+
+def _without(options: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != key}

@@ -1,0 +1,388 @@
+"""A pruned directory -> what trains -> a healed directory, exactly as sparse."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibrate import check_windows, up_to, windows
+from ..errors import InputError, ModelError, NumericalError, PrunellaError
+from ..load import Model, load_model, pick_device, wrap_model
+from ..pattern import pack
+from ..prune import context, held_out_windows, measure, same_text
+from ..recipe import Healing, Recipe
+from ..report import Report, peak_memory
+from ..save import MASKS, REPORT, Output, check_output, identity, read_masks
+from ..stream import BlockResult, LayerResult, Slot, Track, find_layers, no_track
+from .biases import LIST, add_biases
+from .lora import save_adapter
+from .parts import attach, choose, detach, parts_of
+from .reconstruct import reconstruct_blocks
+from .retrain import Plan, Watcher, retrain, teacher_in_memory, teacher_streamed, world
+
+DEFAULT: tuple[dict[str, dict[str, Any]], ...] = (
+    {"mask-lora": {}},
+    {"norms": {}},
+)  # what `prunella heal` trains if nobody says what
+DENSE = 0.001  # fewer zeros than this do not make a layer a pruned one
+
+
+def heal(
+    directory: str | Path,
+    recipe: Recipe | Mapping[str, Any] | None = None,
+    *,
+    output: str | Path,
+    resume: bool = False,
+    track: Track = no_track,
+    watch: Watcher | None = None,
+    remote_code: bool = False,
+    pickles: bool = False,
+) -> Report:
+    """Retrain a pruned model, the mask held.
+
+    Args:
+        directory: a model that Prunella pruned (the masks saved with it hold), or any other model with zeros (they
+            are the mask).
+        recipe: its `heal` section says what trains and how; `evaluate`, `seed` and `device` count too, the rest does
+            not.
+        output: directory for the result, exactly as sparse; it appears when it is whole. With `lora`, which is kept
+            apart, its subdirectory `adapter` has PEFT's format.
+        resume: continue the run that was interrupted while it wrote `output`.
+        track: wraps loops over blocks, `track(range, what, total)`, to show progress.
+        watch: called after each step, `watch(step, steps, loss)`.
+        remote_code, pickles: trust code that comes with the model, weights that are pickles.
+
+    Returns:
+        The report of the pruning with a section on the healing, as it stands in prunella.json.
+
+    Raises:
+        PrunellaError: anything about the input that the user can mend; a loss that is not finite.
+
+    >>> import prunella
+    >>> report = prunella.heal("pruned", {"heal": {"train": ["mask-lora", "norms"]}}, output="healed")  # doctest: +SKIP
+    """
+    if recipe is None or not isinstance(recipe, Recipe):
+        recipe = Recipe.of(recipe or {})
+    if not recipe.heal.train:
+        recipe = recipe.model_copy(update={"heal": recipe.heal.model_copy(update={"train": DEFAULT})})
+    path = Path(output)
+    check_output(path)
+    if not Path(directory).is_dir():
+        raise ModelError(f"'{directory}' is not a directory: prune a model first, prunella prune MODEL -o {directory}.")
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng())
+        run = _Run(Path(directory), recipe, path, resume, track, watch, remote_code, pickles)
+        return run.all()
+
+
+@dataclass
+class _Run:
+    directory: Path
+    recipe: Recipe
+    path: Path
+    resume: bool
+    track: Track
+    watch: Watcher | None
+    remote_code: bool
+    pickles: bool
+
+    @property
+    def settings(self) -> Healing:
+        return self.recipe.heal
+
+    def all(self) -> Report:
+        started, cpu = time.perf_counter(), time.process_time()
+        said = Report.read(self.directory) if (self.directory / REPORT).is_file() else None
+        source = self.directory
+        team = world(pick_device(self.recipe.device))
+        main: bool = team.is_main_process
+        if self.settings.way == "reconstruct" and team.num_processes > 1:
+            raise InputError("reconstruction runs in one process: start it without accelerate launch or torchrun.")
+        names = [name for item in self.settings.train for name in item]
+        aside = self.path.with_name(self.path.name + ".biased")
+        dense = None
+        if self.settings.way == "reconstruct" or self.settings.distill or "new-biases" in names:
+            dense = self._dense(said)
+        new: list[str] = []
+        if "new-biases" in names:
+            assert dense is not None
+            finished = aside / "pruned" / LIST
+            if main and not (self.resume and finished.is_file()):
+                pruned = self._open(source)
+                add_biases(pruned, dense, self._calibration(pruned), aside, self.track)
+            team.wait_for_everyone()
+            new = finished.read_text(encoding="utf-8").split()
+            source = aside / "pruned"
+            if self.settings.way == "reconstruct":
+                dense = self._open(aside / "dense")
+        model = self._open(source)
+        masks = masks_of(model, self.directory)
+        slots = [slot for name in model.blocks for slot in find_layers(model.module(name), name) if slot.name in masks]
+        if self.settings.way == "reconstruct":
+            ids_NL, held_NL = self._calibration(model), None
+        else:
+            ids_NL, held_NL = self._text(model)
+        check_windows(model, ids_NL)
+        recipe = self.recipe.model_copy(update={"model": str(self.directory), "dtype": str(model.dtype)[6:]})
+        test_NL = held_out_windows(model, recipe, self._calibrated(model), min(2048, context(model)))
+        out = None
+        if main:
+            out = Output(self.path, model, slots, identity(model.checkpoint, recipe.plain(), ids_NL), self.resume)
+        team.wait_for_everyone()  # the directory is there
+        try:
+            before = out.notes.get("before") if out else None
+            if before is None:
+                before = measure(model, recipe, test_NL, None, self.track) if main else {}
+                if out:
+                    out.note("before", before)
+            clock = time.perf_counter()
+            if self.settings.way == "reconstruct":
+                assert dense is not None
+                assert out is not None
+                did = reconstruct_blocks(model, dense, masks, ids_NL, recipe, out, self.track, frozenset(new))
+                after = None
+            else:
+                did, after = self._retrain(
+                    model, dense if self.settings.distill else None, masks, new, ids_NL, held_NL, test_NL, recipe, out
+                )
+            seconds = time.perf_counter() - clock
+            if out is None:
+                team.wait_for_everyone()
+                return Report({}, {}, {}, {}, (), {})
+            out.complete()
+            if after is None:
+                after = measure(model, recipe, test_NL, out.checkpoint, self.track)
+            healing = {
+                "recipe": recipe.plain()["heal"],
+                "source": str(self.directory),
+                **did,
+                "before": before,
+                "after": after,
+                "seconds": seconds,
+                "cpu_seconds": time.process_time() - cpu,
+                "seconds in all": time.perf_counter() - started,
+                "peak_memory": peak_memory(),
+            }
+            report = _report(said, model, masks, recipe, before, healing)
+            shutil.rmtree(out.partial / "training", ignore_errors=True)
+            out.finish(report.plain(), report.card())
+            shutil.rmtree(aside, ignore_errors=True)
+            team.wait_for_everyone()
+            return report
+        except NumericalError:
+            raise  # the checkpoints are kept, the best one is named
+        except BaseException as error:
+            if out and isinstance(error, PrunellaError) and not (out.partial / "training").exists():
+                out.discard()
+            raise
+        finally:
+            if out:
+                out.close()
+
+    def _open(self, directory: Path) -> Model:
+        return load_model(str(directory), device=self.recipe.device, remote_code=self.remote_code, pickles=self.pickles)
+
+    def _dense(self, said: Report | None) -> Model:
+        """The model before it was pruned."""
+        name = self.settings.dense or (said.model["name"] if said else None)
+        if name is None or name == "in memory":
+            raise InputError(
+                f"'{self.directory}' does not say which model it was pruned from: give it with --dense MODEL."
+            )
+        dtype = str(self._open(self.directory).dtype)[6:]
+        return load_model(
+            name, dtype=dtype, device=self.recipe.device, remote_code=self.remote_code, pickles=self.pickles
+        )
+
+    def _calibration(self, model: Model) -> Tensor:
+        wanted = self.recipe.calibration
+        length = wanted.length or min(2048, context(model))
+        return windows(model, wanted.source, wanted.samples, length, seed=self.recipe.seed)
+
+    def _calibrated(self, model: Model) -> int:
+        """Tokens of the calibration text that come before those to evaluate on, if they are of one text."""
+        wanted = self.recipe.calibration
+        return wanted.samples * (wanted.length or min(2048, context(model)))
+
+    def _text(self, model: Model) -> tuple[Tensor, Tensor | None]:
+        """Windows to train on, shuffled, and those that are held out; never those to evaluate on."""
+        settings, test = self.settings, self.recipe.evaluate
+        length = min(settings.length, context(model))
+        sources = list(settings.text) or [self.recipe.calibration.source]
+        missing = max(1, settings.tokens // length) + settings.held_out
+        parts: list[Tensor] = []
+        for source in sources:
+            if missing <= 0:
+                break
+            first = last = 0  # windows that hold tokens to evaluate on
+            if test.source is not None and same_text(source, test.source):
+                own = test.length or min(2048, context(model))
+                same = same_text(test.source, self.recipe.calibration.source)
+                skip = -(-self._calibrated(model) // own) if same else 0
+                first, last = skip * own // length, -(-(skip + test.windows) * own // length)
+            found_NL = up_to(model, source, missing + last - first, length, self.recipe.seed)
+            parts.append(torch.cat([found_NL[:first], found_NL[last:]])[:missing])
+            missing -= len(parts[-1])
+        all_NL = torch.cat(parts)
+        if len(all_NL) <= settings.held_out:
+            raise InputError(
+                f"{' and '.join(sources)}: {len(all_NL)} windows of {length} tokens to train on are too few to hold"
+                f" {settings.held_out} of them out. Give more text, or --set heal.held_out=0."
+            )
+        order = torch.randperm(len(all_NL), generator=torch.Generator().manual_seed(self.recipe.seed))
+        shuffled_NL, held = all_NL[order], settings.held_out
+        return shuffled_NL[held:], shuffled_NL[:held] if held else None
+
+    def _retrain(
+        self,
+        model: Model,
+        dense: Model | None,
+        masks: Mapping[str, Tensor],
+        new: Sequence[str],
+        ids_NL: Tensor,
+        held_NL: Tensor | None,
+        test_NL: Tensor | None,
+        recipe: Recipe,
+        out: Output | None,
+    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Train, merge, and write what changed."""
+        settings = self.settings
+        folder = self.path.with_name(self.path.name + ".partial") / "training"
+        with ExitStack() as stack:
+            stack.enter_context(model.whole())
+            torch.manual_seed(recipe.seed)
+            chosen = choose(parts_of(model, masks, new), settings.make_groups())
+            apart = [item for item in chosen if item.change.apart]
+            total = sum(parameter.numel() for parameter in model.network.parameters())
+            trained = sum(parameter.numel() for item in chosen for parameter in item.change.parameters())
+            attach(chosen)
+            teacher = None
+            if dense is not None and settings.teacher == "memory":
+                teacher = stack.enter_context(teacher_in_memory(dense))
+            elif dense is not None:
+                teacher = stack.enter_context(teacher_streamed(dense, ids_NL, self.track))
+            steps = max(1, round(settings.tokens / (settings.batch * ids_NL.shape[1])))
+            plan = Plan(
+                steps=steps,
+                share=settings.distill,
+                seed=recipe.seed,
+                batch=settings.batch,
+                micro=settings.micro,
+                warmup=settings.warmup,
+                clip=settings.clip,
+                betas=settings.betas,
+                temperature=settings.temperature,
+                evaluations=settings.evaluations,
+                patience=settings.patience,
+                checkpointing=settings.checkpointing,
+            )
+            did = retrain(
+                model, chosen, ids_NL, held_NL, plan, folder, teacher=teacher, resume=self.resume, watch=self.watch
+            )
+            after = None
+            if apart and out is not None:
+                with torch.no_grad():
+                    after = measure(wrap_model(model.network, model.tokenizer), recipe, test_NL, None, self.track)
+                save_adapter(out.partial / "adapter", apart, str(self.path))
+            changed = detach(chosen)
+            verify(model, masks)
+            if out is not None:
+                _write(model, changed, masks, out)
+        return {
+            "trained": trained / total,
+            "trained_parameters": trained,
+            "parameters": total,
+            "steps": did.steps,
+            "tokens": did.steps * settings.batch * ids_NL.shape[1],
+            "losses": list(did.losses),
+            "held_out": {str(step): loss for step, loss in did.held_out.items()},
+            "best_step": did.best_step,
+        }, after
+
+
+def masks_of(model: Model, directory: Path) -> dict[str, Tensor]:
+    """{layer: mask (O, I)}: those saved with the model or, for a model pruned elsewhere, its zeros. Raises InputError
+    for a dense model."""
+    if (directory / MASKS).is_file():
+        masks = {name: mask for name, mask in read_masks(directory).items() if not mask.all()}
+    else:
+        masks = {}
+        for index, name in enumerate(model.blocks):
+            with model.block(index) as block:
+                for slot in find_layers(block, name):
+                    mask_OI = slot.view() != 0
+                    if mask_OI.numel() - int(mask_OI.count_nonzero()) >= DENSE * mask_OI.numel():
+                        masks[slot.name] = mask_OI.clone()
+    if not masks:
+        raise InputError(f"nothing to heal: '{directory}' is dense. Prune it first: prunella prune {directory} -o OUT.")
+    return masks
+
+
+def verify(model: Model, masks: Mapping[str, Tensor]) -> None:
+    """Raises NumericalError, naming the layer, if a pruned weight is not zero."""
+    for name in model.blocks:
+        for slot in find_layers(model.module(name), name):
+            mask_OI = masks.get(slot.name)
+            if mask_OI is not None and slot.view()[~mask_OI.to(slot.view().device)].any():
+                raise NumericalError(f"layer '{slot.name}' lost zeros while it was healed: this is a defect.")
+
+
+def _slots(model: Model) -> list[list[Slot]]:
+    return [find_layers(model.module(name), name) for name in model.blocks]
+
+
+def _results(said: Report | None, slots: Sequence[Slot], masks: Mapping[str, Tensor]) -> tuple[LayerResult, ...]:
+    """What the report says of these layers, or what their masks say."""
+    known = {layer.name: layer for layer in said.layers} if said else {}
+    out = []
+    for slot in slots:
+        mask = masks.get(slot.name)
+        share = 0.0 if mask is None else 1 - mask.count_nonzero().item() / mask.numel()
+        out.append(known.get(slot.name) or LayerResult(slot.name, slot.shape, share, share, "unstructured", None, 0))
+    return tuple(out)
+
+
+def _write(model: Model, changed: Mapping[str, Tensor], masks: Mapping[str, Tensor], out: Output) -> None:
+    """Put everything on disk: changed parameters, and the others as they were."""
+    for index, (name, slots) in enumerate(zip(model.blocks, _slots(model), strict=True)):
+        if index < out.blocks:
+            continue  # written by a run that was interrupted then
+        inside = {key: value for key, value in changed.items() if key.startswith(name + ".")}
+        bits = {slot.name: pack(masks[slot.name]) for slot in slots if slot.name in masks}
+        out.write(BlockResult(index, name, _results(None, slots, masks), bits, {}, inside, 0.0))
+    outside = {key: value for key, value in changed.items() if model.block_of(key) is None}
+    if outside:
+        out.write_outside(outside)
+
+
+def _report(
+    said: Report | None,
+    model: Model,
+    masks: Mapping[str, Tensor],
+    recipe: Recipe,
+    before: dict[str, Any],
+    healing: dict[str, Any],
+) -> Report:
+    """The report of the pruning, with the healing; a new one for a model that was pruned elsewhere."""
+    slots = [slot for block in _slots(model) for slot in block]
+    if said is None:
+        about = {
+            "name": model.name,
+            "class": type(model.network).__name__,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "parameters": sum(p.numel() for p in model.network.parameters()),
+            "prunable": sum(math.prod(slot.shape) for slot in slots),
+        }
+        run = {"seconds": {}, "cpu_seconds": 0.0, "peak_memory": peak_memory()}
+        unknown = {"perplexity": None, "sample": None}
+        said = Report(recipe.plain(), about, unknown, before, _results(None, slots, masks), run)
+    return replace(said, healing=healing)

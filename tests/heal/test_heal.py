@@ -1,0 +1,295 @@
+"""Healing from directory to directory."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from healing import settings, zeros_of
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import prunella
+from prunella import InputError, ModelError, NumericalError, Report
+from prunella.heal import retrain
+from prunella.heal.rounds import schedule
+from prunella.save import MASKS
+
+
+def weights(directory: Path) -> dict[str, Tensor]:
+    return {k: v for path in sorted(directory.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+def test_it_is_better_and_exactly_as_sparse(pruned: Path, tmp_path: Path) -> None:
+    recipe = settings(train=["all"], rate=3e-3, tokens=4096) | {"evaluate": {"windows": 4}}
+    seen: list[tuple[int, int]] = []
+    report = prunella.heal(
+        pruned, recipe, output=tmp_path / "out", watch=lambda step, steps, loss: seen.append((step, steps))
+    )
+    before, after = report.healing["before"]["perplexity"], report.healing["after"]["perplexity"]
+    assert after < 0.95 * before
+    kept, zeros = zeros_of(pruned), zeros_of(tmp_path / "out")
+    assert all(torch.equal(zeros[name], kept[name]) for name in kept)
+    assert (tmp_path / "out" / MASKS).read_bytes() == (pruned / MASKS).read_bytes()
+    assert seen == [(step, 32) for step in range(1, 33)]
+    assert report == Report.read(tmp_path / "out")
+    assert report.layers == Report.read(pruned).layers
+    assert report.healing["trained"] == 1
+    assert report.healing["tokens"] == 4096
+    assert len(report.healing["losses"]) == report.healing["steps"] == 32
+    assert "retrained" in (tmp_path / "out" / "README.md").read_text()
+    assert not any(path.name.startswith("out.") for path in tmp_path.iterdir())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_what_does_not_train_is_byte_for_byte_the_same(pruned: Path, tmp_path: Path) -> None:
+    prunella.heal(pruned, settings(train=["norms"]), output=tmp_path / "out")
+    before, after = weights(pruned), weights(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "norm" in name}
+
+
+def test_a_model_pruned_elsewhere_is_healed_by_its_zeros(pruned: Path, tmp_path: Path) -> None:
+    shutil.copytree(pruned, tmp_path / "in")
+    for name in (MASKS, "prunella.json"):
+        (tmp_path / "in" / name).unlink()
+    report = prunella.heal(tmp_path / "in", settings(train=["all"]), output=tmp_path / "out")
+    kept, zeros = zeros_of(pruned), zeros_of(tmp_path / "out")
+    assert all(torch.equal(zeros[name], kept[name]) for name in kept)
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+    assert prunella.read_masks(tmp_path / "out").keys() == kept.keys()
+
+
+def test_the_mask_counts_and_not_the_zeros(pruned: Path, tmp_path: Path) -> None:
+    """A kept weight that happens to be zero may train."""
+    shutil.copytree(pruned, tmp_path / "in")
+    model = prunella.load_model(str(tmp_path / "in"))
+    mask = prunella.read_masks(tmp_path / "in")["model.layers.0.mlp.up_proj"]
+    row, column = (int(n) for n in mask.nonzero()[0])
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "in")
+    with torch.no_grad():
+        network.model.layers[0].mlp.up_proj.weight[row, column] = 0
+    network.save_pretrained(tmp_path / "in")
+    prunella.heal(tmp_path / "in", settings(train=["all"]), output=tmp_path / "out")
+    healed = weights(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"]
+    assert healed[row, column] != 0
+    assert not healed[~mask].any()
+    assert model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("train", [["all"], ["mask-lora", "norms"]], ids="+".join)
+def test_a_run_that_was_killed_and_resumed_ends_like_one_that_was_not(
+    train: list[str], pruned: Path, tmp_path: Path
+) -> None:
+    recipe = settings(train=train, evaluations=4)
+
+    def stop(step: int, steps: int, loss: float | None) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    whole = prunella.heal(pruned, recipe, output=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        prunella.heal(pruned, recipe, output=tmp_path / "cut", watch=stop)
+    assert (tmp_path / "cut.partial" / "training" / "checkpoint-4").is_dir()
+    steps: list[int] = []
+    cut = prunella.heal(pruned, recipe, output=tmp_path / "cut", resume=True, watch=lambda k, *_: steps.append(k))
+    assert steps == [5, 6, 7, 8]
+    assert cut.healing["losses"] == whole.healing["losses"]
+    assert cut.healing["held_out"] == whole.healing["held_out"]
+    before, after = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_two_processes_have_the_loss_curve_of_one(
+    pruned: Path, tmp_path: Path, python: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = settings(train=["mask-lora", "norms"], rate=1e-2)
+    one = prunella.heal(pruned, recipe, output=tmp_path / "one")
+    script = tmp_path / "two.py"
+    script.write_text(
+        f"import prunella\nif __name__ == '__main__':\n"
+        f"    prunella.heal({str(pruned)!r}, {recipe!r}, output={str(tmp_path / 'two')!r})\n"
+    )
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    launch = f"from torch.distributed.run import main; main(['--standalone', '--nproc-per-node=2', {str(script)!r}])"
+    done = python(launch)
+    assert done.returncode == 0, done.stderr
+    two = Report.read(tmp_path / "two")
+    assert two.healing["losses"] == pytest.approx(one.healing["losses"], rel=1e-4)
+    for step, loss in one.healing["held_out"].items():
+        assert two.healing["held_out"][step] == pytest.approx(loss, rel=1e-4)
+    before, after = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=1e-3, atol=2e-4)
+
+
+def test_a_loss_that_is_not_finite_ends_it_and_the_best_checkpoint_stays(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+    real = retrain.next_token_loss
+
+    def diverge(logits: Tensor, *args: Any, **options: Any) -> Tensor:
+        nonlocal calls
+        calls += logits.requires_grad
+        return real(logits, *args, **options) * (math.nan if calls > 12 else 1)
+
+    monkeypatch.setattr(retrain, "next_token_loss", diverge)
+    with pytest.raises(NumericalError, match="healing diverged") as error:
+        prunella.heal(pruned, settings(train=["norms"]), output=tmp_path / "out")
+    best = tmp_path / "out.partial" / "training" / "checkpoint-4"
+    assert str(best) in str(error.value)
+    assert (best / retrain.WEIGHTS).is_file()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_best_checkpoint_is_the_result(pruned: Path, tmp_path: Path) -> None:
+    """A rate so high that it only gets worse: the first checkpoint wins, and patience ends the run."""
+    recipe = settings(train=["all"], rate=0.5, tokens=4096, evaluations=8, patience=2, clip=1e9)
+    did = prunella.heal(pruned, recipe, output=tmp_path / "out").healing
+    best = int(min(did["held_out"], key=lambda step: did["held_out"][step]))
+    assert did["best_step"] == best
+    assert did["steps"] == min(32, best + 2 * 4)
+
+
+@pytest.mark.parametrize("teacher", ["memory", "stream"])
+def test_a_model_agrees_with_itself_as_its_teacher(teacher: str, pruned: Path, tmp_path: Path) -> None:
+    recipe = settings(train=["all"], distill=1.0, teacher=teacher, dense=str(pruned))
+    did = prunella.heal(pruned, recipe, output=tmp_path / "out").healing
+    assert did["losses"][0] == pytest.approx(0, abs=1e-6)  # Adam makes steps of the rounding errors that follow
+
+
+def test_a_streamed_teacher_teaches_what_one_in_memory_does(pruned: Path, tmp_path: Path) -> None:
+    losses = {
+        teacher: prunella.heal(
+            pruned, settings(train=["norms"], distill=0.5, teacher=teacher), output=tmp_path / teacher
+        ).healing["losses"]
+        for teacher in ("memory", "stream")
+    }
+    assert losses["stream"] == pytest.approx(losses["memory"], rel=1e-5)
+
+
+def test_checkpointing_changes_memory_and_nothing_else(pruned: Path, tmp_path: Path) -> None:
+    for name, checkpointing in (("plain", False), ("recomputed", True)):
+        prunella.heal(pruned, settings(train=["mask-lora"], checkpointing=checkpointing), output=tmp_path / name)
+    before, after = weights(tmp_path / "plain"), weights(tmp_path / "recomputed")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_new_biases_start_from_the_mean_output_error(dense: Path, pruned: Path, tmp_path: Path) -> None:
+    """One step of almost no rate, so that the start is what is saved."""
+    recipe = settings(train=["new-biases"], rate=1e-30, tokens=1, held_out=0)
+    prunella.heal(pruned, recipe, output=tmp_path / "out")
+    biased = weights(tmp_path / "out")
+    names = [name for name in biased if name.endswith(".bias")]
+    assert len(names) == 14
+    before, after = weights(dense), weights(pruned)
+    network = AutoModelForCausalLM.from_pretrained(pruned)
+    model = prunella.load_model(str(pruned))
+    ids = prunella.calibrate.windows(model, "pydoc", 4, 32)  # type: ignore[attr-defined]
+    seen: dict[str, Tensor] = {}
+    for name in ("q_proj", "k_proj", "v_proj"):
+        module = network.model.layers[0].self_attn.get_submodule(name)
+        module.register_forward_hook(lambda m, x, y, name=name: seen.update({name: x[0].flatten(0, 1)}))
+    with torch.no_grad():
+        network(ids)
+    for name, x_TI in seen.items():
+        key = f"model.layers.0.self_attn.{name}"
+        error_TO = x_TI @ (before[f"{key}.weight"] - after[f"{key}.weight"]).T
+        torch.testing.assert_close(biased[f"{key}.bias"], error_TO.mean(0), rtol=1e-4, atol=1e-6)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["attention_bias"] is True
+    assert config["mlp_bias"] is True
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers[1].mlp.up_proj.bias is not None
+
+
+def test_lora_is_kept_apart_as_peft_reads_it(pruned: Path, tmp_path: Path) -> None:
+    recipe = settings(train=[{"lora": {"rank": 4, "alpha": 12}}], rate=1e-2) | {"evaluate": {"windows": 2}}
+    report = prunella.heal(pruned, recipe, output=tmp_path / "out")
+    before, after = weights(pruned), weights(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 12)
+    adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert len(adapter) == 2 * 14
+    network = AutoModelForCausalLM.from_pretrained(pruned)
+    with torch.no_grad():
+        for name in config["target_modules"]:
+            a_RI, b_OR = (adapter[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+            network.get_submodule(name).weight += 3 * b_OR @ a_RI
+    model = prunella.load_model(str(pruned))
+    test = prunella.calibrate.windows(model, "pydoc", 2, 128, skip=1)  # type: ignore[attr-defined]
+    by_hand = prunella.perplexity(prunella.wrap_model(network), test).perplexity
+    assert by_hand == pytest.approx(report.healing["after"]["perplexity"], rel=1e-3)
+
+
+def test_prune_heals_what_it_pruned(dense: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    done = run(
+        *("prune", dense, "-o", tmp_path / "out", "--step", "magnitude", "--heal", "norms", "--evaluate", "none"),
+        *("--samples", 4, "--length", 32, "--set", "heal.tokens=512", "--set", "heal.length=32"),
+        *("--set", "heal.held_out=2", "--set", "norms.rate=0.01"),
+    )
+    assert done.code == 0, done.err
+    assert "parameters that trained" in done.out
+    report = Report.read(tmp_path / "out")
+    assert report.healing["recipe"]["train"] == [{"norms": {"rate": 0.01}}]
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_magnitude_pruning_in_rounds_ends_at_its_target(dense: Path, tmp_path: Path) -> None:
+    recipe = settings(train=["all"], rounds=3, tokens=768, held_out=2) | {"steps": ["magnitude"], "sparsity": 0.6}
+    report = prunella.prune(str(dense), recipe, output=tmp_path / "out")
+    assert report.sparsity == pytest.approx(0.6, abs=0.01)
+    zeros = zeros_of(tmp_path / "out")
+    assert all(share.float().mean().item() == pytest.approx(0.6, abs=0.01) for share in zeros.values())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_schedule_of_rounds_sums_to_its_target() -> None:
+    for target in (0.5, 0.9):
+        for rounds in (1, 2, 5, 20):
+            shares = schedule(target, rounds)
+            steps = [b - a for a, b in itertools.pairwise([0.0, *shares])]
+            assert len(shares) == rounds
+            assert shares[-1] == target
+            assert sum(steps) == pytest.approx(target)
+            assert all(a > b > 0 for a, b in itertools.pairwise(steps))
+
+
+def test_what_cannot_be_healed_is_said(dense: Path, pruned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="is dense"):
+        prunella.heal(dense, settings(train=["norms"]), output=out)
+    with pytest.raises(ModelError, match="is not a directory"):
+        prunella.heal(tmp_path / "nothing", output=out)
+    with pytest.raises(InputError, match="Did you mean 'norms'"):
+        prunella.heal(pruned, settings(train=["norm"]), output=out)
+    with pytest.raises(InputError, match="does not exist"):
+        prunella.heal(pruned, settings(train=["norms"], text="missing.txt"), output=out)
+    with pytest.raises(InputError, match=r"heal.rate"):
+        prunella.heal(pruned, settings(train=["norms"], rate=3), output=out)
+    short = tmp_path / "short.txt"
+    short.write_text("a few words, and a few more of them. " * 9)
+    with pytest.raises(InputError, match="too few to hold"):
+        prunella.heal(pruned, settings(train=["norms"], text=str(short), held_out=50), output=out)
+    shutil.copytree(pruned, tmp_path / "in")
+    (tmp_path / "in" / "prunella.json").unlink()
+    with pytest.raises(InputError, match="--dense MODEL"):
+        prunella.heal(tmp_path / "in", settings(train=["norms"], distill=0.5), output=out)
+    assert not out.exists()
+
+
+def test_a_packed_model_must_be_unpacked_first(pruned: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    assert run("pack", pruned, "-o", tmp_path / "packed").code == 0
+    done = run("heal", tmp_path / "packed", "-o", tmp_path / "out", "--train", "norms")
+    assert done.code == 2
+    assert "prunella unpack" in done.err

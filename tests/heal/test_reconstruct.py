@@ -1,0 +1,79 @@
+"""Reconstruction block by block."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from healing import settings, zeros_of
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import prunella
+from prunella import InputError
+
+
+def output_error(directory: Path, dense: Path, ids: Tensor) -> float:
+    """Mean squared distance of the last hidden states to the dense model's."""
+    hidden = [AutoModelForCausalLM.from_pretrained(path).model(ids)[0].detach() for path in (directory, dense)]
+    return float((hidden[0] - hidden[1]).square().mean())
+
+
+@pytest.mark.parametrize(
+    ("train", "part"),
+    [("all", "block"), ("all", "sub-block"), ("mask-lora", "block"), ("norms", "block"), ("new-biases", "block")],
+)
+def test_the_outputs_come_nearer_to_the_dense_ones_and_no_zero_is_lost(
+    train: str, part: str, dense: Path, pruned: Path, tmp_path: Path
+) -> None:
+    recipe = settings(train=[train], way="reconstruct", part=part, epochs=8, rate=2e-3)
+    report = prunella.heal(pruned, recipe, output=tmp_path / "out")
+    model = prunella.load_model(str(dense))
+    ids = prunella.calibrate.windows(model, "pydoc", 4, 32)  # type: ignore[attr-defined]
+    assert output_error(tmp_path / "out", dense, ids) < output_error(pruned, dense, ids)
+    kept, zeros = zeros_of(pruned), zeros_of(tmp_path / "out")
+    assert all(torch.equal(zeros[name], kept[name]) for name in kept)
+    assert 0 < report.healing["trained"] < 1
+    for losses in report.healing["losses"].values():
+        assert sum(losses[-4:]) < sum(losses[:4])  # the last pass over the windows, the first
+
+
+def test_as_a_step_it_lowers_the_error_of_what_was_pruned_before() -> None:
+    ids = tiny.token_windows(6, 24)
+    errors = {}
+    for steps in (["magnitude"], ["magnitude", {"reconstruct": {"epochs": 8, "rate": 3e-3}}]):
+        network, dense = tiny.build("llama"), tiny.build("llama")
+        prunella.prune(network, {"steps": steps, "order": "block"}, calibration=ids)
+        with torch.no_grad():
+            errors[len(steps)] = float((network.model(ids)[0] - dense.model(ids)[0]).square().mean())
+    assert errors[2] < 0.9 * errors[1]
+
+
+def test_a_step_on_blocks_may_replace_any_of_their_tensors() -> None:
+    ids = tiny.token_windows(4, 24)
+    network = tiny.build("llama")
+    before = {name: p.clone() for name, p in network.named_parameters()}
+    steps: list[Any] = ["magnitude", {"reconstruct": {"train": ["norms"], "rate": 0.01}}]
+    prunella.prune(network, {"steps": steps, "order": "block"}, calibration=ids)
+    changed = {name for name, p in network.named_parameters() if not torch.equal(p, before[name])}
+    assert {name for name in changed if "norm" in name} == {n for n in before if "layernorm" in n}
+
+
+def test_sub_blocks_leave_the_tensors_between_them_alone(pruned: Path, tmp_path: Path) -> None:
+    recipe = settings(train=["all"], way="reconstruct", part="sub-block")
+    prunella.heal(pruned, recipe, output=tmp_path / "out")
+    before, after = (load_file(path / "model.safetensors") for path in (pruned, tmp_path / "out"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "proj" in name}
+
+
+def test_what_it_cannot_do_is_said(pruned: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="kept apart"):
+        prunella.heal(pruned, settings(train=["lora"], way="reconstruct"), output=tmp_path / "out")
+    with pytest.raises(InputError, match="'head' finds nothing"):
+        prunella.heal(pruned, settings(train=["head"], way="reconstruct"), output=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
