@@ -29,6 +29,7 @@ PUBLIC = [
     "Stats",
     "Step",
     "find_directory",
+    "heal",
     "keep",
     "load_model",
     "make",
