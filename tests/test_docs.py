@@ -30,6 +30,7 @@ import tiny
 
 from prunella import registry
 from prunella.allocate import allocations
+from prunella.heal import groups
 from prunella.load import BUILT_IN
 
 ROOT = Path(__file__).parents[1]
@@ -170,3 +171,8 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr
     for page in PAGES:
         assert (tmp_path / page).with_suffix(".html").is_file()
+
+
+def test_every_healing_method_has_its_options_in_the_page():
+    page = (DOCS / "healing.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^```{options} healing (\S+)$", page, re.MULTILINE)) == set(groups)

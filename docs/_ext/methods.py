@@ -16,9 +16,10 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from prunella.allocate import allocations
+from prunella.heal import groups
 from prunella.registry import Method, steps
 
-KINDS = {"step": steps, "allocation": allocations}
+KINDS = {"step": steps, "allocation": allocations, "healing": groups}
 
 
 def meanings(method: Method) -> dict[str, str]:
