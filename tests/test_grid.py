@@ -55,7 +55,10 @@ def test_every_combination_prunes_end_to_end(
     }
     assert zeros.keys() == {la.name for la in report.layers}
     for layer in report.layers:
-        assert zeros[layer.name] == pytest.approx(layer.sparsity, abs=1e-6)
+        if layer.bits is None:
+            assert zeros[layer.name] == pytest.approx(layer.sparsity, abs=1e-6)
+        else:  # kept weights may round to zero
+            assert layer.sparsity - 1e-6 <= zeros[layer.name] < layer.sparsity + 0.2
         assert layer.error is not None
         assert 0 < layer.error < 1
     with torch.no_grad():
