@@ -55,6 +55,21 @@ def test_a_mixture_goes_out_packed(tmp_path: Path) -> None:
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
+def test_the_report_has_the_sizes_of_the_files(tmp_path: Path) -> None:
+    network = tiny.build("llama", tie_word_embeddings=True, dtype=torch.bfloat16)
+    network.save_pretrained(tmp_path / "source")
+    for format_ in ("dense", "packed"):
+        out = tmp_path / format_
+        report = prunella.prune(
+            tmp_path / "source", recipe_of(format=format_), output=out, calibration=tiny.token_windows()
+        )
+        header = 4096  # bytes of a file that are not weights, at most
+        for told, directory in ((report.dense, tmp_path / "source"), (report.pruned, out)):
+            sizes = [path.stat().st_size for path in directory.glob("*.safetensors")]
+            assert 0 <= sum(sizes) - told["bytes"] < header * len(sizes)
+        assert report.model["parameters"] == sum(p.numel() for p in network.parameters())
+
+
 def test_a_model_in_memory_goes_out_packed(tmp_path: Path) -> None:
     for architecture in ("llama", "gpt2", "mixtral"):
         network = tiny.build(architecture, tie_word_embeddings=True)
