@@ -100,6 +100,7 @@ def test_packed_beside_dense(run: Callable[..., Any], llama: Path, packed: Path,
     assert "perplexity" not in done.out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("lm_eval")
 def test_the_harness_knows_prunella_without_importing_it(packed: Path, questions: Path, tmp_path: Path) -> None:
     """As an installed Prunella does: torch calls the entry point, the harness finds the model type in its table."""

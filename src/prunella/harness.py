@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import re
@@ -101,7 +102,7 @@ def accuracies(
     """
     with _quiet():
         wanted: list[Any] = [_task(Path(file)) for file in files]
-        manager = TaskManager(include_defaults=bool(tasks))
+        manager = _manager(bool(tasks))
         for name in tasks:
             if name not in manager.all_tasks:
                 near, _, _ = unknown("task", name, manager.all_tasks).partition(" Available")
@@ -121,6 +122,12 @@ def accuracies(
         lm = PrunellaLM(model, dtype=dtype, device=device, trust_remote_code=remote_code)
         found = evaluate(lm, loaded, limit=limit, bootstrap_iters=1000)
     return [_accuracy(name, found["results"][name], samples) for name, samples in found["samples"].items()]
+
+
+@functools.cache
+def _manager(everything: bool) -> Any:
+    """The harness's tasks: to list them takes it seconds."""
+    return TaskManager(include_defaults=everything)
 
 
 def _accuracy(name: str, result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Accuracy:

@@ -245,6 +245,7 @@ def write_index(directory: Path) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """As the config files beside a model's weights are written."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
