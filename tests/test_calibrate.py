@@ -14,7 +14,7 @@ import prunella
 from prunella import InputError, Model, load_model, read_masks
 from prunella.calibrate import all_windows, documents, sample_self, windows
 from prunella.load import wrap_model
-from prunella.prune import _held_out
+from prunella.prune import held_out_windows
 from prunella.recipe import Recipe
 
 TEXTS = [f"Document {n} tells of {n} pruned branches.\nThey grew back." for n in range(60)]
@@ -266,7 +266,7 @@ def test_evaluation_never_sees_a_calibration_window(model: Model, txt: Path, len
         }
     )
     ids_NL = windows(model, str(txt), 5, 32)
-    held_out = _held_out(model, recipe, ids_NL, 32)
+    held_out = held_out_windows(model, recipe, ids_NL.numel(), 32)
     assert held_out is not None
     assert held_out.shape == (3, length or 32)
     tokens = ids_of(model, "\n\n".join(TEXTS))
@@ -286,14 +286,14 @@ def test_the_same_file_under_another_name_is_still_held_out(
         }
     )
     ids_NL = windows(model, str(txt), 5, 32)
-    held_out = _held_out(model, recipe, ids_NL, 32)
+    held_out = held_out_windows(model, recipe, ids_NL.numel(), 32)
     assert held_out is not None
     assert not rows(held_out) & rows(ids_NL)
 
 
 def test_another_text_is_evaluated_from_its_beginning(model: Model, txt: Path) -> None:
     recipe = Recipe.of({"evaluate": {"source": "pydoc", "windows": 2}, "calibration": {"source": str(txt)}})
-    held_out = _held_out(model, recipe, windows(model, str(txt), 2, 32), 32)
+    held_out = held_out_windows(model, recipe, 64, 32)
     assert held_out is not None
     assert torch.equal(held_out, windows(model, "pydoc", 2, 32))
 
@@ -301,7 +301,7 @@ def test_another_text_is_evaluated_from_its_beginning(model: Model, txt: Path) -
 def test_windows_of_self_are_held_out_too(model: Model, fresh_cache: Path) -> None:
     recipe = Recipe.of({"calibration": {"source": "self"}, "evaluate": {"source": "self", "windows": 2}})
     ids_NL = windows(model, "self", 3, 12)
-    held_out = _held_out(model, recipe, ids_NL, 12)
+    held_out = held_out_windows(model, recipe, ids_NL.numel(), 12)
     assert held_out is not None
     assert not rows(held_out) & rows(ids_NL)
 

@@ -143,6 +143,7 @@ def facts(report: Report) -> list[tuple[str, str, str]]:
 
 
 def duration(seconds: float) -> str:
+    """In seconds, minutes or hours, whichever says it in few digits."""
     minutes = round(seconds / 60)
     return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 

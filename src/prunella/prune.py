@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,19 @@ from .load import Checkpoint, Model, load_model, wrap_model
 from .recipe import Recipe
 from .report import Report, peak_memory
 from .save import Output, check_output, identity
-from .stream import TOKENS, LayerResult, Slot, Stream, Target, Track, find_layers, matches, no_track, pick_order
+from .stream import (
+    TOKENS,
+    LayerResult,
+    Slot,
+    Stream,
+    Target,
+    Track,
+    Watcher,
+    find_layers,
+    matches,
+    no_track,
+    pick_order,
+)
 
 PROMPT = "The most important thing about a garden is"
 
@@ -34,7 +46,7 @@ def prune(
     calibration: Tensor | None = None,
     shared: dict[Any, Any] | None = None,
     track: Track = no_track,
-    watch: Callable[[int, int, float | None], None] | None = None,
+    watch: Watcher | None = None,
     remote_code: bool = False,
     pickles: bool = False,
 ) -> Report:

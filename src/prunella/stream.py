@@ -35,6 +35,7 @@ from .types import Block, Layer, Pattern, Stats
 TOKENS = 2048  # that go through a block at a time, in `block` order
 SAMPLE = 512  # calibration tokens on which the error of each layer is measured
 Track = Callable[[Iterable[int], str, int], Iterable[int]]
+Watcher = Callable[[int, int, float | None], None]  # of training: steps done, steps in all, the loss of the last
 
 
 def no_track(items: Iterable[int], description: str, total: int) -> Iterable[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,13 +18,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import InputError, NumericalError
 from ..load import Model, quiet_transformers
-from ..stream import Track, no_track, through
+from ..stream import Track, Watcher, no_track, through
 from .loss import next_token_loss
 from .parts import Chosen
 
 WEIGHTS = "model.safetensors"
 _RECOMPUTE = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"  # newer, older name
-Watcher = Callable[[int, int, float | None], None]  # steps done, steps in all, the loss of the last
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,11 @@ from ..prune import context, held_out_windows, measure, same_text
 from ..recipe import Healing, Recipe
 from ..report import Report, peak_memory
 from ..save import MASKS, REPORT, Output, check_output, identity, read_masks
-from ..stream import BlockResult, LayerResult, Slot, Track, find_layers, no_track
+from ..stream import BlockResult, LayerResult, Slot, Track, Watcher, find_layers, no_track
 from .biases import LIST, add_biases
 from .lora import save_adapter
 from .parts import attach, choose, detach, parts_of
 from .reconstruct import reconstruct_blocks
-from .retrain import Plan, Watcher, retrain, teacher_in_memory, teacher_streamed, world
 
 DEFAULT: tuple[dict[str, dict[str, Any]], ...] = (
     {"mask-lora": {}},
@@ -100,6 +99,8 @@ class _Run:
         return self.recipe.heal
 
     def all(self) -> Report:
+        from .retrain import world  # not before: transformers' Trainer takes seconds to import
+
         started, cpu = time.perf_counter(), time.process_time()
         said = Report.read(self.directory) if (self.directory / REPORT).is_file() else None
         source = self.directory
@@ -255,6 +256,8 @@ class _Run:
         out: Output | None,
     ) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Train, merge, and write what changed."""
+        from .retrain import Plan, retrain, teacher_in_memory, teacher_streamed
+
         settings = self.settings
         folder = self.path.with_name(self.path.name + ".partial") / "training"
         with ExitStack() as stack:
@@ -379,7 +382,7 @@ def _report(
             "name": model.name,
             "class": type(model.network).__name__,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "parameters": sum(p.numel() for p in model.network.parameters()),
+            "parameters": model.parameters,
             "prunable": sum(math.prod(slot.shape) for slot in slots),
         }
         run = {"seconds": {}, "cpu_seconds": 0.0, "peak_memory": peak_memory()}
