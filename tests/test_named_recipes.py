@@ -45,8 +45,8 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 
 def test_options_of_an_allocation_can_be_set() -> None:
-    plain = override(Recipe.read("best"), ["ramp.rise=0.2", "sparsity=0.6"])
-    assert Recipe.of(plain).allocate == {"ramp": {"rise": 0.2}}
+    plain = override(Recipe.read("best"), ["probe.growth=5", "sparsity=0.6"])
+    assert Recipe.of(plain).allocate == {"probe": {"growth": 5}}
     assert override({}, ["allocate=owl", "owl.spread=0.1"])["allocate"] == {"owl": {"spread": 0.1}}
     with pytest.raises(InputError, match=r"unknown option of allocation ramp 'rice'\. Did you mean 'rise'"):
         override({"allocate": "ramp"}, ["ramp.rice=1"])

@@ -11,7 +11,7 @@ from ..types import Layer, Stats
 
 
 @register("align", needs={"gram", "drift"}, prunes=False)
-def align(layer: Layer, *, strength: NonNegativeFloat = 1.0, damping: NonNegativeFloat = 0.01) -> Layer:
+def align(layer: Layer, *, strength: NonNegativeFloat = 1.0, damping: NonNegativeFloat = 1.0) -> Layer:
     """Replace the dense weight by the one that best undoes the errors of the pruned layers before it.
 
     A layer of the pruned model gets x where the dense model's gets x'. With W its dense weight, steps imitate
@@ -25,7 +25,9 @@ def align(layer: Layer, *, strength: NonNegativeFloat = 1.0, damping: NonNegativ
 
     Args:
         strength: 0 changes nothing; below 1 trusts the calibration text less.
-        damping: share of the mean diagonal added to H; it draws the weight towards the dense one.
+        damping: share of the mean diagonal added to H; it draws the weight towards the dense one. What the pruned
+            layers add to x is noise to a large part, and with little damping the solution fits the noise of the
+            calibration text: on text it has not seen the outputs are then worse than without.
 
     Costs a second pass of the calibration text through the dense blocks. Experts of a mixture stay as they are:
     what is routed to them differs between the two models.
