@@ -25,10 +25,11 @@
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 
-/* How many bytes ahead to fetch, since the processor's own prefetchers stop at the ends of pages: packed values into
- * the first cache, for they come in uneven steps; what is read line by line (FAR) into the second, which has room for
- * more requests on their way. */
-enum { AHEAD = 4096, FAR = 3072 };
+/* How many bytes ahead to fetch, since the processor's own prefetchers stop at the ends of pages: packed values AHEAD
+ * into the first cache, for they come in uneven steps; what is read line by line FAR into the second, which has room
+ * for more requests on their way. Beyond WIDE words in a row the activations leave the first cache, and loading them
+ * again must not wait behind values on their way from memory: these go WIDE_FAR ahead into the second as well. */
+enum { AHEAD = 4096, FAR = 3072, WIDE = 96, WIDE_AHEAD = 2048, WIDE_FAR = 16384 };
 
 /* ------------------------------------------------------------------ 64 weights */
 
@@ -217,8 +218,9 @@ TARGET static void prepare_floats(
 
 /* The products go by tiles of R rows and T tokens with R * T sums in registers: one load of the activations
  * serves R rows, one expansion serves T tokens. (For one token R is 1: memory is read fastest in one stream.)
- * R, T, kind and `careful` are constants wherever these functions are inlined. Only a careful tile, one row high, keeps its place inside of the values after every word; the others
- * are for rows that begin so far from the end that no mask could lead them out. */
+ * R, T, kind and `careful` are constants wherever these functions are inlined. Only a careful tile, one row high,
+ * keeps its place inside of the values after every word; the others are for rows that begin so far from the end that
+ * no mask could lead them out. */
 enum { ROWS = 4 };
 
 INLINE int64_t step(const weight_t *w, int64_t at, uint64_t word, const int careful) {
@@ -234,8 +236,13 @@ INLINE int near_end(const weight_t *w, int64_t r, const int R) {
 /* How many bytes ahead of a row's place to fetch. Where one row at a time is read, memory is read in one stream;
  * with several, what each reads next lies in the next tile. */
 INLINE int64_t fetch_ahead(const weight_t *w, int64_t r, const int R) {
-    if (R == 1) return AHEAD;
+    if (R == 1) return w->words > WIDE ? WIDE_AHEAD : AHEAD;
     return r + R < w->rows ? (row_begin(w, r + R) - row_begin(w, r)) * element_bits(w->kind) / 8 : 0;
+}
+
+INLINE void fetch(const void *from, int64_t ahead, const int wide) {
+    _mm_prefetch((const char *)from + ahead, _MM_HINT_T0);
+    if (wide) _mm_prefetch((const char *)from + WIDE_FAR, _MM_HINT_T1);
 }
 
 INLINE TARGET void store_tile(
@@ -251,10 +258,11 @@ INLINE TARGET void store_tile(
 #define FLOAT_TILE(BF16_INSTRUCTION, PRODUCT_OF_BF16)                                                              \
     const weight_t *w = &job->w;                                                                                   \
     const uint64_t *mask = w->mask + r * w->words;                                                                 \
-    const int P = T == 1 ? 4 : T < TOKENS ? 2 : 1, U = P == 4 ? 4 : 1;                                              \
+    const int P = T == 1 ? 4 : T < TOKENS ? 2 : 1, U = P == 4 ? 4 : 1;                                             \
     const int64_t unit = kind == BF16 && BF16_INSTRUCTION ? 128 : 256;                                             \
     const uint8_t *x = (const uint8_t *)job->x + t * job->stride;                                                  \
     const int64_t ahead = fetch_ahead(w, r, R);                                                                    \
+    const int wide = R == 1 && w->words > WIDE;                                                                    \
     int64_t at[ROWS];                                                                                              \
     __m512 sum[ROWS][TOKENS];                                                                                      \
     UNROLL for (int a = 0; a < R; a++) {                                                                           \
@@ -268,7 +276,7 @@ INLINE TARGET void store_tile(
             const uint64_t *here = mask + a * w->words + j, m = *here;                                             \
             if (kind == F32) {                                                                                     \
                 const float *from = (const float *)w->values + at[a];                                              \
-                _mm_prefetch((const char *)from + ahead, _MM_HINT_T0);                                             \
+                fetch(from, ahead, wide);                                                                          \
                 _mm_prefetch((const char *)from + ahead + 64, _MM_HINT_T0);                                        \
                 UNROLL for (int q = 0; q < 4; q++) {                                                               \
                     const uint64_t before = m & (((uint64_t)1 << 16 * q) - 1);                                     \
@@ -281,7 +289,7 @@ INLINE TARGET void store_tile(
                 }                                                                                                  \
             } else {                                                                                               \
                 const uint16_t *from = (const uint16_t *)w->values + at[a];                                        \
-                _mm_prefetch((const char *)from + ahead, _MM_HINT_T0);                                             \
+                fetch(from, ahead, wide);                                                                          \
                 UNROLL for (int h = 0; h < 2; h++) {                                                               \
                     const uint64_t before = h ? m & 0xffffffff : 0;                                                \
                     const __m512i v = expand16(here, h, from + __builtin_popcountll(before));                      \
@@ -343,8 +351,9 @@ INLINE TARGET __m512 sixteen_scales(const weight_t *w, int64_t r, int64_t b, int
 
 /* SPAN inputs (or, if `half`, the 64 of an odd last word) of R rows and T tokens. */
 INLINE TARGET void integer_span(
-    const weight_t *w, const uint64_t *mask, const uint8_t *x, int64_t *at, float (*scales)[16], int64_t s, int64_t ahead,
-    __m512 (*sum)[TOKENS], const int R, const int T, const int careful, const int32_t kind, const int half) {
+    const weight_t *w, const uint64_t *mask, const uint8_t *x, int64_t *at, float (*scales)[16], int64_t s,
+    int64_t ahead, const int wide, __m512 (*sum)[TOKENS], const int R, const int T, const int careful,
+    const int32_t kind, const int half) {
     __m512i high[ROWS][TOKENS], low[ROWS][TOKENS];
     UNROLL for (int i = 0; i < T; i++) {
         const __m512i start = _mm512_loadu_si512(x + i * UNIT + 2 * SPAN);
@@ -355,7 +364,7 @@ INLINE TARGET void integer_span(
             if (half && h) break;
             const uint64_t *here = mask + a * w->words + h;
             const uint8_t *from = w->values + (kind == INT8 ? at[a] : at[a] >> 1);
-            if (h == 0) _mm_prefetch((const char *)from + ahead, _MM_HINT_T0);
+            if (h == 0) fetch(from, ahead, wide);
             const __m512i q = expand_bytes(kind, here, w->values, at[a]);
             at[a] = step(w, at[a], *here, careful);
             UNROLL for (int i = 0; i < T; i++) {
@@ -381,6 +390,7 @@ INLINE TARGET void integer_tile(
     const int64_t blocks = spans(w), whole = w->words / 2;
     const float *x_scales = (const float *)(x + T * blocks * UNIT);
     const int64_t ahead = fetch_ahead(w, r, R);
+    const int wide = R == 1 && w->words > WIDE;
     int64_t at[ROWS];
     __m512 sum[ROWS][TOKENS];
     UNROLL for (int a = 0; a < R; a++) {
@@ -398,8 +408,8 @@ INLINE TARGET void integer_tile(
         x_scales += 16 * T;
         const int64_t end = b + 16 < whole ? 16 : whole - b;
         for (int64_t s = 0; s < end; s++, mask += 2, x += T * UNIT)
-            integer_span(w, mask, x, at, scales, s, ahead, sum, R, T, careful, kind, 0);
-        if (end < 16 && whole < blocks) integer_span(w, mask, x, at, scales, end, ahead, sum, R, T, careful, kind, 1);
+            integer_span(w, mask, x, at, scales, s, ahead, wide, sum, R, T, careful, kind, 0);
+        if (end < 16 && whole < blocks) integer_span(w, mask, x, at, scales, end, ahead, wide, sum, R, T, careful, kind, 1);
     }
     store_tile(job, r, t, R, T, sum);
 }
