@@ -18,8 +18,9 @@ import yaml
 import prunella
 from prunella import InputError, Layer, Pattern, keep, registry
 from prunella.allocate import budget
+from prunella.calibrate import windows
 from prunella.cells import Rows, cells_of, packed_bytes, parse_grid, sweep
-from prunella.load import Checkpoint
+from prunella.load import Checkpoint, load_model
 from prunella.results import Results
 from prunella.sparse.commands import pack_model
 
@@ -407,3 +408,22 @@ def test_patterns_that_do_not_divide_fail_alone(llama: Path, tmp_path: Path) -> 
     results = sweep(str(llama), plan, tmp_path)
     assert "does not divide layer" in results.failed[0]["failed"]
     assert Pattern.parse(results.done[0]["cell"]).sparsity == 0.5
+
+
+def test_cells_are_healed_on_other_windows_than_they_are_measured_on(llama: Path, tmp_path: Path) -> None:
+    heal = {"train": ["norms"], "tokens": 512, "length": 32}
+    plan = {**BASE, "grid": {"steps": ["magnitude"], "heal": [{}, heal]}}
+    results = sweep(str(llama), plan, tmp_path / "out")
+    assert not results.failed
+    plain, healed = results.done
+    assert plain["method"] == "magnitude"
+    assert healed["method"] == "magnitude, healed by norms (tokens=512, length=32)"
+    assert healed["perplexity"] != plain["perplexity"]
+    recipe = {**BASE, "steps": ["magnitude"], "heal": heal}
+    prunella.prune(str(llama), recipe, output=tmp_path / "alone")
+    alone = load_model(str(tmp_path / "alone"))
+    ids_NL = windows(alone, "pydoc", 2, 32, skip=4)
+    assert healed["perplexity"]["pydoc"] == prunella.perplexity(alone, ids_NL).perplexity
+    assert not list((tmp_path / "out").glob(".sweep-*"))
+    with pytest.raises(InputError, match="would train on more than one"):
+        sweep(str(llama), plan, tmp_path / "two", texts=["pydoc", "pydoc"])

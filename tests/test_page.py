@@ -267,3 +267,33 @@ def test_the_page_as_it_is_written_is_painted_without_complaint(pruned: Path, tm
     result = browse(path, "--window-size=390,3000", f"--screenshot={tmp_path / 'page.png'}")
     assert "CONSOLE" not in result.stderr, result.stderr
     assert (tmp_path / "page.png").stat().st_size > 20_000
+
+
+@pytest.mark.parametrize("way", ["retrain", "reconstruct"])
+def test_healing_has_its_table_losses_sample_and_command(pruned: Path, tmp_path: Path, way: str) -> None:
+    recipe = {
+        "heal": {"train": ["norms"], "way": way, "tokens": 512, "length": 32, "epochs": 1},
+        "calibration": {"samples": 4, "length": 32},
+        "evaluate": {"windows": 2, "length": 32},
+    }
+    report = prunella.heal(pruned, recipe, output=tmp_path / "healed")
+    text = html.unescape(page(report, tmp_path / "healed"))
+    title = "Loss while healing" if way == "retrain" else "Reconstruction loss of each block"
+    assert f"<title>{title}</title>" in text
+    for what, before, after in report.healing_rows():
+        assert what == "sample of text" or f'<th scope="row">{what}</th><td>{before}</td><td>{after}</td>' in text
+    assert "<h3>healed</h3>" in text
+    assert "prunella prune " in text
+    assert "prunella heal out-again -o healed-again --recipe heal.yaml" in text
+
+
+def test_a_model_that_was_pruned_elsewhere_has_a_page_of_its_healing(pruned: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(pruned, tmp_path / "foreign")
+    for name in ("prunella.json", "prunella.masks"):
+        (copy / name).unlink()
+    recipe = {"heal": {"train": ["norms"], "tokens": 256, "length": 32}, "evaluate": {"windows": 2, "length": 32}}
+    prunella.heal(copy, recipe, output=tmp_path / "healed")
+    text = html.unescape(write_page(tmp_path / "healed").read_text())
+    assert "are zero. Then it was healed on" in text
+    assert "prunella prune " not in text
+    assert "prunella heal " in text

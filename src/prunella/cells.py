@@ -19,7 +19,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ from torch import Tensor
 from .calibrate import windows
 from .errors import InputError, PrunellaError, unknown
 from .evaluate import perplexity
-from .load import Checkpoint, Model, load_model, wrap_model
-from .prune import held_out_windows, prune, window_length
-from .recipe import Recipe, override
+from .load import Model, load_model, wrap_model
+from .prune import held_out_windows, prune, same_text, window_length
+from .recipe import Evaluation, Healing, Recipe, override
 from .results import Results, Row
 from .sparse.format import SPAN, expected
 from .stream import LayerResult, Track, no_track
@@ -111,7 +111,7 @@ def parse_grid(
     return {**override(base, settings), "grid": axes} if settings else {**base, "grid": axes}
 
 
-_NAMED = ("steps", "allocate", "sparsity", "pattern")  # keys that names of cells have words for
+_NAMED = ("steps", "allocate", "sparsity", "pattern", "heal")  # keys that names of cells have words for
 
 
 def _cell(recipe: Recipe, others: Sequence[str]) -> Cell:
@@ -125,6 +125,10 @@ def _cell(recipe: Recipe, others: Sequence[str]) -> Cell:
     method = " + ".join(words(step) for step in plain["steps"])
     if plain["allocate"] != {"uniform": {}}:
         method = f"{words(plain['allocate'])}, {method}"
+    heal, usual = plain["heal"], Healing().model_dump(mode="json")
+    if heal["train"]:
+        chosen = [f"{key}={value}" for key, value in heal.items() if key != "train" and value != usual[key]]
+        method += f", healed by {' + '.join(map(words, heal['train']))}" + (f" ({', '.join(chosen)})" if chosen else "")
     for key in others:
         method += f", {key}={plain[key] if isinstance(plain[key], str | int | float) else json.dumps(plain[key])}"
     if recipe.shape.sparsity is not None:
@@ -206,6 +210,7 @@ class Sweep:
         held_out: the windows to measure perplexity on, {text: (N, L)}.
         rows: where finished cells are and go.
         speed: measure how fast each cell decodes when it is packed, too.
+        remote_code, pickles: as for `load_model`, where a cell has to open the model again.
     """
 
     def __init__(
@@ -216,7 +221,10 @@ class Sweep:
         rows: Rows,
         *,
         speed: bool = False,
+        remote_code: bool = False,
+        pickles: bool = False,
     ):
+        self.trust: dict[str, Any] = {"remote_code": remote_code, "pickles": pickles}
         self.model = model
         self.calibration_NL = calibration_NL
         self.held_out = held_out
@@ -240,7 +248,7 @@ class Sweep:
             if DENSE not in self.rows.rows:
                 model = self.model if network is None else self._wrapped(network)
                 size = model.parameters * model.dtype.itemsize
-                self.rows.add(DENSE, {"perplexity": self._perplexities(model, None, track), "size": size})
+                self.rows.add(DENSE, {"perplexity": self._perplexities(model, track), "size": size})
             for number, cell in enumerate(missing, 1):
                 try:
                     row = self._make(cell, network, track)
@@ -272,32 +280,40 @@ class Sweep:
                 yield network
 
     def _make(self, cell: Cell, network: Any, track: Track) -> Row:
-        recipe = {**cell.recipe, "evaluate": {"source": None}}  # measured below, on windows that all cells share
+        # Measured below, on windows that all cells share; only healing has to know them, to keep away from them.
+        heals = bool(cell.recipe["heal"]["train"])
+        recipe = cell.recipe if heals else {**cell.recipe, "evaluate": {"source": None}}
         with contextlib.ExitStack() as stack:
-            checkpoint, output = None, None
-            if network is None:
+            output = None
+            source: Any = self.model
+            if network is None or heals:
+                self.rows.path.parent.mkdir(parents=True, exist_ok=True)
                 scratch = tempfile.TemporaryDirectory(prefix=".sweep-", dir=self.rows.path.parent)
                 output = Path(stack.enter_context(scratch)) / "model"
-                model = self.model
             else:
-                model = self._wrapped(copy.deepcopy(network))
+                source = self._wrapped(copy.deepcopy(network))
             cpu = time.process_time()
-            report = prune(
-                model, recipe, output=output, calibration=self.calibration_NL, shared=self._shared, track=track
-            )
+            if heals:
+                report = prune(self.model.name, recipe, output=output, track=track, **self.trust)
+            else:
+                report = prune(
+                    source, recipe, output=output, calibration=self.calibration_NL, shared=self._shared, track=track
+                )
             cpu = time.process_time() - cpu
-            if output is not None:
-                checkpoint = Checkpoint(output)
+            # A directory may hold more than the model's own tensors, or hold them packed: it is opened as it is.
+            device = str(self.model.device)
+            model = source if output is None else load_model(str(output), device=device, packed=True, **self.trust)
             weights = [rows * columns for rows, columns in (layer.shape for layer in report.layers)]
             errors = [(layer.error or 0.0) * n for layer, n in zip(report.layers, weights, strict=True)]
-            itemsize = model.dtype.itemsize
+            itemsize = self.model.dtype.itemsize
+            healing, spent = report.healing, report.run["seconds"]
             row = {
-                "recipe": report.recipe,
+                "recipe": {**report.recipe, "heal": healing["recipe"]} if healing else report.recipe,
                 "sparsity": report.sparsity,
-                "perplexity": self._perplexities(model, checkpoint, track),
-                "size": (model.parameters - sum(weights)) * itemsize
+                "perplexity": self._perplexities(model, track),
+                "size": (self.model.parameters - sum(weights)) * itemsize
                 + sum(packed_bytes(layer, itemsize) for layer in report.layers),
-                "seconds": report.run["seconds"]["allocate"] + report.run["seconds"]["prune"],
+                "seconds": spent["allocate"] + spent["prune"] + healing.get("seconds", 0),
                 "cpu_seconds": cpu,
                 "error": sum(errors) / sum(weights),
             }
@@ -310,11 +326,8 @@ class Sweep:
     def _wrapped(self, network: Any) -> Model:
         return wrap_model(network, self.model.tokenizer, self.model.name)
 
-    def _perplexities(self, model: Model, checkpoint: Checkpoint | None, track: Track) -> dict[str, float]:
-        return {
-            text: perplexity(model, ids_NL, checkpoint=checkpoint, track=track).perplexity
-            for text, ids_NL in self.held_out.items()
-        }
+    def _perplexities(self, model: Model, track: Track) -> dict[str, float]:
+        return {text: perplexity(model, ids_NL, track=track).perplexity for text, ids_NL in self.held_out.items()}
 
 
 def packed_bytes(layer: LayerResult, itemsize: int) -> int:
@@ -363,7 +376,8 @@ def sweep(
     length = window_length(opened, wanted.length)
     calibration_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed)
     held_out: dict[str, Tensor] = {}
-    for text in texts or filter(None, [recipe.evaluate.source]):
+    texts = texts or [text for text in [recipe.evaluate.source] if text]
+    for text in texts:
         evaluation = recipe.evaluate.model_copy(update={"source": text})
         found = held_out_windows(
             opened,
@@ -375,6 +389,8 @@ def sweep(
             held_out[Path(text).name] = found
     if not held_out:
         raise InputError("a sweep compares perplexities: it needs a text (--text) and a model with a tokenizer.")
+    evaluation = recipe.evaluate.model_copy(update={"length": next(iter(held_out.values())).shape[1]})
+    cells = [_kept_apart(cell, evaluation, texts) for cell in cells]
     tokens = hashlib.sha256(b"".join(ids.numpy().tobytes() for ids in (calibration_NL, *held_out.values())))
     named = {*SHARED, *_NAMED, *(plan.get("grid") or {})}
     settings = {
@@ -390,7 +406,19 @@ def sweep(
     }
     directory = Path(directory)
     rows = Rows(directory / "cells.jsonl", settings)
-    found_rows = Sweep(opened, calibration_NL, held_out, rows, speed=speed).run(cells, say=say, track=track)
+    sweep = Sweep(opened, calibration_NL, held_out, rows, speed=speed, remote_code=remote_code, pickles=pickles)
+    found_rows = sweep.run(cells, say=say, track=track)
     results = Results(rows.settings, tuple(found_rows.values()))
     results.write(directory)
     return results
+
+
+def _kept_apart(cell: Cell, evaluation: Evaluation, texts: Sequence[str]) -> Cell:
+    """The cell, healed on no window that it is measured on: its recipe evaluates on the text that it trains on."""
+    heal = cell.recipe["heal"]
+    sources = heal["text"] or [cell.recipe["calibration"]["source"]]
+    near = [text for text in texts if any(same_text(text, source) for source in sources)]
+    if heal["train"] and len(near) > 1:
+        raise InputError(f"cell '{cell.label}' would train on more than one of the texts that it is measured on.")
+    source = [*near, *texts][0]
+    return replace(cell, recipe={**cell.recipe, "evaluate": {**evaluation.model_dump(), "source": source}})

@@ -89,7 +89,8 @@ def page(report: Report, directory: str | Path = "pruned") -> str:
         worst=[(row[0], row[4], row[2], row[1]) for row in layer_table(worst(report.layers)[:WORST])],
         notes=report.notes(),
         histograms=[(kind, chart) for kind, chart in histograms if chart],
-        losses=[drawing for drawing in losses(report) if drawing.svg],
+        healing=[row for row in report.healing_rows() if row[0] != "sample of text"] if report.healing else [],
+        losses=[drawing for drawing in losses(report.healing) if drawing.svg],
         command=command(report, directory),
         versions=report.versions,
         table_of_layers=layer_table(report.layers),
@@ -103,20 +104,34 @@ def page(report: Report, directory: str | Path = "pruned") -> str:
 def sentence(report: Report) -> str:
     """What was done."""
     recipe, calibration = report.recipe, report.recipe["calibration"]
-    touched = sum(la.sparsity > 0 for la in report.layers)
-    spread = " and ".join(name for name in recipe["allocate"] if name != "uniform")
-    text = (
-        f"{report.sparsity:.1%} of the block weights of {title_of_model(report)} are zero, pruned by"
-        f" {title_of_steps(recipe['steps'])} in {touched} of {len(report.layers)} layers (pattern {recipe['pattern']}"
-        + (f", spread by {spread}" if spread else "")
-        + f"), calibrated on {calibration['samples']} windows of {calibration['length']} tokens of"
-        f" {Path(calibration['source']).name}."
-    )
-    dense, pruned = report.dense.get("perplexity"), report.pruned.get("perplexity")
-    if dense is not None and pruned is not None:
-        verb = "rose" if pruned > dense else "fell"
-        text += f" Perplexity on {Path(report.dense['source']).name} {verb} from {dense:.2f} to {pruned:.2f}."
+    text = f"{report.sparsity:.1%} of the block weights of {title_of_model(report)} are zero"
+    if pruned_here(report):
+        touched = sum(la.sparsity > 0 for la in report.layers)
+        spread = " and ".join(name for name in recipe["allocate"] if name != "uniform")
+        text += (
+            f", pruned by {title_of_steps(recipe['steps'])} in {touched} of {len(report.layers)} layers (pattern"
+            f" {recipe['pattern']}"
+            + (f", spread by {spread}" if spread else "")
+            + f"), calibrated on {calibration['samples']} windows of {calibration['length']} tokens of"
+            f" {Path(calibration['source']).name}"
+        )
+    text += "."
+    did = report.healing
+    if did:
+        text += f" Then it was healed on {did['tokens']:,} tokens, the mask held."
+    for before, after in ((report.dense, report.pruned), (did.get("before", {}), did.get("after", {}))):
+        first, last = before.get("perplexity"), after.get("perplexity")
+        if first is not None and last is not None:
+            text += (
+                f" Perplexity on {Path(before['source']).name} {'rose' if last > first else 'fell'} from {first:.2f}"
+            )
+            text += f" to {last:.2f}."
     return text
+
+
+def pruned_here(report: Report) -> bool:
+    """Does the report tell of the pruning, or of no more than the healing of a model that was pruned elsewhere?"""
+    return bool(report.run["seconds"])
 
 
 def title_of_model(report: Report) -> str:
@@ -136,7 +151,11 @@ def facts(report: Report) -> list[tuple[str, str, str]]:
     if pruned is not None:
         out.append(("perplexity", f"{pruned:.2f}", "" if dense is None else f"dense {dense:.2f}"))
     out.append(("zeros in the blocks", f"{report.sparsity:.1%}", ""))
-    out.append(("time to prune", duration(run["seconds"]["prune"]), f"on {report.recipe['device']}"))
+    healed = report.healing.get("after", {}).get("perplexity")
+    if healed is not None:
+        out.append(("perplexity, healed", f"{healed:.2f}", ""))
+    if pruned_here(report):
+        out.append(("time to prune", duration(run["seconds"]["prune"]), f"on {report.recipe['device']}"))
     out.append(("peak memory", f"{run['peak_memory'] / 1e9:.2f} GB", ""))
     out.append(("parameters", f"{report.model['parameters'] / 1e6:,.1f} M", report.model["dtype"]))
     return out
@@ -149,8 +168,9 @@ def duration(seconds: float) -> str:
 
 
 def samples(report: Report) -> list[tuple[str, str, str]]:
-    """What both models write: (side, the words both begin with, the rest)."""
+    """What the models write: (side, the words all begin with, the rest)."""
     texts = {"dense": report.dense.get("sample"), "pruned": report.pruned.get("sample")}
+    texts["healed"] = report.healing.get("after", {}).get("sample")
     shown = {side: text for side, text in texts.items() if text}
     words = [text.split(" ") for text in shown.values()]
     same = [all(word == group[0] for word in group) for group in zip(*words, strict=False)] if len(words) > 1 else []
@@ -161,14 +181,23 @@ def samples(report: Report) -> list[tuple[str, str, str]]:
 
 def command(report: Report, directory: str | Path) -> str:
     """What to type to repeat the run."""
-    model, out = report.model["name"], Path(directory).resolve().name
-    recipe = yaml.safe_dump(
-        {k: v for k, v in report.recipe.items() if k != "model"}, sort_keys=False, allow_unicode=True
-    )
-    return (
-        f"cat > recipe.yaml <<'END OF RECIPE'\n{recipe}END OF RECIPE\n"
-        f"prunella prune {shlex.quote(model)} -o {shlex.quote(out + '-again')} --recipe recipe.yaml"
-    )
+    out, did = Path(directory).resolve().name, report.healing
+    source = did["source"] if did else ""
+    lines = []
+
+    def add(file: str, recipe: Mapping[str, Any], verb: str, model: str, out: str) -> None:
+        text = yaml.safe_dump({k: v for k, v in recipe.items() if k != "model"}, sort_keys=False, allow_unicode=True)
+        lines.append(f"cat > {file} <<'END OF RECIPE'\n{text}END OF RECIPE")
+        lines.append(f"prunella {verb} {shlex.quote(model)} -o {shlex.quote(out)} --recipe {file}")
+
+    if pruned_here(report):
+        name = Path(source).name + "-again" if did else out + "-again"
+        add("recipe.yaml", report.recipe, "prune", report.model["name"], name)
+        source = name
+    if did:
+        shared = {key: report.recipe[key] for key in ("calibration", "evaluate", "seed", "device")}
+        add("heal.yaml", {**shared, "heal": did["recipe"]}, "heal", source, out + "-again")
+    return "\n".join(lines)
 
 
 def worst(layers: Sequence[LayerResult]) -> list[LayerResult]:
@@ -243,8 +272,17 @@ def histogram_of(kind: str, blocks: Blocks) -> Markup:
     return charts.histogram(f"Weights of {kind}, dense and kept", dense, pruned, SPAN, "rms")
 
 
-def losses(report: Report) -> list[Drawing]:
-    """Loss over steps, where the model was healed."""
-    curves = (getattr(report, "healing", None) or {}).get("losses") or {}
-    svg = charts.lines("Loss while healing", curves, "step", "loss")
-    return [Drawing("Loss", svg, charts.legend(curves))]
+def losses(healing: Mapping[str, Any]) -> list[Drawing]:
+    """Loss over steps of retraining or, where blocks were reconstructed one by one, before and after over blocks."""
+    found = healing.get("losses") or []
+    if isinstance(found, Mapping):
+        curves = {
+            name: [(block, seen[at]) for block, seen in enumerate(found.values()) if seen]
+            for name, at in (("first step", 0), ("last step", -1))
+        }
+        title, x = "Reconstruction loss of each block", "block"
+    else:
+        curves = {"training": list(enumerate(found, 1))}
+        curves["held out"] = [(int(step), loss) for step, loss in (healing.get("held_out") or {}).items()]
+        title, x = "Loss while healing", "step"
+    return [Drawing(title, charts.lines(title, curves, x, "loss"), charts.legend(curves))]
