@@ -1,5 +1,6 @@
 # make prune   set up, prune the built-in model, print dense beside pruned
 # make test    set up, check format, lint and types, run the tests
+# make faults  set up, run the faults (tests/faults) at length: more than a hundred kills, thousands of damaged files
 # make docs    set up, build the documentation: docs/_build/index.html
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= pruned
 
-.PHONY: prune test check docs setup clean
+.PHONY: prune test check faults docs setup clean
 
 prune: $(VENV)/.ready
 	rm -rf $(OUT) $(OUT).partial
@@ -20,6 +21,9 @@ check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+faults: $(VENV)/.ready
+	PRUNELLA_FAULTS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/faults
 
 docs: $(VENV)/.ready
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build

@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--text", action="append", help="text to measure perplexity on; repeat [pydoc]")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--windows", type=int, nargs="+", default=[20], help="of each text, or one number for all")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--order", default="auto", choices=["auto", "block", "layer"])
@@ -86,6 +86,9 @@ def main() -> None:
     args = parser.parse_args()
     texts = args.text or ["pydoc"]
     names = [Path(text).name for text in texts]
+    counts = args.windows * len(texts) if len(args.windows) == 1 else args.windows
+    if len(counts) != len(texts):
+        parser.error(f"--windows gives {len(counts)} numbers for {len(texts)} texts")
 
     settings = {
         key: Path(value).name if key == "calibration" else value
@@ -95,8 +98,8 @@ def main() -> None:
     opened = load_model(args.model, dtype=args.dtype, device=args.device)
     calibration = windows(opened, args.calibration, args.samples, args.length)
     held_out = {
-        name: windows(opened, text, args.windows, args.length, skip=args.samples if text == args.calibration else 0)
-        for name, text in zip(names, texts, strict=True)
+        name: windows(opened, text, count, args.length, skip=args.samples if text == args.calibration else 0)
+        for name, text, count in zip(names, texts, counts, strict=True)
     }
     cells = [
         Cell(method, cell, recipe | {"order": order(recipe, args.order)})
@@ -121,11 +124,11 @@ def order(recipe: Mapping[str, Any], wanted: str) -> str:
 
 
 def table(done: Mapping[tuple[str, str], Mapping[str, Any]], name: str, args: argparse.Namespace) -> Table:
-    """Methods by cells: perplexity, then seconds and mean relative error of the first cell that has them."""
+    """Methods by cells: perplexity, then CPU seconds and mean relative error of the first cell that has them."""
     dense = done["dense", ""]["perplexity"][name]
     out = Table(title=f"perplexity on {name}; {Path(args.model).name} dense: {dense:.2f}")
     out.add_column("method", no_wrap=True)
-    for column in (*args.cells, f"seconds ({args.cells[0]})", f"error ({args.cells[0]})"):
+    for column in (*args.cells, f"CPU seconds ({args.cells[0]})", f"error ({args.cells[0]})"):
         out.add_column(column, justify="right")
     for method in args.methods:
         rows = [done.get((method, cell)) for cell in args.cells]
@@ -133,7 +136,7 @@ def table(done: Mapping[tuple[str, str], Mapping[str, Any]], name: str, args: ar
             continue
         cells = ["" if row is None else f"{row['perplexity'][name]:.2f}" for row in rows]
         first = rows[0]
-        cells += ["", ""] if first is None else [f"{first['seconds']:.0f}", f"{first['error']:.4f}"]
+        cells += ["", ""] if first is None else [f"{first['cpu_seconds']:.0f}", f"{first['error']:.4f}"]
         out.add_row(method, *cells)
     return out
 

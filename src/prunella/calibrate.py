@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .errors import InputError, unknown
-from .load import cache_directory, say
+from .errors import InputError, say, unknown
+from .load import cache_directory
 
 if TYPE_CHECKING:
     from .load import Model
@@ -105,20 +106,21 @@ def _tokenize(tokenizer: Any, docs: Iterator[str], needed: int | None) -> list[i
     Only as much text is read as it takes. Tokenizing the beginning of a text gives the beginning of its
     tokens, up to a word at the cut; a margin keeps that word out.
     """
-    text, chars = "", 0 if needed is None else needed * 6
+    text, chars, exhausted = "", sys.maxsize if needed is None else needed * 6, False
     while True:
         parts = [text] if text else []
         size = len(text)
         for document in docs:
             parts.append(document)
             size += len(document)
-            if needed is not None and size > chars:
+            if size > chars:
                 break
         else:
-            needed = None  # that was all of it
+            exhausted = True
         text = "\n\n".join(parts)
-        ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-        if needed is None or len(ids) >= needed + 64:
+        whole = exhausted and len(text) <= chars
+        ids: list[int] = tokenizer(text if whole else text[:chars], verbose=False)["input_ids"]
+        if whole or needed is None or len(ids) >= needed + 64:
             return ids
         chars *= 2
 
@@ -159,7 +161,7 @@ def _file(path: Path) -> Iterator[str]:
                     continue
                 try:
                     text = json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     raise InputError(f"'{path}', line {number}: not a JSON object with a 'text' field.") from None
                 if not isinstance(text, str):
                     raise InputError(f"'{path}', line {number}: 'text' is not a string.")

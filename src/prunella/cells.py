@@ -281,7 +281,7 @@ class Sweep:
 
     def _make(self, cell: Cell, network: Any, track: Track) -> Row:
         # Measured below, on windows that all cells share; only healing has to know them, to keep away from them.
-        heals = bool(cell.recipe["heal"]["train"])
+        heals = bool(Recipe.of(cell.recipe).heal.train)
         recipe = cell.recipe if heals else {**cell.recipe, "evaluate": {"source": None}}
         with contextlib.ExitStack() as stack:
             output = None

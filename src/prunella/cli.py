@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from .report import Report
 
 app = typer.Typer(
@@ -37,6 +39,13 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: as t
 Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python that comes with the model.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read weights that only come as pickles.")]
+# Of prune and heal: what is not given is the recipe's.
+Evaluate = Annotated[str | None, typer.Option(help="Text for the perplexities, or none.")]
+Windows = Annotated[int | None, typer.Option(help="Windows of that text.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key.")]
+OwnDevice = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -57,26 +66,8 @@ def _global(
 
 
 def track(items: Iterable[int], description: str, total: int) -> Iterator[int]:
-    """A progress bar with the time left on stderr; nothing where stderr is no terminal."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("blocks, elapsed"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+    """A progress bar over blocks."""
+    with _progress("blocks") as progress:
         yield from progress.track(items, total=total, description=f"{description:<12}")
 
 
@@ -106,8 +97,8 @@ def prune(
     heal: Annotated[
         list[str] | None, typer.Option(help="Retrain afterwards: what trains; repeat. See `prunella methods`.")
     ] = None,
-    evaluate: Annotated[str | None, typer.Option(help="Text for the perplexities, or none.")] = None,
-    windows: Annotated[int | None, typer.Option(help="Windows of that text.")] = None,
+    evaluate: Evaluate = None,
+    windows: Windows = None,
     format_: Annotated[
         str | None, typer.Option("--format", help="dense, or packed: saved without the zeros. [default: dense]")
     ] = None,
@@ -117,10 +108,10 @@ def prune(
     recipe: Annotated[
         str | None, typer.Option(help="fast, balanced, best, or a YAML file; flags go before it.")
     ] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    set_: Set = None,
+    device: OwnDevice = None,
+    seed: Seed = None,
+    resume: Resume = False,
     json_: Json = False,
     trust_remote_code: Trust = False,
     allow_pickle: Pickle = False,
@@ -150,20 +141,16 @@ def prune(
             values.pop("sparsity", None)
         if allocate is None:
             values.pop("allocate", None)
-    settings = [
-        f"{key}={json.dumps(value)}"
-        for key, value in (
-            ("calibration.source", calibration),
-            ("calibration.samples", samples),
-            ("calibration.length", length),
-            ("heal.train", heal),
-            ("evaluate.source", None if evaluate == "none" else evaluate),
-            ("evaluate.windows", windows),
-        )
-        if value is not None
-    ]
-    if evaluate == "none":
-        settings.append("evaluate.source=null")
+    settings = _settings(
+        {
+            "calibration.source": calibration,
+            "calibration.samples": samples,
+            "calibration.length": length,
+            "heal.train": heal,
+            "evaluate.source": evaluate,
+            "evaluate.windows": windows,
+        }
+    )
     settings += [f"sparsity.{item}" if "=" in item else f"sparsity.*={item}" for item in sparsity or []]
     wanted = Recipe.of(override(values, [*settings, *(set_ or [])]))
     with watcher() as watch:
@@ -198,9 +185,8 @@ def prune(
     print(f"saved to {output}")
 
 
-@contextlib.contextmanager
-def watcher() -> Iterator[Callable[[int, int, float | None], None]]:
-    """A progress bar over training steps, with the loss and the time left."""
+def _progress(units: str) -> Progress:
+    """A progress bar with the time left on stderr; nothing where stderr is no terminal."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -210,16 +196,31 @@ def watcher() -> Iterator[Callable[[int, int, float | None], None]]:
         TimeRemainingColumn,
     )
 
-    columns = (
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("steps, loss {task.fields[loss]}, elapsed"),
+        TextColumn(f"{units}, elapsed"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        console=err,
+        disable=not err.is_terminal,
     )
-    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+
+
+def _settings(flags: Mapping[str, Any]) -> list[str]:
+    """Flags that were given, as KEY=VALUE settings of a recipe; `evaluate.source` may be none."""
+    if flags["evaluate.source"] == "none":
+        flags = {**flags, "evaluate.source": None}
+        return [*_settings(flags), "evaluate.source=null"]
+    return [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
+
+
+@contextlib.contextmanager
+def watcher() -> Iterator[Callable[[int, int, float | None], None]]:
+    """A progress bar over training steps, with the loss."""
+    with _progress("steps, loss {task.fields[loss]}") as progress:
         task = progress.add_task(f"{'healing':<12}", total=None, loss="", visible=False)
 
         def watch(step: int, steps: int, loss: float | None) -> None:
@@ -253,15 +254,15 @@ def heal(
     dense: Annotated[str | None, typer.Option(help="The dense model. [default: the one that was pruned]")] = None,
     calibration: Annotated[str | None, typer.Option(help="Text for reconstruct and new-biases.")] = None,
     samples: Annotated[int | None, typer.Option(help="Windows of that text.")] = None,
-    evaluate: Annotated[str | None, typer.Option(help="Text for the perplexities, or none.")] = None,
-    windows: Annotated[int | None, typer.Option(help="Windows of that text.")] = None,
+    evaluate: Evaluate = None,
+    windows: Windows = None,
     recipe: Annotated[
         str | None, typer.Option(help="A named recipe or a YAML file; its `heal` section counts.")
     ] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    set_: Set = None,
+    device: OwnDevice = None,
+    seed: Seed = None,
+    resume: Resume = False,
     json_: Json = False,
     trust_remote_code: Trust = False,
     allow_pickle: Pickle = False,
@@ -271,28 +272,24 @@ def heal(
     from .recipe import Recipe, override
 
     values = Recipe.read(recipe) if recipe else {}
-    settings = [
-        f"{key}={json.dumps(value)}"
-        for key, value in (
-            ("heal.train", train),
-            ("heal.way", way),
-            ("heal.text", text),
-            ("heal.tokens", tokens),
-            ("heal.length", length),
-            ("heal.rate", rate),
-            ("heal.distill", distill),
-            ("heal.dense", dense),
-            ("calibration.source", calibration),
-            ("calibration.samples", samples),
-            ("evaluate.source", None if evaluate == "none" else evaluate),
-            ("evaluate.windows", windows),
-            ("device", device),
-            ("seed", seed),
-        )
-        if value is not None
-    ]
-    if evaluate == "none":
-        settings.append("evaluate.source=null")
+    settings = _settings(
+        {
+            "heal.train": train,
+            "heal.way": way,
+            "heal.text": text,
+            "heal.tokens": tokens,
+            "heal.length": length,
+            "heal.rate": rate,
+            "heal.distill": distill,
+            "heal.dense": dense,
+            "calibration.source": calibration,
+            "calibration.samples": samples,
+            "evaluate.source": evaluate,
+            "evaluate.windows": windows,
+            "device": device,
+            "seed": seed,
+        }
+    )
     wanted = Recipe.of(override(values, [*settings, *(set_ or [])]))
     with watcher() as watch:
         report = run(

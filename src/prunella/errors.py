@@ -1,6 +1,7 @@
-"""Errors a user can mend. Each message names the thing, says what is wrong with it and what to do."""
+"""What users are told: errors, each naming the thing, what is wrong with it and what to do about it; and asides."""
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -30,3 +31,8 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return f"unknown {kind} '{name}'.{hint} Available: {', '.join(names)}."
+
+
+def say(message: str) -> None:
+    """Tell the user, on stderr, what takes a while, touches the network or is slower than it could be."""
+    print(f"prunella: {message}", file=sys.stderr, flush=True)

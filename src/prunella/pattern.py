@@ -64,3 +64,10 @@ def unpack(bits: Tensor, shape: tuple[int, int]) -> Tensor:
     if bits.dtype != torch.uint8 or bits.numel() != -(-count // 8):
         raise ValueError(f"{bits.numel()} bytes are no mask of {shape[0]} x {shape[1]} weights")
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=count).astype(bool)).view(shape)
+
+
+def best(score_OI: Tensor, where_OI: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Columns of the `count` highest scores of each row among `where_OI`, the first first among equals, and whether
+    each is one of those."""
+    sorted_OI = score_OI.masked_fill(~where_OI, -torch.inf).sort(dim=1, descending=True, stable=True)
+    return sorted_OI.indices[:, :count], sorted_OI.values[:, :count] > -torch.inf

@@ -125,7 +125,7 @@ class Report:
         base = self.model["name"]
         front = f"base_model: {base}\n" if "/" in base and not Path(base).exists() else ""
         calibration = self.recipe["calibration"]
-        if self.recipe["format"] == "packed":
+        if self.recipe.get("format") == "packed":
             load = (
                 "Load it with `AutoModelForCausalLM.from_pretrained` after `import prunella`. Its zeros are not stored"
             )

@@ -42,6 +42,8 @@ INDEX = "model.safetensors.index.json"
 MASKS = "prunella.masks"
 GRIDS = "prunella.grids"
 REPORT = "prunella.json"
+RUN = "run.json"  # of a directory in the making: what the run is
+LOCK = ".lock"  # of a directory in the making: held by the process that writes
 _CODES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -462,19 +464,20 @@ class Output:
         self._acquire()
         identity = json.loads(json.dumps(identity))
         try:
-            if fresh or not (self.partial / "run.json").is_file():
+            if fresh or not (self.partial / RUN).is_file():
                 self.weights.create(slots)
-                _write_text(self.partial / "run.json", json.dumps(identity, indent=1))
+                _write_text(self.partial / RUN, json.dumps(identity, indent=1))
             else:
                 self._compare(identity)
             self.weights.open()
             self._read_journal()
             self.blocks = len(self.finished)
-            self._journal = (self.partial / "journal.jsonl").open("a", encoding="utf-8")
+            # Not buffered: on a full disk what a buffer holds would be written again, in vain, when it is closed.
+            self._journal = (self.partial / "journal.jsonl").open("ab", buffering=0)
         except OSError as error:
             if fresh:
                 self.discard()
-            raise _space(error, self.partial) from None
+            raise disk_error(error, self.partial) from None
         except BaseException:
             if fresh:
                 self.discard()
@@ -483,15 +486,7 @@ class Output:
             raise
 
     def _acquire(self) -> None:
-        try:
-            self._lock = (self.partial / ".lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"another run is writing to '{self.partial}': wait for it, or choose another -o."
-            ) from None
-        except OSError as error:
-            raise InputError(f"'{self.partial}' cannot be written: {error.strerror}.") from None
+        self._lock = lock(self.partial)
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -499,7 +494,7 @@ class Output:
             self._lock = None
 
     def _compare(self, identity: Mapping[str, Any]) -> None:
-        before = json.loads((self.partial / "run.json").read_text())
+        before = json.loads((self.partial / RUN).read_text())
         different = sorted(key for key in identity.keys() | before.keys() if identity.get(key) != before.get(key))
         if different:
             raise InputError(
@@ -527,8 +522,9 @@ class Output:
             os.truncate(path, good)  # half a line, if the run was killed while it wrote one
 
     def _log(self, entry: Mapping[str, Any]) -> None:
-        self._journal.write(json.dumps(entry) + "\n")
-        self._journal.flush()
+        line = memoryview(json.dumps(entry).encode() + b"\n")
+        while line:
+            line = line[self._journal.write(line) :]
         os.fsync(self._journal.fileno())
 
     def note(self, key: str, value: Any) -> None:
@@ -537,7 +533,7 @@ class Output:
         try:
             self._log({"note": key, "value": value})
         except OSError as error:
-            raise _space(error, self.partial) from None
+            raise disk_error(error, self.partial) from None
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -552,7 +548,7 @@ class Output:
             self._log({**entry, "weights": self.weights.write(result)})
             self.blocks += 1
         except OSError as error:
-            raise _space(error, self.partial) from None
+            raise disk_error(error, self.partial) from None
 
     def write_outside(self, changed: Mapping[str, Tensor]) -> None:
         """Put parameters that no block holds on disk: embeddings, the head, the last norm."""
@@ -560,14 +556,14 @@ class Output:
         try:
             self.weights.write_outside(changed)
         except OSError as error:
-            raise _space(error, self.partial) from None
+            raise disk_error(error, self.partial) from None
 
     def complete(self) -> None:
         """Copy what no block holds: after this `checkpoint` is a whole model."""
         try:
             self.weights.complete()
         except OSError as error:
-            raise _space(error, self.partial) from None
+            raise disk_error(error, self.partial) from None
 
     def finish(self, report: Mapping[str, Any], card: str) -> None:
         """Add everything that is not weights and let the directory appear."""
@@ -578,13 +574,13 @@ class Output:
             _write_text(self.partial / "README.md", card)
             self.weights.close()
             self._journal.close()
-            for name in ("journal.jsonl", "run.json", ".lock"):
+            for name in ("journal.jsonl", RUN, LOCK):
                 (self.partial / name).unlink(missing_ok=True)
             if self.path.exists():
                 self.path.rmdir()  # check_output saw that it was empty
             self.partial.rename(self.path)
         except OSError as error:
-            raise _space(error, self.partial) from None
+            raise disk_error(error, self.partial) from None
         finally:
             self._release()
 
@@ -595,7 +591,7 @@ class Output:
                 self.model.tokenizer.save_pretrained(self.partial)
             return
         for path in companions(checkpoint.directory):
-            if path.name not in (REPORT, "run.json"):
+            if path.name not in (REPORT, RUN):
                 shutil.copyfile(path, self.partial / path.name)
         if self.model.dtype != checkpoint.dtype():
             config = json.loads((self.partial / "config.json").read_text())
@@ -620,6 +616,19 @@ def companions(directory: Path) -> list[Path]:
     suffixes = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
     files = (path for path in sorted(directory.iterdir()) if path.is_file())
     return [path for path in files if path.suffix in suffixes or "LICENSE" in path.name]
+
+
+def lock(partial: Path) -> IO[str]:
+    """Own a directory in the making until the file is closed or the process ends. Raises InputError if another process
+    owns it."""
+    try:
+        file = (partial / LOCK).open("w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another run is writing to '{partial}': wait for it, or choose another -o.") from None
+    except OSError as error:
+        raise InputError(f"'{partial}' cannot be written: {error.strerror}.") from None
+    return file
 
 
 def check_output(path: Path) -> None:
@@ -663,10 +672,19 @@ def _write(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def _space(error: OSError, where: Path) -> InputError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(where if where.exists() else where.parent).free
+def disk_full(error: Exception) -> bool:
+    """Did it come of a full disk? Libraries say so in ways of their own."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(words in str(error) for words in ("No space left", "inline_container"))  # the latter is torch.save
+
+
+def disk_error(error: Exception, where: Path) -> InputError:
+    """What to tell of an error that came of writing there."""
+    if disk_full(error):
+        free = shutil.disk_usage(where if where.exists() else where.parent).free / 1e6
         return InputError(
-            f"no space left on the disk of '{where}' ({free / 1e6:,.0f} MB free): make room, or choose another -o."
+            f"no space left on the disk of '{where}' ({free:,.0f} MB free): make room, or choose another -o."
         )
-    return InputError(f"'{error.filename or where}' cannot be written: {error.strerror or error}.")
+    name, reason = (error.filename, error.strerror) if isinstance(error, OSError) else (None, None)
+    return InputError(f"'{name or where}' cannot be written: {reason or error}.")

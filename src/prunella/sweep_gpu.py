@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .steps.dsnot import _best
+from .pattern import best
 from .types import Pattern
 
 SWEEP_ROWS, SWEEP_WARPS = 4, 1
@@ -162,14 +162,14 @@ def swap(
     rows, columns = mask_OI.shape
     after_OI = mask_OI.clone(memory_format=torch.contiguous_format)
     grow_2OK, can_grow_2OK = _both(
-        _best(g_OI, ~mask_OI & (d_OI > 0), cycles), _best(-g_OI, ~mask_OI & (d_OI < 0), cycles)
+        best(g_OI, ~mask_OI & (d_OI > 0), cycles), best(-g_OI, ~mask_OI & (d_OI < 0), cycles)
     )
     prune_2OK, can_prune_2OK, group_OI = grow_2OK, can_grow_2OK, wanda_OI  # not looked at
     if span:
         group_OI = wanda_OI.masked_fill(~mask_OI, torch.inf).contiguous()
     else:
         prune_2OK, can_prune_2OK = _both(
-            _best(-wanda_OI, mask_OI & (d_OI < 0), cycles), _best(-wanda_OI, mask_OI & (d_OI > 0), cycles)
+            best(-wanda_OI, mask_OI & (d_OI < 0), cycles), best(-wanda_OI, mask_OI & (d_OI > 0), cycles)
         )
     with _on(mask_OI):
         _swap[(triton.cdiv(rows, SWAP_ROWS),)](

@@ -25,7 +25,11 @@ LIST = "new-biases.list"
 
 @trains("biases")
 def biases(part: Part, *, rate: float = 1e-3) -> Change | None:
-    """Train the biases that the model has, those of norms too."""
+    """Train the biases that the model has, those of norms too.
+
+    Args:
+        rate: learning rate.
+    """
     return Master(part) if "bias" in part.kinds and not part.new else None
 
 
@@ -35,6 +39,9 @@ def new_biases(part: Part, *, rate: float = 1e-3) -> Change | None:
 
     A new bias starts from the mean output error that pruning left, b = E[(W_dense - W) x], so that healing begins
     with a better model than the pruned one.
+
+    Args:
+        rate: learning rate.
     """
     return Master(part) if part.new else None
 

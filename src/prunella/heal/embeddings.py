@@ -5,5 +5,9 @@ from .parts import Change, Master, Part, trains
 
 @trains("embeddings")
 def embeddings(part: Part, *, rate: float = 2e-4) -> Change | None:
-    """Train the embeddings; where the head is the same tensor, it too."""
+    """Train the embeddings; where the head is the same tensor, it too.
+
+    Args:
+        rate: learning rate.
+    """
     return Master(part) if "embedding" in part.kinds else None

@@ -9,6 +9,7 @@ def full(part: Part, *, outside: bool = True, rate: float = 2e-4) -> Change | No
 
     Args:
         outside: the embeddings and the head too.
+        rate: learning rate.
     """
     if not outside and part.kinds & {"head", "embedding"}:
         return None

@@ -12,5 +12,10 @@ def head(
     """Train a low-rank change of the head, W + c B A, merged densely: the head is not pruned.
 
     Where head and embeddings are one tensor, both get the change, so that they still are one after merging.
+
+    Args:
+        rank: r, columns of B and rows of A.
+        alpha: c = alpha / r; None: c = 2.
+        rate: learning rate.
     """
     return LowRank(part, rank, alpha) if "head" in part.kinds else None

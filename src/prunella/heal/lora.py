@@ -31,6 +31,7 @@ def lora(
     Args:
         rank: r, columns of B and rows of A.
         alpha: c = alpha / r; None: c = 2.
+        rate: learning rate.
 
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
     """

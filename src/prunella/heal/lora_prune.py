@@ -26,6 +26,7 @@ def lora_prune(
     Args:
         rank: r, columns of B and rows of A.
         alpha: c = alpha / r; None: c = 2.
+        rate: learning rate.
 
     Zimmer et al., "PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs", 2023.
     """

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import InputError, NumericalError
 from ..load import Model, quiet_transformers
@@ -165,7 +166,7 @@ def retrain(
     cache = network.config.use_cache
     with quiet_transformers():
         trainer = _Healer(chosen, plan, teacher, network, arguments, windows_NL, held_out_NL, callbacks)
-        checkpoint = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
+        checkpoint = _last_checkpoint(folder) if resume else None
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         finally:
@@ -181,6 +182,16 @@ def retrain(
     losses = tuple(float(row["loss"]) for row in history if "loss" in row)
     steps = trainer.state.global_step
     return Outcome(losses, held_out, trainer.state.best_global_step or steps, steps)
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint: the file with the Trainer's state comes last."""
+    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    for _, path in sorted(found.items(), reverse=True):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
+            return str(path)
+    return None
 
 
 class _Windows(torch.utils.data.Dataset[dict[str, Tensor]]):

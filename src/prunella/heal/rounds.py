@@ -48,7 +48,7 @@ def prune_and_heal(model: str, recipe: Recipe, path: Path, *, resume: bool, **op
             }
         )
         if not pruned.exists():
-            prune(source, plain, output=pruned, resume=resume and _partial(pruned), **_without(options, "watch"))
+            prune(source, plain, output=pruned, resume=resume and _partial(pruned), **options)
         part = recipe.heal.model_copy(
             update={"dense": str(find_directory(dense)), "tokens": recipe.heal.tokens // rounds}
         )
@@ -68,7 +68,3 @@ def prune_and_heal(model: str, recipe: Recipe, path: Path, *, resume: bool, **op
 
 def _partial(path: Path) -> bool:
     return path.with_name(path.name + ".partial").exists()
-
-
-def _without(options: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name != key}

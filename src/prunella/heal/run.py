@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..calibrate import check_windows, up_to, windows
@@ -21,7 +22,7 @@ from ..pattern import pack
 from ..prune import context, held_out_windows, measure, same_text
 from ..recipe import Healing, Recipe
 from ..report import Report, peak_memory
-from ..save import MASKS, REPORT, Output, check_output, identity, read_masks
+from ..save import MASKS, REPORT, Output, check_output, disk_error, disk_full, identity, read_masks
 from ..stream import BlockResult, LayerResult, Slot, Track, Watcher, find_layers, no_track
 from .biases import LIST, add_biases
 from .lora import save_adapter
@@ -181,9 +182,14 @@ class _Run:
             return report
         except NumericalError:
             raise  # the checkpoints are kept, the best one is named
+        except (OSError, RuntimeError, SafetensorError) as error:  # of the Trainer's checkpoints
+            if disk_full(error):
+                raise disk_error(error, self.path) from None
+            raise
         except BaseException as error:
             if out and isinstance(error, PrunellaError) and not (out.partial / "training").exists():
                 out.discard()
+                shutil.rmtree(aside, ignore_errors=True)
             raise
         finally:
             if out:

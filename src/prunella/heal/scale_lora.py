@@ -39,6 +39,7 @@ def scale_lora(
         start: `constant`: all entries 1/sqrt(r), as in the paper; every rank then gets the same gradient, and B A
             stays of rank 1 whatever r is. `broken`: the first rank makes the ones, the others start like LoRA, B
             zero and A drawn uniformly from +-1/sqrt(I).
+        rate: learning rate.
 
     Zimmer et al., "PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs", 2023.
     """

@@ -20,9 +20,13 @@ from ..load import find_directory, load_model, quiet_transformers
 from ..save import (
     GRIDS,
     INDEX,
+    LOCK,
     MASKS,
+    RUN,
     check_output,
     companions,
+    disk_error,
+    lock,
     mask_shapes,
     read_grids,
     read_masks,
@@ -53,21 +57,28 @@ class PackResult:
 
 @contextlib.contextmanager
 def _directory(out: Path) -> Iterator[Path]:
-    """OUT.partial while the context lasts, OUT once it has ended well."""
+    """OUT.partial while the context lasts, OUT once it has ended well. What a command that was killed left there goes:
+    nothing in it took long."""
     check_output(out)
     partial = out.with_name(out.name + ".partial")
-    if partial.exists():
-        raise InputError(f"'{partial}' exists: another command is writing it, or was interrupted. Delete it first.")
+    if (partial / RUN).exists():
+        raise InputError(f"'{partial}' holds an unfinished run: continue it with --resume, or delete that directory.")
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
+        partial.mkdir(parents=True, exist_ok=True)
+        with lock(partial):
+            try:
+                for leftover in partial.iterdir():
+                    if leftover.name != LOCK:
+                        leftover.unlink()
+                yield partial
+                (partial / LOCK).unlink()
+                if out.exists():
+                    out.rmdir()
+                partial.rename(out)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        raise InputError(f"'{error.filename or partial}' cannot be written: {error.strerror or error}.") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        raise disk_error(error, partial) from None
 
 
 def _copy_companions(source: Path, out: Path) -> None:

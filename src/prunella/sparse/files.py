@@ -245,8 +245,10 @@ def write_index(directory: Path) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """As the config files beside a model's weights are written."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """As the config files beside a model's weights are written; whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def _by_parameter(slots: Sequence[Slot]) -> dict[str, list[Slot]]:

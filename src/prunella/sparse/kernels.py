@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import native
-from ..errors import InputError, unknown
-from ..load import say
+from ..errors import InputError, say, unknown
 from .format import PAD, SPAN, Packed, groups, unpack, words
 
 FEW = 16  # up to so many tokens a row is multiplied as it is expanded

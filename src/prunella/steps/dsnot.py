@@ -8,6 +8,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from ..native import call, library
+from ..pattern import best
 from ..registry import register
 from ..stream import matches
 from ..types import Layer
@@ -102,8 +103,8 @@ def plain_swap(
     first_O = e_O.sign()
     active_O = torch.ones_like(e_O, dtype=torch.bool)
     # The candidates of each row and sign, best first; their D pulls e to zero, their scores are finite.
-    grow = [_best(g_OI, ~mask_OI & (d_OI > 0), cycles), _best(-g_OI, ~mask_OI & (d_OI < 0), cycles)]
-    prune = [_best(-wanda_OI, mask_OI & (d_OI < 0), cycles), _best(-wanda_OI, mask_OI & (d_OI > 0), cycles)]
+    grow = [best(g_OI, ~mask_OI & (d_OI > 0), cycles), best(-g_OI, ~mask_OI & (d_OI < 0), cycles)]
+    prune = [best(-wanda_OI, mask_OI & (d_OI < 0), cycles), best(-wanda_OI, mask_OI & (d_OI > 0), cycles)]
     group_OI = wanda_OI.masked_fill(~mask_OI, torch.inf)
     used_2O = torch.zeros(2, rows, dtype=torch.long, device=mask_OI.device)
     row_O = torch.arange(rows, device=mask_OI.device)
@@ -134,13 +135,6 @@ def plain_swap(
         group_OI[at, pruned] = torch.inf
         e_O = torch.where(go_O, new_O, e_O)
     return after_OI
-
-
-def _best(score_OI: Tensor, where_OI: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Columns of the `count` highest scores of each row among `where_OI`, the first first among equals, and whether
-    each is one of those."""
-    sorted_OI = score_OI.masked_fill(~where_OI, -torch.inf).sort(dim=1, descending=True, stable=True)
-    return sorted_OI.indices[:, :count], sorted_OI.values[:, :count] > -torch.inf
 
 
 def _take(lists: list[tuple[Tensor, Tensor]], side_O: Tensor, next_O: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,70 @@
+"""Command lines in processes of their own that can be killed.
+
+They are forked from one process that has imported everything and computed nothing, so that a hundred of them cost a
+minute and not ten.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["prunella.cli", "prunella.cells", "prunella.heal.retrain", "prunella.sparse.quantizer"])
+SCALE = float(os.environ.get("PRUNELLA_FAULTS", "0.2"))  # how much of all kills and mutations
+
+
+def times(count: int) -> int:
+    return max(1, round(count * SCALE))
+
+
+def _main(arguments: tuple[str, ...], log: str) -> None:
+    import torch
+
+    from prunella import cli
+
+    torch.set_num_threads(1)
+    with open(log, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["prunella", *arguments]
+    cli.main()
+
+
+@dataclass
+class Command:
+    """A command that was started; what it prints is in `log`."""
+
+    process: Any
+    log: Path
+
+    @classmethod
+    def start(cls, log: Path, *arguments: object) -> Command:
+        process = CONTEXT.Process(target=_main, args=(tuple(map(str, arguments)), str(log)))
+        process.start()
+        return cls(process, log)
+
+    def kill_after(self, seconds: float) -> bool:
+        """SIGKILL after so long; was it still running?"""
+        self.process.join(seconds)
+        if self.process.exitcode is not None:
+            return False
+        self.process.kill()
+        self.process.join()
+        return bool(self.process.exitcode < 0)
+
+    def finish(self, seconds: float = 120) -> int:
+        """Wait for the end; the exit status."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise TimeoutError(f"still running after {seconds} s: {self.said()}")
+        return int(self.process.exitcode)
+
+    def said(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
