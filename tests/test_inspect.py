@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import prunella
 from prunella import ModelError
 from prunella.inspect import inspect
+from prunella.sparse.commands import pack_model
 
 LAYERS = 3 * 7
 
@@ -47,6 +49,20 @@ def test_errors_and_notes_come_from_the_report(llama: Path, tmp_path: Path, ids:
     assert [row.notes for row in found] == [la.notes for la in report.layers]
     assert {row.pattern for row in found if row.name.endswith("q_proj")} == {"dense"}
     assert any("pruned by magnitude" in row.cells()[-1] for row in found)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_of_a_packed_model_what_is_left_out_counts_as_zero(architecture: str, tmp_path: Path, ids: Tensor) -> None:
+    source, plain, packed = tmp_path / "source", tmp_path / "plain", tmp_path / "packed"
+    tiny.build(architecture).save_pretrained(source)
+    prunella.prune(source, {"steps": ["wanda"], "pattern": "2:4", "skip": ["o_proj"]}, output=plain, calibration=ids)
+    pack_model(str(plain), packed)
+    one, other = ({row.name: row for row in inspect(str(path))} for path in (plain, packed))
+    assert one.keys() == other.keys()
+    for name, row in other.items():
+        assert (row.shape, row.zeros, row.pattern) == (one[name].shape, one[name].zeros, one[name].pattern)
+        assert row.error == one[name].error
+        assert row.nbytes == one[name].nbytes if row.pattern == "dense" else row.nbytes < one[name].nbytes
 
 
 def test_what_is_no_model_directory_is_refused(tmp_path: Path, llama: Path) -> None:

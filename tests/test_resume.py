@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 import prunella
 from prunella import InputError, Layer, keep, register
 from prunella.registry import steps
-from prunella.save import Output, TensorFile
+from prunella.save import Output
+from prunella.tensors import TensorFile
 
 
 def recipe_of(order: str, **changes: Any) -> dict[str, Any]:

@@ -22,7 +22,8 @@ import prunella
 from prunella import InputError, ModelError, Recipe, load_model, read_masks
 from prunella.load import read_header
 from prunella.pattern import pack
-from prunella.save import MASKS, TensorFile, check_output
+from prunella.save import check_output
+from prunella.tensors import MASKS, TensorFile
 
 LEFT_OVER = {"journal.jsonl", "run.json", ".lock"}
 

@@ -17,7 +17,7 @@ from .prune import prune
 from .recipe import Recipe
 from .registry import Step, make, register
 from .report import Report
-from .save import read_masks
+from .tensors import read_masks
 from .types import Block, Layer, Pattern, Stats
 
 del _sparse, _steps

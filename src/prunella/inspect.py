@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor, nn
 
 from .errors import ModelError
 from .load import load_model
 from .report import Report
 from .save import REPORT
+from .sparse.format import mask_of
+from .sparse.linear import SparseLinear
 from .stream import find_layers
 
 _GROUPS = ((1, 2), (2, 4), (4, 8), (8, 16), (1, 4), (2, 8), (3, 4), (1, 8))  # the strictest of each sparsity first
@@ -49,36 +52,40 @@ class Inspected:
 
 
 def inspect(directory: str) -> list[Inspected]:
-    """Every prunable layer: its zeros counted, its N:M pattern recognized. Reconstruction errors and notes come
+    """Every prunable layer: its zeros counted, its N:M pattern recognized; of a packed model what is left out counts
+    as zero. Reconstruction errors and notes come
     from prunella.json where there is one. Raises ModelError for a directory that is no model."""
     if not Path(directory).is_dir():
         raise ModelError(f"'{directory}' is not a directory.")
     said = {}
     if (Path(directory) / REPORT).is_file():
         said = {layer.name: layer for layer in Report.read(directory).layers}
-    model = load_model(directory, device="cpu")
+    model = load_model(directory, device="cpu", packed=True)
     found = []
     for index, name in enumerate(model.blocks):
         with model.block(index) as block:
-            for slot in find_layers(block, name):
-                weight_OI = slot.view()
-                zero_OI = weight_OI == 0
-                about = said.get(slot.name)
+            for layer, zero_OI, nbytes in _stored(block, name):
+                about = said.get(layer)
+                error, notes = (about.error, about.notes) if about else (None, ())
+                rows, columns = zero_OI.shape
                 found.append(
-                    Inspected(
-                        slot.name,
-                        slot.shape,
-                        int(zero_OI.sum()),
-                        _pattern(zero_OI),
-                        weight_OI.numel() * weight_OI.element_size(),
-                        about.error if about else None,
-                        about.notes if about else (),
-                    )
+                    Inspected(layer, (rows, columns), int(zero_OI.sum()), _pattern(zero_OI), nbytes, error, notes)
                 )
     return found
 
 
-def _pattern(zero_OI: torch.Tensor) -> str:
+def _stored(block: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, int]]:
+    """The block's layers: name, where zeros are stored or left out, bytes."""
+    for slot in find_layers(block, prefix):
+        weight_OI = slot.view()
+        yield slot.name, weight_OI == 0, weight_OI.numel() * weight_OI.element_size()
+    for path, module in block.named_modules():
+        if isinstance(module, SparseLinear):
+            packed = module.packed()
+            yield f"{prefix}.{path}", ~mask_of(packed.mask, packed.columns), packed.nbytes
+
+
+def _pattern(zero_OI: Tensor) -> str:
     """The N:M pattern that the zeros keep, `unstructured`, or `dense`."""
     zeros, total = int(zero_OI.sum()), zero_OI.numel()
     if zeros < total * 0.001:

@@ -7,10 +7,8 @@ byte. A line in the journal says that a block is on disk. At the end the directo
 Beside what transformers needs, the directory holds
 
     prunella.json    the report
-    prunella.masks   safetensors: for each pruned layer its mask (O, I) as bits, rows one after the other,
-                     the first weight in the highest bit of the first byte (numpy.packbits)
-    prunella.grids   safetensors, if layers were quantized: for each its scales (O, G), and as metadata
-                     `grids`, JSON: {layer name: {"bits": …, "group": …}} (`Grid`)
+    prunella.masks   of all pruned layers (`tensors.read_masks`)
+    prunella.grids   of quantized layers (`tensors.read_grids`)
 """
 
 from __future__ import annotations
@@ -21,230 +19,37 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
-from .errors import InputError, ModelError
-from .grid import Grid
+from .errors import InputError
 from .load import Checkpoint, Model, quiet_transformers
 from .pattern import unpack
+from .sparse.files import PackedFiles
 from .stream import BlockResult, LayerResult, Slot
+from .tensors import (
+    CODES,
+    FLOATS,
+    GRIDS,
+    INDEX,
+    MASKS,
+    TensorFile,
+    grids_in,
+    masks_in,
+    write_grids,
+    write_masks,
+    write_text,
+)
 
-INDEX = "model.safetensors.index.json"
-MASKS = "prunella.masks"
-GRIDS = "prunella.grids"
 REPORT = "prunella.json"
 RUN = "run.json"  # of a directory in the making: what the run is
 LOCK = ".lock"  # of a directory in the making: held by the process that writes
-_CODES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.bool: "BOOL",
-}
-_DTYPES = {code: dtype for dtype, code in _CODES.items()}
-_FLOATS = {"F32", "BF16", "F16"}
-_SIZES = dict.fromkeys(("F64", "I64", "U64"), 8) | dict.fromkeys(("F32", "I32", "U32"), 4)  # bytes; else 2 or 1
-_SIZES |= dict.fromkeys(("F16", "BF16", "I16", "U16"), 2)
-
-
-class TensorFile:
-    """A safetensors file of known layout whose tensors are written one at a time, in any order.
-
-    The whole length is claimed when it is created, so that a full disk shows at once.
-    """
-
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]], base: int):
-        self.path = path
-        self.tensors = tensors
-        self.base = base
-        self.written: set[str] = set()
-        self._file = os.open(path, os.O_RDWR)
-
-    @classmethod
-    def create(
-        cls, path: Path, tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]
-    ) -> TensorFile:
-        """A new file for {name: (dtype code, shape)}, stored in this order."""
-        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-        offset = 0
-        for name, (code, shape) in tensors.items():
-            nbytes = int(np.prod(shape, dtype=np.int64)) * _SIZES.get(code, 1)
-            header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
-            offset += nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.flush()
-            _claim(file.fileno(), 8 + len(text) + offset)
-        return cls.reopen(path)
-
-    @classmethod
-    def like(cls, path: Path, source: Path) -> TensorFile:
-        """A new file with the very header of `source`."""
-        with source.open("rb") as file:
-            length = file.read(8)
-            header = file.read(int.from_bytes(length, "little"))
-        with path.open("wb") as file:
-            file.write(length + header)
-            file.flush()
-            _claim(file.fileno(), source.stat().st_size)
-        return cls.reopen(path)
-
-    @classmethod
-    def reopen(cls, path: Path) -> TensorFile:
-        from .load import read_header
-
-        tensors, _ = read_header(path)
-        base = min((start for _, _, start, _ in tensors.values()), default=0)
-        return cls(path, tensors, base)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, cast to the dtype of its place. Raises ModelError if its shape is another."""
-        code, shape, start, _ = self.tensors[name]
-        if tuple(tensor.shape) != shape:
-            raise ModelError(f"tensor '{name}' has shape {tuple(tensor.shape)}, but its place in the file {shape}.")
-        data = tensor.detach().to(_DTYPES[code]).cpu().contiguous().flatten().view(torch.uint8).numpy()
-        _write_all(self._file, memoryview(data.data), start)
-        self.written.add(name)
-
-    def copy(self, name: str, source: Path, start: int, end: int) -> None:
-        """Copy one tensor's bytes from another file."""
-        at = self.tensors[name][2]
-        with source.open("rb") as file:
-            file.seek(start)
-            while start < end:
-                data = file.read(min(1 << 24, end - start))
-                if not data:
-                    raise ModelError(f"'{source}' is truncated.")
-                _write_all(self._file, memoryview(data), at)
-                start, at = start + len(data), at + len(data)
-        self.written.add(name)
-
-    def sync(self) -> None:
-        os.fsync(self._file)
-
-    def close(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file that appears when it is whole. Raises OSError if the disk is full."""
-    temporary = path.with_name(path.name + ".tmp")
-    layout = {name: (_CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
-    file = TensorFile.create(temporary, layout, metadata or {"format": "pt"})
-    try:
-        for name, tensor in tensors.items():
-            file.write(name, tensor)
-        file.sync()
-    finally:
-        file.close()
-    temporary.replace(path)
-
-
-def _claim(file: int, size: int) -> None:
-    try:
-        os.posix_fallocate(file, 0, size)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        os.ftruncate(file, size)  # a file system that cannot claim space ahead
-
-
-def _write_all(file: int, data: memoryview, at: int) -> None:
-    while data:
-        count = os.pwrite(file, data[: 1 << 26], at)
-        data, at = data[count:], at + count
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Masks and grids
-
-
-def read_masks(directory: str | Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """The masks saved with a pruned model, {layer name: bool (O, I)}, True where a weight was kept: all of them, or
-    those of these layers.
-
-    Raises ModelError if there are none or they are damaged.
-    """
-    shapes = mask_shapes(directory)
-    path = Path(directory) / MASKS
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: unpack(file.get_tensor(name), shapes[name]) for name in (shapes if names is None else names)}
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ModelError(f"'{path}' is damaged: {error}.") from None
-
-
-def mask_shapes(directory: str | Path) -> dict[str, tuple[int, int]]:
-    """The layers that have a mask, and the shape of each. Raises ModelError as `read_masks` does."""
-    path = Path(directory) / MASKS
-    if not path.is_file():
-        raise ModelError(f"'{directory}' holds no masks ({MASKS}): it was not pruned by Prunella.")
-    return _mask_shapes(path)
-
-
-def _mask_shapes(path: Path) -> dict[str, tuple[int, int]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: (rows, columns) for name, (rows, columns) in json.loads(file.metadata()["shapes"]).items()}
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"'{path}' is damaged: {error}.") from None
-
-
-def write_masks(path: Path, bits: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Save masks, given as bits (`pattern.pack`), as `read_masks` reads them."""
-    about = json.dumps({name: list(shapes[name]) for name in bits})
-    save_tensors(path, bits, {"shapes": about})
-
-
-def read_grids(directory: str | Path) -> dict[str, Grid]:
-    """The grids saved with a quantized model, {layer name: grid}; none for a model that was not quantized.
-
-    Raises ModelError if they are damaged.
-    """
-    path = Path(directory) / GRIDS
-    return _read_grids(path) if path.is_file() else {}
-
-
-def _read_grids(path: Path) -> dict[str, Grid]:
-    out = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name, about in json.loads(file.metadata()["grids"]).items():
-                out[name] = Grid(about["bits"], about["group"], file.get_tensor(name))
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise ModelError(f"'{path}' is damaged: {error}.") from None
-    return out
-
-
-def write_grids(path: Path, grids: Mapping[str, Grid]) -> None:
-    """Save grids as `read_grids` reads them; no file if there are none."""
-    if grids:
-        about = {name: {"bits": grid.bits, "group": grid.group} for name, grid in grids.items()}
-        scales = {name: grid.scale_OG.cpu().contiguous() for name, grid in grids.items()}
-        _write(path, save(scales, {"grids": json.dumps(about)}))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The directory
 
 
 class _DenseFiles:
@@ -259,13 +64,13 @@ class _DenseFiles:
         checkpoint = self.model.checkpoint
         if checkpoint is not None:
             keep = self.model.dtype == checkpoint.dtype()
-            code = _CODES[self.model.dtype]
+            code = CODES[self.model.dtype]
             for name, tensors in checkpoint.files.items():
                 if keep:
                     TensorFile.like(self.partial / name, checkpoint.directory / name).close()
                 else:
                     ordered = sorted(tensors.items(), key=lambda item: item[1][2])
-                    layout = {key: (code if t[0] in _FLOATS else t[0], t[1]) for key, t in ordered}
+                    layout = {key: (code if t[0] in FLOATS else t[0], t[1]) for key, t in ordered}
                     TensorFile.create(self.partial / name, layout, checkpoint.metadata[name]).close()
         sizes = {slot.name: ("U8", [-(-slot.shape[0] * slot.shape[1] // 8)]) for slot in slots}
         shapes = json.dumps({slot.name: list(slot.shape) for slot in slots})
@@ -348,7 +153,7 @@ class _DenseFiles:
         if checkpoint is not None and self.model.dtype != checkpoint.dtype() and index.is_file():
             content = json.loads(index.read_text())
             content.setdefault("metadata", {})["total_size"] = self.checkpoint.nbytes
-            _write_text(index, json.dumps(content, indent=2) + "\n")
+            write_text(index, json.dumps(content, indent=2) + "\n")
         _merge_grids(self.partial)
 
 
@@ -356,8 +161,6 @@ class _PackedFiles:
     """Weights of a run in the packed format, and the masks and grids of those pruned layers that stay dense."""
 
     def __init__(self, partial: Path, model: Model, bits: int | None, group: int):
-        from .sparse.files import PackedFiles
-
         self.partial, self.model = partial, model
         self.files = PackedFiles(partial, model, bits, group)
 
@@ -405,7 +208,7 @@ class _PackedFiles:
         masks: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, int]] = {}
         for part in parts:
-            shapes |= _mask_shapes(part)
+            shapes |= masks_in(part)
             masks |= load_file(part)
         if masks:
             write_masks(self.partial / MASKS, masks, shapes)
@@ -416,7 +219,7 @@ class _PackedFiles:
 
 def _merge_grids(partial: Path) -> None:
     parts = sorted(partial.glob(f"{GRIDS}-*"))
-    write_grids(partial / GRIDS, {name: grid for part in parts for name, grid in _read_grids(part).items()})
+    write_grids(partial / GRIDS, {name: grid for part in parts for name, grid in grids_in(part).items()})
     for part in parts:
         part.unlink()
 
@@ -466,7 +269,7 @@ class Output:
         try:
             if fresh or not (self.partial / RUN).is_file():
                 self.weights.create(slots)
-                _write_text(self.partial / RUN, json.dumps(identity, indent=1))
+                write_text(self.partial / RUN, json.dumps(identity, indent=1))
             else:
                 self._compare(identity)
             self.weights.open()
@@ -570,8 +373,8 @@ class Output:
         try:
             self._copy_companions()
             self.weights.finish()
-            _write_text(self.partial / REPORT, json.dumps(report, indent=1) + "\n")
-            _write_text(self.partial / "README.md", card)
+            write_text(self.partial / REPORT, json.dumps(report, indent=1) + "\n")
+            write_text(self.partial / "README.md", card)
             self.weights.close()
             self._journal.close()
             for name in ("journal.jsonl", RUN, LOCK):
@@ -597,7 +400,7 @@ class Output:
             config = json.loads((self.partial / "config.json").read_text())
             config.pop("torch_dtype", None)
             config["dtype"] = str(self.model.dtype).removeprefix("torch.")
-            _write_text(self.partial / "config.json", json.dumps(config, indent=2) + "\n")
+            write_text(self.partial / "config.json", json.dumps(config, indent=2) + "\n")
 
     def close(self) -> None:
         """Let go of the files and of the lock. What is on disk stays, for a run that resumes this one."""
@@ -657,19 +460,6 @@ def identity(checkpoint: Checkpoint | None, recipe: Mapping[str, Any], windows_N
 
 def _layer_result(item: Mapping[str, Any]) -> LayerResult:
     return LayerResult(**{**item, "shape": tuple(item["shape"]), "notes": tuple(item["notes"])})
-
-
-def _write_text(path: Path, text: str) -> None:
-    _write(path, text.encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def disk_full(error: Exception) -> bool:

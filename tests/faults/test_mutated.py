@@ -27,8 +27,8 @@ import prunella
 from prunella import PrunellaError, Recipe, Report
 from prunella.calibrate import windows
 from prunella.load import Model, load_model
-from prunella.save import GRIDS, MASKS, read_grids, read_masks
 from prunella.sparse.commands import pack_model
+from prunella.tensors import GRIDS, MASKS, read_grids, read_masks
 
 pytestmark = pytest.mark.slow
 Edit = tuple[str, float, bytes]

@@ -21,7 +21,7 @@ import prunella
 from prunella import InputError, ModelError, NumericalError, Report
 from prunella.heal import retrain
 from prunella.heal.rounds import schedule
-from prunella.save import MASKS
+from prunella.tensors import MASKS
 
 
 def weights(directory: Path) -> dict[str, Tensor]:

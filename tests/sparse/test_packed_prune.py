@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 import prunella
 from prunella import InputError, Recipe, load_model, perplexity
-from prunella.save import GRIDS, MASKS, Output
+from prunella.save import Output
 from prunella.sparse.commands import pack_model, unpack_model
 from prunella.sparse.linear import SparseLinear
+from prunella.tensors import GRIDS, MASKS
 
 SHORT: dict[str, Any] = {"calibration": {"samples": 4, "length": 32}, "evaluate": {"windows": 1}}
 

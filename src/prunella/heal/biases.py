@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..load import Checkpoint, Model, quiet_transformers
-from ..save import MASKS, companions
+from ..save import companions
 from ..stream import Stream, Target, Track, Watch, find_layers, no_track
+from ..tensors import MASKS
 from ..types import Pattern
 from .parts import Change, Master, Part, trains
 

@@ -22,8 +22,9 @@ from ..pattern import pack
 from ..prune import context, held_out_windows, measure, same_text
 from ..recipe import Healing, Recipe
 from ..report import Report, peak_memory
-from ..save import MASKS, REPORT, Output, check_output, disk_error, disk_full, identity, read_masks
+from ..save import REPORT, Output, check_output, disk_error, disk_full, identity
 from ..stream import BlockResult, LayerResult, Slot, Track, Watcher, find_layers, no_track
+from ..tensors import MASKS, read_masks
 from .biases import LIST, add_biases
 from .lora import save_adapter
 from .parts import attach, choose, detach, parts_of

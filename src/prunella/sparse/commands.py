@@ -17,16 +17,12 @@ from .. import pattern
 from ..errors import InputError, ModelError
 from ..grid import Grid
 from ..load import find_directory, load_model, quiet_transformers
-from ..save import (
+from ..save import LOCK, RUN, check_output, companions, disk_error, lock
+from ..stream import Slot, find_layers
+from ..tensors import (
     GRIDS,
     INDEX,
-    LOCK,
     MASKS,
-    RUN,
-    check_output,
-    companions,
-    disk_error,
-    lock,
     mask_shapes,
     read_grids,
     read_masks,
@@ -34,7 +30,6 @@ from ..save import (
     write_grids,
     write_masks,
 )
-from ..stream import Slot, find_layers
 from .bench import bench
 from .files import PackedCheckpoint, PackedFiles, module_names, write_index, write_json
 from .format import PARTS, SPAN, check_options, groups, mask_of, stored_bits

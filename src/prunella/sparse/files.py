@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..grid import Grid
 from ..load import Checkpoint, Model
-from ..save import INDEX, save_tensors
 from ..stream import Slot, find_layers
+from ..tensors import INDEX, save_tensors, write_text
 from .format import PARTS, SPAN, VERSION, Packed, of_parts, pack, stored_bits, unpack
 
 
@@ -245,10 +245,8 @@ def write_index(directory: Path) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """As the config files beside a model's weights are written; whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """As the config files beside a model's weights are written."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def _by_parameter(slots: Sequence[Slot]) -> dict[str, list[Slot]]:
