@@ -201,7 +201,7 @@ def reconstruct_blocks(
     stream = Stream(model, windows_NL, order="block")
     done = out.checkpoint if out.finished else None
     losses: dict[str, list[float]] = out.notes.get("losses", {})
-    trained = 0
+    trained: dict[str, int] = out.notes.get("trained", {})
     total = sum(parameter.numel() for parameter in model.network.parameters())
     last = len(model.blocks) - 1
     for index in track(range(last + 1), "healing", last + 1):
@@ -232,8 +232,9 @@ def reconstruct_blocks(
 
         step = Step("reconstruct", frozenset({"targets"}), apply, per_layer=False, prunes=True, options={})
         with model.block(index, dense.checkpoint):
-            out.write(stream.prune(index, targets, [restore(values, masks), step], min_tokens=0, last=index == last))
-        losses[name] = seen
-        trained += count
-        out.note("losses", losses)
-    return {"trained": trained / total, "tokens": windows_NL.numel() * settings.epochs, "losses": losses}
+            result = stream.prune(index, targets, [restore(values, masks), step], min_tokens=0, last=index == last)
+            losses[name], trained[name] = seen, count
+            out.note("losses", losses)
+            out.note("trained", trained)
+            out.write(result)  # last: a block that is on disk is not done again
+    return {"trained": sum(trained.values()) / total, "tokens": windows_NL.numel() * settings.epochs, "losses": losses}
