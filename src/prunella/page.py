@@ -282,7 +282,8 @@ def losses(healing: Mapping[str, Any]) -> list[Drawing]:
         }
         title, x = "Reconstruction loss of each block", "block"
     else:
-        curves = {"training": list(enumerate(found, 1))}
+        distilled = healing.get("recipe", {}).get("distill")  # another loss than that of held-out text
+        curves = {"training, distilled" if distilled else "training": list(enumerate(found, 1))}
         curves["held out"] = [(int(step), loss) for step, loss in (healing.get("held_out") or {}).items()]
         title, x = "Loss while healing", "step"
     return [Drawing(title, charts.lines(title, curves, x, "loss"), charts.legend(curves))]

@@ -4,7 +4,7 @@ from .parts import Change, Master, Part, trains
 
 
 @trains("all")
-def full(part: Part, *, outside: bool = True, rate: float = 2e-4) -> Change | None:
+def full(part: Part, *, outside: bool = True, rate: float = 5e-4) -> Change | None:
     """Train every parameter, the mask held: full retraining, as in iterative magnitude pruning.
 
     Args:

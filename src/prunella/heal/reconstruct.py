@@ -25,7 +25,7 @@ def reconstruct(
     train: tuple[str, ...] = ("all",),
     part: Literal["block", "sub-block"] = "block",
     epochs: PositiveInt = 1,
-    rate: PositiveFloat | None = None,
+    rate: PositiveFloat | None = 2e-4,
     warmup: float = 0.1,
 ) -> Block:
     """Train what is left of a block until its outputs are near the dense block's, the mask held.
