@@ -211,10 +211,10 @@ def _progress(units: str) -> Progress:
 
 def _settings(flags: Mapping[str, Any]) -> list[str]:
     """Flags that were given, as KEY=VALUE settings of a recipe; `evaluate.source` may be none."""
-    if flags["evaluate.source"] == "none":
-        flags = {**flags, "evaluate.source": None}
-        return [*_settings(flags), "evaluate.source=null"]
-    return [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
+    given = {key: value for key, value in flags.items() if value is not None}
+    if given.get("evaluate.source") == "none":
+        given["evaluate.source"] = None
+    return [f"{key}={json.dumps(value)}" for key, value in given.items()]
 
 
 @contextlib.contextmanager

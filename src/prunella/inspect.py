@@ -53,8 +53,8 @@ class Inspected:
 
 def inspect(directory: str) -> list[Inspected]:
     """Every prunable layer: its zeros counted, its N:M pattern recognized; of a packed model what is left out counts
-    as zero. Reconstruction errors and notes come
-    from prunella.json where there is one. Raises ModelError for a directory that is no model."""
+    as zero. Reconstruction errors and notes come from prunella.json where there is one. Raises ModelError for a
+    directory that is no model."""
     if not Path(directory).is_dir():
         raise ModelError(f"'{directory}' is not a directory.")
     said = {}

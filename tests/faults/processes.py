@@ -17,6 +17,8 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["prunella.cli", "prunella.cells", "prunella.heal.retrain", "prunella.sparse.quantizer"])
 SCALE = float(os.environ.get("PRUNELLA_FAULTS", "0.2"))  # how much of all kills and mutations
 
+SHORT = ("--samples", 4, "--length", 32, "--windows", 1)  # flags of a quick run
+
 
 def times(count: int) -> int:
     return max(1, round(count * SCALE))

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-import prunella
+from processes import SHORT
 
 pytestmark = pytest.mark.slow
 UNSHARE = ["unshare", "--map-root-user", "--mount"]
@@ -77,16 +76,6 @@ def scenario(tmp_path: Path, tries: list[float], *command: object) -> dict[str, 
     assert ran.returncode == 0, ran.stderr[-3000:]
     found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
     return found
-
-
-@pytest.fixture(scope="module")
-def pruned(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("pruned") / "model"
-    prunella.prune(llama, {"calibration": {"samples": 4, "length": 32}, "evaluate": {"windows": 1}}, output=out)
-    return out
-
-
-SHORT = ("--samples", 4, "--length", 32, "--windows", 1)
 
 
 @pytest.mark.parametrize(

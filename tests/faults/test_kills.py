@@ -14,12 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Command, times
-
-import prunella
+from processes import SHORT, Command, times
 
 pytestmark = pytest.mark.slow
-SHORT = ("--samples", 4, "--length", 32, "--windows", 1)
 TIMES = {"seconds", "cpu_seconds", "seconds in all", "peak_memory", "resumed_after_blocks", "run", "source", "speed"}
 
 
@@ -40,13 +37,6 @@ def contents(path: Path) -> dict[str, Any]:
                 out[name] = without_times(json.loads(file.read_text()))
             elif file.name != "README.md":  # says seconds
                 out[name] = file.read_bytes()
-    return out
-
-
-@pytest.fixture(scope="module")
-def pruned(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("pruned") / "model"
-    prunella.prune(llama, {"calibration": {"samples": 4, "length": 32}, "evaluate": {"windows": 1}}, output=out)
     return out
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from processes import Command, times
-from test_kills import SHORT, contents
+from processes import SHORT, Command, times
+from test_kills import contents
 
 pytestmark = pytest.mark.slow
 
