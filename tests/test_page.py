@@ -269,6 +269,28 @@ def test_the_page_as_it_is_written_is_painted_without_complaint(pruned: Path, tm
     assert (tmp_path / "page.png").stat().st_size > 20_000
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_the_page_of_32_blocks_is_small_and_opens_at_once(report: Report, tmp_path: Path) -> None:
+    names = [(la, re.sub(r"\.\d+\.", ".{}.", la.name)) for la in report.layers if ".0." in la.name]
+    layers = tuple(replace(la, name=name.format(block)) for block in range(32) for la, name in names)
+    assert len(layers) == 32 * 7
+    text = page(replace(report, layers=layers))
+    assert len(text.encode()) < 2e6
+    probe = """<script>
+      addEventListener('load', () => {
+        document.body.getBoundingClientRect();  // lays the page out
+        document.body.dataset.ready = performance.now();
+      });
+    </script></body>"""
+    text = text.replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
+    (tmp_path / "page.html").write_text(text.replace("</body>", probe))
+    result = browse(tmp_path / "page.html", "--window-size=1280,900", "--dump-dom")
+    milliseconds = float(re.search(r'data-ready="([^"]*)"', result.stdout)[1])
+    print(f"{len(text):,} bytes, {milliseconds:.0f} ms")
+    assert milliseconds < 1000
+
+
 @pytest.mark.parametrize("way", ["retrain", "reconstruct"])
 def test_healing_has_its_table_losses_sample_and_command(pruned: Path, tmp_path: Path, way: str) -> None:
     recipe = {
