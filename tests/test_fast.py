@@ -57,6 +57,52 @@ def test_attention_is_as_near_to_the_exact_one_as_torchs(shape, tokens):
     assert error <= 1.5 * reference + 1e-6
 
 
+@pytest.mark.parametrize("shape", [(2, 9, 3, 300, 64), (2, 4, 4, 100, 32), (1, 2, 1, 1, 64), (1, 2, 2, 17, 128)])
+@pytest.mark.parametrize("tokens", [None, 15, 16, 31, 33, 47, 64])
+def test_the_gradient_of_attention_is_as_near_to_the_exact_one_as_torchs(shape, tokens):
+    if fast._kernels() is None:
+        pytest.skip("no kernel for this processor")
+    torch.manual_seed(0)
+    batch, heads, kv, length, dim = shape
+    length = tokens or length
+    inputs = [torch.randn(batch, length, h, dim).bfloat16().transpose(1, 2) for h in (heads, kv, kv)]
+    grad = torch.randn(batch, length, heads, dim).bfloat16()
+
+    def pulled(run, dtype):
+        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+        run(*leaves).backward(grad.to(dtype))
+        return [leaf.grad for leaf in leaves]
+
+    def plain(query, key, value):
+        key, value = (t.repeat_interleave(heads // kv, 1) for t in (key, value))
+        out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3)
+        return out.transpose(1, 2)
+
+    found = pulled(lambda *tensors: attention(nn.Module(), *tensors, None, scaling=0.3)[0], torch.bfloat16)
+    for mine, torchs, exact in zip(found, pulled(plain, torch.bfloat16), pulled(plain, torch.float64), strict=True):
+        assert mine.shape == exact.shape
+        assert (mine - exact).abs().max() <= 1.5 * (torchs - exact).abs().max() + 1e-6
+
+
+def test_the_gradient_of_attention_does_not_depend_on_the_threads():
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, 70, 32).bfloat16(), torch.randn(2, 2, 70, 32).bfloat16()
+    found, threads = [], torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        leaves = [query.clone().requires_grad_(), key.clone().requires_grad_(), key.clone().requires_grad_()]
+        attention(_causal_module(), *leaves, None)[0].float().square().sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+    torch.set_num_threads(threads)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def _causal_module():
+    module = nn.Module()
+    module.is_causal, module.num_key_value_groups = True, 2  # what torch's way reads
+    return module
+
+
 def test_attention_passes_nan_on():
     key = torch.randn(1, 1, 40, 32).bfloat16()
     query = key.clone()

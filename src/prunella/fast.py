@@ -1,6 +1,7 @@
-"""The stream's own products, where the processor can do better than torch: x^T x and causal attention.
+"""The stream's own products, where the processor can do better than torch: x^T x, and causal attention with its
+gradient.
 
-Both are for bfloat16 on CPUs with AVX-512 BF16, with sums in float32 (sparse/csrc/stream_avx512.c): torch has
+They are for bfloat16 on CPUs with AVX-512 BF16, with sums in float32 (sparse/csrc/stream_avx512.c): torch has
 no product of bfloat16 into float32, and its attention there runs at a third of the machine's speed. Anywhere
 else torch computes them.
 """
@@ -9,10 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .native import library
 
@@ -80,7 +83,7 @@ def attention(
     functions.
 
     query (B, heads, T, D), key and value (B, kv heads, T, D); returns (B, T, heads, D). Whatever the kernels do
-    not cover (masks, gradients, windows over a cache, other dtypes and devices) goes to torch.
+    not cover (masks, windows over a cache, other dtypes and devices) goes to torch.
     """
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
@@ -89,10 +92,9 @@ def attention(
         attention_mask is not None
         or dropout
         or torch.compiler.is_compiling()
-        or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
         or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache"))
     ):
-        if query.shape[2] == 1:  # the newest token sees all keys
+        if query.shape[2] == 1 and not _differentiable(query, key, value):  # the newest token sees all keys
             from .sparse.kernels import attend
 
             out = attend(query, key, value, scale)
@@ -116,35 +118,77 @@ def attention(
     return result
 
 
+def _differentiable(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
     """Causal attention over windows, (B, T, heads, D); None where there is no kernel for these tensors."""
-    batch, heads, tokens, dim = query.shape
-    kernels = _kernels()
+    _, heads, tokens, dim = query.shape
     if (
-        kernels is None
-        or query.dtype != torch.bfloat16
-        or query.device.type != "cpu"
+        _kernels() is None
+        or any(t.dtype != torch.bfloat16 or t.device.type != "cpu" or t.stride(3) != 1 for t in (query, key, value))
         or key.shape[2] != tokens
         or value.shape != key.shape
         or key.shape[3] != dim
         or dim % 32
         or heads % key.shape[1]
         or tokens > 1 << 14
-        or any(t.stride(3) != 1 for t in (query, key, value))
     ):
         return None
+    if _differentiable(query, key, value):
+        out: Tensor = _Causal.apply(query, key, value, scale)  # type: ignore[no-untyped-call]
+        return out
+    return _run_causal(query, key, value, scale, None)
+
+
+class _Causal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        lse_BHT = query.new_empty(query.shape[:3], dtype=torch.float32)
+        out = _run_causal(query, key, value, scale, lse_BHT)
+        ctx.scale = scale
+        ctx.save_for_backward(query, key, value, out, lse_BHT)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        query, key, value, out, lse_BHT = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        delta_BHT = (grad.float() * out).sum(-1).transpose(1, 2).contiguous()
+        pulled = tuple(torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value))
+        _call(
+            "prunella_attention_back",
+            (query, key, value, grad.transpose(1, 2), lse_BHT, delta_BHT, *pulled),
+            (query, key, value, grad.transpose(1, 2)),
+            ctx.scale,
+        )
+        return *pulled, None
+
+
+def _run_causal(query: Tensor, key: Tensor, value: Tensor, scale: float, lse_BHT: Tensor | None) -> Tensor:
+    batch, heads, tokens, dim = query.shape
     out = query.new_empty(batch, tokens, heads, dim)
-    strides = (ctypes.c_int64 * 9)(*(t.stride(i) for t in (query, key, value) for i in range(3)))
-    failed = kernels.prunella_attention(
-        *(ctypes.c_void_p(t.data_ptr()) for t in (query, key, value, out)),
+    _call("prunella_attention", (query, key, value, out, lse_BHT), (query, key, value), scale)
+    return out
+
+
+def _call(name: str, tensors: Sequence[Tensor | None], strided: Sequence[Tensor], scale: float) -> None:
+    """Call a kernel on these tensors, whose first two are queries and keys; `strided` need not be contiguous."""
+    kernels, (query, key) = _kernels(), strided[:2]
+    assert kernels is not None
+    batch, heads, tokens, dim = query.shape
+    strides = [t.stride(i) for t in strided for i in range(3)]
+    failed = kernels[name](
+        *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors),
         *(ctypes.c_int64(n) for n in (batch, heads, key.shape[1], tokens, dim)),
-        strides,
+        (ctypes.c_int64 * len(strides))(*strides),
         ctypes.c_float(scale),
         torch.get_num_threads(),
     )
     if failed:
         raise MemoryError
-    return out
 
 
 def use_fast_attention(network: Any) -> None:
