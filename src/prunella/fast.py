@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .native import library
+from .native import call, library
 
 PANEL = 256  # columns of a product with float32 sums that torch makes at a time
 TOKENS = 2048  # tokens at a time: what a product reads stays in the cache
@@ -35,16 +34,7 @@ def add_gram(gram_II: Tensor, x_TI: Tensor) -> None:
     kernels = _kernels() if x_TI.dtype == torch.bfloat16 and x_TI.device.type == "cpu" else None
     for x in torch.split(x_TI, TOKENS):
         if kernels is not None and x.stride(1) == 1:
-            failed = kernels.prunella_gram(
-                ctypes.c_void_p(x.data_ptr()),
-                ctypes.c_int64(x.shape[0]),
-                ctypes.c_int64(width),
-                ctypes.c_int64(x.stride(0)),
-                ctypes.c_void_p(gram_II.data_ptr()),
-                torch.get_num_threads(),
-            )
-            if failed:
-                raise MemoryError
+            call(kernels.prunella_gram, x, x.shape[0], width, x.stride(0), gram_II)
             continue
         x = x.float()
         for start in range(0, width, PANEL):
@@ -95,8 +85,6 @@ def attention(
         or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache"))
     ):
         if query.shape[2] == 1 and not _differentiable(query, key, value):  # the newest token sees all keys
-            from .sparse.kernels import attend
-
             out = attend(query, key, value, scale)
         elif causal:
             out = _causal(query, key, value, scale)
@@ -122,19 +110,34 @@ def _differentiable(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
+    """softmax(scale q k^T) v of one token, (B, heads, 1, D) over (B, kv heads, T, D), as (B, 1, heads, D): torch's
+    takes tens of times as long in bfloat16. None where there is no kernel for these tensors."""
+    kernels = library()
+    batch, heads, _, dim = query.shape
+    if kernels is None or not _fit(query, key, value) or key.shape[0] != batch:
+        return None
+    out = query.new_empty(batch, 1, heads, dim)
+    strides = torch.tensor((*query.stride()[:2], *key.stride()[:3], *value.stride()[:3]))
+    sizes = (batch, heads, key.shape[1], key.shape[2], dim)
+    call(kernels.prunella_attend, query, key, value, out, *sizes, strides, scale)
+    return out
+
+
+def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Are these tensors what all kernels of attention take?"""
+    return (
+        all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.stride(3) == 1 for t in (query, key, value))
+        and value.shape == key.shape
+        and key.shape[3] == query.shape[3]
+        and query.shape[1] % key.shape[1] == 0
+    )
+
+
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
     """Causal attention over windows, (B, T, heads, D); None where there is no kernel for these tensors."""
-    _, heads, tokens, dim = query.shape
-    if (
-        _kernels() is None
-        or any(t.dtype != torch.bfloat16 or t.device.type != "cpu" or t.stride(3) != 1 for t in (query, key, value))
-        or key.shape[2] != tokens
-        or value.shape != key.shape
-        or key.shape[3] != dim
-        or dim % 32
-        or heads % key.shape[1]
-        or tokens > 1 << 14
-    ):
+    tokens, dim = query.shape[2:]
+    if _kernels() is None or not _fit(query, key, value) or key.shape[2] != tokens or dim % 32 or tokens > 1 << 14:
         return None
     if _differentiable(query, key, value):
         out: Tensor = _Causal.apply(query, key, value, scale)  # type: ignore[no-untyped-call]
@@ -157,11 +160,15 @@ class _Causal(torch.autograd.Function):
         query, key, value, out, lse_BHT = ctx.saved_tensors
         grad = grads[0].contiguous()
         delta_BHT = (grad.float() * out).sum(-1).transpose(1, 2).contiguous()
-        pulled = tuple(torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value))
-        _call(
-            "prunella_attention_back",
-            (query, key, value, grad.transpose(1, 2), lse_BHT, delta_BHT, *pulled),
-            (query, key, value, grad.transpose(1, 2)),
+        inputs = (query, key, value, grad.transpose(1, 2))
+        pulled = tuple(torch.empty(t.shape, dtype=t.dtype) for t in inputs[:3])
+        kernels = _kernels()
+        assert kernels is not None
+        call(
+            kernels.prunella_attention_back,
+            *(*inputs, lse_BHT, delta_BHT, *pulled),
+            *(*query.shape[:2], key.shape[1], *query.shape[2:]),
+            torch.tensor([t.stride()[:3] for t in inputs]),
             ctx.scale,
         )
         return *pulled, None
@@ -170,25 +177,16 @@ class _Causal(torch.autograd.Function):
 def _run_causal(query: Tensor, key: Tensor, value: Tensor, scale: float, lse_BHT: Tensor | None) -> Tensor:
     batch, heads, tokens, dim = query.shape
     out = query.new_empty(batch, tokens, heads, dim)
-    _call("prunella_attention", (query, key, value, out, lse_BHT), (query, key, value), scale)
-    return out
-
-
-def _call(name: str, tensors: Sequence[Tensor | None], strided: Sequence[Tensor], scale: float) -> None:
-    """Call a kernel on these tensors, whose first two are queries and keys; `strided` need not be contiguous."""
-    kernels, (query, key) = _kernels(), strided[:2]
+    kernels = _kernels()
     assert kernels is not None
-    batch, heads, tokens, dim = query.shape
-    strides = [t.stride(i) for t in strided for i in range(3)]
-    failed = kernels[name](
-        *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors),
-        *(ctypes.c_int64(n) for n in (batch, heads, key.shape[1], tokens, dim)),
-        (ctypes.c_int64 * len(strides))(*strides),
-        ctypes.c_float(scale),
-        torch.get_num_threads(),
+    call(
+        kernels.prunella_attention,
+        *(query, key, value, out, lse_BHT),
+        *(batch, heads, key.shape[1], tokens, dim),
+        torch.tensor([t.stride()[:3] for t in (query, key, value)]),
+        scale,
     )
-    if failed:
-        raise MemoryError
+    return out
 
 
 def use_fast_attention(network: Any) -> None:

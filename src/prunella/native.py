@@ -28,6 +28,7 @@ def library() -> ctypes.CDLL | None:
     parallel = _openmp()
     if parallel is not None:
         found.prunella_threads(parallel)
+    found.prunella_use(None)  # the best instructions of this processor
     return found
 
 

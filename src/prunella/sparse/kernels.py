@@ -32,13 +32,12 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, 
 
 _PAGE = 1 << 21  # bytes of a large page
 
-_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _WEIGHT = (_INT, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _POINTER, _LONG)
 _SIGNATURES = {
     "prunella_product": (*_WEIGHT, _POINTER, _POINTER, _INT, _LONG, _INT),
     "prunella_expand": (*_WEIGHT, _LONG, _LONG, _POINTER, _INT, _INT),
     "prunella_dense": (_LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _LONG, _INT),
-    "prunella_attend": (*[_POINTER] * 4, *[_LONG] * 5, ctypes.POINTER(_LONG), _FLOAT, _INT),
     "prunella_read": (_POINTER, _LONG, _INT),
     "prunella_use": (ctypes.c_char_p,),
     "prunella_isa": (_INT,),
@@ -56,7 +55,6 @@ def library() -> ctypes.CDLL | None:
         getattr(found, name).argtypes = types
     found.prunella_read.restype = ctypes.c_uint64
     found.prunella_isa.restype = ctypes.c_char_p
-    found.prunella_use(None)
     return found
 
 
@@ -87,33 +85,6 @@ def read_bandwidth(data: Tensor) -> int:
         return int(data.view(torch.uint8).sum(dtype=torch.int64))
     total: int = kernels.prunella_read(data.data_ptr(), data.numel() * data.element_size(), torch.get_num_threads())
     return total
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
-    """softmax(scale q k^T) v of one token, (B, heads, 1, D) over (B, kv heads, T, D), as (B, 1, heads, D): torch's
-    takes tens of times as long in bfloat16. None where there is no kernel for these tensors."""
-    kernels = library()
-    batch, heads, _, dim = query.shape
-    if (
-        kernels is None
-        or any(t.dtype != torch.bfloat16 or t.device.type != "cpu" or t.stride(3) != 1 for t in (query, key, value))
-        or value.shape != key.shape
-        or key.shape[0] != batch
-        or key.shape[3] != dim
-        or heads % key.shape[1]
-    ):
-        return None
-    out = query.new_empty(batch, 1, heads, dim)
-    _succeed(
-        kernels.prunella_attend(
-            *(t.data_ptr() for t in (query, key, value, out)),
-            *(batch, heads, key.shape[1], key.shape[2], dim),
-            (_LONG * 8)(*query.stride()[:2], *key.stride()[:3], *value.stride()[:3]),
-            scale,
-            torch.get_num_threads(),
-        )
-    )
-    return out
 
 
 def resident(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
