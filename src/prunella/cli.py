@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .native import keep_freed_memory
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -682,6 +684,7 @@ def methods(json_: Json = False) -> None:
 
 def main() -> None:
     """Entry point: what the user can mend is one line and exit code 2, a defect of ours exit code 1."""
+    keep_freed_memory()
     sys.exit(_guard(lambda: app(standalone_mode=False, prog_name="prunella")))
 
 
