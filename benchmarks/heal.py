@@ -121,6 +121,8 @@ def main() -> None:
                 if (step, cell, method) in done:
                     continue
                 heal = {"text": texts, "tokens": args.tokens, "length": args.length, **extra, **METHODS[method]}
+                if heal.get("way") == "reconstruct":  # which has its own windows, those of the calibration
+                    heal = {**{key: extra[key] for key in ("rate", "epochs") if key in extra}, **METHODS[method]}
                 if args.rate is not None:
                     heal["rate"] = args.rate
                 output = args.folder / "healed"

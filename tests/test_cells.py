@@ -425,5 +425,16 @@ def test_cells_are_healed_on_other_windows_than_they_are_measured_on(llama: Path
     ids_NL = windows(alone, "pydoc", 2, 32, skip=4)
     assert healed["perplexity"]["pydoc"] == prunella.perplexity(alone, ids_NL).perplexity
     assert not list((tmp_path / "out").glob(".sweep-*"))
+    (tmp_path / "other.txt").write_text("A garden is green and a forest is greener. " * 100)
+    texts = ["pydoc", str(tmp_path / "other.txt")]
+    both = {**BASE, "grid": {"steps": ["magnitude"], "heal": [{**heal, "text": texts}]}}
     with pytest.raises(InputError, match="would train on more than one"):
+        sweep(str(llama), both, tmp_path / "two", texts=texts)
+    with pytest.raises(InputError, match="two texts are called 'pydoc'"):
         sweep(str(llama), plan, tmp_path / "two", texts=["pydoc", "pydoc"])
+
+
+def test_layers_that_stay_dense_do_so_under_every_pattern() -> None:
+    cells = cells_of({"sparsity": {"down_proj": 0, "up_proj": 0.3}}, {"pattern": ["2:4", "unstructured"]})
+    assert [cell.recipe["sparsity"]["down_proj"] for cell in cells] == [0, 0]
+    assert ["up_proj" in cell.recipe["sparsity"] for cell in cells] == [False, True]

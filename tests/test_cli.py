@@ -427,6 +427,16 @@ def test_a_damaged_gguf_file_is_refused(run: Run, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"]
 
 
+def test_the_directory_that_one_is_in_is_no_output(
+    refused: Run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "'.' cannot be the output" in refused("prune", llama, "-o", ".", *SHORT)
+    assert "'.' cannot be the output" in refused("pack", llama, "-o", ".")
+    prunella.prune(llama, {"calibration": {"samples": 2, "length": 16}, "evaluate": {"source": None}}, output="out")
+    assert "'.' is a directory" in refused("report", "out", "-o", ".")
+
+
 def test_an_output_that_is_in_use_is_refused(refused: Run, llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -2,6 +2,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prunella import fast
 from prunella.fast import add_gram, attention, use_fast_attention
@@ -101,6 +102,41 @@ def _causal_module():
     module = nn.Module()
     module.is_causal, module.num_key_value_groups = True, 2  # what torch's way reads
     return module
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_attention_is_the_same_whatever_the_scale_and_the_default_device_are(tokens):
+    query, key = torch.randn(2, 4, tokens, 32).bfloat16(), torch.randn(2, 2, 40, 32).bfloat16()
+    module = _causal_module()
+    with torch.no_grad():
+        expected = attention(module, query, key, key, None, scaling=1.0)[0]
+        assert torch.equal(attention(module, query, key, key, None, scaling=1)[0], expected)
+        with torch.device("meta"):
+            assert torch.equal(attention(module, query, key, key, None, scaling=1.0)[0], expected)
+
+
+def test_what_has_no_memory_of_its_own_goes_to_torch():
+    query, key = torch.randn(2, 4, 40, 32).bfloat16(), torch.randn(2, 2, 40, 32).bfloat16()
+
+    def run(query, key):
+        return attention(_causal_module(), query, key, key, None)[0]
+
+    expected = run(query, key).float()
+    pulled = torch.func.grad(lambda query: run(query, key).float().sum())(query)
+    assert pulled.shape == query.shape
+    with torch.no_grad():
+        traced = torch.jit.trace(run, (query, key), check_trace=False)(query, key)
+        with FakeTensorMode() as mode:
+            assert run(mode.from_tensor(query), mode.from_tensor(key)).shape == expected.shape
+    assert (traced.float() - expected).abs().max() < 0.05
+
+
+def test_gram_products_of_expanded_rows():
+    x_TI = torch.randn(1, 48).bfloat16().expand(20, 48)
+    gram_II = torch.zeros(48, 48)
+    add_gram(gram_II, x_TI)
+    add_gram(gram_II, x_TI[:0])
+    assert torch.allclose(gram_II, x_TI.float().T @ x_TI.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_attention_passes_nan_on():

@@ -157,7 +157,10 @@ def test_a_packed_model_runs_in_the_harness_as_any_other(packed: Path, questions
         ("", "is empty"),
         ("{", "line 1: not a JSON object"),
         ('{"query": "a", "choices": ["b", "c"], "gold": 2}', "line 1"),
-        ('{"query": "a", "choices": ["b"], "gold": 0}', "at least two"),
+        ('{"query": "a", "choices": ["b"], "gold": 0}', "two texts or more"),
+        ('{"query": "a", "choices": "yes", "gold": 0}', "line 1"),
+        ('{"query": "a", "choices": {"b": 1, "c": 2}, "gold": 0}', "line 1"),
+        ('{"query": "a", "choices": ["b", ""], "gold": 0}', "line 1"),
         ('{"query": "a", "choices": ["b", "c"], "gold": 0}\n{"query": 1}', "line 2"),
     ],
 )
@@ -165,6 +168,17 @@ def test_damaged_questions_say_where(llama: Path, tmp_path: Path, text: str, mes
     (tmp_path / "q.jsonl").write_text(text)
     with pytest.raises(InputError, match=message):
         score(str(llama), files=[tmp_path / "q.jsonl"])
+
+
+@pytest.mark.usefixtures("lm_eval")
+def test_files_of_questions_have_names_of_their_own_and_any_characters(llama: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "a" / "q.jsonl", tmp_path / "b" / "q.jsonl"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text('{"query": "a\u2028b", "choices": ["b", "c"], "gold": 0}\n', encoding="utf-8")
+    assert score(str(llama), files=files[:1])["tasks"][0]["questions"] == 1
+    with pytest.raises(InputError, match="two tasks are called 'q'"):
+        score(str(llama), files=files)
 
 
 @pytest.mark.usefixtures("lm_eval")

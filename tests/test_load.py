@@ -311,6 +311,44 @@ def test_code_that_comes_with_a_model_does_not_run_unless_trusted(plain: Path, t
     assert marker.exists()
 
 
+def test_code_of_a_packed_model_does_not_run_unless_trusted_either(plain: Path, tmp_path: Path) -> None:
+    test_code_that_comes_with_a_model_does_not_run_unless_trusted(plain, tmp_path)
+    recipe = {"format": "packed", "calibration": {"samples": 2, "length": 16}, "evaluate": {"source": None}}
+    windows = tiny.token_windows()
+    prunella.prune(plain, recipe, output=tmp_path / "out", calibration=windows, remote_code=True)
+    (tmp_path / "ran").unlink()
+    with pytest.raises(ModelError, match="--trust-remote-code"):
+        load_model(str(tmp_path / "out"), packed=True)
+    assert not (tmp_path / "ran").exists()
+    assert load_model(str(tmp_path / "out"), packed=True, remote_code=True).dtype == torch.float32
+    assert load_model(str(tmp_path / "out"), dtype="bfloat16", packed=True, remote_code=True).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("left", ["config and tokenizer", "one shard"])
+def test_a_model_of_which_the_cache_holds_a_part_is_downloaded(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    here = shutil.copytree(llama, tmp_path / "here")
+    shards = sorted(here.glob("*.safetensors"))
+    for path in shards if left == "config and tokenizer" else shards[1:]:
+        path.unlink()
+    if left == "config and tokenizer":
+        (here / "model.safetensors.index.json").unlink()
+    asked: list[list[str]] = []
+
+    def download(name: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
+        asked.append(allow_patterns)
+        return str(here if local_files_only else llama)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert find_directory("somebody/model") == llama
+    assert not {"*.bin", "*.pt"} & {glob for globs in asked for glob in globs}
+    find_directory("somebody/model", pickles=True)
+    assert {"*.bin", "*.pt"} < set(asked[-1])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(llama))
+    assert find_directory("somebody/model") == llama
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Pickles
 

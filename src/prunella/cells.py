@@ -23,17 +23,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 import yaml
 from torch import Tensor
 
 from .calibrate import windows
 from .errors import InputError, PrunellaError, unknown
 from .evaluate import perplexity
-from .load import Model, load_model, wrap_model
+from .load import Model, free_memory, load_model, wrap_model
 from .prune import held_out_windows, prune, same_text, window_length
-from .recipe import Evaluation, Healing, Recipe, override
+from .recipe import Evaluation, Healing, Recipe, only_dense, override
 from .results import Results, Row
 from .sparse.format import SPAN, expected
 from .stream import LayerResult, Track, no_track
@@ -88,7 +86,7 @@ def cells_of(base: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]) -> list
             before = base.get("sparsity") or {}
             wanted["sparsity"] = {**(before if isinstance(before, Mapping) else {}), "*": chosen["sparsity"]}
         if ":" in str(wanted.get("pattern", "")):
-            wanted.pop("sparsity", None)
+            wanted["sparsity"] = only_dense(wanted.get("sparsity"))
             wanted.pop("allocate", None)
         cell = _cell(Recipe.of(wanted), [key for key in chosen if key not in _NAMED])
         cells.setdefault(cell.key, cell)
@@ -269,11 +267,8 @@ class Sweep:
     def _dense_weights(self) -> Iterator[Any]:
         """The dense network, or None where two of it do not fit into memory: then cells are read from its files and
         written to a scratch directory."""
-        free = psutil.virtual_memory().available
-        if self.model.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.model.device)[0]
         size = self.model.parameters * self.model.dtype.itemsize
-        if 2 * size > free // 2:
+        if 2 * size > free_memory(self.model.device) // 2:
             yield None
         else:
             with self.model.whole() as network:
@@ -378,6 +373,8 @@ def sweep(
     held_out: dict[str, Tensor] = {}
     texts = texts or [text for text in [recipe.evaluate.source] if text]
     for text in texts:
+        if Path(text).name in held_out:
+            raise InputError(f"two texts are called '{Path(text).name}': rename one, the name is that of its column.")
         evaluation = recipe.evaluate.model_copy(update={"source": text})
         found = held_out_windows(
             opened,

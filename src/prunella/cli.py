@@ -120,7 +120,7 @@ def prune(
 ) -> None:
     """Prune MODEL in one shot and save what is left, measured."""
     from . import prune as run
-    from .recipe import Recipe, override
+    from .recipe import Recipe, only_dense, override
 
     values = Recipe.read(recipe) if recipe else {}
     flags: dict[str, Any] = {
@@ -140,7 +140,7 @@ def prune(
     values |= {key: value for key, value in flags.items() if value is not None}
     if pattern is not None and ":" in pattern:  # it fixes what each layer loses, whatever the recipe had
         if not sparsity:
-            values.pop("sparsity", None)
+            values["sparsity"] = only_dense(values.get("sparsity"))
         if allocate is None:
             values.pop("allocate", None)
     settings = _settings(
@@ -484,11 +484,12 @@ def pack(
     output: Out,
     bits: Bits = None,
     group: Group = 128,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Store a pruned model without its zeros; transformers loads it after `import prunella`."""
     from .sparse.commands import pack_model
 
-    result = pack_model(model, output, bits, group)
+    result = pack_model(model, output, bits, group, remote_code=trust_remote_code)
     out.print(
         f"{result.layers} layers packed: {result.dense / 1e6:,.1f} MB became {result.packed / 1e6:,.1f} MB"
         f" ({result.packed / result.dense:.3f}); saved to {output}",

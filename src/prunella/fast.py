@@ -33,7 +33,7 @@ def add_gram(gram_II: Tensor, x_TI: Tensor) -> None:
     width = x_TI.shape[1]
     kernels = _kernels() if x_TI.dtype == torch.bfloat16 and x_TI.device.type == "cpu" else None
     for x in torch.split(x_TI, TOKENS):
-        if kernels is not None and x.stride(1) == 1:
+        if kernels is not None and x.stride(1) == 1 and x.stride(0) >= width and len(x):
             call(kernels.prunella_gram, x, x.shape[0], width, x.stride(0), gram_II)
             continue
         x = x.float()
@@ -76,7 +76,7 @@ def attention(
     not cover (masks, windows over a cache, other dtypes and devices) goes to torch.
     """
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
     out = None
     if not (
         attention_mask is not None
@@ -115,10 +115,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | 
     takes tens of times as long in bfloat16. None where there is no kernel for these tensors."""
     kernels = library()
     batch, heads, _, dim = query.shape
-    if kernels is None or not _fit(query, key, value) or key.shape[0] != batch:
+    if kernels is None or not _fit(query, key, value):
         return None
     out = query.new_empty(batch, 1, heads, dim)
-    strides = torch.tensor((*query.stride()[:2], *key.stride()[:3], *value.stride()[:3]))
+    strides = _numbers(*query.stride()[:2], *key.stride()[:3], *value.stride()[:3])
     sizes = (batch, heads, key.shape[1], key.shape[2], dim)
     call(kernels.prunella_attend, query, key, value, out, *sizes, strides, scale)
     return out
@@ -127,11 +127,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | 
 def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Are these tensors what all kernels of attention take?"""
     return (
-        all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.stride(3) == 1 for t in (query, key, value))
+        all(
+            type(t) is Tensor and t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.stride(3) == 1
+            for t in (query, key, value)
+        )
+        and not torch._C._get_tracing_state()
+        and torch._C._functorch.peek_interpreter_stack() is None  # torch.func: these tensors have no memory
         and value.shape == key.shape
+        and key.shape[0] == query.shape[0] > 0
         and key.shape[3] == query.shape[3]
         and query.shape[1] % key.shape[1] == 0
     )
+
+
+def _numbers(*values: int) -> Tensor:
+    return torch.tensor(values, device="cpu")
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
@@ -161,14 +171,14 @@ class _Causal(torch.autograd.Function):
         grad = grads[0].contiguous()
         delta_BHT = (grad.float() * out).sum(-1).transpose(1, 2).contiguous()
         inputs = (query, key, value, grad.transpose(1, 2))
-        pulled = tuple(torch.empty(t.shape, dtype=t.dtype) for t in inputs[:3])
+        pulled = tuple(t.new_empty(t.shape) for t in inputs[:3])
         kernels = _kernels()
         assert kernels is not None
         call(
             kernels.prunella_attention_back,
             *(*inputs, lse_BHT, delta_BHT, *pulled),
             *(*query.shape[:2], key.shape[1], *query.shape[2:]),
-            torch.tensor([t.stride()[:3] for t in inputs]),
+            _numbers(*(t.stride(i) for t in inputs for i in range(3))),
             ctx.scale,
         )
         return *pulled, None
@@ -183,7 +193,7 @@ def _run_causal(query: Tensor, key: Tensor, value: Tensor, scale: float, lse_BHT
         kernels.prunella_attention,
         *(query, key, value, out, lse_BHT),
         *(batch, heads, key.shape[1], tokens, dim),
-        torch.tensor([t.stride()[:3] for t in (query, key, value)]),
+        _numbers(*(t.stride(i) for t in (query, key, value) for i in range(3))),
         scale,
     )
     return out

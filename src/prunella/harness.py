@@ -39,11 +39,13 @@ class PrunellaLM(HFLM):  # type: ignore[misc]
         device: str | None = None,
         batch_size: int | str | None = None,
         trust_remote_code: bool = False,
+        allow_pickle: bool = False,
         **options: Any,
     ):
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):  # the harness's default
             device = "auto"
-        opened = load_model(pretrained, dtype=dtype, device=device, remote_code=trust_remote_code, packed=True)
+        trust = {"remote_code": trust_remote_code, "pickles": allow_pickle}
+        opened = load_model(pretrained, dtype=dtype, device=device, packed=True, **trust)
         if opened.tokenizer is None:
             raise InputError(f"model '{pretrained}' has no tokenizer, so it cannot read questions.")
         opened.load(lambda name: True)
@@ -89,6 +91,7 @@ def accuracies(
     dtype: str = "auto",
     device: str = "auto",
     remote_code: bool = False,
+    pickles: bool = False,
 ) -> list[Accuracy]:
     """Zero-shot accuracies of a model, one for each task; those of groups of tasks (mmlu) are listed task by task.
 
@@ -101,6 +104,10 @@ def accuracies(
         InputError: unknown tasks, tasks whose data cannot be had, damaged files.
     """
     with _quiet():
+        names = [*tasks, *(Path(file).stem for file in files)]
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError(f"two tasks are called '{name}': a file of questions is called by its own name.")
         wanted: list[Any] = [_task(Path(file)) for file in files]
         manager = _manager(bool(tasks))
         for name in tasks:
@@ -119,7 +126,7 @@ def accuracies(
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=1234)
-        lm = PrunellaLM(model, dtype=dtype, device=device, trust_remote_code=remote_code)
+        lm = PrunellaLM(model, dtype=dtype, device=device, trust_remote_code=remote_code, allow_pickle=pickles)
         found = evaluate(lm, loaded, limit=limit, bootstrap_iters=1000)
     return [_accuracy(name, found["results"][name], samples) for name, samples in found["samples"].items()]
 
@@ -173,20 +180,22 @@ def _questions(path: Path) -> list[dict[str, Any]]:
     """The rows of a file of questions, their queries as they are put to the model. Raises InputError."""
     rows = []
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
                 query, choices, gold = row["query"], row["choices"], row["gold"]
-                if not (isinstance(query, str) and len(choices) > 1 and all(isinstance(c, str) for c in choices)):
+                if not (isinstance(query, str) and isinstance(choices, list) and len(choices) > 1):
+                    raise ValueError
+                if not all(isinstance(choice, str) and choice for choice in choices):
                     raise ValueError
                 if not (isinstance(gold, int) and 0 <= gold < len(choices)):
                     raise ValueError
             except (ValueError, KeyError, TypeError):
                 raise InputError(
-                    f"'{path}', line {number}: not a JSON object with 'query', 'choices' (at least two) and 'gold', the"
-                    " number of the right one from 0."
+                    f"'{path}', line {number}: not a JSON object with 'query', 'choices' (two texts or more), 'gold',"
+                    " the number of the right one from 0."
                 ) from None
             query = query.rstrip()
             if re.search(r"^Question:", query, re.MULTILINE) and not query.endswith("Answer:"):

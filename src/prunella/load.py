@@ -20,18 +20,20 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import InputError, ModelError, say, unknown
+from .errors import InputError, ModelError, PrunellaError, say, unknown
 from .fast import use_fast_attention
 
+PICKLES = ("*.bin", "*.pt", "*.pth")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -85,7 +87,7 @@ def find_directory(name: str, *, remote_code: bool = False, pickles: bool = Fals
         return _from_gguf(path, cache_directory() / "gguf" / f"{path.stem}-{key}")
     if path.exists():
         raise ModelError(f"'{name}' is a file, but not a .gguf one. Give a model directory instead.")
-    return _checked(_from_hub(name), pickles, remote_code)
+    return _checked(_from_hub(name, pickles), pickles, remote_code)
 
 
 def _checked(directory: Path, pickles: bool, remote_code: bool) -> Path:
@@ -93,7 +95,7 @@ def _checked(directory: Path, pickles: bool, remote_code: bool) -> Path:
         raise ModelError(f"directory '{directory}' holds no model: config.json is missing.")
     if any(directory.glob("*.safetensors")):
         return directory
-    found = [*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")]
+    found = [path for glob in PICKLES for path in directory.glob(glob)]
     if not found:
         raise ModelError(f"directory '{directory}' holds no weights: no .safetensors file is there.")
     if not pickles:
@@ -111,17 +113,20 @@ def _checked(directory: Path, pickles: bool, remote_code: bool) -> Path:
     )
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, pickles: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+    weights = ["*.safetensors", *(PICKLES if pickles else ())]
+    wanted = [*weights, "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
     hint = f" Built-in models: {', '.join(BUILT_IN)}. Otherwise give a directory, a .gguf file or a hub id."
     near = unknown("model", name, BUILT_IN)
     suggestion = near[near.index(".") + 1 : near.index(" Available")] if "Did you mean" in near else ""
     try:
         with contextlib.suppress(LocalEntryNotFoundError):
-            return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+            here = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+            if _whole(here, weights):
+                return here
         say(f"downloading {name} from the hub")
         return Path(snapshot_download(name, allow_patterns=wanted))
     except HFValidationError:
@@ -131,6 +136,20 @@ def _from_hub(name: str) -> Path:
         raise ModelError(
             f"model '{name}' is not on this machine and could not be had from the hub ({reason}).{suggestion}{hint}"
         ) from None
+
+
+def _whole(directory: Path, weights: Sequence[str]) -> bool:
+    """Are all the weights in a directory of the hub's cache? Whoever loaded only a tokenizer left no more than that."""
+    try:
+        indexes = [json.loads(path.read_text()) for glob in weights for path in directory.glob(f"{glob}.index.json")]
+        named = {name for index in indexes for name in index["weight_map"].values()}
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return False
+    return (
+        (directory / "config.json").is_file()
+        and any(next(directory.glob(glob), None) for glob in weights)
+        and all((directory / name).is_file() for name in named)
+    )
 
 
 def _built_in(name: str) -> Path:
@@ -471,10 +490,11 @@ class Model:
                     module._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     def _tie(self) -> None:
-        """Where two parameters are one and only one of them is loaded, share it."""
+        """Where two parameters are one, share what is loaded: a checkpoint has one of them, or both alike."""
         for pair in self.network.all_tied_weights_keys.items():
             loaded = [self.network.get_parameter(name) for name in pair]
-            if loaded[0].is_meta != loaded[1].is_meta:
+            twice = loaded[0] is not loaded[1] and not loaded[0].is_meta and not loaded[1].is_meta
+            if loaded[0].is_meta != loaded[1].is_meta or (twice and torch.equal(*loaded)):
                 real, name = (loaded[1], pair[0]) if loaded[0].is_meta else (loaded[0], pair[1])
                 owner, _, key = name.rpartition(".")
                 self.network.get_submodule(owner)._parameters[key] = real
@@ -594,7 +614,7 @@ def load_model(
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         if method == "prunella" and packed:
-            return _load_packed(directory, name, device)
+            return _load_packed(directory, name, dtype, device, remote_code)
         if method == "prunella":
             raise ModelError(f"'{name}' is packed: prunella unpack '{name}' -o OUT makes a plain model of it.")
         raise ModelError(f"'{name}' is quantized ({method}): dequantize it before pruning.")
@@ -627,13 +647,20 @@ def _load_tokenizer(directory: Path, name: str, remote_code: bool) -> Any:
         raise ModelError(f"the tokenizer of '{name}' cannot be read: {reason}") from None
 
 
-def _load_packed(directory: Path, name: str, device: str) -> Model:
+def _load_packed(directory: Path, name: str, dtype: str, device: str, remote_code: bool) -> Model:
     """A model whose weights stay packed, in memory."""
     from transformers import AutoModelForCausalLM
 
-    with quiet_transformers():
-        network = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").to(pick_device(device))
-    return wrap_model(network, _load_tokenizer(directory, name, False), name)
+    wanted: Any = DTYPES.get(dtype, dtype)
+    try:
+        with quiet_transformers():
+            network = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted, trust_remote_code=remote_code)
+    except PrunellaError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"the packed model '{name}' cannot be loaded: {reason}") from None
+    return wrap_model(network.to(pick_device(device)), _load_tokenizer(directory, name, remote_code), name)
 
 
 def wrap_model(network: Any, tokenizer: Any = None, name: str = "") -> Model:
@@ -643,6 +670,11 @@ def wrap_model(network: Any, tokenizer: Any = None, name: str = "") -> Model:
     `Model.give_back`.
     """
     return Model(network, tokenizer, None, network.device, name or network.config._name_or_path or "in memory")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 
 def pick_device(name: str) -> torch.device:

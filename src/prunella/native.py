@@ -6,11 +6,16 @@ import contextlib
 import ctypes
 import functools
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .errors import say
+
+VERSION = 2  # of the functions that the library exports; the same number stands in sparse/csrc/api.c
 
 
 @functools.cache
@@ -20,12 +25,16 @@ def library() -> ctypes.CDLL | None:
     It borrows the threads of the OpenMP runtime that torch has loaded: a second runtime in the process would
     keep a second set of threads spinning beside torch's.
     """
-    built = sorted(Path(__file__).parent.glob("sparse/_kernels*.so"))
-    if not built:
+    built = Path(__file__).parent / f"sparse/_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not built.is_file():
         return None
     try:
-        found = ctypes.CDLL(str(built[0]))
-    except OSError:  # built for another machine
+        found = ctypes.CDLL(str(built))
+        version = found.prunella_version()
+    except (OSError, AttributeError):  # built for another machine, or long ago
+        version = None
+    if version != VERSION:
+        say("the C kernels were built for another version of Prunella: install it again (pip install -e .)")
         return None
     parallel = _openmp()
     if parallel is not None:

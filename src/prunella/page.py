@@ -62,6 +62,8 @@ def write_page(directory: str | Path, path: str | Path | None = None) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """A file that is whole or not there. Raises InputError."""
+    if path.is_dir():
+        raise InputError(f"'{path}' is a directory: give the name of a file.")
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from .allocate import Budget
 from .calibrate import check_windows, windows
 from .errors import InputError, ModelError, NumericalError, PrunellaError
 from .evaluate import fingerprint, perplexity
-from .load import Checkpoint, Model, load_model, wrap_model
+from .load import Checkpoint, Model, free_memory, load_model, wrap_model
 from .recipe import Recipe
 from .report import Report, peak_memory
 from .save import Output, check_output, identity
@@ -328,10 +328,8 @@ def measure(
 
 def _sample(model: Model, checkpoint: Checkpoint | None, tokens: int = 24) -> str | None:
     """A greedy continuation of a fixed prompt, where the whole model fits comfortably in memory."""
-    import psutil
-
     size = model.parameters * model.dtype.itemsize
-    if model.checkpoint is not None and size > psutil.virtual_memory().available // 3:
+    if model.checkpoint is not None and size > free_memory(model.device) // 3:
         return None
     inputs = model.tokenizer(PROMPT, return_tensors="pt").to(model.device)
     with model.whole(checkpoint) as network, torch.no_grad():

@@ -62,7 +62,8 @@ class Healing(_Part):
     """Retraining after pruning, the mask held.
 
     train:       what trains: a list of names, or of {name: {option: value}}; empty: a pruned model is not healed
-    way:         `retrain`: the whole model on text; `reconstruct`: block by block, to the dense outputs
+    way:         `retrain`: the whole model on text; `reconstruct`: block by block, to the dense outputs, on the windows
+                 of the calibration (of what follows only `rate`, `part` and `epochs` are for it)
     text:        sources to train on, one after the other; empty: the calibration's
     tokens:      to train on in all; text that is shorter is taken again
     length:      tokens in a window; windows are packed, not padded
@@ -117,6 +118,18 @@ class Healing(_Part):
     @classmethod
     def _text(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Healing:
+        ignored = {"reconstruct": ("text", "distill", "checkpointing"), "retrain": ("part", "epochs")}
+        for key in ignored[self.way]:
+            if getattr(self, key) != Healing.model_fields[key].get_default():
+                other = "retrain" if self.way == "reconstruct" else "reconstruct"
+                raise ValueError(
+                    f"heal.{key} is of way: {other}, not of {self.way}"
+                    + (", which trains on the calibration windows" if key == "text" else "")
+                )
+        return self
 
     def make_groups(self) -> list[Group]:
         """What trains, ready to use. Raises InputError."""
@@ -263,6 +276,11 @@ class Recipe(_Part):
             raise InputError(f"steps: {names} chooses no weights to prune: add a step that does, such as wanda.")
         recipe.make_allocation()
         recipe.heal.make_groups()
+        for step in made:
+            if step.name == "reconstruct":  # what it trains is looked up in each block: too late for a wrong name
+                rate = step.options["rate"]
+                for name in step.options["train"]:
+                    make_group(name, {} if rate is None else {"rate": rate})
         return recipe
 
     @classmethod
@@ -289,6 +307,11 @@ class Recipe(_Part):
     def plain(self) -> dict[str, Any]:
         """As plain data, ready for YAML or JSON; `Recipe.of` reads it back."""
         return self.model_dump(mode="json")
+
+
+def only_dense(sparsity: Any) -> dict[str, float]:
+    """What an N:M pattern leaves of a recipe's sparsities: the layers that stay dense."""
+    return {name: share for name, share in sparsity.items() if share == 0} if isinstance(sparsity, Mapping) else {}
 
 
 def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:

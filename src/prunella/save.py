@@ -145,7 +145,7 @@ class _DenseFiles:
             self.files[file].copy(name, checkpoint.directory / file, start, end)
         else:
             with checkpoint.open([name]) as slices:
-                self.files[file].write(name, slices[name][:])
+                self.files[file].write(name, slices[name][...])
 
     def finish(self) -> None:
         """Bring what lies beside the weights into its last form."""
@@ -242,6 +242,7 @@ class Output:
         resume: bool,
         packing: tuple[int | None, int] | None = None,
     ):
+        check_output(path)
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self.model = model
@@ -249,15 +250,12 @@ class Output:
         self.weights = _PackedFiles(self.partial, model, *packing) if packing else _DenseFiles(self.partial, model)
         self.finished: list[tuple[LayerResult, ...]] = []
         self.notes: dict[str, Any] = {}
-        check_output(path)
         self._lock: IO[str] | None = None
         fresh = not self.partial.exists()
         if not fresh and not resume:
             self._acquire()  # says so if the other run is still alive
             self._release()
-            raise InputError(
-                f"'{self.partial}' holds an unfinished run: continue it with --resume, or delete that directory."
-            )
+            raise unfinished(self.partial)
         if fresh and resume:
             raise InputError(f"there is nothing to resume: '{self.partial}' does not exist.")
         try:
@@ -393,8 +391,9 @@ class Output:
             if self.model.tokenizer is not None:
                 self.model.tokenizer.save_pretrained(self.partial)
             return
+        others = {REPORT, RUN, INDEX} if isinstance(self.weights, _PackedFiles) else {REPORT, RUN}
         for path in companions(checkpoint.directory):
-            if path.name not in (REPORT, RUN):
+            if path.name not in others:
                 shutil.copyfile(path, self.partial / path.name)
         if self.model.dtype != checkpoint.dtype():
             config = json.loads((self.partial / "config.json").read_text())
@@ -434,8 +433,15 @@ def lock(partial: Path) -> IO[str]:
     return file
 
 
+def unfinished(partial: Path) -> InputError:
+    """What to say where an earlier run was interrupted."""
+    return InputError(f"'{partial}' holds an unfinished run: continue it with --resume, or delete that directory.")
+
+
 def check_output(path: Path) -> None:
     """Raises InputError if `path` cannot become a new directory."""
+    if path.name in ("", ".."):
+        raise InputError(f"'{path}' cannot be the output: give -o the name of a directory of its own.")
     if path.is_dir():
         if any(path.iterdir()):
             raise InputError(f"output directory '{path}' exists and is not empty: choose another -o, or delete it.")

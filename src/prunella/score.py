@@ -52,11 +52,11 @@ def score(
     Raises:
         PrunellaError: anything about the input that the user can mend.
     """
-    options: dict[str, Any] = {"dtype": dtype, "device": device, "remote_code": remote_code}
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "remote_code": remote_code, "pickles": pickles}
     warnings: list[str] = []
-    opened = load_model(model, packed=True, pickles=pickles, **options)
+    opened = load_model(model, packed=True, **options)
     result = {"model": model, "beside": beside, "dtype": str(opened.dtype)[6:]}
-    other = load_model(beside, packed=True, pickles=pickles, **options) if beside and texts else None
+    other = load_model(beside, packed=True, **options) if beside and texts else None
     length = length or min(2048, *(context(m) for m in (opened, other) if m is not None))
     known = {name: _fingerprint(name) for name in (model, beside) if name}
     found_texts = []

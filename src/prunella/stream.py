@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -27,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from .errors import InputError, ModelError, NumericalError
 from .grid import Grid, fit
 from .histogram import histograms
-from .load import Checkpoint, Model
+from .load import Checkpoint, Model, free_memory
 from .pattern import pack
 from .registry import Step, make
 from .types import Block, Layer, Pattern, Stats
@@ -277,13 +276,9 @@ class Hidden:
     def __init__(self, batches: int, nbytes: int, device: torch.device):
         self._items: list[Tensor | None] = [None] * batches
         self.device = device
-        room = psutil.virtual_memory().available
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            self.place = device if nbytes < free // 4 else torch.device("cpu")
-        else:
-            self.place = device
-        self.on_disk = self.place.type == "cpu" and nbytes > room // 2
+        main = torch.device("cpu")
+        self.place = main if device.type == "cuda" and nbytes >= free_memory(device) // 4 else device
+        self.on_disk = self.place.type == "cpu" and nbytes > free_memory(main) // 2
 
     def __len__(self) -> int:
         return len(self._items)
@@ -721,10 +716,7 @@ def pick_order(order: Order, steps: Sequence[Step], windows_NL: Tensor, model: M
         need += tokens * widest * size * 3  # the dense model's inputs of all layers of a block
     if getattr(config, "_attn_implementation", "") == "eager":
         need += 3 * 4 * tokens * windows_NL.shape[1] * getattr(config, "num_attention_heads", 1)
-    free = psutil.virtual_memory().available
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-    return "layer" if need < free // 2 else "block"
+    return "layer" if need < free_memory(model.device) // 2 else "block"
 
 
 def through(

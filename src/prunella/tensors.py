@@ -145,6 +145,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def _claim(file: int, size: int) -> None:
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        os.ftruncate(file, size)
+        return
     try:
         os.posix_fallocate(file, 0, size)
     except OSError as error:

@@ -6,14 +6,16 @@ import itertools
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from healing import settings, zeros_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +24,10 @@ from prunella import InputError, ModelError, NumericalError, Report
 from prunella.heal import retrain
 from prunella.heal.rounds import schedule
 from prunella.tensors import MASKS
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def weights(directory: Path) -> dict[str, Tensor]:
@@ -254,6 +260,124 @@ def test_magnitude_pruning_in_rounds_ends_at_its_target(dense: Path, tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_the_report_of_rounds_is_that_of_the_model_one_began_with(dense: Path, tmp_path: Path) -> None:
+    recipe = settings(train=["all"], rounds=2, tokens=512, held_out=2) | {"steps": ["magnitude"]}
+    recipe |= {"evaluate": {"windows": 2, "length": 32}}
+    report = prunella.prune(str(dense), recipe, output=tmp_path / "out")
+    once = prunella.prune(str(dense), recipe | {"heal": {}}, output=tmp_path / "once")
+    assert report.model == once.model
+    assert report.recipe["model"] == str(dense)
+    assert report.dense == once.dense
+    assert report.fingerprint == once.fingerprint
+    assert "1-healed" not in (tmp_path / "out" / "README.md").read_text()
+    prunella.heal(tmp_path / "out", settings(train=["norms"], distill=0.5), output=tmp_path / "again")
+
+
+def test_each_round_trains_on_text_of_its_own(pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[tuple[int, ...]]] = []
+    real = retrain.retrain
+
+    def spy(model: Any, chosen: Any, windows_NL: Tensor, held_NL: Tensor, *rest: Any, **options: Any) -> Any:
+        seen.append({tuple(ids.tolist()) for ids in windows_NL})
+        seen.append({tuple(ids.tolist()) for ids in held_NL})
+        return real(model, chosen, windows_NL, held_NL, *rest, **options)
+
+    monkeypatch.setattr(retrain, "retrain", spy)
+    for k in range(2):
+        prunella.heal(pruned, settings(train=["norms"], tokens=256), output=tmp_path / str(k), portion=(k, 2))
+    first, held, second, again = seen
+    assert held == again
+    assert not first & second
+    assert not (first | second) & held
+
+
+def test_layers_that_stay_dense_stay_so_when_it_is_healed(dense: Path, tmp_path: Path) -> None:
+    recipe = settings(train=["norms"], tokens=256) | {"steps": ["magnitude"], "pattern": "2:4"}
+    report = prunella.prune(str(dense), recipe | {"sparsity": {"down_proj": 0}}, output=tmp_path / "out")
+    assert {layer.sparsity for layer in report.layers if "down_proj" in layer.name} == {0}
+    assert {layer.sparsity for layer in report.layers if "down_proj" not in layer.name} == {0.5}
+
+
+def test_its_own_text_is_written_by_the_dense_model(
+    dense: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authors: list[str] = []
+
+    def write(model: Any, count: int, length: int, seed: int, **options: Any) -> Tensor:
+        authors.append(model.name)
+        return torch.randint(3, 50, (count, length), generator=torch.Generator().manual_seed(seed))
+
+    monkeypatch.setattr("prunella.calibrate.sample_self", write)
+    prunella.heal(pruned, settings(train=["norms"], text="self", tokens=256), output=tmp_path / "one")
+    recipe = settings(train=["norms"], way="reconstruct")
+    recipe["calibration"] = {"source": "self", "samples": 2, "length": 16}
+    prunella.heal(pruned, recipe, output=tmp_path / "two")
+    assert set(authors) == {str(dense)}
+
+
+def test_without_another_word_the_text_is_that_of_the_pruning(dense: Path, tmp_path: Path) -> None:
+    text = tmp_path / "own.txt"
+    text.write_text("".join(f"The garden number {n} is as green as number {n * n}.\n" for n in range(400)))
+    recipe = settings() | {"heal": {}, "steps": ["magnitude"]}
+    recipe["calibration"] = {"source": str(text), "samples": 4, "length": 32}
+    prunella.prune(str(dense), recipe, output=tmp_path / "pruned")
+    heal = {key: value for key, value in settings(train=["norms"], tokens=256).items() if key != "calibration"}
+    prunella.heal(tmp_path / "pruned", heal, output=tmp_path / "one")
+    text.unlink()
+    with pytest.raises(InputError, match=r"own\.txt"):
+        prunella.heal(tmp_path / "pruned", heal, output=tmp_path / "two")
+
+
+def test_a_run_that_had_stopped_early_does_not_train_on(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = settings(train=["all"], rate=0.5, tokens=4096, evaluations=16, patience=2)
+    whole = prunella.heal(pruned, recipe, output=tmp_path / "whole")
+    assert whole.healing["steps"] < 32
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["prunella.heal.run"], "_write", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prunella.heal(pruned, recipe, output=tmp_path / "out")
+    again = prunella.heal(pruned, recipe, output=tmp_path / "out", resume=True)
+    assert again.healing["steps"] == whole.healing["steps"]
+    assert weights(tmp_path / "out").keys() == weights(tmp_path / "whole").keys()
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(tmp_path / "out")[name], tensor)
+
+
+def test_an_interrupted_run_with_new_biases_can_still_be_resumed(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = settings(train=["new-biases"], tokens=256)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["prunella.heal.run"], "_write", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prunella.heal(pruned, recipe, output=tmp_path / "out")
+    with pytest.raises(InputError, match="--resume"):
+        prunella.heal(pruned, recipe, output=tmp_path / "out")
+    prunella.heal(pruned, recipe, output=tmp_path / "out", resume=True)
+
+
+def test_pickles_are_pruned_and_healed_if_they_are_trusted(dense: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(dense, tmp_path / "source")
+    torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    recipe = settings(train=["norms"], tokens=256) | {"steps": ["magnitude"]}
+    prunella.prune(str(source), recipe, output=tmp_path / "out", pickles=True)
+
+
+def test_weights_that_are_tied_and_stored_twice_stay_tied(dense: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(dense, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    prunella.prune(str(source), settings() | {"heal": {}, "steps": ["magnitude"]}, output=tmp_path / "pruned")
+    prunella.heal(tmp_path / "pruned", settings(train=["all"], tokens=256), output=tmp_path / "out")
+    healed = weights(tmp_path / "out")
+    assert torch.equal(healed["lm_head.weight"], healed["model.embed_tokens.weight"])
+    assert not torch.equal(healed["lm_head.weight"], tensors["lm_head.weight"])
+
+
 def test_the_schedule_of_rounds_sums_to_its_target() -> None:
     for target in (0.5, 0.9):
         for rounds in (1, 2, 5, 20):
@@ -277,6 +401,14 @@ def test_what_cannot_be_healed_is_said(dense: Path, pruned: Path, tmp_path: Path
         prunella.heal(pruned, settings(train=["norms"], text="missing.txt"), output=out)
     with pytest.raises(InputError, match=r"heal.rate"):
         prunella.heal(pruned, settings(train=["norms"], rate=3), output=out)
+    with pytest.raises(InputError, match=r"heal\.text is of way: retrain.*calibration windows"):
+        prunella.heal(pruned, settings(train=["norms"], way="reconstruct", text="x.txt"), output=out)
+    with pytest.raises(InputError, match=r"heal\.epochs is of way: reconstruct"):
+        prunella.heal(pruned, settings(train=["norms"], epochs=2), output=out)
+    tiny.build("llama", intermediate_size=80).save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match=r"is not the dense model of.*another shape"):
+        prunella.heal(pruned, settings(train=["norms"], distill=0.5, dense=str(tmp_path / "other")), output=out)
+    shutil.rmtree(tmp_path / "other")
     short = tmp_path / "short.txt"
     short.write_text("a few words, and a few more of them. " * 9)
     with pytest.raises(InputError, match="too few to hold"):

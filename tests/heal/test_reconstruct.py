@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import prunella
 from prunella import InputError
+from prunella.heal import reconstruct
 
 
 def output_error(directory: Path, dense: Path, ids: Tensor) -> float:
@@ -69,6 +70,53 @@ def test_sub_blocks_leave_the_tensors_between_them_alone(pruned: Path, tmp_path:
     before, after = (load_file(path / "model.safetensors") for path in (pruned, tmp_path / "out"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if "proj" in name}
+
+
+def test_sub_blocks_take_the_default_methods_of_which_some_find_nothing_in_them(pruned: Path, tmp_path: Path) -> None:
+    report = prunella.heal(pruned, settings(way="reconstruct", part="sub-block"), output=tmp_path / "out")
+    assert 0 < report.healing["trained"] < 1
+
+
+def test_gradients_in_float16_do_not_vanish(ids: Tensor) -> None:
+    """Of outputs as many as a large model's, a mean has gradients that float16 rounds to zero."""
+    network = tiny.build("llama", dtype=torch.float16)
+    before = {name: p.clone() for name, p in network.named_parameters() if "proj" in name}
+    many = ids[:1].repeat(64, 40)
+    steps: list[Any] = ["magnitude", {"reconstruct": {"rate": 0.01}}]
+    prunella.prune(network, {"steps": steps, "order": "block"}, calibration=many)
+    for name, parameter in network.named_parameters():
+        if name in before:
+            kept = parameter != 0
+            assert (parameter[kept] != before[name][kept]).float().mean() > 0.9, name
+
+
+def test_wrong_names_and_rates_are_found_before_anything_is_done() -> None:
+    with pytest.raises(InputError, match="unknown healing method 'nonsense'"):
+        prunella.Recipe.of({"steps": ["wanda", {"reconstruct": {"train": ["nonsense"]}}]})
+    with pytest.raises(InputError, match=r"rate"):
+        prunella.Recipe.of({"steps": ["wanda", {"reconstruct": {"rate": 5}}]})
+
+
+def test_blocks_that_are_done_stay_when_a_later_one_fails(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = reconstruct.fit, []
+
+    def fail_second(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise InputError("the disk is full")
+        return real(*arguments, **options)
+
+    recipe = settings(train=["all"], way="reconstruct")
+    with monkeypatch.context() as patch:
+        patch.setattr(reconstruct, "fit", fail_second)
+        with pytest.raises(InputError):
+            prunella.heal(pruned, recipe, output=tmp_path / "out")
+    prunella.heal(pruned, recipe, output=tmp_path / "out", resume=True)
+    prunella.heal(pruned, recipe, output=tmp_path / "whole")
+    one, two = (tmp_path / name / "model.safetensors" for name in ("out", "whole"))
+    assert one.read_bytes() == two.read_bytes()
 
 
 def test_what_it_cannot_do_is_said(pruned: Path, tmp_path: Path) -> None:

@@ -16,6 +16,14 @@ int prunella_expand(
 int prunella_dense(
     int64_t rows, int64_t columns, const void *values, const void *x, void *y, int32_t x_kind, int64_t tokens,
     int threads);
+int prunella_stream_available(void);
+int prunella_attention(
+    const void *q, const void *k, const void *v, void *out, float *lse, int64_t batch, int64_t heads, int64_t kv_heads,
+    int64_t tokens, int64_t dim, const int64_t *strides, float scale, int threads);
+int prunella_attention_back(
+    const void *q, const void *k, const void *v, const void *grad, const float *lse, const float *delta, void *dq,
+    void *dk, void *dv, int64_t batch, int64_t heads, int64_t kv_heads, int64_t tokens, int64_t dim,
+    const int64_t *strides, float scale, int threads);
 const char *prunella_isa(int i);
 int prunella_use(const char *name);
 
@@ -30,6 +38,26 @@ static void *noise(int64_t bytes, int how) {
     uint8_t *data = malloc((size_t)(bytes ? bytes : 1));
     for (int64_t i = 0; i < bytes; i++) data[i] = how == 0 ? 0 : how == 1 ? 255 : (uint8_t)(next() >> 24);
     return data;
+}
+
+/* Causal attention and its gradient, forwards on whatever bits there are. */
+static int attention(void) {
+    const int64_t batch = 1 + (int64_t)(next() % 2), kv = 1 + (int64_t)(next() % 3), heads = kv * (1 + (int64_t)(next() % 3));
+    const int64_t tokens = 1 + (int64_t)(next() % 100), dim = 32 * (1 + (int64_t)(next() % 4));
+    const int64_t most = batch * heads * tokens * dim * 2, few = batch * kv * tokens * dim * 2;
+    const int64_t q[] = {heads * tokens * dim, tokens * dim, dim}, k[] = {kv * tokens * dim, tokens * dim, dim};
+    const int64_t strides[] = {q[0], q[1], q[2], k[0], k[1], k[2], k[0], k[1], k[2], q[0], q[1], q[2]};
+    void *in[] = {noise(most, 2), noise(few, 2), noise(few, 2), noise(most, 2)};
+    void *out[] = {noise(most, 0), noise(few, 0), noise(few, 0), noise(most, 0)};
+    float *lse = noise(batch * heads * tokens * 4, 0), *delta = noise(batch * heads * tokens * 4, 2);
+    const int failed =
+        prunella_attention(in[0], in[1], in[2], out[3], lse, batch, heads, kv, tokens, dim, strides, 0.1f, 1) ||
+        prunella_attention_back(in[0], in[1], in[2], in[3], lse, delta, out[0], out[1], out[2], batch, heads, kv, tokens,
+                                dim, strides, 0.1f, 1) ||
+        prunella_attention(in[0], in[1], in[2], out[3], lse, batch, heads, kv, tokens, 31, strides, 0.1f, 1) != -1;
+    for (int i = 0; i < 4; i++) free(in[i]), free(out[i]);
+    free(lse), free(delta);
+    return failed;
 }
 
 int main(int argc, char **argv) {
@@ -66,6 +94,7 @@ int main(int argc, char **argv) {
             prunella_product(3, rows, columns, mask, offsets, values, even, NULL, group, x, y, x_kind, 1, 1) != -1 ||
             prunella_expand(0, rows, columns, mask, offsets, values, even, NULL, 0, 0, rows + 1, dense, 0, 1) != -1)
             return 2;
+        if (prunella_stream_available() && attention()) return 3;
         free(mask), free(values), free(offsets), free(scales), free(x), free(y), free(dense);
     }
     printf("%d weights\n", runs);

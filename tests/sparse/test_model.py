@@ -187,6 +187,14 @@ def test_dequantize_gives_plain_modules(packed: Path) -> None:
     assert (logits(network) - expected).norm() < 0.01 * expected.norm()
 
 
+def test_under_autocast_it_computes_as_it_is_packed(packed: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        network = AutoModelForCausalLM.from_pretrained(packed, dtype=dtype)
+        plain = logits(network)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (logits(network) - plain).norm() < 0.05 * plain.norm()
+
+
 def test_training_says_to_unpack(packed: Path) -> None:
     network = AutoModelForCausalLM.from_pretrained(packed)
     with pytest.raises(TrainingError, match="prunella unpack"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import prunella
@@ -18,7 +18,7 @@ from prunella import InputError, Recipe, load_model, perplexity
 from prunella.save import Output
 from prunella.sparse.commands import pack_model, unpack_model
 from prunella.sparse.linear import SparseLinear
-from prunella.tensors import GRIDS, MASKS
+from prunella.tensors import GRIDS, INDEX, MASKS
 
 SHORT: dict[str, Any] = {"calibration": {"samples": 4, "length": 32}, "evaluate": {"windows": 1}}
 
@@ -54,6 +54,22 @@ def test_a_mixture_goes_out_packed(tmp_path: Path) -> None:
     pack_model(str(tmp_path / "dense"), tmp_path / "two")
     prunella.prune(tmp_path / "source", recipe_of(), output=tmp_path / "one", calibration=ids)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_source_in_other_shards_with_a_scalar_goes_out_packed(tmp_path: Path, dtype: str) -> None:
+    source = tmp_path / "source"
+    tiny.build().save_pretrained(source, max_shard_size="20KB")
+    index = json.loads((source / INDEX).read_text())
+    index["weight_map"]["vision.scale"] = "extra.safetensors"
+    (source / INDEX).write_text(json.dumps(index))
+    save_file({"vision.scale": torch.tensor(2.5)}, source / "extra.safetensors", {"format": "pt"})
+    for format_ in ("dense", "packed"):
+        recipe = recipe_of(format=format_, dtype=dtype)
+        prunella.prune(source, recipe, output=tmp_path / format_, calibration=tiny.token_windows())
+    pack_model(str(tmp_path / "dense"), tmp_path / "two")
+    assert files_of(tmp_path / "packed") == files_of(tmp_path / "two")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
 
 
 def test_the_report_has_the_sizes_of_the_files(tmp_path: Path) -> None:

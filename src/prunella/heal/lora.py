@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import PositiveFloat, PositiveInt
 from safetensors.torch import save_file
@@ -35,39 +34,45 @@ def lora(
 
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
     """
-    return Lora(part, rank, alpha) if part.mask is not None else None
+    if part.mask is None:
+        return None
+    if part.value.ndim != 2:
+        raise InputError(f"'{part.name}' holds experts, which PEFT's format has no place for: use mask-lora.")
+    return Lora(part, rank, alpha)
 
 
 def save_adapter(folder: Path, apart: Sequence[Chosen], base: str) -> None:
-    """LoRA in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`. Raises InputError for experts,
-    which are no modules of their own."""
+    """LoRA in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`."""
     tensors: dict[str, Tensor] = {}
-    modules: list[str] = []
-    config: dict[str, Any] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    transposed = False
     for item in apart:
         owner, _, _ = item.part.name.rpartition(".")
         change = item.change
         assert isinstance(change, LowRank)
         left, right = change.left.data, change.right.data
-        if left.ndim != 2:
-            raise InputError(f"'{item.part.name}' holds experts, which PEFT's format has no place for: use mask-lora.")
         a_RI, b_OR = (left.T, right.T) if item.part.transposed else (right, left)
         tensors[f"base_model.model.{owner}.lora_A.weight"] = a_RI.contiguous()
         tensors[f"base_model.model.{owner}.lora_B.weight"] = b_OR.contiguous()
-        modules.append(owner)
-        rank = left.shape[1]
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base,
-            "r": rank,
-            "lora_alpha": change.scale * rank,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "fan_in_fan_out": item.part.transposed,
-            "inference_mode": True,
-            "target_modules": modules,
-        }
+        ranks[owner] = left.shape[1]  # less than what was asked for where a layer has fewer rows or columns
+        alphas[owner] = change.scale * ranks[owner]
+        transposed = item.part.transposed
+    rank, alpha = max(ranks.values()), max(alphas.values())
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: own for name, own in ranks.items() if own != rank},
+        "alpha_pattern": {name: own for name, own in alphas.items() if own != alpha},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+        "target_modules": list(ranks),
+    }
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

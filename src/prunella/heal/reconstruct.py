@@ -84,9 +84,12 @@ def fit(
                 with torch.no_grad():
                     return block.run(outside, n, at=at)
 
-            chosen = choose(inside, groups)
+            chosen = choose(inside, groups, all_used=False)
             trained += _size(chosen)
-            now |= _train(block.run, now, chosen, dense, range(block.windows), epochs, warmup, at, losses)
+            if chosen:
+                now |= _train(block.run, now, chosen, dense, range(block.windows), epochs, warmup, at, losses)
+        if not trained:
+            choose([], groups)  # says so
     done = {}
     for layer in active:
         assert layer.mask_OI is not None
@@ -148,14 +151,21 @@ def _train(
             out = run({**now, **changed}, n, **({} if at is None else {"at": at}))
             loss = (out.float() - goal).square().mean() / goal.square().mean().clamp_min(1e-12)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            # A mean over so many outputs sends back gradients that float16 rounds to zero: scaled, then taken back.
+            scale = out.numel() ** 0.5 if out.dtype == torch.float16 else 1.0
+            (loss * scale).backward()  # type: ignore[no-untyped-call]
+            if scale != 1.0:
+                for item in chosen:
+                    for parameter in item.change.parameters():
+                        if parameter.grad is not None:
+                            parameter.grad /= scale
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
             if not torch.isfinite(loss):
                 raise NumericalError(
                     f"reconstruction of '{chosen[0].part.name}' diverged: its loss is {loss.item()}. Use a lower"
-                    " learning rate (--rate)."
+                    " learning rate (--set reconstruct.rate=… for the step, --set heal.rate=… for healing)."
                 )
     with torch.no_grad():
         return {item.part.name: item.change.eval()(item.part.value) for item in chosen}
@@ -202,7 +212,6 @@ def reconstruct_blocks(
     done = out.checkpoint if out.finished else None
     losses: dict[str, list[float]] = out.notes.get("losses", {})
     trained: dict[str, int] = out.notes.get("trained", {})
-    total = sum(parameter.numel() for parameter in model.network.parameters())
     last = len(model.blocks) - 1
     for index in track(range(last + 1), "healing", last + 1):
         name = model.blocks[index]
@@ -237,4 +246,8 @@ def reconstruct_blocks(
             out.note("losses", losses)
             out.note("trained", trained)
             out.write(result)  # last: a block that is on disk is not done again
-    return {"trained": sum(trained.values()) / total, "tokens": windows_NL.numel() * settings.epochs, "losses": losses}
+    return {
+        "trained": sum(trained.values()) / model.parameters,
+        "tokens": windows_NL.numel() * settings.epochs,
+        "losses": losses,
+    }

@@ -112,6 +112,11 @@ def retrain(
         NumericalError: the loss is not finite; the checkpoints stay.
     """
     network = model.network
+    if model.dtype == torch.float16:
+        raise InputError(
+            "float16 has no room for the gradients of a whole model: prune it with --dtype bfloat16 and heal that, or"
+            " heal with --way reconstruct."
+        )
     bf16 = model.dtype == torch.float32 and _fast_bfloat16(model.device)
     processes = world(model.device).num_processes
     micro = min(plan.micro, -(-plan.batch // processes))
@@ -155,8 +160,16 @@ def retrain(
         seed=plan.seed,
         dataloader_pin_memory=model.device.type == "cuda",
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # the masks are the same everywhere
+        restore_callback_states_from_checkpoint=True,
         log_level="error",
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # several GPUs in one process would be DataParallel, which a Change does not survive
+    if model.device.type == "cuda" and arguments.device != model.device:
+        raise InputError(
+            f"retraining runs on {arguments.device} here, not on {model.device}: choose with CUDA_VISIBLE_DEVICES."
+        )
     callbacks: list[TrainerCallback] = [_Watch(watch)]
     if held_out_NL is not None:
         callbacks.append(EarlyStoppingCallback(plan.patience))
@@ -168,7 +181,11 @@ def retrain(
         trainer = _Healer(chosen, plan, teacher, network, arguments, windows_NL, held_out_NL, callbacks)
         checkpoint = _last_checkpoint(folder) if resume else None
         try:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            if checkpoint is not None and _stopped(Path(checkpoint), plan.patience):
+                trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+                trainer._load_best_model()
+            else:
+                trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             network.config.use_cache = cache
             network.eval()
@@ -192,6 +209,14 @@ def _last_checkpoint(folder: Path) -> str | None:
             TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
             return str(path)
     return None
+
+
+def _stopped(checkpoint: Path, patience: int) -> bool:
+    """Had the run stopped early when it wrote this checkpoint?"""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    saved = state.stateful_callbacks.get(EarlyStoppingCallback.__name__, {})
+    waited: int = saved.get("attributes", {}).get("early_stopping_patience_counter", 0)
+    return waited >= patience
 
 
 class _Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -272,7 +297,7 @@ class _Healer(Trainer):  # type: ignore[misc]
             kept = f" The best checkpoint is kept in '{best}'." if best else ""
             raise NumericalError(
                 f"healing diverged: the loss of step {self.state.global_step + 1} is {loss.item()}. Use a lower"
-                f" learning rate (--rate).{kept}"
+                f" learning rate (--set heal.rate=…).{kept}"
             )
         return (loss, {}) if return_outputs else loss
 

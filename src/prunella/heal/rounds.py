@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from ..load import find_directory
 from ..prune import prune
 from ..recipe import Recipe
 from ..report import Report
+from ..save import REPORT, unfinished
+from ..sparse.files import write_json
 from .run import heal
 
 
@@ -22,7 +25,9 @@ def schedule(target: float, rounds: int) -> list[float]:
     return [target * (1 - (1 - k / rounds) ** 3) for k in range(1, rounds)] + [target]
 
 
-def prune_and_heal(model: str, recipe: Recipe, path: Path, *, resume: bool, **options: Any) -> Report:
+def prune_and_heal(
+    model: str, recipe: Recipe, path: Path, *, resume: bool, remote_code: bool, pickles: bool, **options: Any
+) -> Report:
     """Prune to the sparsity of each round and heal, in directories beside the output that go in the end. A run that
     was interrupted continues in the round where it stopped."""
     rounds = recipe.heal.rounds
@@ -32,32 +37,37 @@ def prune_and_heal(model: str, recipe: Recipe, path: Path, *, resume: bool, **op
         raise InputError("healing writes dense checkpoints: leave --format packed out, then prunella pack the result.")
     aside = path.with_name(path.name + ".rounds")
     if aside.exists() and not resume:
-        raise InputError(f"'{aside}' holds an unfinished run: continue it with --resume, or delete that directory.")
+        raise unfinished(aside)
     shares = {
         glob: schedule(share, rounds) for glob, share in {"*": recipe.default_sparsity, **recipe.sparsity}.items()
     }
-    dense = recipe.heal.dense or model
+    dense = find_directory(recipe.heal.dense or model, remote_code=remote_code, pickles=pickles)
+    options |= {"remote_code": remote_code, "pickles": pickles}
     source, report = model, None
     for k in range(rounds):
         pruned, healed = aside / f"{k + 1}-pruned", path if k == rounds - 1 else aside / f"{k + 1}-healed"
         sparsity = {glob: steps[k] for glob, steps in shares.items()}
         plain = recipe.model_copy(
             update={
-                "sparsity": {} if recipe.shape.sparsity is not None else sparsity,
+                "sparsity": recipe.sparsity if recipe.shape.sparsity is not None else sparsity,
                 "heal": recipe.heal.model_copy(update={"train": ()}),
             }
         )
         if not pruned.exists():
             prune(source, plain, output=pruned, resume=resume and _partial(pruned), **options)
-        part = recipe.heal.model_copy(
-            update={"dense": str(find_directory(dense)), "tokens": recipe.heal.tokens // rounds}
-        )
+        if k:  # what was pruned is the model of the first round
+            first, said = Report.read(aside / "1-pruned"), Report.read(pruned)
+            whole = {**said.recipe, "model": first.recipe["model"]}
+            said = replace(said, recipe=whole, model=first.model, dense=first.dense, fingerprint=first.fingerprint)
+            write_json(pruned / REPORT, said.plain())
+        part = recipe.heal.model_copy(update={"dense": str(dense), "tokens": recipe.heal.tokens // rounds})
         if not healed.exists() or healed == path:
             report = heal(
                 pruned,
                 recipe.model_copy(update={"heal": part}),
                 output=healed,
                 resume=resume and _partial(healed),
+                portion=(k, rounds),
                 **options,
             )
         source = str(healed)

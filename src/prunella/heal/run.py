@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,13 +19,13 @@ from torch import Tensor
 from ..calibrate import check_windows, up_to, windows
 from ..errors import InputError, ModelError, NumericalError, PrunellaError
 from ..load import Model, load_model, pick_device, wrap_model
-from ..pattern import pack
+from ..pattern import pack, unpack
 from ..prune import context, held_out_windows, measure, same_text
-from ..recipe import Healing, Recipe
+from ..recipe import Calibration, Healing, Recipe
 from ..report import Report, peak_memory
-from ..save import REPORT, Output, check_output, disk_error, disk_full, identity
+from ..save import REPORT, Output, check_output, disk_error, disk_full, identity, unfinished
 from ..stream import BlockResult, LayerResult, Slot, Track, Watcher, find_layers, no_track
-from ..tensors import MASKS, read_masks
+from ..tensors import MASKS, mask_shapes, read_masks
 from .biases import LIST, add_biases
 from .lora import save_adapter
 from .parts import attach, choose, detach, parts_of
@@ -47,20 +48,22 @@ def heal(
     watch: Watcher | None = None,
     remote_code: bool = False,
     pickles: bool = False,
+    portion: tuple[int, int] = (0, 1),
 ) -> Report:
     """Retrain a pruned model, the mask held.
 
     Args:
         directory: a model that Prunella pruned (the masks saved with it hold), or any other model with zeros (they
             are the mask).
-        recipe: its `heal` section says what trains and how; `evaluate`, `seed` and `device` count too, the rest does
-            not.
+        recipe: its `heal` section says what trains and how; `evaluate`, `seed`, `device` and `calibration` count too
+            (the calibration is that of the pruning, if nothing else is said), the rest does not.
         output: directory for the result, exactly as sparse; it appears when it is whole. With `lora`, which is kept
             apart, its subdirectory `adapter` has PEFT's format.
         resume: continue the run that was interrupted while it wrote `output`.
         track: wraps loops over blocks, `track(range, what, total)`, to show progress.
         watch: called after each step, `watch(step, steps, loss)`.
         remote_code, pickles: trust code that comes with the model, weights that are pickles.
+        portion: (k, n): of n times as much text take the k-th portion, from 0, as the rounds of iterative pruning do.
 
     Returns:
         The report of the pruning with a section on the healing, as it stands in prunella.json.
@@ -81,7 +84,7 @@ def heal(
         raise ModelError(f"'{directory}' is not a directory: prune a model first, prunella prune MODEL -o {directory}.")
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())
-        run = _Run(Path(directory), recipe, path, resume, track, watch, remote_code, pickles)
+        run = _Run(Path(directory), recipe, path, resume, track, watch, remote_code, pickles, portion)
         return run.all()
 
 
@@ -95,6 +98,17 @@ class _Run:
     watch: Watcher | None
     remote_code: bool
     pickles: bool
+    portion: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        wanted = self.said.recipe.get("calibration") if self.said else None
+        if wanted and self.recipe.calibration == Calibration():
+            self.recipe = self.recipe.model_copy(update={"calibration": Calibration.model_validate(wanted)})
+
+    @functools.cached_property
+    def said(self) -> Report | None:
+        """The report of the pruning, if Prunella did it."""
+        return Report.read(self.directory) if (self.directory / REPORT).is_file() else None
 
     @property
     def settings(self) -> Healing:
@@ -104,7 +118,6 @@ class _Run:
         from .retrain import world  # not before: transformers' Trainer takes seconds to import
 
         started, cpu = time.perf_counter(), time.process_time()
-        said = Report.read(self.directory) if (self.directory / REPORT).is_file() else None
         source = self.directory
         team = world(pick_device(self.recipe.device))
         main: bool = team.is_main_process
@@ -114,10 +127,13 @@ class _Run:
         aside = self.path.with_name(self.path.name + ".biased")
         dense = None
         if self.settings.way == "reconstruct" or self.settings.distill or "new-biases" in names:
-            dense = self._dense(said)
+            dense = self._dense
         new: list[str] = []
         if "new-biases" in names:
             assert dense is not None
+            partial = self.path.with_name(self.path.name + ".partial")
+            if main and partial.exists() and not self.resume:
+                raise unfinished(partial)
             finished = aside / "pruned" / LIST
             if main and not (self.resume and finished.is_file()):
                 pruned = self._open(source)
@@ -136,7 +152,8 @@ class _Run:
             ids_NL, held_NL = self._text(model)
         check_windows(model, ids_NL)
         recipe = self.recipe.model_copy(update={"model": str(self.directory), "dtype": str(model.dtype)[6:]})
-        test_NL = held_out_windows(model, recipe, self._calibrated(model), min(2048, context(model)))
+        author = self._author(model, recipe.evaluate.source)
+        test_NL = held_out_windows(author, recipe, self._calibrated(model), min(2048, context(model)))
         out = None
         if main:
             out = Output(self.path, model, slots, identity(model.checkpoint, recipe.plain(), ids_NL), self.resume)
@@ -175,7 +192,7 @@ class _Run:
                 "seconds in all": time.perf_counter() - started,
                 "peak_memory": peak_memory(),
             }
-            report = _report(said, model, masks, recipe, before, healing)
+            report = _report(self.said, model, masks, recipe, before, healing)
             shutil.rmtree(out.partial / "training", ignore_errors=True)
             out.finish(report.plain(), report.card())
             shutil.rmtree(aside, ignore_errors=True)
@@ -188,7 +205,8 @@ class _Run:
                 raise disk_error(error, self.path) from None
             raise
         except BaseException as error:
-            if out and isinstance(error, PrunellaError) and not (out.partial / "training").exists():
+            started_well = out is not None and (out.blocks > 0 or (out.partial / "training").exists())
+            if out and isinstance(error, PrunellaError) and not started_well:
                 out.discard()
                 shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -199,22 +217,37 @@ class _Run:
     def _open(self, directory: Path) -> Model:
         return load_model(str(directory), device=self.recipe.device, remote_code=self.remote_code, pickles=self.pickles)
 
-    def _dense(self, said: Report | None) -> Model:
+    @functools.cached_property
+    def _dense(self) -> Model:
         """The model before it was pruned."""
-        name = self.settings.dense or (said.model["name"] if said else None)
+        name = self.settings.dense or (self.said.model["name"] if self.said else None)
         if name is None or name == "in memory":
             raise InputError(
                 f"'{self.directory}' does not say which model it was pruned from: give it with --dense MODEL."
             )
-        dtype = str(self._open(self.directory).dtype)[6:]
-        return load_model(
+        pruned = self._open(self.directory)
+        dtype = str(pruned.dtype)[6:]
+        dense = load_model(
             name, dtype=dtype, device=self.recipe.device, remote_code=self.remote_code, pickles=self.pickles
         )
+        theirs = {key: value.shape for key, value in dense.network.named_parameters()}
+        for key, value in pruned.network.named_parameters():
+            if theirs.get(key) != value.shape:
+                raise InputError(
+                    f"'{name}' is not the dense model of '{self.directory}': its '{key}' has another shape, or it has"
+                    " none. Give the right one with --dense MODEL."
+                )
+        return dense
+
+    def _author(self, model: Model, source: str | None) -> Model:
+        """Who writes the text: of `self` it is the dense model."""
+        return self._dense if source == "self" else model
 
     def _calibration(self, model: Model) -> Tensor:
         wanted = self.recipe.calibration
         length = wanted.length or min(2048, context(model))
-        return windows(model, wanted.source, wanted.samples, length, seed=self.recipe.seed)
+        author = self._author(model, wanted.source)
+        return windows(author, wanted.source, wanted.samples, length, seed=self.recipe.seed)
 
     def _calibrated(self, model: Model) -> int:
         """Tokens of the calibration text that come before those to evaluate on, if they are of one text."""
@@ -226,7 +259,8 @@ class _Run:
         settings, test = self.settings, self.recipe.evaluate
         length = min(settings.length, context(model))
         sources = list(settings.text) or [self.recipe.calibration.source]
-        missing = max(1, settings.tokens // length) + settings.held_out
+        portion, portions = self.portion
+        missing = portions * max(1, settings.tokens // length) + settings.held_out
         parts: list[Tensor] = []
         for source in sources:
             if missing <= 0:
@@ -237,7 +271,7 @@ class _Run:
                 same = same_text(test.source, self.recipe.calibration.source)
                 skip = -(-self._calibrated(model) // own) if same else 0
                 first, last = skip * own // length, -(-(skip + test.windows) * own // length)
-            found_NL = up_to(model, source, missing + last - first, length, self.recipe.seed)
+            found_NL = up_to(self._author(model, source), source, missing + last - first, length, self.recipe.seed)
             parts.append(torch.cat([found_NL[:first], found_NL[last:]])[:missing])
             missing -= len(parts[-1])
         all_NL = torch.cat(parts)
@@ -248,7 +282,8 @@ class _Run:
             )
         order = torch.randperm(len(all_NL), generator=torch.Generator().manual_seed(self.recipe.seed))
         shuffled_NL, held = all_NL[order], settings.held_out
-        return shuffled_NL[held:], shuffled_NL[:held] if held else None
+        ours_NL = shuffled_NL[held:].tensor_split(portions)[portion]
+        return ours_NL if len(ours_NL) else shuffled_NL[held:], shuffled_NL[:held] if held else None
 
     def _retrain(
         self,
@@ -272,7 +307,7 @@ class _Run:
             torch.manual_seed(recipe.seed)
             chosen = choose(parts_of(model, masks, new), settings.make_groups())
             apart = [item for item in chosen if item.change.apart]
-            total = sum(parameter.numel() for parameter in model.network.parameters())
+            total = model.parameters
             trained = sum(parameter.numel() for item in chosen for parameter in item.change.parameters())
             attach(chosen)
             teacher = None
@@ -319,22 +354,45 @@ class _Run:
         }, after
 
 
-def masks_of(model: Model, directory: Path) -> dict[str, Tensor]:
+class Masks(Mapping[str, Tensor]):
+    """{layer: mask (O, I)}, one bit a weight in memory: a mask is unpacked each time it is asked for."""
+
+    def __init__(self, masks: Iterable[tuple[str, Tensor]]):
+        self._bits = {
+            name: (pack(mask_OI), (len(mask_OI), mask_OI.shape[1])) for name, mask_OI in masks if not mask_OI.all()
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        bits, shape = self._bits[name]
+        return unpack(bits, shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bits)
+
+    def __len__(self) -> int:
+        return len(self._bits)
+
+
+def masks_of(model: Model, directory: Path) -> Masks:
     """{layer: mask (O, I)}: those saved with the model or, for a model pruned elsewhere, its zeros. Raises InputError
     for a dense model."""
     if (directory / MASKS).is_file():
-        masks = {name: mask for name, mask in read_masks(directory).items() if not mask.all()}
+        masks = Masks((name, read_masks(directory, [name])[name]) for name in mask_shapes(directory))
     else:
-        masks = {}
-        for index, name in enumerate(model.blocks):
-            with model.block(index) as block:
-                for slot in find_layers(block, name):
-                    mask_OI = slot.view() != 0
-                    if mask_OI.numel() - int(mask_OI.count_nonzero()) >= DENSE * mask_OI.numel():
-                        masks[slot.name] = mask_OI.clone()
+        masks = Masks(_zeros(model))
     if not masks:
         raise InputError(f"nothing to heal: '{directory}' is dense. Prune it first: prunella prune {directory} -o OUT.")
     return masks
+
+
+def _zeros(model: Model) -> Iterator[tuple[str, Tensor]]:
+    """Where the weights of pruned layers are not zero."""
+    for index, name in enumerate(model.blocks):
+        with model.block(index) as block:
+            for slot in find_layers(block, name):
+                mask_OI = slot.view() != 0
+                if mask_OI.numel() - int(mask_OI.count_nonzero()) >= DENSE * mask_OI.numel():
+                    yield slot.name, mask_OI
 
 
 def verify(model: Model, masks: Mapping[str, Tensor]) -> None:
@@ -370,6 +428,13 @@ def _write(model: Model, changed: Mapping[str, Tensor], masks: Mapping[str, Tens
         bits = {slot.name: pack(masks[slot.name]) for slot in slots if slot.name in masks}
         out.write(BlockResult(index, name, _results(None, slots, masks), bits, {}, inside, 0.0))
     outside = {key: value for key, value in changed.items() if model.block_of(key) is None}
+    assert model.checkpoint is not None
+    stored = {name for key, (name, _) in model.plan().items() if key in model.checkpoint.where}
+    for pair in model.network.all_tied_weights_keys.items():  # both may be in the files
+        for one, other in (pair, pair[::-1]):
+            same = model.network.get_parameter(one) is model.network.get_parameter(other)
+            if one in outside and other in stored and same:
+                outside[other] = outside[one]
     if outside:
         out.write_outside(outside)
 

@@ -17,7 +17,7 @@ from .. import pattern
 from ..errors import InputError, ModelError
 from ..grid import Grid
 from ..load import find_directory, load_model, quiet_transformers
-from ..save import LOCK, RUN, check_output, companions, disk_error, lock
+from ..save import LOCK, RUN, check_output, companions, disk_error, lock, unfinished
 from ..stream import Slot, find_layers
 from ..tensors import (
     GRIDS,
@@ -57,7 +57,7 @@ def _directory(out: Path) -> Iterator[Path]:
     check_output(out)
     partial = out.with_name(out.name + ".partial")
     if (partial / RUN).exists():
-        raise InputError(f"'{partial}' holds an unfinished run: continue it with --resume, or delete that directory.")
+        raise unfinished(partial)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         with lock(partial):
@@ -104,7 +104,9 @@ def packed_config(directory: str | Path) -> dict[str, Any] | None:
 # Pack and unpack
 
 
-def pack_model(model: str, out: str | Path, bits: int | None = None, group: int = SPAN) -> PackResult:
+def pack_model(
+    model: str, out: str | Path, bits: int | None = None, group: int = SPAN, *, remote_code: bool = False
+) -> PackResult:
     """Write a pruned model with its pruned weights packed (docs/format.md).
 
     Args:
@@ -115,6 +117,7 @@ def pack_model(model: str, out: str | Path, bits: int | None = None, group: int 
             a step quantized already (prunella.grids) are packed on their own grid, without a second rounding,
             unless `bits` says another width.
         group: inputs that share a scale, a multiple of 128; 0: all of a row.
+        remote_code: run Python that comes with the model.
     Raises:
         PrunellaError: anything about the input that the user can mend.
     """
@@ -122,7 +125,7 @@ def pack_model(model: str, out: str | Path, bits: int | None = None, group: int 
     directory, out = find_directory(model), Path(out)
     if packed_config(directory) is not None:
         raise InputError(f"'{model}' is packed already.")
-    opened = load_model(str(directory), device="cpu")
+    opened = load_model(str(directory), device="cpu", remote_code=remote_code)
     grids = {name: grid for name, grid in read_grids(directory).items() if bits in (None, stored_bits(grid))}
     known = mask_shapes(directory) if (directory / MASKS).is_file() else None
     with _directory(out) as partial:
@@ -214,7 +217,7 @@ def unpack_model(model: str, out: str | Path) -> int:
             parts = {key: owner.get(key.rpartition(".")[0]) for key in stored if key.endswith(PARTS)}
             plain = [key for key in stored if parts.get(key) is None]
             with checkpoint.open(plain) as slices:
-                tensors: dict[str, Tensor] = {key: slices[key][:] for key in plain}
+                tensors: dict[str, Tensor] = {key: slices[key][...] for key in plain}
             for name in dict.fromkeys(name for name in parts.values() if name is not None and name not in done):
                 done.add(name)
                 for layer, one in checkpoint.packed(name).items():

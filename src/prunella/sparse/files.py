@@ -184,7 +184,7 @@ class PackedFiles:
             return {key: state[key] for key in keys}
         cast = checkpoint.dtype() != self.model.dtype
         with checkpoint.open(keys) as slices:
-            tensors: dict[str, Tensor] = {key: slices[key][:] for key in keys}
+            tensors: dict[str, Tensor] = {key: slices[key][...] for key in keys}
         return {k: t.to(self.model.dtype) if cast and t.is_floating_point() else t for k, t in tensors.items()}
 
     def _save(self, number: int, tensors: Mapping[str, Tensor]) -> None:
@@ -216,7 +216,7 @@ class PackedCheckpoint(Checkpoint):
         for module in module_names(name, about):
             parts = {part: f"{module}.{part}" for part in PARTS if f"{module}.{part}" in self.where}
             with self.open(parts.values()) as slices:
-                tensors = {part: slices[key][:] for part, key in parts.items()}
+                tensors = {part: slices[key][...] for part, key in parts.items()}
             out[module] = of_parts(module, tensors, about["shape"][1], group)
             if [out[module].rows, out[module].columns, out[module].bits] != [*about["shape"], bits]:
                 raise ModelError(f"packed weight '{module}' is not what config.json says of it. Pack the model again.")

@@ -89,6 +89,8 @@ class SparseLinear(nn.Module):
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type) and self.weight_values.is_floating_point():
+            x = x.to(self.weight_values.dtype)
         y: Tensor = sparse_linear(
             x,
             self.weight_mask,
