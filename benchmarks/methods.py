@@ -151,10 +151,13 @@ def plot(done: Mapping[tuple[str, str], Mapping[str, Any]], name: str, args: arg
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     colors = plt.get_cmap("tab20")
     for number, method in enumerate(args.methods):
-        points = [(c, done[method, c]["perplexity"][name]) for c in args.cells if (method, c) in done]
-        if points:
-            style = "-" if number < 20 else "--"
-            axes.plot(*zip(*points, strict=True), style, marker="o", ms=4, label=method, color=colors(number % 20))
+        points = {c: done[method, c]["perplexity"][name] for c in args.cells if (method, c) in done}
+        look: dict[str, Any] = {"marker": "o", "ms": 4, "color": colors(number % 20), "label": method}
+        for style, inside in (("-" if number < 20 else "--", "%"), ("", ":")):  # a pattern is no next sparsity
+            here = {cell: value for cell, value in points.items() if inside in cell}
+            if here:
+                axes.plot(list(here), list(here.values()), style, **look)
+                look["label"] = None
     axes.axhline(done["dense", ""]["perplexity"][name], color="grey", ls=":", label="dense")
     axes.set_yscale("log")
     axes.set_ylabel(f"perplexity on {name}")
