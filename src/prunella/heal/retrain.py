@@ -166,7 +166,7 @@ def retrain(
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # several GPUs in one process would be DataParallel, which a Change does not survive
-    if model.device.type == "cuda" and arguments.device != model.device:
+    if model.device.index not in (None, arguments.device.index):  # `cuda` without a number is any of them
         raise InputError(
             f"retraining runs on {arguments.device} here, not on {model.device}: choose with CUDA_VISIBLE_DEVICES."
         )
