@@ -120,9 +120,10 @@ def main() -> None:
             for method in args.methods:
                 if (step, cell, method) in done:
                     continue
-                heal = {"text": texts, "tokens": args.tokens, "length": args.length, **extra, **METHODS[method]}
-                if heal.get("way") == "reconstruct":  # which has its own windows, those of the calibration
-                    heal = {**{key: extra[key] for key in ("rate", "epochs") if key in extra}, **METHODS[method]}
+                given = {"text": texts, "tokens": args.tokens, "length": args.length, **extra}
+                if METHODS[method].get("way") == "reconstruct":  # on windows of its own, those of the calibration
+                    given = {key: value for key, value in extra.items() if key in ("rate", "epochs")}
+                heal = {**given, **METHODS[method]}
                 if args.rate is not None:
                     heal["rate"] = args.rate
                 output = args.folder / "healed"

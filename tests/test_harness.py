@@ -157,7 +157,7 @@ def test_a_packed_model_runs_in_the_harness_as_any_other(packed: Path, questions
         ("", "is empty"),
         ("{", "line 1: not a JSON object"),
         ('{"query": "a", "choices": ["b", "c"], "gold": 2}', "line 1"),
-        ('{"query": "a", "choices": ["b"], "gold": 0}', "two texts or more"),
+        ('{"query": "a", "choices": ["b"], "gold": 0}', "at least two"),
         ('{"query": "a", "choices": "yes", "gold": 0}', "line 1"),
         ('{"query": "a", "choices": {"b": 1, "c": 2}, "gold": 0}', "line 1"),
         ('{"query": "a", "choices": ["b", ""], "gold": 0}', "line 1"),

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .errors import InputError, say, unknown
+from .errors import InputError, first_line, say, unknown
 from .load import cache_directory
 
 if TYPE_CHECKING:
@@ -188,8 +188,7 @@ def _dataset(name: str, config: str | None, split: str) -> Iterator[str]:
     except KeyError:
         raise InputError(f"data set '{name}' has no 'text' column.") from None
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"data set '{name}' cannot be read: {reason}") from None
+        raise InputError(f"data set '{name}' cannot be read: {first_line(error)}") from None
 
 
 def sample_self(model: Model, count: int, length: int, seed: int, *, batch: int = 16) -> Tensor:

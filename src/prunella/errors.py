@@ -33,6 +33,11 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {kind} '{name}'.{hint} Available: {', '.join(names)}."
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of another library says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def say(message: str) -> None:
     """Tell the user, on stderr, what takes a while, touches the network or is slower than it could be."""
     print(f"prunella: {message}", file=sys.stderr, flush=True)

@@ -118,9 +118,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | 
     if kernels is None or not _fit(query, key, value):
         return None
     out = query.new_empty(batch, 1, heads, dim)
-    strides = _numbers(*query.stride()[:2], *key.stride()[:3], *value.stride()[:3])
+    strides = (*query.stride()[:2], *key.stride()[:3], *value.stride()[:3])
     sizes = (batch, heads, key.shape[1], key.shape[2], dim)
-    call(kernels.prunella_attend, query, key, value, out, *sizes, strides, scale)
+    call(kernels.prunella_attend, query, key, value, out, *sizes, (ctypes.c_int64 * 8)(*strides), scale)
     return out
 
 
@@ -140,8 +140,9 @@ def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def _numbers(*values: int) -> Tensor:
-    return torch.tensor(values, device="cpu")
+def _strides(*tensors: Tensor) -> ctypes.Array[Any]:
+    """Of batches, heads and tokens."""
+    return (ctypes.c_int64 * (3 * len(tensors)))(*(t.stride(i) for t in tensors for i in range(3)))
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
@@ -178,7 +179,7 @@ class _Causal(torch.autograd.Function):
             kernels.prunella_attention_back,
             *(*inputs, lse_BHT, delta_BHT, *pulled),
             *(*query.shape[:2], key.shape[1], *query.shape[2:]),
-            _numbers(*(t.stride(i) for t in inputs for i in range(3))),
+            _strides(*inputs),
             ctx.scale,
         )
         return *pulled, None
@@ -193,7 +194,7 @@ def _run_causal(query: Tensor, key: Tensor, value: Tensor, scale: float, lse_BHT
         kernels.prunella_attention,
         *(query, key, value, out, lse_BHT),
         *(batch, heads, key.shape[1], tokens, dim),
-        _numbers(*(t.stride(i) for t in (query, key, value) for i in range(3))),
+        _strides(query, key, value),
         scale,
     )
     return out

@@ -22,7 +22,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from .errors import InputError, unknown
+from .errors import InputError, first_line, unknown
 from .load import load_model
 
 
@@ -117,10 +117,9 @@ def accuracies(
         try:
             loaded = manager.load([*wanted, *tasks])
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(
-                f"the data of '{', '.join(tasks)}' cannot be had ({reason}): with no network, give questions of your"
-                " own with --tasks-file."
+                f"the data of '{', '.join(tasks)}' cannot be had ({first_line(error)}): with no network, give"
+                " questions of your own with --tasks-file."
             ) from None
         for task in loaded["tasks"].values():
             if task.get_config("num_fewshot") is None:
@@ -194,8 +193,8 @@ def _questions(path: Path) -> list[dict[str, Any]]:
                     raise ValueError
             except (ValueError, KeyError, TypeError):
                 raise InputError(
-                    f"'{path}', line {number}: not a JSON object with 'query', 'choices' (two texts or more), 'gold',"
-                    " the number of the right one from 0."
+                    f"'{path}', line {number}: not a JSON object with 'query', 'choices' (at least two) and 'gold', the"
+                    " number of the right one from 0."
                 ) from None
             query = query.rstrip()
             if re.search(r"^Question:", query, re.MULTILINE) and not query.endswith("Answer:"):

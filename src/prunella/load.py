@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import InputError, ModelError, PrunellaError, say, unknown
+from .errors import InputError, ModelError, PrunellaError, first_line, say, unknown
 from .fast import use_fast_attention
 
 PICKLES = ("*.bin", "*.pt", "*.pth")
@@ -132,9 +132,9 @@ def _from_hub(name: str, pickles: bool) -> Path:
     except HFValidationError:
         raise ModelError(f"model '{name}' does not exist.{suggestion}{hint}") from None
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"model '{name}' is not on this machine and could not be had from the hub ({reason}).{suggestion}{hint}"
+            f"model '{name}' is not on this machine and could not be had from the hub ({first_line(error)})."
+            f"{suggestion}{hint}"
         ) from None
 
 
@@ -232,8 +232,7 @@ def _converted(
         with contextlib.suppress(OSError):
             scratch.rename(target)  # another process may have been faster; its result is the same
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"'{what}' cannot be read: {reason}") from error
+        raise ModelError(f"'{what}' cannot be read: {first_line(error)}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
@@ -608,8 +607,7 @@ def load_model(
                 f"'{name}' comes with Python code of its own, which is not run unless you ask for it: pass"
                 " --trust-remote-code if you trust it."
             ) from None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"the config.json of '{name}' cannot be used: {reason}") from None
+        raise ModelError(f"the config.json of '{name}' cannot be used: {first_line(error)}") from None
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
@@ -623,8 +621,9 @@ def load_model(
         with accelerate.init_empty_weights(include_buffers=False), quiet_transformers():
             network = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=remote_code)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"'{name}' is no causal language model that transformers can build: {reason}") from None
+        raise ModelError(
+            f"'{name}' is no causal language model that transformers can build: {first_line(error)}"
+        ) from None
     tokenizer = _load_tokenizer(directory, name, remote_code)
     model = Model(network, tokenizer, checkpoint, pick_device(device), name)
     for buffer_owner in network.modules():  # buffers are real from the start: bring them where the blocks compute
@@ -643,8 +642,7 @@ def _load_tokenizer(directory: Path, name: str, remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"the tokenizer of '{name}' cannot be read: {reason}") from None
+        raise ModelError(f"the tokenizer of '{name}' cannot be read: {first_line(error)}") from None
 
 
 def _load_packed(directory: Path, name: str, dtype: str, device: str, remote_code: bool) -> Model:
@@ -658,8 +656,7 @@ def _load_packed(directory: Path, name: str, dtype: str, device: str, remote_cod
     except PrunellaError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"the packed model '{name}' cannot be loaded: {reason}") from None
+        raise ModelError(f"the packed model '{name}' cannot be loaded: {first_line(error)}") from None
     return wrap_model(network.to(pick_device(device)), _load_tokenizer(directory, name, remote_code), name)
 
 

@@ -55,16 +55,16 @@ def _openmp() -> ctypes.c_void_p | None:
     return None
 
 
-def call(function: Any, *arguments: Tensor | int | float | bool | None) -> None:
-    """Call a C function with tensors as pointers, floats as float and integers as int64_t, and with the number of
-    threads (int) as its last argument. Raises MemoryError."""
+def call(function: Any, *arguments: Tensor | ctypes.Array[Any] | int | float | bool | None) -> None:
+    """Call a C function with tensors and arrays as pointers, floats as float and integers as int64_t, and with the
+    number of threads (int) as its last argument. Raises MemoryError."""
 
-    def convert(value: Tensor | int | float | bool | None) -> Any:
+    def convert(value: Tensor | ctypes.Array[Any] | int | float | bool | None) -> Any:
         if isinstance(value, Tensor):
             return ctypes.c_void_p(value.data_ptr())
         if isinstance(value, float):
             return ctypes.c_float(value)
-        return None if value is None else ctypes.c_int64(value)
+        return ctypes.c_int64(value) if isinstance(value, int) else value
 
     code = function(*map(convert, arguments), torch.get_num_threads())
     if code == -2:

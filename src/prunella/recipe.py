@@ -276,11 +276,6 @@ class Recipe(_Part):
             raise InputError(f"steps: {names} chooses no weights to prune: add a step that does, such as wanda.")
         recipe.make_allocation()
         recipe.heal.make_groups()
-        for step in made:
-            if step.name == "reconstruct":  # what it trains is looked up in each block: too late for a wrong name
-                rate = step.options["rate"]
-                for name in step.options["train"]:
-                    make_group(name, {} if rate is None else {"rate": rate})
         return recipe
 
     @classmethod

@@ -244,7 +244,7 @@ class Output:
     ):
         check_output(path)
         self.path = path
-        self.partial = path.with_name(path.name + ".partial")
+        self.partial = partial_of(path)
         self.model = model
         self.weights: _DenseFiles | _PackedFiles
         self.weights = _PackedFiles(self.partial, model, *packing) if packing else _DenseFiles(self.partial, model)
@@ -431,6 +431,11 @@ def lock(partial: Path) -> IO[str]:
     except OSError as error:
         raise InputError(f"'{partial}' cannot be written: {error.strerror}.") from None
     return file
+
+
+def partial_of(path: Path) -> Path:
+    """Where an output directory is in the making."""
+    return path.with_name(path.name + ".partial")
 
 
 def unfinished(partial: Path) -> InputError:

@@ -251,9 +251,9 @@ class Chosen:
     group: Group
 
 
-def choose(parts: Iterable[Part], wanted: Sequence[Group], *, all_used: bool = True) -> list[Chosen]:
+def choose(parts: Iterable[Part], wanted: Sequence[Group]) -> list[Chosen]:
     """What trains: for each part the change of the first group that wants it. Raises InputError for a group that
-    finds nothing to train, unless not `all_used` need to."""
+    finds nothing to train."""
     out, idle = [], {group.name for group in wanted}
     for part in parts:
         for group in wanted:
@@ -262,7 +262,7 @@ def choose(parts: Iterable[Part], wanted: Sequence[Group], *, all_used: bool = T
                 out.append(Chosen(part, change, group))
                 idle.discard(group.name)
                 break
-    for name in sorted(idle) if all_used else ():
+    for name in sorted(idle):
         raise InputError(
             f"healing method '{name}' finds nothing to train: the model has no such tensors, or another method that"
             " comes before it trains them all."

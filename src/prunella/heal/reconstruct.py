@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt
 from torch import Tensor
 
 from ..errors import InputError, NumericalError
@@ -18,14 +18,22 @@ from ..types import Block, Pattern
 from .parts import Chosen, Group, Part, choose, kinds_of, make_group
 
 
+def _known(name: str) -> str:
+    make_group(name)
+    return name
+
+
+HealingMethod = Annotated[str, AfterValidator(_known)]
+
+
 @register("reconstruct", needs={"norm", "targets"})
 def reconstruct(
     block: Block,
     *,
-    train: tuple[str, ...] = ("all",),
+    train: tuple[HealingMethod, ...] = ("all",),
     part: Literal["block", "sub-block"] = "block",
     epochs: PositiveInt = 1,
-    rate: PositiveFloat | None = 2e-4,
+    rate: Annotated[float, Field(gt=0, lt=1)] | None = 2e-4,
     warmup: float = 0.1,
 ) -> Block:
     """Train what is left of a block until its outputs are near the dense block's, the mask held.
@@ -67,16 +75,16 @@ def fit(
     layers = [Part(la.name, frozenset({"linear"}), la.weight_OI.contiguous(), la.mask_OI) for la in active]
     others = [Part(name, kinds_of(name, block.others), value, new=name in new) for name, value in block.others.items()]
     now = {item.name: item.value for item in (*layers, *others)}
+    chosen = choose([*layers, *others], groups)
     losses: list[float] = []
     trained = 0
     if part == "block":
-        chosen = choose([*layers, *others], groups)
         trained = _size(chosen)
         now |= _train(block.run, now, chosen, block.targets, range(block.windows), epochs, warmup, None, losses)
     else:
         for at in sub_blocks(block):
             prefix = f"{block.name}.{at}"
-            inside = [item for item in (*layers, *others) if _within(item.name, prefix)]
+            inside = [item for item in chosen if _within(item.part.name, prefix)]
             outside = {name: value for name, value in now.items() if not _within(name, prefix)}
 
             def dense(n: int, at: str = at, outside: Mapping[str, Tensor] = outside) -> Tensor:
@@ -84,12 +92,11 @@ def fit(
                 with torch.no_grad():
                     return block.run(outside, n, at=at)
 
-            chosen = choose(inside, groups, all_used=False)
-            trained += _size(chosen)
-            if chosen:
-                now |= _train(block.run, now, chosen, dense, range(block.windows), epochs, warmup, at, losses)
+            trained += _size(inside)
+            if inside:
+                now |= _train(block.run, now, inside, dense, range(block.windows), epochs, warmup, at, losses)
         if not trained:
-            choose([], groups)  # says so
+            choose([], groups)  # all of it lies between the sub-blocks: says so
     done = {}
     for layer in active:
         assert layer.mask_OI is not None

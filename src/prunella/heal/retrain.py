@@ -181,11 +181,12 @@ def retrain(
         trainer = _Healer(chosen, plan, teacher, network, arguments, windows_NL, held_out_NL, callbacks)
         checkpoint = _last_checkpoint(folder) if resume else None
         try:
-            if checkpoint is not None and _stopped(Path(checkpoint), plan.patience):
-                trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+            path, state = checkpoint or (None, None)
+            if state is not None and _stopped(state, plan.patience):
+                trainer.state = state
                 trainer._load_best_model()
             else:
-                trainer.train(resume_from_checkpoint=checkpoint)
+                trainer.train(resume_from_checkpoint=path)
         finally:
             network.config.use_cache = cache
             network.eval()
@@ -201,19 +202,17 @@ def retrain(
     return Outcome(losses, held_out, trainer.state.best_global_step or steps, steps)
 
 
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint: the file with the Trainer's state comes last."""
+def _last_checkpoint(folder: Path) -> tuple[str, TrainerState] | None:
+    """The newest whole checkpoint, with the Trainer's state, which is its last file."""
     found = {int(path.name.rpartition("-")[2]): path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
     for _, path in sorted(found.items(), reverse=True):
         with contextlib.suppress(OSError, ValueError, TypeError):
-            TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
-            return str(path)
+            return str(path), TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
     return None
 
 
-def _stopped(checkpoint: Path, patience: int) -> bool:
-    """Had the run stopped early when it wrote this checkpoint?"""
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+def _stopped(state: TrainerState, patience: int) -> bool:
+    """Had the run stopped early when it saved this state?"""
     saved = state.stateful_callbacks.get(EarlyStoppingCallback.__name__, {})
     waited: int = saved.get("attributes", {}).get("early_stopping_patience_counter", 0)
     return waited >= patience

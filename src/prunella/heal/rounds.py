@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,8 @@ from ..load import find_directory
 from ..prune import prune
 from ..recipe import Recipe
 from ..report import Report
-from ..save import REPORT, unfinished
-from ..sparse.files import write_json
+from ..save import REPORT, partial_of, unfinished
+from ..tensors import write_text
 from .run import heal
 
 
@@ -54,19 +55,19 @@ def prune_and_heal(
             }
         )
         if not pruned.exists():
-            prune(source, plain, output=pruned, resume=resume and _partial(pruned), **options)
+            prune(source, plain, output=pruned, resume=resume and partial_of(pruned).exists(), **options)
         if k:  # what was pruned is the model of the first round
             first, said = Report.read(aside / "1-pruned"), Report.read(pruned)
             whole = {**said.recipe, "model": first.recipe["model"]}
             said = replace(said, recipe=whole, model=first.model, dense=first.dense, fingerprint=first.fingerprint)
-            write_json(pruned / REPORT, said.plain())
+            write_text(pruned / REPORT, json.dumps(said.plain(), indent=1) + "\n")
         part = recipe.heal.model_copy(update={"dense": str(dense), "tokens": recipe.heal.tokens // rounds})
         if not healed.exists() or healed == path:
             report = heal(
                 pruned,
                 recipe.model_copy(update={"heal": part}),
                 output=healed,
-                resume=resume and _partial(healed),
+                resume=resume and partial_of(healed).exists(),
                 portion=(k, rounds),
                 **options,
             )
@@ -74,7 +75,3 @@ def prune_and_heal(
     shutil.rmtree(aside, ignore_errors=True)
     assert report is not None
     return report
-
-
-def _partial(path: Path) -> bool:
-    return path.with_name(path.name + ".partial").exists()

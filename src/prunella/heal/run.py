@@ -23,7 +23,7 @@ from ..pattern import pack, unpack
 from ..prune import context, held_out_windows, measure, same_text
 from ..recipe import Calibration, Healing, Recipe
 from ..report import Report, peak_memory
-from ..save import REPORT, Output, check_output, disk_error, disk_full, identity, unfinished
+from ..save import REPORT, Output, check_output, disk_error, disk_full, identity, partial_of, unfinished
 from ..stream import BlockResult, LayerResult, Slot, Track, Watcher, find_layers, no_track
 from ..tensors import MASKS, mask_shapes, read_masks
 from .biases import LIST, add_biases
@@ -131,7 +131,7 @@ class _Run:
         new: list[str] = []
         if "new-biases" in names:
             assert dense is not None
-            partial = self.path.with_name(self.path.name + ".partial")
+            partial = partial_of(self.path)
             if main and partial.exists() and not self.resume:
                 raise unfinished(partial)
             finished = aside / "pruned" / LIST
@@ -301,7 +301,7 @@ class _Run:
         from .retrain import Plan, retrain, teacher_in_memory, teacher_streamed
 
         settings = self.settings
-        folder = self.path.with_name(self.path.name + ".partial") / "training"
+        folder = partial_of(self.path) / "training"
         with ExitStack() as stack:
             stack.enter_context(model.whole())
             torch.manual_seed(recipe.seed)
@@ -365,6 +365,9 @@ class Masks(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         bits, shape = self._bits[name]
         return unpack(bits, shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._bits  # without unpacking it
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._bits)

@@ -17,7 +17,7 @@ from .. import pattern
 from ..errors import InputError, ModelError
 from ..grid import Grid
 from ..load import find_directory, load_model, quiet_transformers
-from ..save import LOCK, RUN, check_output, companions, disk_error, lock, unfinished
+from ..save import LOCK, RUN, check_output, companions, disk_error, lock, partial_of, unfinished
 from ..stream import Slot, find_layers
 from ..tensors import (
     GRIDS,
@@ -55,7 +55,7 @@ def _directory(out: Path) -> Iterator[Path]:
     """OUT.partial while the context lasts, OUT once it has ended well. What a command that was killed left there goes:
     nothing in it took long."""
     check_output(out)
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_of(out)
     if (partial / RUN).exists():
         raise unfinished(partial)
     try:

@@ -144,21 +144,35 @@ TARGET void stream_attention_pack(const attention_t *a, int64_t item) {
     pack_rows(v, T, D, a->v_stride[2], values);
 }
 
+/* Up to ROWS rows of x side by side; missing ones are zero. */
+static void copy_rows(const bf16 *from, int64_t rows, int64_t stride, int64_t dim, uint32_t *to) {
+    memset(to, 0, sizeof(uint32_t) * ROWS * (dim / 2));
+    for (int64_t i = 0; i < rows; i++) memcpy(to + i * (dim / 2), from + i * stride, sizeof(bf16) * dim);
+}
+
+/* The first `count` of 16 places. */
+INLINE __mmask16 up_to(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1); }
+
+/* sum[row][column] += left[row][pair] * panels[pair][column] over pairs, for ROWS rows and two panels of 16 columns. */
+INLINE TARGET void add_products(
+    __m512 sum[ROWS][2], const uint32_t *left, int64_t stride, int64_t pairs, const uint32_t *p0, const uint32_t *p1) {
+    for (int64_t t = 0; t < pairs; t++) {
+        __m512i c0 = _mm512_loadu_si512(p0 + 16 * t), c1 = _mm512_loadu_si512(p1 + 16 * t);
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++) {
+            __m512i r = _mm512_set1_epi32((int)left[i * stride + t]);
+            sum[i][0] = dot(sum[i][0], r, c0);
+            sum[i][1] = dot(sum[i][1], r, c1);
+        }
+    }
+}
+
 /* scores[row][key] for ROWS queries and two panels of 16 keys. */
 INLINE TARGET void score_tile(
     const uint32_t *q, int64_t half_dim, const uint32_t *keys, float *scores, int64_t stride, __m512 scale) {
     __m512 sum[ROWS][2];
     for (int i = 0; i < ROWS; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
-    const uint32_t *second = keys + 16 * half_dim;
-    for (int64_t d = 0; d < half_dim; d++) {
-        __m512i k0 = _mm512_loadu_si512(keys + 16 * d), k1 = _mm512_loadu_si512(second + 16 * d);
-#pragma GCC unroll 8
-        for (int i = 0; i < ROWS; i++) {
-            __m512i r = _mm512_set1_epi32((int)q[i * half_dim + d]);
-            sum[i][0] = dot(sum[i][0], r, k0);
-            sum[i][1] = dot(sum[i][1], r, k1);
-        }
-    }
+    add_products(sum, q, half_dim, half_dim, keys, keys + 16 * half_dim);
     for (int i = 0; i < ROWS; i++) {
         _mm512_storeu_ps(scores + i * stride, _mm512_mul_ps(sum[i][0], scale));
         _mm512_storeu_ps(scores + i * stride + 16, _mm512_mul_ps(sum[i][1], scale));
@@ -171,15 +185,7 @@ INLINE TARGET void value_tile(
     bf16 *out, int64_t out_stride, int rows) {
     __m512 sum[ROWS][2];
     for (int i = 0; i < ROWS; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
-    for (int64_t t = 0; t < pairs; t++) {
-        __m512i c0 = _mm512_loadu_si512(v0 + 16 * t), c1 = _mm512_loadu_si512(v1 + 16 * t);
-#pragma GCC unroll 8
-        for (int i = 0; i < ROWS; i++) {
-            __m512i r = _mm512_set1_epi32((int)p[i * stride + t]);
-            sum[i][0] = dot(sum[i][0], r, c0);
-            sum[i][1] = dot(sum[i][1], r, c1);
-        }
-    }
+    add_products(sum, p, stride, pairs, v0, v1);
     for (int i = 0; i < rows; i++) {
         __m512 by = _mm512_set1_ps(1.0f / total[i]);
         __m512bh pair = _mm512_cvtne2ps_pbh(_mm512_mul_ps(sum[i][1], by), _mm512_mul_ps(sum[i][0], by));
@@ -197,9 +203,8 @@ TARGET void stream_attention_rows(const attention_t *a, int64_t item, float *scr
     const int64_t seen = first + rows, span = (seen + 31) / 32 * 32, stride = padded;
 
     uint32_t *q = (uint32_t *)(scratch + ROWS * stride);
-    memset(q, 0, sizeof(uint32_t) * ROWS * half);
     const bf16 *from = (const bf16 *)a->q + b * a->q_stride[0] + head * a->q_stride[1] + first * a->q_stride[2];
-    for (int64_t i = 0; i < rows; i++) memcpy(q + i * half, from + i * a->q_stride[2], sizeof(bf16) * D);
+    copy_rows(from, rows, a->q_stride[2], D, q);
 
     const __m512 scale = _mm512_set1_ps(a->scale);
     for (int64_t t = 0; t < span; t += 32) score_tile(q, half, keys + t * half, scratch + t, stride, scale);
@@ -211,16 +216,15 @@ TARGET void stream_attention_rows(const attention_t *a, int64_t item, float *scr
         __m512 top = _mm512_set1_ps(-INFINITY);
         int64_t t = 0;
         for (; t + 16 <= visible; t += 16) top = _mm512_max_ps(top, _mm512_loadu_ps(s + t));
-        __mmask16 rest = (__mmask16)((1u << (visible - t)) - 1);
+        const __mmask16 rest = up_to(visible - t);
         top = _mm512_mask_max_ps(top, rest, top, _mm512_maskz_loadu_ps(rest, s + t));
         const __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(top));
         __m512 sum = _mm512_setzero_ps();
         uint16_t *p = (uint16_t *)s; /* written behind what is still to be read */
         for (t = 0; t < span; t += 32) {
-            __mmask16 m0 = visible - t >= 16 ? 0xffff : visible <= t ? 0 : (__mmask16)((1u << (visible - t)) - 1);
-            __mmask16 m1 = visible - t >= 32 ? 0xffff : visible <= t + 16 ? 0 : (__mmask16)((1u << (visible - t - 16)) - 1);
-            __m512 e0 = _mm512_maskz_mov_ps(m0, exp_ps(_mm512_sub_ps(_mm512_loadu_ps(s + t), most)));
-            __m512 e1 = _mm512_maskz_mov_ps(m1, exp_ps(_mm512_sub_ps(_mm512_loadu_ps(s + t + 16), most)));
+            __m512 e0 = _mm512_maskz_mov_ps(up_to(visible - t), exp_ps(_mm512_sub_ps(_mm512_loadu_ps(s + t), most)));
+            __m512 e1 =
+                _mm512_maskz_mov_ps(up_to(visible - t - 16), exp_ps(_mm512_sub_ps(_mm512_loadu_ps(s + t + 16), most)));
             sum = _mm512_add_ps(sum, _mm512_add_ps(e0, e1));
             _mm512_storeu_si512(p + t, (__m512i)_mm512_cvtne2ps_pbh(e1, e0));
         }
@@ -277,15 +281,7 @@ INLINE TARGET void add_tile(
             sum[i][0] = _mm512_loadu_ps(out + i * dim + d);
             sum[i][1] = _mm512_loadu_ps(out + i * dim + d + 16);
         }
-        for (int64_t t = 0; t < pairs; t++) {
-            __m512i c0 = _mm512_loadu_si512(c + 16 * t), c1 = _mm512_loadu_si512(c + panel + 16 * t);
-#pragma GCC unroll 8
-            for (int i = 0; i < ROWS; i++) {
-                __m512i r = _mm512_set1_epi32((int)p[i * stride + t]);
-                sum[i][0] = dot(sum[i][0], r, c0);
-                sum[i][1] = dot(sum[i][1], r, c1);
-            }
-        }
+        add_products(sum, p, stride, pairs, c, c + panel);
         for (int i = 0; i < ROWS; i++) {
             _mm512_storeu_ps(out + i * dim + d, sum[i][0]);
             _mm512_storeu_ps(out + i * dim + d + 16, sum[i][1]);
@@ -298,13 +294,6 @@ INLINE TARGET __m512 soft_back(__m512 s, __m512 *dp, __m512 lse, __m512 delta, _
     __m512 p = _mm512_maskz_mov_ps(seen, exp_ps(_mm512_sub_ps(s, lse)));
     *dp = _mm512_mul_ps(_mm512_mul_ps(p, scale), _mm512_sub_ps(*dp, delta));
     return p;
-}
-
-INLINE __mmask16 up_to(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1); }
-
-static void copy_rows(const bf16 *from, int64_t rows, int64_t stride, int64_t dim, uint32_t *to) {
-    memset(to, 0, sizeof(uint32_t) * ROWS * (dim / 2));
-    for (int64_t i = 0; i < rows; i++) memcpy(to + i * (dim / 2), from + i * stride, sizeof(bf16) * dim);
 }
 
 static TARGET void store_rows(const float *from, int64_t rows, int64_t dim, bf16 *to) {
