@@ -17,6 +17,7 @@ from rich.table import Table
 from prunella.calibrate import windows
 from prunella.cells import Cell, Rows, Sweep
 from prunella.load import load_model
+from prunella.native import keep_freed_memory
 from prunella.recipe import Recipe
 
 CELLS: dict[str, dict[str, Any]] = {
@@ -90,6 +91,7 @@ def main() -> None:
     if len(counts) != len(texts):
         parser.error(f"--windows gives {len(counts)} numbers for {len(texts)} texts")
 
+    keep_freed_memory()
     settings = {
         key: Path(value).name if key == "calibration" else value
         for key, value in vars(args).items()

@@ -24,6 +24,28 @@ int prunella_attention_back(
     const void *q, const void *k, const void *v, const void *grad, const float *lse, const float *delta, void *dq,
     void *dk, void *dv, int64_t batch, int64_t heads, int64_t kv_heads, int64_t tokens, int64_t dim,
     const int64_t *strides, float scale, int threads);
+typedef struct {
+    int64_t kind, rows, columns;
+    void *mask, *offsets, *values;
+    int64_t count;
+    void *scales;
+    int64_t group;
+    void *bias;
+} linear_t;
+typedef struct {
+    void *weight;
+    double eps;
+} norm_t;
+typedef struct {
+    linear_t part[7]; /* q, k, v, o, gate, up, down */
+    norm_t norm[4];   /* before attention, before the MLP, of queries, of keys */
+    int64_t heads, kv_heads, dim;
+} block_t;
+int prunella_block_in(
+    const block_t *block, const void *x, const void *cos, const void *sin, void *q, void *k, void *v, int threads);
+int prunella_block_out(
+    const block_t *block, const void *x, const void *q, const void *k, const void *v, int64_t tokens,
+    const int64_t *strides, float scale, void *y, int threads);
 const char *prunella_isa(int i);
 int prunella_use(const char *name);
 
@@ -60,6 +82,46 @@ static int attention(void) {
     return failed;
 }
 
+/* One token through a block of damaged weights, on the instruction set in use. */
+static int block(void) {
+    const int64_t kv = 1 + (int64_t)(next() % 3), heads = kv * (1 + (int64_t)(next() % 3)), dim = 2 * (1 + (int64_t)(next() % 20));
+    const int64_t width = 1 + (int64_t)(next() % 300), inner = 1 + (int64_t)(next() % 300), tokens = 1 + (int64_t)(next() % 9);
+    const int64_t rows[] = {heads * dim, kv * dim, kv * dim, width, inner, inner, width};
+    const int64_t columns[] = {width, width, width, heads * dim, width, width, inner};
+    static const int64_t kinds[] = {1, 3, 4};
+    block_t b = {.heads = heads, .kv_heads = kv, .dim = dim};
+    for (int i = 0; i < 7; i++) {
+        const int64_t kind = kinds[next() % 3], words = (columns[i] + 63) / 64;
+        linear_t *part = &b.part[i];
+        *part = (linear_t){.kind = kind, .rows = rows[i], .columns = columns[i]};
+        if (next() % 2) part->bias = noise(rows[i] * 2, 2);
+        if (next() % 4 == 0) {
+            part->values = noise(rows[i] * columns[i] * 2, 2);
+            continue;
+        }
+        part->count = (int64_t)(next() % (uint64_t)(rows[i] * columns[i] + 1)) & -2;
+        part->mask = noise(rows[i] * words * 8, (int)(next() % 4));
+        part->offsets = noise((rows[i] + 1) * 4, 2);
+        part->values = noise(kind == 1 ? 2 * (part->count + 128) : kind == 3 ? part->count + 128 : (part->count + 128) / 2, 2);
+        part->group = kind == 1 ? 0 : 128;
+        part->scales = kind == 1 ? NULL : noise(rows[i] * ((columns[i] + 127) / 128) * 2, 2);
+    }
+    const int64_t sizes[] = {width, width, dim, dim};
+    for (int i = 0; i < 4; i++) b.norm[i] = (norm_t){i < 2 || next() % 2 ? noise(sizes[i] * 2, 2) : NULL, 1e-6};
+    void *x = noise(width * 2, 2), *cos = noise(dim * 2, 2), *sin = noise(dim * 2, 2), *y = noise(width * 2, 0);
+    void *q = noise(heads * dim * 2, 0), *k = noise(kv * dim * 2, 0), *v = noise(kv * dim * 2, 0);
+    void *keys = noise(kv * tokens * dim * 2, 2), *values = noise(kv * tokens * dim * 2, 2);
+    const int64_t strides[] = {tokens * dim, dim, tokens * dim, dim};
+    const int failed = prunella_block_in(&b, x, cos, sin, q, k, v, 1) ||
+                       prunella_block_out(&b, x, q, keys, values, tokens, strides, 0.1f, y, 1) ||
+                       prunella_block_out(&b, x, q, keys, values, 0, strides, 0.1f, y, 1) != -1;
+    for (int i = 0; i < 7; i++)
+        free(b.part[i].mask), free(b.part[i].offsets), free(b.part[i].values), free(b.part[i].scales), free(b.part[i].bias);
+    for (int i = 0; i < 4; i++) free(b.norm[i].weight);
+    free(x), free(cos), free(sin), free(y), free(q), free(k), free(v), free(keys), free(values);
+    return failed;
+}
+
 int main(int argc, char **argv) {
     const int runs = argc > 1 ? atoi(argv[1]) : 100;
     static const int64_t size[] = {4, 2, 2};
@@ -88,6 +150,7 @@ int main(int argc, char **argv) {
                                 x_kind, 1) ||
                 prunella_dense(rows, columns, dense, x, y, x_kind, tokens, 1))
                 return 1;
+            if (block()) return 4;
         }
         /* what makes no sense is refused */
         if (prunella_product(7, rows, columns, mask, offsets, values, even, scales, group, x, y, x_kind, 1, 1) != -1 ||

@@ -38,6 +38,8 @@ _SIGNATURES = {
     "prunella_product": (*_WEIGHT, _POINTER, _POINTER, _INT, _LONG, _INT),
     "prunella_expand": (*_WEIGHT, _LONG, _LONG, _POINTER, _INT, _INT),
     "prunella_dense": (_LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _LONG, _INT),
+    "prunella_block_in": (*[_POINTER] * 7, _INT),
+    "prunella_block_out": (*[_POINTER] * 5, _LONG, _POINTER, ctypes.c_float, _POINTER, _INT),
     "prunella_read": (_POINTER, _LONG, _INT),
     "prunella_use": (ctypes.c_char_p,),
     "prunella_isa": (_INT,),
@@ -115,30 +117,36 @@ _operators.define(
 _operators.define("dense_linear(Tensor x, Tensor weight) -> Tensor")
 
 
-def _arguments(
-    x: Tensor, mask: Tensor, offsets: Tensor, values: Tensor, scales: Tensor | None, columns: int, group: int
+def weight_arguments(
+    dtype: torch.dtype,
+    mask: Tensor,
+    offsets: Tensor,
+    values: Tensor,
+    scales: Tensor | None,
+    columns: int,
+    group: int,
 ) -> tuple[Any, ...]:
-    """What the C functions take for a weight. The sizes are checked here, and the kernels never read beyond them
-    whatever the tensors hold: a damaged weight gives a wrong product, not a wrong address."""
+    """What the C functions take for a weight that is multiplied with activations of `dtype`. The sizes are checked
+    here, and the kernels never read beyond them whatever the tensors hold: a damaged weight gives a wrong product, not
+    a wrong address."""
     rows = offsets.shape[0] - 1
     kind = _KINDS.get(values.dtype, -1)
     length = values.shape[0] * 2 if kind == 4 else values.shape[0]
     count = (length - PAD) & -2 if kind == 4 else length - PAD
     if (
         kind < 0
-        or x.shape[-1] != columns
         or mask.shape != (rows, words(columns) * 8)
         or mask.dtype != torch.uint8
         or offsets.dtype != torch.int32
         or count < 0
-        or (kind < 3 and (scales is not None or x.dtype != values.dtype))
+        or (kind < 3 and (scales is not None or dtype != values.dtype))
         or (kind >= 3 and (scales is None or scales.dtype != torch.bfloat16 or group % SPAN))
         or (scales is not None and scales.shape != (rows, groups(columns, group)))
         or not (mask.is_contiguous() and offsets.is_contiguous() and values.is_contiguous())
         or not (scales is None or scales.is_contiguous())
     ):
         raise ValueError(
-            f"the parts of a packed weight do not fit: x {x.dtype} {tuple(x.shape)}, mask {tuple(mask.shape)},"
+            f"the parts of a packed weight do not fit: x {dtype}, mask {tuple(mask.shape)},"
             f" offsets {tuple(offsets.shape)}, values {values.dtype} {tuple(values.shape)}, {columns} columns,"
             f" groups of {group}"
         )
@@ -156,6 +164,13 @@ def _arguments(
     )
 
 
+def _arguments(x: Tensor, *parts: Any) -> tuple[Any, ...]:
+    weight = weight_arguments(x.dtype, *parts)
+    if x.shape[-1] != weight[2]:
+        raise ValueError(f"the parts of a packed weight do not fit: x {tuple(x.shape)}, {weight[2]} columns")
+    return weight
+
+
 def _sparse_linear_cpu(
     x: Tensor, mask: Tensor, offsets: Tensor, values: Tensor, scales: Tensor | None, columns: int, group: int
 ) -> Tensor:
@@ -167,14 +182,14 @@ def _sparse_linear_cpu(
     y = x.new_empty((*x.shape[:-1], rows))
     tokens, kind, threads = x.numel() // columns, _KINDS[x.dtype], torch.get_num_threads()
     if tokens <= FEW:
-        _succeed(kernels.prunella_product(*weight, x.data_ptr(), y.data_ptr(), kind, tokens, threads))
+        succeed(kernels.prunella_product(*weight, x.data_ptr(), y.data_ptr(), kind, tokens, threads))
         return y
     step = max(1, min(rows, TILE // (columns * x.element_size())))
     tile_RI = x.new_empty((step, columns))
     x_TI, y_TO = x.view(tokens, columns), y.view(tokens, rows)
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        _succeed(kernels.prunella_expand(*weight, first, last, tile_RI.data_ptr(), kind, threads))
+        succeed(kernels.prunella_expand(*weight, first, last, tile_RI.data_ptr(), kind, threads))
         y_TO[:, first:last] = functional.linear(x_TI, tile_RI[: last - first])
     return y
 
@@ -222,7 +237,7 @@ def _dense_linear_cpu(x: Tensor, weight: Tensor) -> Tensor:
     rows, columns = weight.shape
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], rows))
-    _succeed(
+    succeed(
         kernels.prunella_dense(
             rows, columns, weight.data_ptr(), x.data_ptr(), y.data_ptr(), 1, tokens, torch.get_num_threads()
         )
@@ -230,7 +245,7 @@ def _dense_linear_cpu(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def _succeed(code: int) -> None:
+def succeed(code: int) -> None:
     if code == -2:
         raise MemoryError("no memory for the activations of a packed product")
     assert code == 0, code

@@ -167,7 +167,9 @@ class DenseLinear(nn.Linear):
 
 def settle(network: Any) -> None:
     """Make a packed model ready to run on the CPU: the weights that every token reads go into large pages of memory,
-    and attention runs with our own kernels."""
+    and attention and single tokens run with our own kernels."""
+    from .block import speed_up
+
     use_fast_attention(network)
     parts: list[tuple[Any, str, Tensor]] = [
         (module, name, part)
@@ -180,3 +182,4 @@ def settle(network: Any) -> None:
     copies = resident([part for _, _, part in parts])
     for (owner, name, _), copy in zip(parts, copies, strict=True):
         setattr(owner, name, copy)
+    speed_up(network)

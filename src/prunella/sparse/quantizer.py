@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import ModelError
 from ..load import read_header
+from .block import slow_down
 from .format import FLOATS, PAD, PARTS, SPAN, VERSION, expected
 from .linear import DenseLinear, SparseExpert, SparseLinear, settle
 
@@ -208,6 +209,7 @@ class PrunellaQuantizer(HfQuantizer):
         from transformers.pytorch_utils import Conv1D
 
         dtype = dtype if isinstance(dtype, torch.dtype) else model.dtype  # transformers may hand over a name
+        slow_down(model)
         for name, module in list(model.named_modules()):
             dense: Any
             if isinstance(module, nn.ModuleList) and len(module) and isinstance(module[0], SparseExpert):

@@ -13,6 +13,8 @@
 
 static const isa_t *isa;
 
+const isa_t *prunella_isa_in_use(void) { return isa; }
+
 static const isa_t *const all[] = {
 #if defined(__x86_64__)
     &prunella_avx512bf16, &prunella_avx512, &prunella_avx2,
@@ -25,7 +27,7 @@ static const isa_t *const all[] = {
 enum { ALL = sizeof(all) / sizeof(*all) };
 
 /* Raised whenever what an exported function takes or does changes; native.py knows the same number. */
-EXPORT int prunella_version(void) { return 2; }
+EXPORT int prunella_version(void) { return 3; }
 
 /* The name of instruction set number i, best first; NULL after the last. */
 EXPORT const char *prunella_isa(int i) { return i >= 0 && i < ALL ? all[i]->name : NULL; }
@@ -65,26 +67,11 @@ static void work(const void *data, int64_t item, int worker) {
 }
 
 static void run(const job_t *job, int64_t rows, int what, int threads) {
-    int64_t chunk = rows / (threads * 16);
-    share_t share = {job, rows, chunk < 8 ? 8 : chunk > 64 ? 64 : chunk, what};
+    share_t share = {job, rows, chunk_of(rows, threads), what};
     parallel_for(work, &share, (rows + share.chunk - 1) / share.chunk, threads);
 }
 
-static int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
-
 /* ------------------------------------------------------------------ entry points */
-
-static int fill(
-    weight_t *w, int32_t kind, int64_t rows, int64_t columns, const void *mask, const void *offsets,
-    const void *values, int64_t count, const void *scales, int64_t group) {
-    if (kind < F32 || kind > INT4 || rows < 0 || columns < 1 || count < 0) return -1;
-    if ((kind >= INT8) != (scales != NULL) || (scales && (group < SPAN || group % SPAN))) return -1;
-    *w = (weight_t){
-        kind,    rows, columns, (columns + 63) / 64, mask, offsets, values, count, scales, group,
-        scales ? (columns + group - 1) / group : 0,
-    };
-    return 0;
-}
 
 /* y (tokens, rows) = x (tokens, columns) W^T. x and y are of `x_kind`. */
 EXPORT int prunella_product(

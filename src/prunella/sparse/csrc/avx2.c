@@ -115,6 +115,8 @@ const isa_t prunella_avx2 = {
     .dense_prepare = avx2_dense_prepare,
     .dense = avx2_dense,
     .attend = avx2_attend,
+    .norm = avx2_norm,
+    .gated = avx2_gated,
     .sum = avx2_sum,
 };
 

@@ -590,6 +590,8 @@ const isa_t prunella_avx512 = {
     .dense_prepare = plain_dense_prepare,
     .dense = plain_dense,
     .attend = plain_attend,
+    .norm = plain_norm,
+    .gated = plain_gated,
     .sum = avx512_sum,
 };
 
@@ -605,6 +607,8 @@ const isa_t prunella_avx512bf16 = {
     .dense_prepare = dense16_prepare,
     .dense = dense16,
     .attend = plain_attend,
+    .norm = plain_norm,
+    .gated = plain_gated,
     .sum = avx512_sum,
 };
 

@@ -66,11 +66,39 @@ typedef struct {
     void (*dense)(const job_t *, int64_t first, int64_t last);
     /* One head of k and v with all heads of q that share it; item = (number in the batch) * kv_heads + head. */
     void (*attend)(const attend_t *, int64_t item, float *scratch);
+    /* out = x / rms(x) * weight, n of each, bfloat16, rounded where LLaMA's RMSNorm rounds. x may be out. */
+    void (*norm)(const uint16_t *x, const uint16_t *weight, float eps, int64_t n, uint16_t *out);
+    /* out = silu(gate) * up, n of each, bfloat16, rounded after either step. */
+    void (*gated)(const uint16_t *gate, const uint16_t *up, int64_t n, uint16_t *out);
     /* A sum over memory, as fast as it can be read. */
     uint64_t (*sum)(const uint8_t *, int64_t bytes);
 } isa_t;
 
 extern const isa_t prunella_avx512bf16, prunella_avx512, prunella_avx2, prunella_neon, prunella_portable;
+
+/* The instruction set in use. */
+const isa_t *prunella_isa_in_use(void);
+
+static inline int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
+
+/* Rows that a thread takes at a time. */
+static inline int64_t chunk_of(int64_t rows, int threads) {
+    int64_t chunk = rows / (threads * 16);
+    return chunk < 8 ? 8 : chunk > 64 ? 64 : chunk;
+}
+
+/* The weight that these arguments describe; -1 if they make no sense. */
+static inline int fill(
+    weight_t *w, int64_t kind, int64_t rows, int64_t columns, const void *mask, const void *offsets,
+    const void *values, int64_t count, const void *scales, int64_t group) {
+    if (kind < F32 || kind > INT4 || rows < 0 || columns < 1 || count < 0) return -1;
+    if ((kind >= INT8) != (scales != NULL) || (scales && (group < SPAN || group % SPAN))) return -1;
+    *w = (weight_t){
+        (int32_t)kind, rows, columns, (columns + 63) / 64, mask, offsets, values, count, scales, group,
+        scales ? (columns + group - 1) / group : 0,
+    };
+    return 0;
+}
 
 /* How many tokens a tile takes when this many are left: 1, 2, 4 or 8, and at the end no fewer than there are. */
 static inline int64_t tile_of(int64_t left) { return left == 1 ? 1 : left == 2 ? 2 : left <= 4 ? 4 : TOKENS; }

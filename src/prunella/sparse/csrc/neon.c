@@ -116,6 +116,8 @@ const isa_t prunella_neon = {
     .dense_prepare = neon_dense_prepare,
     .dense = neon_dense,
     .attend = neon_attend,
+    .norm = neon_norm,
+    .gated = neon_gated,
     .sum = neon_sum,
 };
 

@@ -50,5 +50,7 @@ const isa_t prunella_portable = {
     .dense_prepare = portable_dense_prepare,
     .dense = portable_dense,
     .attend = portable_attend,
+    .norm = portable_norm,
+    .gated = portable_gated,
     .sum = portable_sum,
 };

@@ -123,3 +123,25 @@ TARGET static void NAME(attend)(const attend_t *a, int64_t item, float *scratch)
     for (int64_t g = 0; g < shared; g++)
         for (int64_t i = 0; i < dim; i++) out[g * dim + i] = to_bf16(sum[g * dim + i] / total[g]);
 }
+
+TARGET static void NAME(norm)(const uint16_t *x, const uint16_t *weight, float eps, int64_t n, uint16_t *out) {
+    float sum[16] = {0}, total = 0;
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) {
+            const float value = from_bf16(x[i + j]);
+            sum[j] += value * value;
+        }
+    for (; i < n; i++) sum[0] += from_bf16(x[i]) * from_bf16(x[i]);
+    for (int j = 0; j < 16; j++) total += sum[j];
+    const float scale = 1 / sqrtf(total / (float)n + eps);
+    for (i = 0; i < n; i++) out[i] = to_bf16(from_bf16(to_bf16(from_bf16(x[i]) * scale)) * from_bf16(weight[i]));
+}
+
+TARGET static void NAME(gated)(const uint16_t *gate, const uint16_t *up, int64_t n, uint16_t *out) {
+    for (int64_t i = 0; i < n; i++) {
+        const float g = from_bf16(gate[i]), e = exp_negative(g < 0 ? g : -g);
+        const float silu = (g < 0 ? g * e : g) / (1 + e);
+        out[i] = to_bf16(from_bf16(to_bf16(silu)) * from_bf16(up[i]));
+    }
+}

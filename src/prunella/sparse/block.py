@@ -1,0 +1,295 @@
+"""One new token through a whole block of a packed model, in two calls of C.
+
+Between the products of a block transformers runs some thirty small operations of torch; for one token on a CPU they
+take longer than the products of a small model do. `speed_up` gives blocks like LLaMA's (RMS norms, attention with
+rotated queries and keys, a gated SiLU MLP; Mistral, Qwen2, Qwen3 and others are alike) a `forward` of their own that
+the kernels of csrc/block.c compute. It is found by structure and by trial: a block is given it only if both ways
+agree on random input. Whatever it does not cover (several tokens, masks, hooks, gradients, other dtypes and devices,
+tracing and compiling) goes through the block's own forward.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+
+from .kernels import library, succeed, weight_arguments
+from .linear import DenseLinear, SparseLinear
+
+_POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [
+        *((name, _LONG) for name in ("kind", "rows", "columns")),
+        *((name, _POINTER) for name in ("mask", "offsets", "values")),
+        ("count", _LONG),
+        ("scales", _POINTER),
+        ("group", _LONG),
+        ("bias", _POINTER),
+    ]
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [("weight", _POINTER), ("eps", ctypes.c_double)]
+
+
+_LINEARS = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+_NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+_OTHERS = ("self_attn", "mlp", "mlp.act_fn")
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [
+        *((name, _Linear) for name in _LINEARS),
+        *((name, _Norm) for name in _NORMS),
+        *((name, _LONG) for name in ("heads", "kv_heads", "dim")),
+    ]
+
+
+class FusedBlock:
+    """The forward of a block that runs one token in C and everything else as before."""
+
+    def __init__(self, block: nn.Module):
+        self.block = block
+        self.weights: _Weights | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"block": self.block, "weights": None}  # addresses mean nothing elsewhere
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if (
+            type(hidden_states) is Tensor
+            and hidden_states.dtype == torch.bfloat16
+            and hidden_states.device.type == "cpu"
+            and hidden_states.ndim == 3
+            and hidden_states.numel() == hidden_states.shape[2]
+            and attention_mask is None
+            and past_key_values is not None
+            and position_embeddings is not None
+            and hidden_states.is_contiguous()
+            and not any(kwargs.values())
+            and not (torch.is_grad_enabled() and hidden_states.requires_grad)
+            and not torch.compiler.is_compiling()
+            and not torch._C._get_tracing_state()
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and not torch.is_autocast_enabled("cpu")
+        ):
+            weights = self.weights
+            if weights is None or not weights.current():
+                weights = self.weights = _Weights.of(self.block)
+            if weights is not None and weights.current():
+                out = weights.run(hidden_states, position_embeddings, past_key_values)
+                if out is not None:
+                    return out
+        return type(self.block).forward(
+            self.block,
+            hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+
+
+class _Weights:
+    """Where a block's weights lie, as long as they lie there."""
+
+    def __init__(self, block: nn.Module, modules: dict[str, nn.Module], c: _Block, scale: float, layer: int):
+        self.modules = tuple(modules.values())
+        self.children = [(parent._modules, key, child) for parent, key, child in _links(block)]
+        self.tensors = [
+            (table, key, tensor, tensor.data_ptr())
+            for module in self.modules
+            for table in (module._parameters, module._buffers)
+            for key, tensor in table.items()
+            if tensor is not None
+        ]
+        self.c, self.scale, self.layer, self.width = c, scale, layer, getattr(c, _LINEARS[0]).columns
+
+    @classmethod
+    def of(cls, block: nn.Module) -> _Weights | None:
+        """None where the block is not of the kind that the kernels compute."""
+        found = dict(block.named_modules())
+        if not set(found) - {""} <= {*_LINEARS, *_NORMS, *_OTHERS} or not {*_LINEARS, *_NORMS[:2], *_OTHERS} <= set(
+            found
+        ):
+            return None
+        attention: Any = found["self_attn"]
+        layer, scale, dim = (getattr(attention, name, None) for name in ("layer_idx", "scaling", "head_dim"))
+        if layer is None or scale is None or dim is None or dim % 2:
+            return None
+        c = _Block()
+        for name in _LINEARS:
+            linear = _linear(found[name])
+            if linear is None:
+                return None
+            setattr(c, name, linear)
+        for name in _NORMS:
+            norm = _norm(found[name]) if name in found else _Norm()
+            if norm is None:
+                return None
+            setattr(c, name, norm)
+        q, k, v, o, gate, up, down = (getattr(c, name) for name in _LINEARS)
+        c.heads, c.kv_heads, c.dim = q.rows // dim, k.rows // dim, dim
+        width, inner = q.columns, gate.rows
+        sizes = [found[name].weight.numel() if name in found else dim for name in _NORMS]
+        if (
+            (k.columns, v.columns, gate.columns, up.columns, o.rows, down.rows) != (width,) * 6
+            or (up.rows, down.columns) != (inner, inner)
+            or sizes != [width, width, dim, dim]
+            or q.rows % dim
+            or k.rows % dim
+            or (v.rows, o.columns) != (k.rows, q.rows)
+            or not c.kv_heads
+            or c.heads % c.kv_heads
+        ):
+            return None
+        return cls(block, found, c, float(scale), layer)
+
+    def current(self) -> bool:
+        """Is every tensor still in its place, and every module, and does nothing want to see what happens inside?"""
+        for table, key, tensor, at in self.tensors:  # plain loops: this is asked for every block and token
+            if table.get(key) is not tensor or tensor.data_ptr() != at:
+                return False
+        for table, key, child in self.children:
+            if table.get(key) is not child or child._forward_hooks or child._forward_pre_hooks:
+                return False
+            if "forward" in child.__dict__:
+                return False
+        return not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+
+    def run(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], cache: Any) -> Tensor | None:
+        """One token x (1, 1, D) through the block; None where it cannot be done here."""
+        kernels, c = library(), self.c
+        cos, sin = position_embeddings
+        if kernels is None or x.shape[2] != self.width:
+            return None
+        for turn in position_embeddings:
+            if turn.dtype != x.dtype or turn.shape != (1, 1, c.dim) or not turn.is_contiguous():
+                return None
+        qkv = x.new_empty(c.heads + 2 * c.kv_heads, c.dim)
+        k, v = qkv[c.heads : -c.kv_heads][None, :, None], qkv[-c.kv_heads :][None, :, None]
+        block, threads, token, q = ctypes.byref(c), torch.get_num_threads(), x.data_ptr(), qkv.data_ptr()
+        kernel = kernels.prunella_block_in
+        succeed(kernel(block, token, cos.data_ptr(), sin.data_ptr(), q, k.data_ptr(), v.data_ptr(), threads))
+        k, v = cache.update(k, v, self.layer)
+        k, v = (t if t.stride(3) == 1 and t.dtype == x.dtype else t.to(x.dtype).contiguous() for t in (k, v))
+        y = torch.empty_like(x)
+        places = (_LONG * 4)(k.stride(1), k.stride(2), v.stride(1), v.stride(2))
+        tokens, kernel = k.shape[2], kernels.prunella_block_out
+        succeed(kernel(block, token, q, k.data_ptr(), v.data_ptr(), tokens, places, self.scale, y.data_ptr(), threads))
+        return y
+
+
+def _links(block: nn.Module) -> Any:
+    for parent in block.modules():
+        for key, child in parent._modules.items():
+            yield parent, key, child
+
+
+def _linear(module: Any) -> _Linear | None:
+    if module.bias is not None and not _plain(module.bias):
+        return None
+    out = _Linear(bias=None if module.bias is None else module.bias.data_ptr())
+    if type(module) is DenseLinear:
+        if not _plain(module.weight):
+            return None
+        out.rows, out.columns = module.weight.shape
+        out.values = module.weight.data_ptr()
+        return out
+    if type(module) is not SparseLinear or module.weight_values.dtype in (torch.float32, torch.float16):
+        return None
+    parts = (module.weight_mask, module.weight_offsets, module.weight_values, module.weight_scales)
+    if any(part is not None and part.device.type != "cpu" for part in parts):
+        return None
+    weight = weight_arguments(torch.bfloat16, *parts, module.in_features, module.group)
+    for field, value in zip(_Linear._fields_, weight, strict=False):
+        setattr(out, field[0], value)
+    return out
+
+
+def _norm(module: Any) -> _Norm | None:
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, Tensor) or not _plain(weight) or weight.ndim != 1 or not isinstance(eps, float):
+        return None
+    return _Norm(weight.data_ptr(), eps)
+
+
+def _plain(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def speed_up(network: nn.Module) -> None:
+    """Let the blocks of a packed network that are like LLaMA's run single tokens in C."""
+    if library() is None:
+        return
+    for block in network.modules():
+        if "forward" not in block.__dict__ and _Weights.of(block) is not None:
+            fused = FusedBlock(block)
+            if _alike(fused):
+                block.forward = fused  # type: ignore[method-assign]
+
+
+def slow_down(network: nn.Module) -> None:
+    """Take back what `speed_up` did."""
+    for block in network.modules():
+        if isinstance(block.__dict__.get("forward"), FusedBlock):
+            del block.forward  # type: ignore[method-assign]
+
+
+@torch.inference_mode()
+def _alike(fused: FusedBlock) -> bool:
+    """Do both ways agree on a random token after a few others?"""
+    from transformers import DynamicCache
+
+    weights = _Weights.of(fused.block)
+    assert weights is not None
+    c = weights.c
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(torch.bfloat16)
+
+    tokens, width = 5, weights.width
+    past = random(2, 1, c.kv_heads, tokens, c.dim)
+    angle = random(1, 1, c.dim // 2).float().repeat(1, 1, 2)
+    # small beside what the block adds to it
+    x, turn = random(1, 1, width) / 64, (angle.cos().to(torch.bfloat16), angle.sin().to(torch.bfloat16))
+    outs = []
+    for way in (fused, functools.partial(type(fused.block).forward, fused.block)):
+        cache = DynamicCache()
+        for layer in range(weights.layer + 1):
+            cache.update(past[0], past[1], layer)
+        try:
+            outs.append(way(x, attention_mask=None, past_key_values=cache, position_embeddings=turn))
+        except Exception:  # a block that wants more than this is not of the kind
+            return False
+    mlp: Any = fused.block.mlp
+    hidden = random(1, 1, width)
+    inner = nn.functional.silu(mlp.gate_proj(hidden)) * mlp.up_proj(hidden)  # it may be small beside the attention
+    return _close(outs[0] - x, outs[1] - x) and _close(mlp.down_proj(inner), mlp(hidden))
+
+
+def _close(a: Any, b: Any) -> bool:
+    return isinstance(b, Tensor) and a.shape == b.shape and bool((a - b).float().norm() <= 0.02 * b.float().norm())

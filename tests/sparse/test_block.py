@@ -1,0 +1,261 @@
+"""Single tokens through whole blocks in C, beside the blocks' own forward."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import prunella
+from prunella.sparse import kernels
+from prunella.sparse.bench import packed_copy
+from prunella.sparse.block import FusedBlock, _Weights, slow_down, speed_up
+from prunella.sparse.commands import pack_model
+
+pytestmark = pytest.mark.skipif(kernels.library() is None, reason="the C kernels were not compiled")
+ALIKE = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def packed(architecture: str = "llama", bits: int | None = None, **overrides: Any) -> Any:
+    return packed_copy(tiny.build(architecture, dtype=torch.bfloat16, **overrides), 0.5, bits)
+
+
+def fused(network: Any) -> int:
+    return sum(isinstance(module.__dict__.get("forward"), FusedBlock) for module in network.modules())
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each time that a block was asked to run in C, whether it did."""
+    found: list[bool] = []
+    run = _Weights.run
+
+    def spy(self: _Weights, *arguments: Any) -> Tensor | None:
+        out = run(self, *arguments)
+        found.append(out is not None)
+        return out
+
+    monkeypatch.setattr(_Weights, "run", spy)
+    return found
+
+
+@torch.inference_mode()
+def decode(network: Any, ids: Tensor, **options: Any) -> Tensor:
+    """The logits of ids (T) after the first four, one token at a time: (T - 4, V)."""
+    cache = network(ids[None, :4], use_cache=True).past_key_values
+    out = [network(token[None, None], past_key_values=cache, use_cache=True, **options).logits for token in ids[4:]]
+    return torch.cat(out, dim=1)[0].float()
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("architecture", ALIKE)
+def test_a_token_gets_what_the_block_itself_gives(architecture: str, bits: int | None, ran: list[bool]) -> None:
+    network = packed(architecture, bits)
+    assert fused(network) == 2
+    ran.clear()
+    ids = tiny.token_windows(1, 16)[0]
+    got = decode(network, ids)
+    assert ran == [True] * 24 if architecture != "mistral" else len(ran) == 6  # then its window of 8 wants a mask
+    slow_down(network)
+    assert fused(network) == 0
+    assert distance(got, decode(network, ids)) < 0.01
+
+
+@pytest.mark.parametrize("instructions", kernels.instructions())
+def test_every_instruction_set(instructions: str, ran: list[bool]) -> None:
+    network = packed("qwen3", hidden_size=72, intermediate_size=200, head_dim=24, num_attention_heads=6)
+    ids = tiny.token_windows(1, 12)[0]
+    kernels.use(instructions)
+    try:
+        ran.clear()
+        got = decode(network, ids)
+        assert ran == [True] * 16
+        slow_down(network)
+        assert distance(got, decode(network, ids)) < 0.01
+    finally:
+        kernels.use(None)
+
+
+def test_layers_that_stay_dense_and_biases(ran: list[bool]) -> None:
+    dense = tiny.build("qwen2", dtype=torch.bfloat16)
+    network = copy.deepcopy(dense)
+    for name, module in network.named_modules():  # k_proj and down_proj are not pruned
+        if isinstance(module, torch.nn.Linear) and not name.endswith(("k_proj", "down_proj", "lm_head")):
+            module.weight.data *= torch.rand(module.weight.shape) < 0.5
+    pruned = packed_copy(network)
+    assert fused(pruned) == 2
+    assert pruned.model.layers[0].self_attn.q_proj.bias is not None
+    ids = tiny.token_windows(1, 12)[0]
+    ran.clear()
+    assert distance(decode(pruned, ids), decode(network, ids)) < 0.01
+    assert ran == [True] * 16
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides", "count"),
+    [
+        ("granite", {"residual_multiplier": 0.5}, 0),
+        ("smollm3", {}, 1),  # one of two blocks has no rotary embedding
+        ("gemma2", {}, 0),
+        ("olmo2", {}, 0),
+        ("phi3", {}, 0),
+        ("stablelm", {}, 0),
+        ("mixtral", {}, 0),
+        ("llama", {"hidden_act": "gelu"}, 0),
+        ("llama", {"mlp_bias": True, "attention_bias": True}, 2),
+    ],
+)
+def test_only_blocks_that_agree_are_replaced(architecture: str, overrides: dict[str, Any], count: int) -> None:
+    assert fused(packed(architecture, **overrides)) == count
+
+
+def test_what_is_not_one_plain_token_takes_the_usual_way(ran: list[bool]) -> None:
+    network = packed()
+    ids = tiny.token_windows(3, 12)
+    plain = copy.deepcopy(network)
+    slow_down(plain)
+
+    def same(**inputs: Any) -> None:
+        ran.clear()
+        with torch.no_grad():
+            assert torch.equal(network(**inputs).logits, plain(**inputs).logits)
+        assert not ran
+
+    same(input_ids=ids)  # many tokens
+    same(input_ids=ids[:1, :1], use_cache=False)  # no cache
+    for count, mask in ((3, None), (2, torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]))):  # several sequences, padding
+        outs = []
+        for model in (network, plain):
+            ran.clear()
+            with torch.no_grad():
+                first = None if mask is None else mask[:, :4]
+                cache = model(ids[:count, :4], attention_mask=first, use_cache=True).past_key_values
+                outs.append(model(ids[:count, 4:5], attention_mask=mask, past_key_values=cache).logits)
+            assert not ran
+        assert torch.equal(*outs)
+    with torch.inference_mode():
+        for options in ({"cache_implementation": "static"}, {"num_beams": 2}):
+            a, b = (m.generate(ids[:1, :4], max_new_tokens=6, do_sample=False, **options) for m in (network, plain))
+            assert torch.equal(a, b)
+
+
+def test_hooks_see_what_happens_inside(ran: list[bool]) -> None:
+    network, ids = packed(), tiny.token_windows(1, 8)[0]
+    seen: list[torch.Size] = []
+    hook = network.model.layers[0].self_attn.v_proj.register_forward_hook(lambda m, args, out: seen.append(out.shape))
+    ran.clear()
+    decode(network, ids)
+    assert len(seen) == 5
+    assert len(ran) == 4
+    hook.remove()
+    decode(network, ids)
+    assert len(seen) == 5
+    assert len(ran) == 12
+    shown = torch.nn.modules.module.register_module_forward_hook(lambda m, args, out: seen.append(torch.Size([])))
+    try:
+        decode(network, ids)
+    finally:
+        shown.remove()
+    assert len(ran) == 12
+
+
+def test_hidden_states_and_attentions(ran: list[bool]) -> None:
+    network, ids = packed(), tiny.token_windows(1, 8)
+    plain = copy.deepcopy(network)
+    slow_down(plain)
+    found = []
+    with torch.inference_mode():
+        for model in (network, plain):
+            cache = model(ids[:, :4], use_cache=True).past_key_values
+            found.append(model(ids[:, 4:5], past_key_values=cache, output_hidden_states=True).hidden_states)
+    assert len(found[0]) == 3
+    for a, b in zip(*found, strict=True):
+        assert distance(a.float(), b.float()) < 0.01
+
+
+def test_weights_that_change_are_noticed(ran: list[bool]) -> None:
+    network, ids = packed("qwen3"), tiny.token_windows(1, 8)[0]
+    before = decode(network, ids)
+    block = network.model.layers[1]
+    with torch.no_grad():
+        block.post_attention_layernorm.weight.mul_(3)  # in place
+    changed = decode(network, ids)
+    slow_down(network)
+    assert distance(changed, before) > 0.01
+    assert distance(changed, decode(network, ids)) < 0.01
+    speed_up(network)
+    decode(network, ids)
+    block.mlp.down_proj = copy.deepcopy(network.model.layers[0].mlp.down_proj)  # another module
+    block.input_layernorm.weight.data = torch.rand(32).bfloat16()  # other memory in the same parameter
+    block.self_attn.o_proj.weight_values = block.self_attn.o_proj.weight_values.clone()  # another buffer
+    ran.clear()
+    changed = decode(network, ids)
+    assert ran == [True] * 8
+    slow_down(network)
+    assert distance(changed, decode(network, ids)) < 0.01
+    speed_up(network)
+    network.float()  # no longer what the kernels take
+    ran.clear()
+    assert distance(decode(network, ids), changed) < 0.02
+    assert not ran
+
+
+def test_a_model_is_still_copied_pickled_saved_and_unpacked(tmp_path: Path, ran: list[bool]) -> None:
+    network, ids = packed(), tiny.token_windows(1, 8)[0]
+    logits = decode(network, ids)
+    again = copy.deepcopy(network)
+    assert again.model.layers[0].forward.block is again.model.layers[0]  # not the first one's
+    file = io.BytesIO()
+    torch.save(network, file)
+    file.seek(0)
+    for other in (again, torch.load(file, weights_only=False)):
+        ran.clear()
+        assert torch.equal(decode(other, ids), logits)
+        assert ran == [True] * 8
+
+    source, target = tmp_path / "pruned", tmp_path / "packed"
+    plain = tiny.build(dtype=torch.bfloat16)
+    for module in plain.modules():
+        if isinstance(module, torch.nn.Linear) and module is not plain.lm_head:
+            module.weight.data *= torch.rand(module.weight.shape) < 0.5
+    plain.save_pretrained(source)
+    pack_model(str(source), target)
+    loaded = AutoModelForCausalLM.from_pretrained(target)
+    assert fused(loaded) == 2
+    logits = decode(loaded, ids)
+    assert distance(logits, decode(plain, ids)) < 0.01
+    loaded.save_pretrained(tmp_path / "saved")
+    assert torch.equal(decode(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), ids), logits)
+    loaded.dequantize()
+    assert fused(loaded) == 0
+    assert distance(decode(loaded, ids), logits) < 0.01
+
+
+def test_gradients_of_a_block_are_refused_as_before() -> None:
+    network = packed()
+    cache = network(tiny.token_windows(1, 4), use_cache=True).past_key_values
+    embeddings = torch.randn(1, 1, 32).bfloat16().requires_grad_()
+    out = network(inputs_embeds=embeddings, past_key_values=cache).logits
+    with pytest.raises(prunella.PrunellaError, match="cannot be trained"):
+        out.sum().backward()
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """With more than one thread where there are processors for them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
