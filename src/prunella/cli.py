@@ -184,7 +184,7 @@ def prune(
         print(f"note: {note}")
     if len(notes) > 10:
         print(f"… and {len(notes) - 10} more notes: prunella inspect {output}")
-    print(f"saved to {output}")
+    _print_saved(output, packed=wanted.packing is not None)
 
 
 def _progress(units: str) -> Progress:
@@ -310,7 +310,13 @@ def heal(
         print(json.dumps(report.plain()))
         return
     _print_healing(report)
+    _print_saved(output)
+
+
+def _print_saved(output: Path, packed: bool = False) -> None:
     print(f"saved to {output}")
+    if not packed:
+        print(f"its zeros still take room and time: prunella pack {output} -o DIR leaves them out")
 
 
 def _print_healing(report: Report) -> None:

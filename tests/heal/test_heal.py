@@ -251,6 +251,13 @@ def test_prune_heals_what_it_pruned(dense: Path, tmp_path: Path, run: Callable[.
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_half_precision_is_refused_before_anything_is_pruned(dense: Path, tmp_path: Path) -> None:
+    recipe = settings(train=["norms"]) | {"steps": ["magnitude"], "sparsity": 0.5, "dtype": "float16"}
+    with pytest.raises(prunella.InputError, match="bfloat16"):
+        prunella.prune(str(dense), recipe, output=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_magnitude_pruning_in_rounds_ends_at_its_target(dense: Path, tmp_path: Path) -> None:
     recipe = settings(train=["all"], rounds=3, tokens=768, held_out=2) | {"steps": ["magnitude"], "sparsity": 0.6}
     report = prunella.prune(str(dense), recipe, output=tmp_path / "out")

@@ -112,11 +112,6 @@ def retrain(
         NumericalError: the loss is not finite; the checkpoints stay.
     """
     network = model.network
-    if model.dtype == torch.float16:
-        raise InputError(
-            "float16 has no room for the gradients of a whole model: prune it with --dtype bfloat16 and heal that, or"
-            " heal with --way reconstruct."
-        )
     bf16 = model.dtype == torch.float32 and _fast_bfloat16(model.device)
     processes = world(model.device).num_processes
     micro = min(plan.micro, -(-plan.batch // processes))

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..load import find_directory
+from ..load import find_directory, load_model
 from ..prune import prune
 from ..recipe import Recipe
 from ..report import Report
 from ..save import REPORT, partial_of, unfinished
 from ..tensors import write_text
-from .run import heal
+from .run import check_dtype, heal
 
 
 def schedule(target: float, rounds: int) -> list[float]:
@@ -42,6 +42,8 @@ def prune_and_heal(
     shares = {
         glob: schedule(share, rounds) for glob, share in {"*": recipe.default_sparsity, **recipe.sparsity}.items()
     }
+    opened = load_model(model, dtype=recipe.dtype, device=recipe.device, remote_code=remote_code, pickles=pickles)
+    check_dtype(opened.dtype, recipe.heal.way)  # now, not when the model has been pruned
     dense = find_directory(recipe.heal.dense or model, remote_code=remote_code, pickles=pickles)
     options |= {"remote_code": remote_code, "pickles": pickles}
     source, report = model, None

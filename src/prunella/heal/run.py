@@ -88,6 +88,15 @@ def heal(
         return run.all()
 
 
+def check_dtype(dtype: torch.dtype, way: str) -> None:
+    """Raises InputError if models of this dtype cannot be healed this way."""
+    if dtype == torch.float16 and way == "retrain":
+        raise InputError(
+            "float16 has no room for the gradients of a whole model: prune it with --dtype bfloat16 and heal that, or"
+            " heal with --way reconstruct."
+        )
+
+
 @dataclass
 class _Run:
     directory: Path
@@ -144,6 +153,7 @@ class _Run:
             if self.settings.way == "reconstruct":
                 dense = self._open(aside / "dense")
         model = self._open(source)
+        check_dtype(model.dtype, self.settings.way)
         masks = masks_of(model, self.directory)
         slots = [slot for name in model.blocks for slot in find_layers(model.module(name), name) if slot.name in masks]
         if self.settings.way == "reconstruct":
