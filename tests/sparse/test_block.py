@@ -206,6 +206,14 @@ def test_weights_that_change_are_noticed(ran: list[bool]) -> None:
     slow_down(network)
     assert distance(changed, decode(network, ids)) < 0.01
     speed_up(network)
+    speed_up(network)
+    block.self_attn.q_proj.bias = torch.nn.Parameter(torch.rand(32).bfloat16())  # where there was none
+    ran.clear()
+    changed = decode(network, ids)
+    assert ran == [True] * 8
+    slow_down(network)
+    assert distance(changed, decode(network, ids)) < 0.01
+    speed_up(network)
     network.float()  # no longer what the kernels take
     ran.clear()
     assert distance(decode(network, ids), changed) < 0.02

@@ -85,7 +85,7 @@ class FusedBlock:
             and past_key_values is not None
             and position_embeddings is not None
             and hidden_states.is_contiguous()
-            and not any(kwargs.values())
+            and all(value is None or value is False for value in kwargs.values())
             and not (torch.is_grad_enabled() and hidden_states.requires_grad)
             and not torch.compiler.is_compiling()
             and not torch._C._get_tracing_state()
@@ -114,15 +114,15 @@ class FusedBlock:
 class _Weights:
     """Where a block's weights lie, as long as they lie there."""
 
-    def __init__(self, block: nn.Module, modules: dict[str, nn.Module], c: _Block, scale: float, layer: int):
-        self.modules = tuple(modules.values())
-        self.children = [(parent._modules, key, child) for parent, key, child in _links(block)]
+    def __init__(self, modules: dict[str, nn.Module], c: _Block, scale: float, layer: int):
+        self.children = [
+            (parent._modules, key, child) for parent in modules.values() for key, child in parent._modules.items()
+        ]
         self.tensors = [
-            (table, key, tensor, tensor.data_ptr())
-            for module in self.modules
+            (table, key, tensor, 0 if tensor is None else tensor.data_ptr())
+            for module in modules.values()
             for table in (module._parameters, module._buffers)
             for key, tensor in table.items()
-            if tensor is not None
         ]
         self.c, self.scale, self.layer, self.width = c, scale, layer, getattr(c, _LINEARS[0]).columns
 
@@ -130,9 +130,8 @@ class _Weights:
     def of(cls, block: nn.Module) -> _Weights | None:
         """None where the block is not of the kind that the kernels compute."""
         found = dict(block.named_modules())
-        if not set(found) - {""} <= {*_LINEARS, *_NORMS, *_OTHERS} or not {*_LINEARS, *_NORMS[:2], *_OTHERS} <= set(
-            found
-        ):
+        wanted = {"", *_LINEARS, *_NORMS[:2], *_OTHERS}
+        if not wanted <= set(found) <= wanted | set(_NORMS):
             return None
         attention: Any = found["self_attn"]
         layer, scale, dim = (getattr(attention, name, None) for name in ("layer_idx", "scaling", "head_dim"))
@@ -164,12 +163,12 @@ class _Weights:
             or c.heads % c.kv_heads
         ):
             return None
-        return cls(block, found, c, float(scale), layer)
+        return cls(found, c, float(scale), layer)
 
     def current(self) -> bool:
         """Is every tensor still in its place, and every module, and does nothing want to see what happens inside?"""
         for table, key, tensor, at in self.tensors:  # plain loops: this is asked for every block and token
-            if table.get(key) is not tensor or tensor.data_ptr() != at:
+            if table.get(key) is not tensor or (tensor is not None and tensor.data_ptr() != at):
                 return False
         for table, key, child in self.children:
             if table.get(key) is not child or child._forward_hooks or child._forward_pre_hooks:
@@ -199,12 +198,6 @@ class _Weights:
         tokens, kernel = k.shape[2], kernels.prunella_block_out
         succeed(kernel(block, token, q, k.data_ptr(), v.data_ptr(), tokens, places, self.scale, y.data_ptr(), threads))
         return y
-
-
-def _links(block: nn.Module) -> Any:
-    for parent in block.modules():
-        for key, child in parent._modules.items():
-            yield parent, key, child
 
 
 def _linear(module: Any) -> _Linear | None:
