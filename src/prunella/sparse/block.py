@@ -116,7 +116,10 @@ class _Weights:
 
     def __init__(self, modules: dict[str, nn.Module], c: _Block, scale: float, layer: int):
         self.children = [
-            (parent._modules, key, child) for parent in modules.values() for key, child in parent._modules.items()
+            (parent._modules, key, child)
+            for parent in modules.values()
+            for key, child in parent._modules.items()
+            if child is not None
         ]
         self.tensors = [
             (table, key, tensor, 0 if tensor is None else tensor.data_ptr())
@@ -170,8 +173,8 @@ class _Weights:
         for table, key, tensor, at in self.tensors:  # plain loops: this is asked for every block and token
             if table.get(key) is not tensor or (tensor is not None and tensor.data_ptr() != at):
                 return False
-        for table, key, child in self.children:
-            if table.get(key) is not child or child._forward_hooks or child._forward_pre_hooks:
+        for siblings, key, child in self.children:
+            if siblings.get(key) is not child or child._forward_hooks or child._forward_pre_hooks:
                 return False
             if "forward" in child.__dict__:
                 return False
