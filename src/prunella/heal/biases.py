@@ -25,7 +25,7 @@ LIST = "new-biases.list"
 
 
 @trains("biases")
-def biases(part: Part, *, rate: float = 1e-3) -> Change | None:
+def biases(part: Part, *, rate: float = 3e-3) -> Change | None:
     """Train the biases that the model has, those of norms too.
 
     Args:
@@ -35,7 +35,7 @@ def biases(part: Part, *, rate: float = 1e-3) -> Change | None:
 
 
 @trains("new-biases")
-def new_biases(part: Part, *, rate: float = 1e-3) -> Change | None:
+def new_biases(part: Part, *, rate: float = 3e-3) -> Change | None:
     """Add biases to linear layers, where the model's config can carry them, and train them.
 
     A new bias starts from the mean output error that pruning left, b = E[(W_dense - W) x], so that healing begins

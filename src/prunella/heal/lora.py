@@ -22,7 +22,7 @@ class Lora(LowRank):
 
 @trains("lora")
 def lora(
-    part: Part, *, rank: PositiveInt = 16, alpha: PositiveFloat | None = None, rate: float = 5e-4
+    part: Part, *, rank: PositiveInt = 16, alpha: PositiveFloat | None = None, rate: float = 4e-3
 ) -> Change | None:
     """Train W + c B A of the pruned layers and keep it apart: the model stays as it is, the adapter is saved beside
     it in PEFT's format.

@@ -17,7 +17,7 @@ class LoraPrune(LowRank):
 
 @trains("lora-prune")
 def lora_prune(
-    part: Part, *, rank: PositiveInt = 16, alpha: PositiveFloat | None = None, rate: float = 2e-4
+    part: Part, *, rank: PositiveInt = 16, alpha: PositiveFloat | None = None, rate: float = 5e-3
 ) -> Change | None:
     """Train W + c B A of the pruned layers, merge W + M * (c B A).
 

@@ -15,7 +15,7 @@ class MaskLora(LowRank):
 
 @trains("mask-lora")
 def mask_lora(
-    part: Part, *, rank: PositiveInt = 16, alpha: PositiveFloat | None = None, rate: float = 5e-4
+    part: Part, *, rank: PositiveInt = 16, alpha: PositiveFloat | None = None, rate: float = 4e-3
 ) -> Change | None:
     """Train W + M * (c B A) of the pruned layers; what is merged is exactly what trained.
 

@@ -4,7 +4,7 @@ from .parts import Change, Master, Part, trains
 
 
 @trains("norms")
-def norms(part: Part, *, rate: float = 1e-3) -> Change | None:
+def norms(part: Part, *, rate: float = 3e-3) -> Change | None:
     """Train the gains and shifts of all norms: a few hundredths of a percent of the parameters.
 
     Args:

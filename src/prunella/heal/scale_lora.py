@@ -30,7 +30,7 @@ class ScaleLora(Change):
 
 @trains("scale-lora")
 def scale_lora(
-    part: Part, *, rank: PositiveInt = 16, start: Literal["broken", "constant"] = "broken", rate: float = 5e-4
+    part: Part, *, rank: PositiveInt = 16, start: Literal["broken", "constant"] = "broken", rate: float = 1e-2
 ) -> Change | None:
     """Train W * (B A) of the pruned layers: a zero stays zero whatever the factor.
 
