@@ -246,6 +246,7 @@ def _dense_linear_cpu(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def succeed(code: int) -> None:
+    """What a C function returned. Raises MemoryError."""
     if code == -2:
         raise MemoryError("no memory for the activations of a packed product")
     assert code == 0, code
