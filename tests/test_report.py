@@ -109,3 +109,14 @@ def test_a_directory_without_a_report_was_not_pruned_here(tmp_path: Path) -> Non
 def test_peak_memory_only_grows() -> None:
     before = peak_memory()
     assert peak_memory() >= before > 10**7
+
+
+def test_a_report_with_half_of_an_evaluation_is_damaged(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    recipe = {"steps": ["magnitude"], "calibration": {"samples": 2, "length": 32}, "evaluate": {"source": None}}
+    prunella.prune(str(llama), recipe, output=out)
+    said = json.loads((out / "prunella.json").read_text())
+    said["pruned"]["perplexity"] = 42.0
+    (out / "prunella.json").write_text(json.dumps(said))
+    with pytest.raises(prunella.ModelError, match="damaged: 'source'"):
+        prunella.Report.read(out)

@@ -61,6 +61,9 @@ class Report:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             data.pop("sparsity")
+            for side in (data["dense"], data["pruned"]):  # said now, not when hours of healing are to be reported
+                if side.get("perplexity") is not None:
+                    _perplexity_label(side)
             layers = tuple(
                 LayerResult(**{**la, "shape": tuple(la["shape"]), "notes": tuple(la["notes"])})
                 for la in data.pop("layers")
