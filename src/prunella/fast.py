@@ -84,7 +84,7 @@ def attention(
         or torch.compiler.is_compiling()
         or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache"))
     ):
-        if query.shape[2] == 1 and not _differentiable(query, key, value):  # the newest token sees all keys
+        if query.shape[2] == 1 and not differentiable(query, key, value):  # the newest token sees all keys
             out = attend(query, key, value, scale)
         elif causal:
             out = _causal(query, key, value, scale)
@@ -106,7 +106,8 @@ def attention(
     return result
 
 
-def _differentiable(*tensors: Tensor) -> bool:
+def differentiable(*tensors: Tensor) -> bool:
+    """May gradients be asked of what is made of these tensors?"""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
@@ -127,16 +128,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | 
 def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Are these tensors what all kernels of attention take?"""
     return (
-        all(
-            type(t) is Tensor and t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.stride(3) == 1
-            for t in (query, key, value)
-        )
-        and not torch._C._get_tracing_state()
-        and torch._C._functorch.peek_interpreter_stack() is None  # torch.func: these tensors have no memory
+        readable(query, key, value)
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
         and value.shape == key.shape
         and key.shape[0] == query.shape[0] > 0
         and key.shape[3] == query.shape[3]
         and query.shape[1] % key.shape[1] == 0
+    )
+
+
+def readable(*tensors: Tensor) -> bool:
+    """Are these tensors of bfloat16 in memory that the kernels can read now?"""
+    return (
+        all(type(t) is Tensor and t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors)
+        and not torch._C._get_tracing_state()
+        and torch._C._functorch.peek_interpreter_stack() is None  # torch.func: its tensors have no memory
     )
 
 
@@ -150,7 +156,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor |
     tokens, dim = query.shape[2:]
     if _kernels() is None or not _fit(query, key, value) or key.shape[2] != tokens or dim % 32 or tokens > 1 << 14:
         return None
-    if _differentiable(query, key, value):
+    if differentiable(query, key, value):
         out: Tensor = _Causal.apply(query, key, value, scale)  # type: ignore[no-untyped-call]
         return out
     return _run_causal(query, key, value, scale, None)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ..errors import InputError, unknown
 from ..load import find_directory, quiet_transformers
+from .block import settle
 from .format import SPAN, Packed, check_options, pack
 from .kernels import instructions, read_bandwidth, resident
-from .linear import DenseLinear, SparseLinear, settle
+from .linear import DenseLinear, SparseLinear
 
 # Shapes to measure without weights: speed does not depend on them.
 SHAPES: dict[str, dict[str, Any]] = {

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
-from .kernels import library, succeed, weight_arguments
+from ..fast import differentiable, readable, use_fast_attention
+from .kernels import library, resident, succeed, weight_arguments
 from .linear import DenseLinear, SparseLinear
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
@@ -76,29 +77,22 @@ class FusedBlock:
         **kwargs: Any,
     ) -> Any:
         if (
-            type(hidden_states) is Tensor
-            and hidden_states.dtype == torch.bfloat16
-            and hidden_states.device.type == "cpu"
-            and hidden_states.ndim == 3
-            and hidden_states.numel() == hidden_states.shape[2]
-            and attention_mask is None
+            attention_mask is None
             and past_key_values is not None
             and position_embeddings is not None
-            and hidden_states.is_contiguous()
             and all(value is None or value is False for value in kwargs.values())
-            and not (torch.is_grad_enabled() and hidden_states.requires_grad)
             and not torch.compiler.is_compiling()
-            and not torch._C._get_tracing_state()
-            and torch._C._functorch.peek_interpreter_stack() is None
+            and readable(hidden_states)
+            and hidden_states.ndim == 3
+            and hidden_states.numel() == hidden_states.shape[2]
+            and hidden_states.is_contiguous()
+            and not differentiable(hidden_states)
             and not torch.is_autocast_enabled("cpu")
+            and (weights := self._placed()) is not None
         ):
-            weights = self.weights
-            if weights is None or not weights.current():
-                weights = self.weights = _Weights.of(self.block)
-            if weights is not None and weights.current():
-                out = weights.run(hidden_states, position_embeddings, past_key_values)
-                if out is not None:
-                    return out
+            out = weights.run(hidden_states, position_embeddings, past_key_values)
+            if out is not None:
+                return out
         return type(self.block).forward(
             self.block,
             hidden_states,
@@ -109,6 +103,14 @@ class FusedBlock:
             position_embeddings=position_embeddings,
             **kwargs,
         )
+
+    def _placed(self) -> _Weights | None:
+        """The weights where they lie now; None while the kernels must not run."""
+        if self.weights is None or not self.weights.current():
+            self.weights = _Weights.of(self.block)
+            if self.weights is not None and not self.weights.current():  # something wants to see inside
+                return None
+        return self.weights
 
 
 class _Weights:
@@ -234,6 +236,24 @@ def _norm(module: Any) -> _Norm | None:
 
 def _plain(tensor: Tensor) -> bool:
     return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def settle(network: Any) -> None:
+    """Make a packed model ready to run on the CPU: the weights that every token reads go into large pages of memory,
+    and attention and single tokens run with our own kernels."""
+    use_fast_attention(network)
+    parts: list[tuple[Any, str, Tensor]] = [
+        (module, name, part)
+        for module in network.modules()
+        if isinstance(module, SparseLinear)
+        for name, part in module.named_buffers(recurse=False)
+    ]
+    parts += [(m.weight, "data", m.weight.data) for m in network.modules() if isinstance(m, DenseLinear)]
+    parts = [(owner, name, part) for owner, name, part in parts if part.device.type == "cpu" and part.numel()]
+    copies = resident([part for _, _, part in parts])
+    for (owner, name, _), copy in zip(parts, copies, strict=True):
+        setattr(owner, name, copy)
+    speed_up(network)
 
 
 def speed_up(network: nn.Module) -> None:

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ModelError
-from ..fast import use_fast_attention
 from .format import Packed, expected, of_parts, unpack
-from .kernels import dense_linear, resident, sparse_linear
+from .kernels import dense_linear, sparse_linear
 
 
 class TrainingError(ModelError):
@@ -163,23 +162,3 @@ class DenseLinear(nn.Linear):
             return functional.linear(x, self.weight, self.bias)
         y: Tensor = dense_linear(x, self.weight)
         return y if self.bias is None else y + self.bias
-
-
-def settle(network: Any) -> None:
-    """Make a packed model ready to run on the CPU: the weights that every token reads go into large pages of memory,
-    and attention and single tokens run with our own kernels."""
-    from .block import speed_up
-
-    use_fast_attention(network)
-    parts: list[tuple[Any, str, Tensor]] = [
-        (module, name, part)
-        for module in network.modules()
-        if isinstance(module, SparseLinear)
-        for name, part in module.named_buffers(recurse=False)
-    ]
-    parts += [(m.weight, "data", m.weight.data) for m in network.modules() if isinstance(m, DenseLinear)]
-    parts = [(owner, name, part) for owner, name, part in parts if part.device.type == "cpu" and part.numel()]
-    copies = resident([part for _, _, part in parts])
-    for (owner, name, _), copy in zip(parts, copies, strict=True):
-        setattr(owner, name, copy)
-    speed_up(network)

@@ -17,9 +17,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import ModelError
 from ..load import read_header
-from .block import slow_down
+from .block import settle, slow_down
 from .format import FLOATS, PAD, PARTS, SPAN, VERSION, expected
-from .linear import DenseLinear, SparseExpert, SparseLinear, settle
+from .linear import DenseLinear, SparseExpert, SparseLinear
 
 METHOD = "prunella"
 _NOT_PACKED = r"(?!.*\.weight_[a-z]{4,7}$)"  # any of format.PARTS; transformers knows no groups within an assertion

@@ -154,24 +154,31 @@ static void attend(const void *data, int64_t item, int worker) {
     isa->attend(job, item, job->scratch + worker * job->scratch_size);
 }
 
+int prunella_run_attend(attend_t job, int threads) {
+    if (job.batch < 0 || job.kv_heads < 1 || job.heads < job.kv_heads || job.heads % job.kv_heads || job.tokens < 1 ||
+        job.dim < 1)
+        return -1;
+    const int64_t floats = job.heads / job.kv_heads * (2 * job.dim + job.tokens + 2);
+    threads = usable(threads);
+    job.scratch_size = aligned(floats * (int64_t)sizeof(float)) / (int64_t)sizeof(float);
+    job.scratch = aligned_alloc(64, (size_t)(threads * job.scratch_size) * sizeof(float));
+    if (!job.scratch) return -2;
+    parallel_for(attend, &job, job.batch * job.kv_heads, threads);
+    free(job.scratch);
+    return 0;
+}
+
 /* out (batch, heads, dim) = softmax(scale q k^T) v for one token q (batch, heads, dim) over k and v (batch, kv_heads,
  * tokens, dim), all bfloat16; strides holds those of batch and head for q, and of batch, head and token for k and v. */
 EXPORT int prunella_attend(
     const void *q, const void *k, const void *v, void *out, int64_t batch, int64_t heads, int64_t kv_heads,
     int64_t tokens, int64_t dim, const int64_t *strides, float scale, int threads) {
-    if (batch < 0 || kv_heads < 1 || heads < kv_heads || heads % kv_heads || tokens < 1 || dim < 1) return -1;
     attend_t job = {.q = q, .k = k, .v = v, .out = out, .batch = batch, .heads = heads, .kv_heads = kv_heads,
                     .tokens = tokens, .dim = dim, .scale = scale};
     memcpy(job.q_stride, strides, sizeof job.q_stride);
     memcpy(job.k_stride, strides + 2, sizeof job.k_stride);
     memcpy(job.v_stride, strides + 5, sizeof job.v_stride);
-    threads = usable(threads);
-    job.scratch_size = aligned(heads / kv_heads * (2 * dim + tokens + 2) * (int64_t)sizeof(float)) / (int64_t)sizeof(float);
-    job.scratch = aligned_alloc(64, (size_t)(threads * job.scratch_size) * sizeof(float));
-    if (!job.scratch) return -2;
-    parallel_for(attend, &job, batch * kv_heads, threads);
-    free(job.scratch);
-    return 0;
+    return prunella_run_attend(job, threads);
 }
 
 typedef struct {

@@ -137,16 +137,6 @@ EXPORT int prunella_block_in(
     return 0;
 }
 
-typedef struct {
-    const isa_t *isa;
-    attend_t job;
-} attending_t;
-
-static void attend(const void *data, int64_t item, int worker) {
-    const attending_t *all = data;
-    all->isa->attend(&all->job, item, all->job.scratch + worker * all->job.scratch_size);
-}
-
 static void add(const uint16_t *a, const uint16_t *b, int64_t n, uint16_t *out) {
     for (int64_t i = 0; i < n; i++) out[i] = to_bf16(from_bf16(a[i]) + from_bf16(b[i]));
 }
@@ -157,24 +147,20 @@ EXPORT int prunella_block_out(
     const block_t *block, const uint16_t *x, const uint16_t *q, const uint16_t *k, const uint16_t *v, int64_t tokens,
     const int64_t *strides, float scale, uint16_t *y, int threads) {
     const isa_t *isa = prunella_isa_in_use();
-    const int64_t heads = block->heads, kv_heads = block->kv_heads, dim = block->dim;
-    if (kv_heads < 1 || heads < kv_heads || heads % kv_heads || tokens < 1 || dim < 1) return -1;
-    threads = usable(threads);
-    const int64_t width = block->q.columns, inner = block->gate.rows;
-    const int64_t share = aligned(heads / kv_heads * (2 * dim + tokens + 2) * (int64_t)sizeof(float));
+    const int64_t heads = block->heads, dim = block->dim, width = block->q.columns, inner = block->gate.rows;
     const int64_t longest = 2 * inner > heads * dim ? 2 * inner : heads * dim;
-    uint8_t *memory = aligned_alloc(64, (size_t)(threads * share + aligned((longest + 2 * width) * 2)));
-    if (!memory) return -2;
-    uint16_t *wide = (uint16_t *)(memory + threads * share), *narrow = wide + longest, *sum = narrow + width;
-    const attending_t attending = {
-        isa,
-        {.q = q, .k = k, .v = v, .out = wide, .batch = 1, .heads = heads, .kv_heads = kv_heads, .tokens = tokens,
-         .dim = dim, .q_stride = {0, dim}, .k_stride = {0, strides[0], strides[1]},
-         .v_stride = {0, strides[2], strides[3]}, .scale = scale, .scratch = (float *)memory,
-         .scratch_size = share / (int64_t)sizeof(float)},
+    threads = usable(threads);
+    uint16_t *wide = malloc((size_t)(longest + 2 * width) * sizeof *wide);
+    if (!wide) return -2;
+    uint16_t *narrow = wide + longest, *sum = narrow + width;
+    const attend_t attending = {
+        .q = q, .k = k, .v = v, .out = wide, .batch = 1, .heads = heads, .kv_heads = block->kv_heads, .tokens = tokens,
+        .dim = dim, .q_stride = {0, dim}, .k_stride = {0, strides[0], strides[1]},
+        .v_stride = {0, strides[2], strides[3]}, .scale = scale,
     };
-    parallel_for(attend, &attending, kv_heads, threads);
-    int code = products((const linear_t *const[]){&block->o}, 1, wide, (uint16_t *const[]){narrow}, threads);
+    int code = prunella_run_attend(attending, threads);
+    if (!code)
+        code = products((const linear_t *const[]){&block->o}, 1, wide, (uint16_t *const[]){narrow}, threads);
     if (!code) {
         add(x, narrow, width, sum);
         isa->norm(sum, block->mlp_norm.weight, (float)block->mlp_norm.eps, width, narrow);
@@ -187,6 +173,6 @@ EXPORT int prunella_block_out(
         code = products((const linear_t *const[]){&block->down}, 1, wide, (uint16_t *const[]){narrow}, threads);
     }
     if (!code) add(sum, narrow, width, y);
-    free(memory);
+    free(wide);
     return code;
 }

@@ -79,6 +79,9 @@ extern const isa_t prunella_avx512bf16, prunella_avx512, prunella_avx2, prunella
 /* The instruction set in use. */
 const isa_t *prunella_isa_in_use(void);
 
+/* Attention of one new token, on scratch memory of its own. -1: an argument makes no sense; -2: out of memory. */
+int prunella_run_attend(attend_t job, int threads);
+
 static inline int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
 
 /* Rows that a thread takes at a time. */
