@@ -124,6 +124,7 @@ def models(shape: str, prompt: int, tokens: int, rounds: int, llama: Path | None
         "dense bfloat16": dense,
         "packed 50%": packed_copy(dense, 0.5),
         "packed 50% int8": packed_copy(dense, 0.5, 8),
+        "the same, head too": packed_copy(dense, 0.5, 8, round_head=True),
     }
     beside: dict[str, Callable[[int], None]] = {}
     peer = None

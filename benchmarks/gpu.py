@@ -46,7 +46,7 @@ import prunella  # noqa: E402
 from prunella import sweep, sweep_gpu  # noqa: E402
 from prunella.linalg import InverseFactor  # noqa: E402
 from prunella.sparse import bench, gpu, linear, semi  # noqa: E402
-from prunella.sparse.format import Packed, pack, unpack  # noqa: E402
+from prunella.sparse.format import Packed, pack, round_weight, unpack  # noqa: E402
 from prunella.sparse.linear import SparseLinear  # noqa: E402
 from prunella.steps import dsnot  # noqa: E402
 from prunella.types import Pattern  # noqa: E402
@@ -139,6 +139,19 @@ def check_products(report: Report) -> None:
             name = str(dtype).removeprefix("torch.")
             values = "" if bits is None else f" x {bits} bits, {f'groups of {group}' if group else 'a scale a row'}"
             report.check(f"product, {name}{values}", worst, limit)
+    for dtype in (torch.float32, torch.bfloat16):
+        worst = 0.0
+        for rows, columns in shapes:
+            rounded = round_weight(torch.randn(rows, columns, generator=generator))
+            values, scales = rounded.values.to(DEVICE), rounded.scales.to(DEVICE)
+            for tokens in (1, 3, gpu.FEW, gpu.FEW + 1):
+                x = torch.randn(tokens, columns, generator=generator).to(dtype).to(DEVICE)
+                operator = gpu.rounded_linear if INTERPRET else torch.ops.prunella.rounded_linear
+                exact_OI = rounded.dense(torch.float64 if tokens <= gpu.FEW else dtype).double().to(DEVICE)
+                found = operator(x, values, scales, rounded.group)
+                worst = max(worst, distance(found, x.double() @ exact_OI.T))
+        name = str(dtype).removeprefix("torch.")
+        report.check(f"product, {name} x 8 bits, nothing left out", worst, 1e-5 if dtype == torch.float32 else 8e-3)
 
 
 def factor(width: int) -> InverseFactor:
@@ -430,10 +443,10 @@ def graphed(network: Any, ids: Tensor, tokens: int) -> Callable[[], None]:
 
 def time_model(report: Report, shape: str, tokens: int = 128) -> None:
     bases: tuple[float, float | None] | None = None
-    for bits in (None, 8, 4):
-        dense, packed = bench._pair(None, shape, 0.5, bits, 128)
+    for bits, head in ((None, False), (8, False), (8, True), (4, False)):
+        dense, packed = bench._pair(None, shape, 0.5, bits, 128, head)
         networks = ({"dense bfloat16": dense} if bases is None else {}) | {
-            f"packed 50%{'' if bits is None else f', {bits} bits'}": packed
+            f"packed 50%{'' if bits is None else f', {bits} bits'}{', head too' if head else ''}": packed
         }
         for name, network in networks.items():
             network = network.to(DEVICE)

@@ -106,6 +106,9 @@ def prune(
     ] = None,
     bits: Annotated[int | None, typer.Option(help="Round packed weights to 8 or 4 bits.")] = None,
     group: Annotated[int | None, typer.Option(help="Inputs that share a scale; 0: whole rows. [default: 128]")] = None,
+    round_head: Annotated[
+        bool | None, typer.Option("--round-head", help="With packed: embedding and output head in 8 bits.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Compute and save in this dtype. [default: as stored]")] = None,
     recipe: Annotated[
         str | None, typer.Option(help="fast, balanced, best, or a YAML file; flags go before it.")
@@ -133,6 +136,7 @@ def prune(
         "format": format_,
         "bits": bits,
         "group": group,
+        "round_head": round_head,
         "dtype": dtype,
         "device": device,
         "seed": seed,
@@ -481,6 +485,7 @@ def inspect(
 
 Bits = Annotated[int | None, typer.Option(help="Round the kept weights to 8 or 4 bits.")]
 Group = Annotated[int, typer.Option(help="With --bits: inputs that share a scale, a multiple of 128; 0: whole rows.")]
+Head = Annotated[bool, typer.Option("--round-head", help="Round the embedding and the output head to 8 bits.")]
 Out = Annotated[Path, typer.Option("--output", "-o", help="Directory for the result.")]
 
 
@@ -490,12 +495,13 @@ def pack(
     output: Out,
     bits: Bits = None,
     group: Group = 128,
+    round_head: Head = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Store a pruned model without its zeros; transformers loads it after `import prunella`."""
     from .sparse.commands import pack_model
 
-    result = pack_model(model, output, bits, group, remote_code=trust_remote_code)
+    result = pack_model(model, output, bits, group, head=round_head, remote_code=trust_remote_code)
     out.print(
         f"{result.layers} layers packed: {result.dense / 1e6:,.1f} MB became {result.packed / 1e6:,.1f} MB"
         f" ({result.packed / result.dense:.3f}); saved to {output}",
@@ -526,6 +532,7 @@ def bench(
     sparsity: Annotated[float, typer.Option(help="Of random weights.")] = 0.5,
     bits: Bits = None,
     group: Group = 128,
+    round_head: Head = False,
     prompt: Annotated[int, typer.Option(help="Tokens of the prefill.")] = 512,
     tokens: Annotated[int, typer.Option(help="Tokens generated, one at a time.")] = 32,
     rounds: Annotated[int, typer.Option(help="Turns of dense and packed; medians count.")] = 3,
@@ -541,6 +548,7 @@ def bench(
         sparsity=sparsity,
         bits=bits,
         group=group,
+        head=round_head,
         prompt=prompt,
         tokens=tokens,
         rounds=rounds,

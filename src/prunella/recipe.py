@@ -149,6 +149,7 @@ class Recipe(_Part):
     format:   how the weights are saved: `dense`, zeros and all, or `packed`, without them
     bits:     packed weights that no step has quantized are rounded to 8 or 4 bits; null: they keep their dtype
     group:    inputs that share a scale, a multiple of 128; 0: whole rows
+    round_head: a packed model's embedding and output head are rounded to 8 bits
     dtype:    compute and save in this dtype; `auto` keeps the checkpoint's
     heal:     retraining of what was pruned
     """
@@ -165,6 +166,7 @@ class Recipe(_Part):
     format: Literal["dense", "packed"] = "dense"
     bits: Literal[8, 4] | None = None
     group: int = 128
+    round_head: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     seed: int = 0
@@ -213,6 +215,8 @@ class Recipe(_Part):
                 raise ValueError(f"steps: {step} should be one step, {{name: {{option: value}}}}")
         if self.bits is not None and self.format == "dense":
             raise ValueError(f"bits: {self.bits} is of packed weights: add format: packed (--format packed)")
+        if self.round_head and self.format == "dense":
+            raise ValueError("round_head is of packed models: add format: packed (--format packed)")
         if self.group < 0 or self.group % 128:
             raise ValueError(f"group {self.group} is no multiple of 128 inputs, nor 0 for whole rows")
         fixed = Pattern.parse(self.pattern).sparsity
@@ -248,9 +252,9 @@ class Recipe(_Part):
         return [make(name, options) for step in self.steps for name, options in step.items()]
 
     @property
-    def packing(self) -> tuple[int | None, int] | None:
-        """Bits and group of the packed format; None for plain weights."""
-        return (self.bits, self.group) if self.format == "packed" else None
+    def packing(self) -> tuple[int | None, int, bool] | None:
+        """Bits and group of the packed format, and whether the head is rounded; None for plain weights."""
+        return (self.bits, self.group, self.round_head) if self.format == "packed" else None
 
     @property
     def rounding(self) -> tuple[int, int] | None:

@@ -160,9 +160,9 @@ class _DenseFiles:
 class _PackedFiles:
     """Weights of a run in the packed format, and the masks and grids of those pruned layers that stay dense."""
 
-    def __init__(self, partial: Path, model: Model, bits: int | None, group: int):
+    def __init__(self, partial: Path, model: Model, bits: int | None, group: int, head: bool):
         self.partial, self.model = partial, model
-        self.files = PackedFiles(partial, model, bits, group)
+        self.files = PackedFiles(partial, model, bits, group, head)
 
     def create(self, slots: Sequence[Slot]) -> None:
         pass  # how large a block will be shows when it is packed
@@ -230,7 +230,7 @@ class Output:
     finished: results of blocks that an earlier, interrupted run left on disk (their masks and parameters are
               in the files)
     blocks:   how many blocks are on disk now
-    packing:  None for plain weights; (bits, group) to pack them, see `sparse.format.pack`
+    packing:  None for plain weights; (bits, group, head) to pack them, see `sparse.files.PackedFiles`
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class Output:
         slots: Sequence[Slot],
         identity: Mapping[str, Any],
         resume: bool,
-        packing: tuple[int | None, int] | None = None,
+        packing: tuple[int | None, int, bool] | None = None,
     ):
         check_output(path)
         self.path = path

@@ -151,10 +151,21 @@ int main(int argc, char **argv) {
                 prunella_dense(rows, columns, dense, x, y, x_kind, tokens, 1))
                 return 1;
             if (block()) return 4;
+            /* nothing left out: bytes with scales, and no more of them than there are weights */
+            void *bytes_of = noise(rows * columns, 2), *of_rows = noise(rows * groups * 2, 2);
+            if (prunella_product(3, rows, columns, NULL, NULL, bytes_of, rows * columns, of_rows, group, x, y, x_kind,
+                                 tokens, 1) ||
+                prunella_expand(3, rows, columns, NULL, NULL, bytes_of, rows * columns, of_rows, group, first, rows,
+                                dense, x_kind, 1))
+                return 5;
+            free(bytes_of), free(of_rows);
         }
         /* what makes no sense is refused */
         if (prunella_product(7, rows, columns, mask, offsets, values, even, scales, group, x, y, x_kind, 1, 1) != -1 ||
             prunella_product(3, rows, columns, mask, offsets, values, even, NULL, group, x, y, x_kind, 1, 1) != -1 ||
+            prunella_product(3, rows, columns, NULL, NULL, values, rows * columns - 1, x, group, x, y, x_kind, 1, 1) != -1 ||
+            prunella_product(1, rows, columns, NULL, NULL, values, rows * columns, NULL, group, x, y, x_kind, 1, 1) != -1 ||
+            prunella_product(3, rows, columns, NULL, offsets, values, rows * columns, x, group, x, y, x_kind, 1, 1) != -1 ||
             prunella_expand(0, rows, columns, mask, offsets, values, even, NULL, 0, 0, rows + 1, dense, 0, 1) != -1)
             return 2;
         if (prunella_stream_available() && attention()) return 3;

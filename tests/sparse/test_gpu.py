@@ -9,7 +9,7 @@ import torch
 from test_kernels import KINDS, TOLERANCE, distance, reference, weight
 from torch import Tensor
 
-from prunella.sparse.format import Packed, unpack
+from prunella.sparse.format import Packed, round_weight, unpack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -54,6 +54,20 @@ def test_scales_of_any_group_are_found(group: int, bits: int) -> None:
     for tokens in (2, gpu.FEW + 1):
         x = torch.randn(tokens, 400)
         assert distance(product(x, p), reference(x, p)) < 3e-6
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 63), (13, 130), (9, 600)])
+def test_products_with_rounded_weights_agree_with_float64(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    for group in (128, 256, 0):
+        rounded = round_weight(torch.randn(shape), group)
+        for tokens in (1, 3, gpu.FEW + 1):
+            x = torch.randn(tokens, shape[1]).to(dtype)
+            moved = (rounded.values.to(DEVICE), rounded.scales.to(DEVICE), rounded.group)
+            found = gpu.rounded_linear(x.to(DEVICE), *moved).cpu()
+            # many tokens are multiplied with the weight in their own dtype
+            wanted = x.double() @ rounded.dense(torch.float64 if tokens <= gpu.FEW else dtype).double().T
+            assert distance(found, wanted) < tolerance(dtype), (group, tokens)
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, None), (torch.float32, 8), (torch.float32, 4)])

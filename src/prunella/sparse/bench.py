@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ..errors import InputError, unknown
 from ..load import find_directory, quiet_transformers
 from .block import settle
-from .format import SPAN, Packed, check_options, pack
+from .format import SPAN, Packed, check_options, pack, round_weight
 from .kernels import instructions, read_bandwidth, resident
 from .linear import DenseLinear, SparseLinear
+from .rounded import RoundedEmbedding, TiedHead, heads, put
 
 # Shapes to measure without weights: speed does not depend on them.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -52,6 +53,7 @@ def bench(
     sparsity: float = 0.5,
     bits: int | None = None,
     group: int = SPAN,
+    head: bool = False,
     prompt: int = 512,
     tokens: int = 32,
     rounds: int = 3,
@@ -63,7 +65,7 @@ def bench(
         model: a pruned or packed model: a name, or a network in memory.
         random: in place of a model, random weights of this shape (`llama-1b`, `tiny`, or a directory with a
             config.json), pruned at random to `sparsity`, in bfloat16.
-        bits, group: as for `pack_model`; a packed model is measured as it is.
+        bits, group, head: as for `pack_model`; a packed model is measured as it is.
         prompt: tokens of the prefill; tokens: how many are generated, one at a time.
         rounds: turns of dense and packed; the median of each counts.
         threads: for torch and the kernels; None: as torch is set.
@@ -83,7 +85,7 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        dense, packed = _pair(model, random, sparsity, bits, group)
+        dense, packed = _pair(model, random, sparsity, bits, group, head)
         result = measure({"dense": dense, "packed": packed}, prompt, tokens, rounds)
         speedup = {key: result["packed"][key] / result["dense"][key] for key in ("prefill", "decode")}
         return {
@@ -100,7 +102,12 @@ def bench(
 
 
 def _pair(
-    model: str | nn.Module | None, random: str | None, sparsity: float, bits: int | None, group: int
+    model: str | nn.Module | None,
+    random: str | None,
+    sparsity: float,
+    bits: int | None,
+    group: int,
+    head: bool = False,
 ) -> tuple[nn.Module, nn.Module]:
     """The dense network and the packed one. What is not packed they share."""
     from transformers import AutoModelForCausalLM
@@ -118,10 +125,16 @@ def _pair(
         dense.dequantize()
         dense.set_attn_implementation("sdpa")
         return dense, packed
-    return dense, packed_copy(dense, sparsity if random is not None else None, bits, group)
+    return dense, packed_copy(dense, sparsity if random is not None else None, bits, group, head)
 
 
-def packed_copy(network: Any, sparsity: float | None = None, bits: int | None = None, group: int = SPAN) -> Any:
+def packed_copy(
+    network: Any,
+    sparsity: float | None = None,
+    bits: int | None = None,
+    group: int = SPAN,
+    round_head: bool = False,
+) -> Any:
     """A packed copy of a network, whose zeros say what is pruned, or with `sparsity` a random mask does. What is not
     packed the two share."""
     packed = _shallow(network)
@@ -140,6 +153,8 @@ def packed_copy(network: Any, sparsity: float | None = None, bits: int | None = 
             packed.set_submodule(name, SparseLinear(pack(weight_OI * mask_OI, mask_OI, bits, group), module.bias))
     if not any(isinstance(module, SparseLinear) for module in packed.modules()):
         raise InputError("nothing in the model is pruned: there is nothing to compare.")
+    for name in heads(packed) if round_head else ():
+        put(packed, name.removesuffix(".weight"), round_weight(packed.get_parameter(name).data, group))
     settle(packed)
     return packed
 
@@ -237,6 +252,8 @@ def _bytes(network: Any, everything: bool) -> int:
         for module in network.modules():
             if isinstance(module, nn.Embedding) and (head is None or module.weight is not head.weight):
                 skip.add(id(module.weight))
+            if isinstance(module, RoundedEmbedding) and not isinstance(head, TiedHead):
+                skip |= {id(module.weight_values), id(module.weight_scales)}
     tensors = {id(t): t for t in (*network.parameters(), *network.buffers())}
     return sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in skip)
 

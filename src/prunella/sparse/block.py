@@ -20,7 +20,7 @@ from torch.nn.modules import module as hooks
 
 from ..fast import differentiable, readable, use_fast_attention
 from .kernels import library, resident, succeed, weight_arguments
-from .linear import DenseLinear, SparseLinear
+from .linear import DenseLinear, PackedModule, SparseLinear
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
 
@@ -245,7 +245,7 @@ def settle(network: Any) -> None:
     parts: list[tuple[Any, str, Tensor]] = [
         (module, name, part)
         for module in network.modules()
-        if isinstance(module, SparseLinear)
+        if isinstance(module, PackedModule)
         for name, part in module.named_buffers(recurse=False)
     ]
     parts += [(m.weight, "data", m.weight.data) for m in network.modules() if isinstance(m, DenseLinear)]

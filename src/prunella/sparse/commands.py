@@ -105,7 +105,13 @@ def packed_config(directory: str | Path) -> dict[str, Any] | None:
 
 
 def pack_model(
-    model: str, out: str | Path, bits: int | None = None, group: int = SPAN, *, remote_code: bool = False
+    model: str,
+    out: str | Path,
+    bits: int | None = None,
+    group: int = SPAN,
+    *,
+    head: bool = False,
+    remote_code: bool = False,
 ) -> PackResult:
     """Write a pruned model with its pruned weights packed (docs/format.md).
 
@@ -117,6 +123,7 @@ def pack_model(
             a step quantized already (prunella.grids) are packed on their own grid, without a second rounding,
             unless `bits` says another width.
         group: inputs that share a scale, a multiple of 128; 0: all of a row.
+        head: round the embedding and the output head too, to 8 bits: in a small model they are most of what is left.
         remote_code: run Python that comes with the model.
     Raises:
         PrunellaError: anything about the input that the user can mend.
@@ -129,7 +136,7 @@ def pack_model(
     grids = {name: grid for name, grid in read_grids(directory).items() if bits in (None, stored_bits(grid))}
     known = mask_shapes(directory) if (directory / MASKS).is_file() else None
     with _directory(out) as partial:
-        files = PackedFiles(partial, opened, bits, group)
+        files = PackedFiles(partial, opened, bits, group, head)
         stayed: dict[str, Tensor] = {}  # masks of layers that stay dense
         for index, name in enumerate(opened.blocks):
             with opened.block(index) as block:
@@ -149,7 +156,7 @@ def pack_model(
         if known is not None and stayed:
             write_masks(partial / MASKS, stayed, known)
         write_grids(partial / GRIDS, {name: grids[name] for name in found.stayed if name in grids})
-    layers = sum(len(module_names(name, about)) for name, about in found.modules.items())
+    layers = sum(len(module_names(name, about)) for name, about in found.modules.items() if not about.get("dense"))
     return PackResult(layers, found.dense, found.packed, tuple(found.stayed))
 
 
@@ -205,6 +212,7 @@ def unpack_model(model: str, out: str | Path) -> int:
     dtype = getattr(torch, str(whole.get("dtype") or whole.get("torch_dtype") or "bfloat16"))
     owner = {module: name for name, about in settings.modules.items() for module in module_names(name, about)}
     network = _empty(directory) if len(owner) > len(settings.modules) else None
+    layers = sum(not settings.modules[name].get("dense") for name in owner.values())
     masks: dict[str, Tensor] = {}  # as bits
     shapes: dict[str, tuple[int, int]] = {}
     if (directory / MASKS).is_file():  # of layers that stayed dense
@@ -220,7 +228,7 @@ def unpack_model(model: str, out: str | Path) -> int:
                 tensors: dict[str, Tensor] = {key: slices[key][...] for key in plain}
             for name in dict.fromkeys(name for name in parts.values() if name is not None and name not in done):
                 done.add(name)
-                for layer, one in checkpoint.packed(name).items():
+                for layer, one in ({} if settings.modules[name].get("dense") else checkpoint.packed(name)).items():
                     masks[layer] = pattern.pack(mask_of(one.mask, one.columns))
                     shapes[layer] = one.rows, one.columns
                     if one.bits is not None and one.scales is not None:
@@ -239,7 +247,7 @@ def unpack_model(model: str, out: str | Path) -> int:
         write_grids(partial / GRIDS, grids)
         _copy_companions(directory, partial)
         write_json(partial / "config.json", whole)
-    return len(owner)
+    return layers
 
 
 def _empty(directory: Path) -> Any:

@@ -20,7 +20,20 @@ from ..grid import Grid
 from ..load import Checkpoint, Model
 from ..stream import Slot, find_layers
 from ..tensors import INDEX, save_tensors, write_text
-from .format import PARTS, SPAN, VERSION, Packed, of_parts, pack, stored_bits, unpack
+from .format import (
+    PARTS,
+    SPAN,
+    VERSION,
+    Packed,
+    Rounded,
+    of_parts,
+    pack,
+    round_weight,
+    rounded_of_parts,
+    stored_bits,
+    unpack,
+)
+from .rounded import heads
 
 
 @dataclass
@@ -51,11 +64,13 @@ class PackedFiles:
     checkpoint, under the same names, in the model's dtype.
 
     bits, group: None, 8 or 4 bits for each value, and inputs to a scale, as `format.pack` takes them
+    head:        round the embedding and the output head too, to 8 bits, nothing left out
     contents:    what the files hold so far
     """
 
-    def __init__(self, directory: Path, model: Model, bits: int | None = None, group: int = SPAN):
+    def __init__(self, directory: Path, model: Model, bits: int | None = None, group: int = SPAN, head: bool = False):
         self.directory, self.model, self.bits, self.group = directory, model, bits, group
+        self.head = heads(model.network) if head else {}
         self.contents = Contents()
         self.done: set[int] = set()
         self.plan: Mapping[str, tuple[str, bool]]
@@ -116,7 +131,20 @@ class PackedFiles:
         for index in range(len(self.model.blocks)):
             if index not in self.done:
                 self.write(index, {}, {})
-        self._save(len(self.model.blocks), self._plain([k for k, (p, _) in self.plan.items() if not self._inside(p)]))
+        outside = {key: parameter for key, (parameter, _) in self.plan.items() if not self._inside(parameter)}
+        tensors: dict[str, Tensor] = {}
+        for source, names in self.head.items():
+            # where it is tied, the files may have it under either name, or both
+            keys = sorted((k for k, p in outside.items() if p in names), key=lambda key: outside[key] != source)
+            for key in keys:
+                del outside[key]
+            weight = self._plain(keys[:1])[keys[0]]
+            rounded = round_weight(weight, self.group)
+            name = source.removesuffix(".weight")
+            tensors |= {f"{name}.{part}": tensor for part, tensor in rounded.parts().items()}
+            about = {"shape": list(weight.shape), "dense": True, "bits": 8, "group": rounded.group}
+            self.contents.add(Contents({name: about}))
+        self._save(len(self.model.blocks), {**tensors, **self._plain(list(outside))})
 
     def finish(self, config: Mapping[str, Any]) -> None:
         """Add the index and the model's config.json, with what a reader must know."""
@@ -222,9 +250,20 @@ class PackedCheckpoint(Checkpoint):
                 raise ModelError(f"packed weight '{module}' is not what config.json says of it. Pack the model again.")
         return out
 
+    def rounded(self, name: str) -> Rounded:
+        """A weight of 8 bits of which nothing is left out. Raises ModelError, naming the tensor, if it is missing or
+        damaged."""
+        about = self.modules[name]
+        keys = {part: f"{name}.{part}" for part in ("weight_values", "weight_scales")}
+        with self.open(key for key in keys.values() if key in self.where) as slices:
+            tensors = {part: slices[key][...] for part, key in keys.items() if key in self.where}
+        return rounded_of_parts(name, tensors, tuple(about["shape"]), about.get("group", self.group))
+
     def weight(self, name: str, dtype: torch.dtype) -> Tensor:
         """A packed parameter as the plain model has it; integer values times their scales in `dtype`."""
         about = self.modules[name]
+        if about.get("dense"):
+            return self.rounded(name).dense(dtype)
         weights = [unpack(p, None if p.bits is None else dtype) for p in self.packed(name).values()]
         if about.get("transposed"):
             weights = [weight_OI.T for weight_OI in weights]

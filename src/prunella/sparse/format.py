@@ -1,4 +1,5 @@
-"""One packed weight: the kept values row by row, a bit for each place, and where each row begins.
+"""One packed weight: the kept values row by row, a bit for each place, and where each row begins. And one that is
+rounded to 8 bits, nothing left out.
 
 docs/format.md specifies the layout. Shapes: O outputs, I inputs, W words of 64 weights in a row, G scales in a row,
 K kept values.
@@ -58,6 +59,68 @@ class Packed:
         """The tensors as they are stored, by the ends of their names."""
         tensors = zip(PARTS, (self.mask, self.offsets, self.values, self.scales), strict=True)
         return {name: tensor for name, tensor in tensors if tensor is not None}
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight (O, I) of which nothing is left out, in 8 bits.
+
+    values: int8 (O, I)
+    scales: bfloat16 (O, G)
+    group:  inputs to a scale, a multiple of SPAN; 0: one scale to a row
+    """
+
+    values: Tensor
+    scales: Tensor
+    group: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors as they are stored, by the ends of their names."""
+        return {"weight_values": self.values, "weight_scales": self.scales}
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight."""
+        return (self.values * Grid(8, self.group, self.scales).spread(self.values.shape[1])).to(dtype)
+
+
+def round_weight(weight_OI: Tensor, group: int = SPAN) -> Rounded:
+    """Round a weight to 8 bits, a scale for every `group` inputs of a row. Raises NumericalError if a weight is NaN or
+    infinite."""
+    step = max(1, (1 << 24) // max(1, weight_OI.shape[1]))  # rows at a time: all of a head in float32 would be much
+    parts = []
+    for tile_RI in torch.split(weight_OI, step):
+        grid = fit(tile_RI, 8, group)
+        parts.append((grid.codes(tile_RI).to(torch.int8), grid.scale_OG))
+    values, scales = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Rounded(values.cpu(), scales.cpu(), grid.group)
+
+
+def rounded_shapes(rows: int, columns: int, group: int) -> dict[str, tuple[int, int]]:
+    """The shapes of the parts of a `Rounded` weight (rows, columns)."""
+    return {"weight_values": (rows, columns), "weight_scales": (rows, groups(columns, group))}
+
+
+def rounded_of_parts(name: str, parts: Mapping[str, Tensor], shape: tuple[int, int], group: int) -> Rounded:
+    """A checked `Rounded` from its stored parts. Raises ModelError, naming the tensor."""
+    group = group if group < shape[1] else 0
+    dtypes = {"weight_values": torch.int8, "weight_scales": torch.bfloat16}
+    for part, wanted in rounded_shapes(*shape, group).items():
+        found = parts.get(part)
+        if found is None or found.dtype != dtypes[part] or tuple(found.shape) != wanted:
+            was = "missing" if found is None else f"{found.dtype} of shape {tuple(found.shape)}"
+            raise ModelError(
+                f"packed tensor '{name}.{part}' is {was}, but the model wants {dtypes[part]} of shape {wanted}. Pack"
+                " the model again."
+            )
+    if not torch.isfinite(parts["weight_scales"]).all():
+        raise ModelError(
+            f"packed tensor '{name}.weight_scales' is damaged: a scale is NaN or infinite. Pack the model again."
+        )
+    return Rounded(parts["weight_values"], parts["weight_scales"], group)
 
 
 def words(columns: int) -> int:

@@ -2,6 +2,7 @@
 
     _product   x W^T for a few tokens: the weights are multiplied as they are found
     _expand    some rows of W, dense, for torch to multiply many tokens with
+    _rounded   x W^T for a few tokens and a W of 8 bits of which nothing is left out
 
 A program takes a few rows and goes through them a tile at a time. A lane holds one byte of the mask, eight columns:
 a scan over the bits of the tile says where the values of each byte begin, and the lane walks through its eight
@@ -27,7 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernels import _arguments
+from .format import SPAN, Rounded
+from .kernels import _arguments, _rounded_arguments, rows_of_tile
 
 FEW = 8  # up to so many tokens go through `_product`: beyond, expanding and a product on tensor cores are cheaper
 TILE = 1 << 25  # bytes of dense weights that are expanded at a time: they stay in the second-level cache
@@ -134,6 +136,49 @@ def _expand(
         tl.store(dense + line_R.to(tl.int64)[:, None] * columns + column_C, weight_RC, mask=here_RC)
 
 
+@triton.jit(do_not_specialize=["rows", "per_row", "tokens"])
+def _rounded(
+    x, values, scales, y, rows, columns, per_row, tokens,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token_T = tl.arange(0, TOKENS)
+    inside_R, inside_T = row_R < rows, token_T < tokens
+    row_R1 = row_R.to(tl.int64)[:, None]
+    sum_TRC = tl.zeros((TOKENS, ROWS, COLUMNS), tl.float32)
+    for first in range(0, columns, COLUMNS):
+        column_C = first + tl.arange(0, COLUMNS)
+        here_RC = inside_R[:, None] & (column_C < columns)[None, :]
+        weight_RC = tl.load(values + row_R1 * columns + column_C[None, :], mask=here_RC, other=0).to(tl.float32)
+        scale_R1 = tl.load(scales + row_R1 * per_row + first // GROUP, mask=inside_R[:, None], other=0).to(tl.float32)
+        here_TC = inside_T[:, None] & (column_C < columns)[None, :]
+        x_TC = tl.load(x + token_T[:, None] * columns + column_C[None, :], mask=here_TC, other=0).to(tl.float32)
+        sum_TRC += x_TC[:, None, :] * (weight_RC * scale_R1)[None, :, :]
+    here_TR = inside_T[:, None] & inside_R
+    tl.store(y + token_T[:, None] * rows + row_R, tl.sum(sum_TRC, 2).to(y.dtype.element_ty), mask=here_TR)
+
+
+def rounded_linear(x: Tensor, values: Tensor, scales: Tensor, group: int) -> Tensor:
+    """`torch.ops.prunella.rounded_linear` for a GPU: x W^T in the dtype of x, sums in float32."""
+    _, rows, columns, *_, group = _rounded_arguments(x, values, scales, group)
+    x_TI = x.contiguous().view(-1, columns)
+    tokens = len(x_TI)
+    y_TO = x.new_empty((tokens, rows))
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        if 0 < tokens <= FEW:
+            _rounded[(triton.cdiv(rows, ROWS),)](
+                x_TI, values, scales, y_TO, rows, columns, scales.shape[1], tokens,
+                GROUP=group, ROWS=ROWS, COLUMNS=SPAN, TOKENS=triton.next_power_of_2(tokens), num_warps=WARPS,
+            )  # fmt: skip
+        elif tokens:
+            step = rows_of_tile(rows, columns, x, TILE)
+            for first in range(0, rows, step):
+                here = slice(first, first + step)
+                tile = Rounded(values[here], scales[here], group if scales.shape[1] > 1 else 0)
+                torch.mm(x_TI, tile.dense(x.dtype).T, out=y_TO[:, here])
+    return y_TO.view(*x.shape[:-1], rows)
+
+
 def sparse_linear(
     x: Tensor, mask: Tensor, offsets: Tensor, values: Tensor, scales: Tensor | None, columns: int, group: int
 ) -> Tensor:
@@ -160,7 +205,7 @@ def sparse_linear(
             grid = (triton.cdiv(rows, ROWS),)
             _product[grid](x_TI, *parts, y_TO, rows, *sizes, tokens, TOKENS=whole, **constants)
         elif tokens:
-            step = max(1, min(rows, TILE // (columns * x.element_size())))
+            step = rows_of_tile(rows, columns, x, TILE)
             tile_RI = x.new_empty((step, columns))
             for first in range(0, rows, step):
                 last = min(first + step, rows)

@@ -2,6 +2,7 @@
 
     sparse_linear   x W^T for a packed W: in C for few tokens; for many, tiles of rows are expanded in C and
                     multiplied by torch; on GPUs the same in Triton (gpu.py)
+    rounded_linear  the same for a W of 8 bits of which nothing is left out
     dense_linear    x W^T for a dense bfloat16 W and few tokens, at the speed of memory (torch's own product of one
                     token reaches half of it)
 
@@ -24,7 +25,7 @@ from torch.nn import functional
 
 from .. import native
 from ..errors import InputError, say, unknown
-from .format import PAD, SPAN, Packed, groups, unpack, words
+from .format import PAD, SPAN, Packed, Rounded, groups, unpack, words
 
 FEW = 16  # up to so many tokens a row is multiplied as it is expanded
 TILE = 1 << 22  # bytes of dense weights that are expanded at a time for more: they stay in the cache
@@ -114,6 +115,7 @@ _operators.define(
     "sparse_linear(Tensor x, Tensor mask, Tensor offsets, Tensor values, Tensor? scales, int columns, int group)"
     " -> Tensor"
 )
+_operators.define("rounded_linear(Tensor x, Tensor values, Tensor scales, int group) -> Tensor")
 _operators.define("dense_linear(Tensor x, Tensor weight) -> Tensor")
 
 
@@ -177,14 +179,18 @@ def _sparse_linear_cpu(
     kernels = library()
     if kernels is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return _sparse_linear(x, mask, offsets, values, scales, columns, group)
-    weight = _arguments(x, mask, offsets, values, scales, columns, group)
-    rows, x = weight[1], x.contiguous()
+    return _multiply(kernels, x, _arguments(x, mask, offsets, values, scales, columns, group))
+
+
+def _multiply(kernels: ctypes.CDLL, x: Tensor, weight: tuple[Any, ...]) -> Tensor:
+    """x W^T for a weight as the C functions take it."""
+    rows, columns, x = weight[1], weight[2], x.contiguous()
     y = x.new_empty((*x.shape[:-1], rows))
     tokens, kind, threads = x.numel() // columns, _KINDS[x.dtype], torch.get_num_threads()
     if tokens <= FEW:
         succeed(kernels.prunella_product(*weight, x.data_ptr(), y.data_ptr(), kind, tokens, threads))
         return y
-    step = max(1, min(rows, TILE // (columns * x.element_size())))
+    step = rows_of_tile(rows, columns, x)
     tile_RI = x.new_empty((step, columns))
     x_TI, y_TO = x.view(tokens, columns), y.view(tokens, rows)
     for first in range(0, rows, step):
@@ -192,6 +198,11 @@ def _sparse_linear_cpu(
         succeed(kernels.prunella_expand(*weight, first, last, tile_RI.data_ptr(), kind, threads))
         y_TO[:, first:last] = functional.linear(x_TI, tile_RI[: last - first])
     return y
+
+
+def rows_of_tile(rows: int, columns: int, x: Tensor, size: int = TILE) -> int:
+    """How many rows of a weight are made dense at a time, in the dtype of x."""
+    return max(1, min(rows, size // (columns * x.element_size())))
 
 
 def _sparse_linear(
@@ -218,6 +229,47 @@ def _sparse_linear_gpu(
     if gpu is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return _sparse_linear(x, mask, offsets, values, scales, columns, group)
     y: Tensor = gpu.sparse_linear(x, mask, offsets, values, scales, columns, group)
+    return y
+
+
+def _rounded_arguments(x: Tensor, values: Tensor, scales: Tensor, group: int) -> tuple[Any, ...]:
+    """What the C functions take for a weight of 8 bits of which nothing is left out; the sizes are checked here."""
+    rows, columns = values.shape
+    if (
+        values.dtype != torch.int8
+        or scales.dtype != torch.bfloat16
+        or scales.shape != (rows, groups(columns, group))
+        or group % SPAN
+        or not (values.is_contiguous() and scales.is_contiguous())
+        or x.shape[-1] != columns
+    ):
+        raise ValueError(
+            f"the parts of a rounded weight do not fit: x {tuple(x.shape)}, values {values.dtype}"
+            f" {tuple(values.shape)}, scales {tuple(scales.shape)}, groups of {group}"
+        )
+    whole = -(-columns // SPAN) * SPAN
+    return 3, rows, columns, None, None, values.data_ptr(), values.numel(), scales.data_ptr(), group or whole
+
+
+def _rounded_linear(x: Tensor, values: Tensor, scales: Tensor, group: int) -> Tensor:
+    rows, columns = values.shape
+    step = rows_of_tile(rows, columns, x)
+    tiles = [Rounded(values[r : r + step], scales[r : r + step], group) for r in range(0, rows, step)]
+    return torch.cat([functional.linear(x, tile.dense(x.dtype)) for tile in tiles], -1)
+
+
+def _rounded_linear_cpu(x: Tensor, values: Tensor, scales: Tensor, group: int) -> Tensor:
+    kernels = library()
+    if kernels is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not values.numel():
+        return _rounded_linear(x, values, scales, group)
+    return _multiply(kernels, x, _rounded_arguments(x, values, scales, group))
+
+
+def _rounded_linear_gpu(x: Tensor, values: Tensor, scales: Tensor, group: int) -> Tensor:
+    gpu = _gpu()
+    if gpu is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not values.numel():
+        return _rounded_linear(x, values, scales, group)
+    y: Tensor = gpu.rounded_linear(x, values, scales, group)
     return y
 
 
@@ -255,6 +307,9 @@ def succeed(code: int) -> None:
 _operators.impl("sparse_linear", _sparse_linear, "CompositeExplicitAutograd")
 _operators.impl("sparse_linear", _sparse_linear_cpu, "CPU")
 _operators.impl("sparse_linear", _sparse_linear_gpu, "CUDA")
+_operators.impl("rounded_linear", _rounded_linear, "CompositeExplicitAutograd")
+_operators.impl("rounded_linear", _rounded_linear_cpu, "CPU")
+_operators.impl("rounded_linear", _rounded_linear_gpu, "CUDA")
 _operators.impl("dense_linear", functional.linear, "CompositeExplicitAutograd")
 _operators.impl("dense_linear", _dense_linear_cpu, "CPU")
 
@@ -266,10 +321,16 @@ def _(
     return x.new_empty((*x.shape[:-1], offsets.shape[0] - 1))
 
 
+@torch.library.register_fake("prunella::rounded_linear", lib=_operators)  # type: ignore[untyped-decorator]
+def _(x: Tensor, values: Tensor, scales: Tensor, group: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], values.shape[0]))
+
+
 @torch.library.register_fake("prunella::dense_linear", lib=_operators)  # type: ignore[untyped-decorator]
 def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 sparse_linear = torch.ops.prunella.sparse_linear
+rounded_linear = torch.ops.prunella.rounded_linear
 dense_linear = torch.ops.prunella.dense_linear

@@ -24,18 +24,48 @@ class TrainingError(ModelError):
         )
 
 
-class SparseLinear(nn.Module):
+class PackedModule(nn.Module):
+    """A layer with a weight (out_features, in_features) that no gradient can reach: its parts are buffers.
+
+    `weight` makes it dense anew each time it is read, for code that looks at it.
+    """
+
+    weight_values: Tensor
+    weight_scales: Tensor | None
+    bias: nn.Parameter | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            y: Tensor = _Untrainable.apply(x, self)  # type: ignore[no-untyped-call]
+            return y
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T + bias."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            raise TrainingError
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
+        """As any module moves and casts, but the scales keep their dtype, which is part of the format."""
+        scales = self.weight_scales
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if scales is not None and self.weight_scales is not None and self.weight_scales.dtype != scales.dtype:
+            self.weight_scales = scales.to(self.weight_scales.device)
+        return self
+
+
+class SparseLinear(PackedModule):
     """A linear layer whose weight (out_features, in_features) stays packed.
 
-    The parts of the weight are buffers. `weight` unpacks it anew each time it is read, for code that looks at it.
     `transposed`: the dense module was GPT-2's Conv1D, whose weight is (I, O).
     """
 
     weight_mask: Tensor
     weight_offsets: Tensor
-    weight_values: Tensor
-    weight_scales: Tensor | None
-    bias: nn.Parameter | None
 
     def __init__(self, packed: Packed, bias_O: nn.Parameter | None = None, transposed: bool = False):
         super().__init__()
@@ -81,12 +111,6 @@ class SparseLinear(nn.Module):
         weight_OI = unpack(Packed(*parts, self.in_features, self.group))
         return weight_OI.T if self.transposed else weight_OI
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            y: Tensor = _Untrainable.apply(x, self)  # type: ignore[no-untyped-call]
-            return y
-        return self.product(x)
-
     def product(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type) and self.weight_values.is_floating_point():
             x = x.to(self.weight_values.dtype)
@@ -100,19 +124,6 @@ class SparseLinear(nn.Module):
             self.group,
         )
         return y if self.bias is None else y + self.bias
-
-    def train(self, mode: bool = True) -> SparseLinear:
-        if mode:
-            raise TrainingError
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> SparseLinear:
-        """As any module moves and casts, but the scales keep their dtype, which is part of the format."""
-        scales = self.weight_scales
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if scales is not None and self.weight_scales is not None and self.weight_scales.dtype != scales.dtype:
-            self.weight_scales = scales.to(self.weight_scales.device)
-        return self
 
     def extra_repr(self) -> str:
         bits = {torch.int8: "int8", torch.uint8: "int4"}.get(self.weight_values.dtype, str(self.weight_values.dtype))
@@ -142,7 +153,7 @@ class _Untrainable(torch.autograd.Function):
     """Looking at the outputs of a packed model with gradients enabled is fine; asking for gradients is not."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: SparseLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, module: PackedModule) -> Tensor:
         return module.product(x)
 
     @staticmethod

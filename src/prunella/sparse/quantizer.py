@@ -18,8 +18,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import ModelError
 from ..load import read_header
 from .block import settle, slow_down
-from .format import FLOATS, PAD, PARTS, SPAN, VERSION, expected
+from .format import FLOATS, PAD, PARTS, SPAN, VERSION, expected, rounded_shapes
 from .linear import DenseLinear, SparseExpert, SparseLinear
+from .rounded import RoundedEmbedding, RoundedLinear, TiedHead, empty_rounded, put
 
 METHOD = "prunella"
 _NOT_PACKED = r"(?!.*\.weight_[a-z]{4,7}$)"  # any of format.PARTS; transformers knows no groups within an assertion
@@ -42,7 +43,8 @@ class PrunellaConfig(QuantizationConfigMixin):
     group:          inputs to a scale; 0: one scale to a row
     modules:        {name: {"shape": [O, I]}} of the modules whose weights are packed; "transposed": true for
                     those that are stored as (I, O) when they are dense; "experts": E for a mixture's 3-D parameter
-                    of that name, packed expert by expert; "bits" and "group" of those that have their own
+                    of that name, packed expert by expert; "dense": true for an embedding or output head in 8 bits
+                    of which nothing is left out; "bits" and "group" of those that have their own
     """
 
     def __init__(
@@ -66,6 +68,8 @@ class PrunellaConfig(QuantizationConfigMixin):
                 rows, columns = about["shape"]
                 if not (isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0):
                     raise ValueError(f"shape {about['shape']} of '{name}'")
+                if about.get("dense") and (about.get("bits", bits) != 8 or "experts" in about):
+                    raise ValueError(f"'{name}' is said to be dense, which takes 8 bits and no experts")
                 if not isinstance(about.get("experts", 1), int) or about.get("experts", 1) < 1:
                     raise ValueError(f"{about['experts']} experts of '{name}'")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -114,6 +118,9 @@ class PrunellaQuantizer(HfQuantizer):
             if "experts" in about:
                 self._replace_experts(model, name, about, stored)
                 continue
+            if about.get("dense"):
+                self._replace_rounded(model, name, about, stored)
+                continue
             module_name, module = _find(model, name)
             columns, rows = _shape(module)
             _check_shape(name, about, (rows, columns))
@@ -144,6 +151,28 @@ class PrunellaQuantizer(HfQuantizer):
         self.replaced += [f"{owner_name}.{key}.{e}" for e in range(experts)]
         if model._can_set_experts_implementation():
             model.set_experts_implementation("eager")
+
+    def _replace_rounded(
+        self, model: Any, name: str, about: Mapping[str, Any], stored: dict[str, tuple[str, tuple[int, ...]]]
+    ) -> None:
+        """Put a rounded embedding or output head in its place."""
+        head = model.get_output_embeddings()
+        try:
+            module_name, module = _find(model, name)
+        except ModelError:
+            if head is None:
+                return  # a base model needs no head
+            raise
+        if not RoundedEmbedding.takes(module) and not isinstance(module, nn.Linear):
+            raise ModelError(f"config.json: '{name}' is a {type(module).__name__}, which cannot be rounded.")
+        rows, columns = module.weight.shape
+        _check_shape(name, about, (rows, columns))
+        _, group = self.quantization_config.of(name)
+        rounded = empty_rounded(rows, columns, group if group < columns else 0)
+        codes = {"weight_values": "I8", "weight_scales": "BF16"}
+        _check_stored(name, {p: (codes[p], s) for p, s in rounded_shapes(rows, columns, rounded.group).items()}, stored)
+        put(model, module_name, rounded)
+        self.replaced.append(module_name)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Packed tensors have the network's own names: what renames tensors, puts a mixture's experts together or, when
@@ -187,19 +216,17 @@ class PrunellaQuantizer(HfQuantizer):
             raise ModelError(f"packed tensor '{name}.weight_values' is damaged: {length} values of type {code}.")
         shapes = expected(rows, columns, count, bits, group)
         codes = dict(zip(PARTS, ("U8", "I32", code, "BF16"), strict=True))
-        for part, shape in shapes.items():
-            found = stored.get(f"{name}.{part}")
-            if found != (codes[part], shape):
-                raise ModelError(
-                    f"packed tensor '{name}.{part}' is {'missing' if found is None else f'{found[0]} {found[1]}'}, but"
-                    f" the model wants {codes[part]} {shape}. Pack the model again."
-                )
+        _check_stored(name, {part: (codes[part], shape) for part, shape in shapes.items()}, stored)
         return count, dtype if _DTYPES[code] in FLOATS else _DTYPES[code], group
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name in self.replaced:
             module = model.get_submodule(name)
-            if not module.weight_mask.is_meta:
+            if module.weight_values.is_meta:
+                continue
+            if isinstance(module, RoundedLinear):
+                module.rounded(name)
+            else:
                 module.packed(name)
         settle(model)
         return model
@@ -227,9 +254,37 @@ class PrunellaQuantizer(HfQuantizer):
                 dense.weight = nn.Parameter(module.weight.to(dtype).contiguous())
                 dense.bias = module.bias
                 model.set_submodule(name, dense.eval())
+            elif isinstance(module, RoundedLinear | TiedHead):
+                if isinstance(module, RoundedEmbedding):
+                    dense = module.original[0]
+                else:
+                    with torch.device("meta"):
+                        dense = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+                    dense.bias = module.bias
+                dense.weight = nn.Parameter(module.weight.to(dtype))
+                model.set_submodule(name, dense.eval())
             elif isinstance(module, DenseLinear):
                 module.__class__ = nn.Linear  # type: ignore[assignment]
+        if "_tied_weights_keys" in model.__dict__:  # what `put` left
+            del model._tied_weights_keys
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+            model.tie_weights(recompute_mapping=False)
         return model
+
+
+def _check_stored(
+    name: str,
+    wanted: Mapping[str, tuple[str, tuple[int, ...]]],
+    stored: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> None:
+    """Raises ModelError, naming the tensor, where the files hold something else than these parts of a weight."""
+    for part, want in wanted.items():
+        found = stored.get(f"{name}.{part}")
+        if found != want:
+            raise ModelError(
+                f"packed tensor '{name}.{part}' is {'missing' if found is None else f'{found[0]} {found[1]}'}, but"
+                f" the model wants {want[0]} {want[1]}. Pack the model again."
+            )
 
 
 def _check_bits(bits: Any, group: Any) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class SemiStructuredLinear(SparseLinear):
         y = functional.linear(x.reshape(-1, self.in_features), self.copy).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
-    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> SparseLinear:
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
         del self.copy
         self.__class__ = SparseLinear  # type: ignore[assignment]
         return self._apply(fn, recurse)

@@ -27,7 +27,7 @@ static const isa_t *const all[] = {
 enum { ALL = sizeof(all) / sizeof(*all) };
 
 /* Raised whenever what an exported function takes or does changes; native.py knows the same number. */
-EXPORT int prunella_version(void) { return 3; }
+EXPORT int prunella_version(void) { return 4; }
 
 /* The name of instruction set number i, best first; NULL after the last. */
 EXPORT const char *prunella_isa(int i) { return i >= 0 && i < ALL ? all[i]->name : NULL; }
@@ -73,7 +73,8 @@ static void run(const job_t *job, int64_t rows, int what, int threads) {
 
 /* ------------------------------------------------------------------ entry points */
 
-/* y (tokens, rows) = x (tokens, columns) W^T. x and y are of `x_kind`. */
+/* y (tokens, rows) = x (tokens, columns) W^T. x and y are of `x_kind`. Where mask and offsets are NULL, W has 8 bits and
+ * nothing is left out of it: values (rows, columns), count of them. */
 EXPORT int prunella_product(
     int32_t kind, int64_t rows, int64_t columns, const void *mask, const void *offsets, const void *values,
     int64_t count, const void *scales, int64_t group, const void *x, void *y, int32_t x_kind, int64_t tokens,

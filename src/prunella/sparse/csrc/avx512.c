@@ -349,11 +349,11 @@ INLINE TARGET __m512 sixteen_scales(const weight_t *w, int64_t r, int64_t b, int
     return _mm512_loadu_ps(part);
 }
 
-/* SPAN inputs (or, if `half`, the 64 of an odd last word) of R rows and T tokens. */
+/* SPAN inputs (or, if `half`, the 64 of an odd last word) of R rows and T tokens. `left`: columns from here on. */
 INLINE TARGET void integer_span(
     const weight_t *w, const uint64_t *mask, const uint8_t *x, int64_t *at, float (*scales)[16], int64_t s,
-    int64_t ahead, const int wide, __m512 (*sum)[TOKENS], const int R, const int T, const int careful,
-    const int32_t kind, const int half) {
+    int64_t ahead, const int wide, __m512 (*sum)[TOKENS], int64_t left, const int R, const int T, const int careful,
+    const int32_t kind, const int dense, const int half) {
     __m512i high[ROWS][TOKENS], low[ROWS][TOKENS];
     UNROLL for (int i = 0; i < T; i++) {
         const __m512i start = _mm512_loadu_si512(x + i * UNIT + 2 * SPAN);
@@ -362,11 +362,22 @@ INLINE TARGET void integer_span(
     UNROLL for (int h = 0; h < 2; h++) {
         UNROLL for (int a = 0; a < R; a++) {
             if (half && h) break;
-            const uint64_t *here = mask + a * w->words + h;
-            const uint8_t *from = w->values + (kind == INT8 ? at[a] : at[a] >> 1);
-            if (h == 0) fetch(from, ahead, wide);
-            const __m512i q = expand_bytes(kind, here, w->values, at[a]);
-            at[a] = step(w, at[a], *here, careful);
+            __m512i q;
+            if (dense) {
+                const uint8_t *from = w->values + at[a] + 64 * h;
+                _mm_prefetch((const char *)from + FAR, _MM_HINT_T1);
+                const int64_t columns = left - 64 * h; /* of this word */
+                const __mmask64 k = columns >= 64 ? ~(uint64_t)0 : ((uint64_t)1 << columns) - 1;
+                q = left >= SPAN ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(k, from);
+                q = _mm512_xor_si512(q, _mm512_set1_epi8((char)0x80));
+                if (h) at[a] += SPAN;
+            } else {
+                const uint64_t *here = mask + a * w->words + h;
+                const uint8_t *from = w->values + (kind == INT8 ? at[a] : at[a] >> 1);
+                if (h == 0) fetch(from, ahead, wide);
+                q = expand_bytes(kind, here, w->values, at[a]);
+                at[a] = step(w, at[a], *here, careful);
+            }
             UNROLL for (int i = 0; i < T; i++) {
                 const uint8_t *xi = x + i * UNIT + 64 * h;
                 high[a][i] = _mm512_dpbusd_epi32(high[a][i], q, _mm512_loadu_si512(xi));
@@ -381,15 +392,16 @@ INLINE TARGET void integer_span(
     }
 }
 
-/* 8- or 4-bit values. */
+/* 8- or 4-bit values. `dense`: none is left out. */
 INLINE TARGET void integer_tile(
-    const job_t *job, int64_t r, int64_t t, const int R, const int T, const int careful, const int32_t kind) {
+    const job_t *job, int64_t r, int64_t t, const int R, const int T, const int careful, const int32_t kind,
+    const int dense) {
     const weight_t *w = &job->w;
     const uint8_t *x = (const uint8_t *)job->x + t * job->stride;
-    const uint64_t *mask = w->mask + r * w->words;
+    const uint64_t *mask = dense ? NULL : w->mask + r * w->words;
     const int64_t blocks = spans(w), whole = w->words / 2;
     const float *x_scales = (const float *)(x + T * blocks * UNIT);
-    const int64_t ahead = fetch_ahead(w, r, R);
+    const int64_t ahead = dense ? 0 : fetch_ahead(w, r, R);
     const int wide = R == 1 && w->words > WIDE;
     int64_t at[ROWS];
     __m512 sum[ROWS][TOKENS];
@@ -407,9 +419,13 @@ INLINE TARGET void integer_tile(
         }
         x_scales += 16 * T;
         const int64_t end = b + 16 < whole ? 16 : whole - b;
-        for (int64_t s = 0; s < end; s++, mask += 2, x += T * UNIT)
-            integer_span(w, mask, x, at, scales, s, ahead, wide, sum, R, T, careful, kind, 0);
-        if (end < 16 && whole < blocks) integer_span(w, mask, x, at, scales, end, ahead, wide, sum, R, T, careful, kind, 1);
+        int64_t left = w->columns - b * SPAN;
+        for (int64_t s = 0; s < end; s++, x += T * UNIT, left -= SPAN) {
+            integer_span(w, mask, x, at, scales, s, ahead, wide, sum, left, R, T, careful, kind, dense, 0);
+            if (!dense) mask += 2;
+        }
+        if (end < 16 && whole < blocks)
+            integer_span(w, mask, x, at, scales, end, ahead, wide, sum, left, R, T, careful, kind, dense, 1);
     }
     store_tile(job, r, t, R, T, sum);
 }
@@ -451,10 +467,13 @@ TARGET_BF16 static void bf16_product(const job_t *job, int64_t first, int64_t la
     ALL_TILES(bf16_tile, 1, 2, 2, 2, BF16)
 }
 TARGET static void int8_product(const job_t *job, int64_t first, int64_t last) {
-    ALL_TILES(integer_tile, 1, 2, 2, 1, INT8)
+    ALL_TILES(integer_tile, 1, 2, 2, 1, INT8, 0)
+}
+TARGET static void rounded_product(const job_t *job, int64_t first, int64_t last) {
+    ALL_TILES(integer_tile, 1, 2, 2, 1, INT8, 1)
 }
 TARGET static void int4_product(const job_t *job, int64_t first, int64_t last) {
-    ALL_TILES(integer_tile, 1, 4, 2, 1, INT4)
+    ALL_TILES(integer_tile, 1, 4, 2, 1, INT4, 0)
 }
 
 static void avx512_product(const job_t *job, int64_t first, int64_t last, uint8_t *scratch) {
@@ -463,7 +482,7 @@ static void avx512_product(const job_t *job, int64_t first, int64_t last, uint8_
         case F32: f32_product(job, first, last); break;
         case F16: f16_product(job, first, last); break;
         case BF16: shift_product(job, first, last); break;
-        case INT8: int8_product(job, first, last); break;
+        case INT8: (job->w.mask ? int8_product : rounded_product)(job, first, last); break;
         default: int4_product(job, first, last);
     }
 }

@@ -18,9 +18,9 @@ enum { TOKENS = 8 };
 typedef struct {
     int32_t kind;
     int64_t rows, columns, words; /* words: 64-bit words in a row of the mask */
-    const uint64_t *mask;         /* rows x words */
-    const int32_t *offsets;       /* rows + 1 */
-    const uint8_t *values;        /* count + PAD of them */
+    const uint64_t *mask;         /* rows x words; NULL: every weight is kept, INT8 only */
+    const int32_t *offsets;       /* rows + 1; NULL where mask is */
+    const uint8_t *values;        /* count + PAD of them; without a mask rows x columns and no more */
     int64_t count;
     const uint16_t *scales; /* bfloat16, rows x groups; NULL for floating-point values */
     int64_t group, groups;  /* inputs to a scale, a multiple of SPAN; scales to a row */
@@ -96,6 +96,7 @@ static inline int fill(
     const void *values, int64_t count, const void *scales, int64_t group) {
     if (kind < F32 || kind > INT4 || rows < 0 || columns < 1 || count < 0) return -1;
     if ((kind >= INT8) != (scales != NULL) || (scales && (group < SPAN || group % SPAN))) return -1;
+    if (rows && (!mask != !offsets || (!mask && (kind != INT8 || count / columns < rows)))) return -1;
     *w = (weight_t){
         (int32_t)kind, rows, columns, (columns + 63) / 64, mask, offsets, values, count, scales, group,
         scales ? (columns + group - 1) / group : 0,
@@ -193,6 +194,7 @@ static inline int64_t element_bits(int32_t kind) {
 /* Where a row's values begin. A damaged offset is brought inside: no mask and no offset, whatever they hold,
  * can make a kernel read outside of its buffers. The same is done after every word of the mask. */
 static inline int64_t row_begin(const weight_t *w, int64_t row) {
+    if (!w->offsets) return row * w->columns;
     uint32_t begin = (uint32_t)w->offsets[row];
     return begin < (uint64_t)w->count ? (int64_t)begin : w->count;
 }

@@ -24,9 +24,19 @@ TARGET __attribute__((unused)) static void NAME(prepare)(
 
 /* One row as float32 with its scales, words * 64 of them. */
 TARGET static void NAME(decode)(const weight_t *w, int64_t row, float *out) {
-    const uint64_t *mask = w->mask + row * w->words;
     const uint16_t *scales = w->scales ? w->scales + row * w->groups : NULL;
     int64_t at = row_begin(w, row);
+    if (!w->mask) {
+        const int8_t *from = (const int8_t *)w->values + at;
+        for (int64_t g = 0, i = 0; i < w->columns; g++) {
+            const int64_t end = (g + 1) * w->group < w->columns ? (g + 1) * w->group : w->columns;
+            const float scale = from_bf16(scales[g]);
+            for (; i < end; i++) out[i] = (float)from[i] * scale;
+        }
+        for (int64_t i = w->columns; i < w->words * 64; i++) out[i] = 0;
+        return;
+    }
+    const uint64_t *mask = w->mask + row * w->words;
     for (int64_t i = 0; i < w->words; i++) {
         float *to = out + i * 64;
         NAME(word)(w->kind, mask[i], w->values, at, to);
