@@ -256,6 +256,11 @@ def test_half_precision_is_refused_before_anything_is_pruned(dense: Path, tmp_pa
     with pytest.raises(prunella.InputError, match="bfloat16"):
         prunella.prune(str(dense), recipe, output=tmp_path / "out")
     assert not list(tmp_path.iterdir())
+    recipe = {"steps": ["magnitude"], "dtype": "float16", "evaluate": {"source": None}}
+    prunella.prune(str(dense), recipe, output=tmp_path / "half")
+    with pytest.raises(prunella.InputError, match="bfloat16"):
+        prunella.heal(tmp_path / "half", settings(train=["new-biases"]), output=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["half"]  # no biases were computed
 
 
 def test_magnitude_pruning_in_rounds_ends_at_its_target(dense: Path, tmp_path: Path) -> None:

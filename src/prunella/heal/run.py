@@ -144,8 +144,9 @@ class _Run:
             if main and partial.exists() and not self.resume:
                 raise unfinished(partial)
             finished = aside / "pruned" / LIST
+            pruned = self._open(source)
+            check_dtype(pruned.dtype, self.settings.way)  # now, not when the biases have been computed
             if main and not (self.resume and finished.is_file()):
-                pruned = self._open(source)
                 add_biases(pruned, dense, self._calibration(pruned), aside, self.track)
             team.wait_for_everyone()
             new = finished.read_text(encoding="utf-8").split()
