@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 from ..fast import differentiable, readable, use_fast_attention
-from .kernels import library, resident, succeed, weight_arguments
+from .arguments import weight_arguments
+from .kernels import library, resident, succeed
 from .linear import DenseLinear, PackedModule, SparseLinear
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64

@@ -28,8 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import rounded_arguments, rows_of_tile, sparse_arguments
 from .format import SPAN, Rounded
-from .kernels import _arguments, _rounded_arguments, rows_of_tile
 
 FEW = 8  # up to so many tokens go through `_product`: beyond, expanding and a product on tensor cores are cheaper
 TILE = 1 << 25  # bytes of dense weights that are expanded at a time: they stay in the second-level cache
@@ -160,7 +160,7 @@ def _rounded(
 
 def rounded_linear(x: Tensor, values: Tensor, scales: Tensor, group: int) -> Tensor:
     """`torch.ops.prunella.rounded_linear` for a GPU: x W^T in the dtype of x, sums in float32."""
-    _, rows, columns, *_, group = _rounded_arguments(x, values, scales, group)
+    _, rows, columns, *_, group = rounded_arguments(x, values, scales, group)
     x_TI = x.contiguous().view(-1, columns)
     tokens = len(x_TI)
     y_TO = x.new_empty((tokens, rows))
@@ -183,7 +183,7 @@ def sparse_linear(
     x: Tensor, mask: Tensor, offsets: Tensor, values: Tensor, scales: Tensor | None, columns: int, group: int
 ) -> Tensor:
     """`torch.ops.prunella.sparse_linear` for a GPU: x W^T in the dtype of x, sums in float32."""
-    _, rows, _, _, _, _, count, _, group = _arguments(x, mask, offsets, values, scales, columns, group)
+    _, rows, _, _, _, _, count, _, group = sparse_arguments(x, mask, offsets, values, scales, columns, group)
     x_TI = x.contiguous().view(-1, columns)
     tokens = len(x_TI)
     y_TO = x.new_empty((tokens, rows))

@@ -25,11 +25,11 @@ from torch.nn import functional
 
 from .. import native
 from ..errors import InputError, say, unknown
-from .format import PAD, SPAN, Packed, Rounded, groups, unpack, words
+from .arguments import KINDS, rounded_arguments, rows_of_tile, sparse_arguments
+from .format import Packed, Rounded, unpack
 
 FEW = 16  # up to so many tokens a row is multiplied as it is expanded
 TILE = 1 << 22  # bytes of dense weights that are expanded at a time for more: they stay in the cache
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
 
 _PAGE = 1 << 21  # bytes of a large page
 
@@ -119,78 +119,24 @@ _operators.define("rounded_linear(Tensor x, Tensor values, Tensor scales, int gr
 _operators.define("dense_linear(Tensor x, Tensor weight) -> Tensor")
 
 
-def weight_arguments(
-    dtype: torch.dtype,
-    mask: Tensor,
-    offsets: Tensor,
-    values: Tensor,
-    scales: Tensor | None,
-    columns: int,
-    group: int,
-) -> tuple[Any, ...]:
-    """What the C functions take for a weight that is multiplied with activations of `dtype`. The sizes are checked
-    here, and the kernels never read beyond them whatever the tensors hold: a damaged weight gives a wrong product, not
-    a wrong address."""
-    rows = offsets.shape[0] - 1
-    kind = _KINDS.get(values.dtype, -1)
-    length = values.shape[0] * 2 if kind == 4 else values.shape[0]
-    count = (length - PAD) & -2 if kind == 4 else length - PAD
-    if (
-        kind < 0
-        or mask.shape != (rows, words(columns) * 8)
-        or mask.dtype != torch.uint8
-        or offsets.dtype != torch.int32
-        or count < 0
-        or (kind < 3 and (scales is not None or dtype != values.dtype))
-        or (kind >= 3 and (scales is None or scales.dtype != torch.bfloat16 or group % SPAN))
-        or (scales is not None and scales.shape != (rows, groups(columns, group)))
-        or not (mask.is_contiguous() and offsets.is_contiguous() and values.is_contiguous())
-        or not (scales is None or scales.is_contiguous())
-    ):
-        raise ValueError(
-            f"the parts of a packed weight do not fit: x {dtype}, mask {tuple(mask.shape)},"
-            f" offsets {tuple(offsets.shape)}, values {values.dtype} {tuple(values.shape)}, {columns} columns,"
-            f" groups of {group}"
-        )
-    whole = -(-columns // SPAN) * SPAN
-    return (
-        kind,
-        rows,
-        columns,
-        mask.data_ptr(),
-        offsets.data_ptr(),
-        values.data_ptr(),
-        count,
-        None if scales is None else scales.data_ptr(),
-        0 if scales is None else group or whole,
-    )
-
-
-def _arguments(x: Tensor, *parts: Any) -> tuple[Any, ...]:
-    weight = weight_arguments(x.dtype, *parts)
-    if x.shape[-1] != weight[2]:
-        raise ValueError(f"the parts of a packed weight do not fit: x {tuple(x.shape)}, {weight[2]} columns")
-    return weight
-
-
 def _sparse_linear_cpu(
     x: Tensor, mask: Tensor, offsets: Tensor, values: Tensor, scales: Tensor | None, columns: int, group: int
 ) -> Tensor:
     kernels = library()
     if kernels is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return _sparse_linear(x, mask, offsets, values, scales, columns, group)
-    return _multiply(kernels, x, _arguments(x, mask, offsets, values, scales, columns, group))
+    return _multiply(kernels, x, sparse_arguments(x, mask, offsets, values, scales, columns, group))
 
 
 def _multiply(kernels: ctypes.CDLL, x: Tensor, weight: tuple[Any, ...]) -> Tensor:
     """x W^T for a weight as the C functions take it."""
     rows, columns, x = weight[1], weight[2], x.contiguous()
     y = x.new_empty((*x.shape[:-1], rows))
-    tokens, kind, threads = x.numel() // columns, _KINDS[x.dtype], torch.get_num_threads()
+    tokens, kind, threads = x.numel() // columns, KINDS[x.dtype], torch.get_num_threads()
     if tokens <= FEW:
         succeed(kernels.prunella_product(*weight, x.data_ptr(), y.data_ptr(), kind, tokens, threads))
         return y
-    step = rows_of_tile(rows, columns, x)
+    step = rows_of_tile(rows, columns, x, TILE)
     tile_RI = x.new_empty((step, columns))
     x_TI, y_TO = x.view(tokens, columns), y.view(tokens, rows)
     for first in range(0, rows, step):
@@ -198,11 +144,6 @@ def _multiply(kernels: ctypes.CDLL, x: Tensor, weight: tuple[Any, ...]) -> Tenso
         succeed(kernels.prunella_expand(*weight, first, last, tile_RI.data_ptr(), kind, threads))
         y_TO[:, first:last] = functional.linear(x_TI, tile_RI[: last - first])
     return y
-
-
-def rows_of_tile(rows: int, columns: int, x: Tensor, size: int = TILE) -> int:
-    """How many rows of a weight are made dense at a time, in the dtype of x."""
-    return max(1, min(rows, size // (columns * x.element_size())))
 
 
 def _sparse_linear(
@@ -232,28 +173,9 @@ def _sparse_linear_gpu(
     return y
 
 
-def _rounded_arguments(x: Tensor, values: Tensor, scales: Tensor, group: int) -> tuple[Any, ...]:
-    """What the C functions take for a weight of 8 bits of which nothing is left out; the sizes are checked here."""
-    rows, columns = values.shape
-    if (
-        values.dtype != torch.int8
-        or scales.dtype != torch.bfloat16
-        or scales.shape != (rows, groups(columns, group))
-        or group % SPAN
-        or not (values.is_contiguous() and scales.is_contiguous())
-        or x.shape[-1] != columns
-    ):
-        raise ValueError(
-            f"the parts of a rounded weight do not fit: x {tuple(x.shape)}, values {values.dtype}"
-            f" {tuple(values.shape)}, scales {tuple(scales.shape)}, groups of {group}"
-        )
-    whole = -(-columns // SPAN) * SPAN
-    return 3, rows, columns, None, None, values.data_ptr(), values.numel(), scales.data_ptr(), group or whole
-
-
 def _rounded_linear(x: Tensor, values: Tensor, scales: Tensor, group: int) -> Tensor:
     rows, columns = values.shape
-    step = rows_of_tile(rows, columns, x)
+    step = rows_of_tile(rows, columns, x, TILE)
     tiles = [Rounded(values[r : r + step], scales[r : r + step], group) for r in range(0, rows, step)]
     return torch.cat([functional.linear(x, tile.dense(x.dtype)) for tile in tiles], -1)
 
@@ -262,7 +184,7 @@ def _rounded_linear_cpu(x: Tensor, values: Tensor, scales: Tensor, group: int) -
     kernels = library()
     if kernels is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not values.numel():
         return _rounded_linear(x, values, scales, group)
-    return _multiply(kernels, x, _rounded_arguments(x, values, scales, group))
+    return _multiply(kernels, x, rounded_arguments(x, values, scales, group))
 
 
 def _rounded_linear_gpu(x: Tensor, values: Tensor, scales: Tensor, group: int) -> Tensor:
