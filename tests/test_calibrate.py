@@ -14,7 +14,7 @@ import prunella
 from prunella import InputError, Model, load_model, read_masks
 from prunella.calibrate import all_windows, documents, sample_self, windows
 from prunella.load import wrap_model
-from prunella.prune import held_out_windows
+from prunella.measure import held_out_windows
 from prunella.recipe import Recipe
 
 TEXTS = [f"Document {n} tells of {n} pruned branches.\nThey grew back." for n in range(60)]

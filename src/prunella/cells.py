@@ -30,7 +30,8 @@ from .calibrate import windows
 from .errors import InputError, PrunellaError, unknown
 from .evaluate import perplexity
 from .load import Model, free_memory, load_model, wrap_model
-from .prune import held_out_windows, prune, same_text, window_length
+from .measure import held_out_windows, same_text, window_length
+from .prune import prune
 from .recipe import Evaluation, Healing, Recipe, only_dense, override
 from .results import Results, Row
 from .sparse.format import SPAN, expected

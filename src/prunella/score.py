@@ -15,7 +15,7 @@ from .calibrate import windows as take
 from .errors import InputError, ModelError
 from .evaluate import difference, overlap, perplexity
 from .load import Model, load_model
-from .prune import context
+from .measure import context
 from .report import Report
 from .save import REPORT
 from .stream import Track, no_track

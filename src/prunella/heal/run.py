@@ -19,8 +19,8 @@ from torch import Tensor
 from ..calibrate import check_windows, up_to, windows
 from ..errors import InputError, ModelError, NumericalError, PrunellaError
 from ..load import Model, load_model, pick_device, wrap_model
+from ..measure import context, held_out_windows, measure, same_text
 from ..pattern import pack, unpack
-from ..prune import context, held_out_windows, measure, same_text
 from ..recipe import Calibration, Healing, Recipe
 from ..report import Report, peak_memory
 from ..save import REPORT, Output, check_output, disk_error, disk_full, identity, partial_of, unfinished

@@ -1,0 +1,73 @@
+"""What a run measures before and after: perplexity on held-out text, and a sample of what the model writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calibrate import windows
+from .evaluate import perplexity
+from .load import Checkpoint, Model, free_memory
+from .recipe import Recipe
+from .stream import Track
+
+PROMPT = "The most important thing about a garden is"
+
+
+def context(model: Model) -> int:
+    """The longest window that the model takes, in tokens."""
+    return getattr(model.network.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
+def window_length(model: Model, length: int | None) -> int:
+    """What a recipe leaves open: 2048 tokens, or the context if that is shorter."""
+    return length if length is not None else min(2048, context(model))
+
+
+def held_out_windows(model: Model, recipe: Recipe, used: int, length: int) -> Tensor | None:
+    """The windows to evaluate on, of `length` tokens if the recipe does not say: never the `used` tokens of the
+    calibration."""
+    wanted = recipe.evaluate
+    if wanted.source is None or model.tokenizer is None:
+        return None
+    own = wanted.length or length
+    skip = -(-used // own) if same_text(wanted.source, recipe.calibration.source) else 0
+    return windows(model, wanted.source, wanted.windows, own, skip=skip, seed=recipe.seed)
+
+
+def same_text(source: str, other: str) -> bool:
+    """Are two sources the same text, maybe a file by two names?"""
+    if source == other:
+        return True
+    return Path(source).is_file() and Path(other).is_file() and Path(source).samefile(other)
+
+
+def measure(
+    model: Model, recipe: Recipe, ids_NL: Tensor | None, checkpoint: Checkpoint | None, track: Track
+) -> dict[str, Any]:
+    """Perplexity on held-out windows and a sample of text; of the weights in `checkpoint`, if one is given."""
+    if ids_NL is None:
+        return {"perplexity": None, "sample": None}
+    result = perplexity(model, ids_NL, checkpoint=checkpoint, track=track).as_dict()
+    return {"source": recipe.evaluate.source, **result, "sample": _sample(model, checkpoint)}
+
+
+def _sample(model: Model, checkpoint: Checkpoint | None, tokens: int = 24) -> str | None:
+    """A greedy continuation of a fixed prompt, where the whole model fits comfortably in memory."""
+    size = model.parameters * model.dtype.itemsize
+    if model.checkpoint is not None and size > free_memory(model.device) // 3:
+        return None
+    inputs = model.tokenizer(PROMPT, return_tensors="pt").to(model.device)
+    with model.whole(checkpoint) as network, torch.no_grad():
+        ids = network.generate(
+            inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=model.tokenizer.pad_token_id or model.tokenizer.eos_token_id or 0,
+        )
+    text: str = model.tokenizer.decode(ids[0], skip_special_tokens=True)
+    return " ".join(text.split())
