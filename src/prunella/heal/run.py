@@ -31,10 +31,7 @@ from .lora import save_adapter
 from .parts import attach, choose, detach, parts_of
 from .reconstruct import reconstruct_blocks
 
-DEFAULT: tuple[dict[str, dict[str, Any]], ...] = (
-    {"mask-lora": {}},
-    {"norms": {}},
-)  # what `prunella heal` trains if nobody says what
+DEFAULT: tuple[dict[str, dict[str, Any]], ...] = ({"mask-lora": {}},)  # what trains if nobody says what
 DENSE = 0.001  # fewer zeros than this do not make a layer a pruned one
 
 
