@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import prunella
-from prunella.sparse import kernels
+from prunella.sparse import block, kernels
 from prunella.sparse.bench import packed_copy
 from prunella.sparse.block import FusedBlock, _Weights, slow_down, speed_up
 from prunella.sparse.commands import pack_model
@@ -264,3 +264,53 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+def test_the_cache_grows_in_place_and_holds_what_it_would_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = packed(max_position_embeddings=1024)
+    ids = torch.randint(3, tiny.VOCABULARY, (1, 330))
+
+    @torch.no_grad()
+    def through(rounds: tuple[int, ...]) -> tuple[Tensor, Any]:
+        """Some tokens at once, then one at a time, then some given back, and again; each part of `ids`."""
+        at, out, cache = 4, [], network(ids[:, :4], use_cache=True).past_key_values
+        for tokens in rounds:
+            if tokens < 0:
+                cache.crop(tokens)
+                at += tokens
+            for _ in range(tokens):
+                with torch.inference_mode(at % 7 == 0):  # tensors made there may not be written to elsewhere
+                    out.append(network(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits)
+                at += 1
+            if tokens > 0:
+                out.append(network(ids[:, at : at + 3], past_key_values=cache, use_cache=True).logits)
+                at += 3
+        return torch.cat(out, 1), cache
+
+    rounds = (5, -4, 290, -2, 3)
+    found, cache = through(rounds)
+    monkeypatch.setattr(block, "_append", lambda cache, number, k, v: cache.update(k, v, number))
+    wanted, other = through(rounds)
+    assert torch.equal(found, wanted)
+    for layer, beside in zip(cache.layers, other.layers, strict=True):
+        assert torch.equal(layer.keys, beside.keys)
+        assert torch.equal(layer.values, beside.values)
+
+
+@torch.inference_mode()
+def test_a_cache_is_not_copied_for_every_token_and_copies_are_their_own() -> None:
+    network = packed()
+    cache = network(torch.arange(3, 11)[None], use_cache=True).past_key_values
+    token = torch.tensor([[5]])
+    network(token, past_key_values=cache, use_cache=True)
+    place = cache.layers[1].keys.data_ptr()
+    twin = copy.deepcopy(cache)
+    first = network(token, past_key_values=cache, use_cache=True).logits
+    assert cache.layers[1].keys.data_ptr() == place
+    assert torch.equal(network(token, past_key_values=twin, use_cache=True).logits, first)
+    assert twin.layers[1].keys.data_ptr() != place
+    kept = cache.layers[1].keys.clone()
+    network(torch.tensor([[7]]), past_key_values=twin, use_cache=True)
+    assert torch.equal(cache.layers[1].keys, kept)
+    cache.batch_repeat_interleave(2)
+    assert network(token.repeat(2, 1), past_key_values=cache, use_cache=True).logits.shape[0] == 2

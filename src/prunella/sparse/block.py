@@ -197,13 +197,58 @@ class _Weights:
         block, threads, token, q = ctypes.byref(c), torch.get_num_threads(), x.data_ptr(), qkv.data_ptr()
         kernel = kernels.prunella_block_in
         succeed(kernel(block, token, cos.data_ptr(), sin.data_ptr(), q, k.data_ptr(), v.data_ptr(), threads))
-        k, v = cache.update(k, v, self.layer)
+        k, v = _append(cache, self.layer, k, v)
         k, v = (t if t.stride(3) == 1 and t.dtype == x.dtype else t.to(x.dtype).contiguous() for t in (k, v))
         y = torch.empty_like(x)
         places = (_LONG * 4)(k.stride(1), k.stride(2), v.stride(1), v.stride(2))
         tokens, kernel = k.shape[2], kernels.prunella_block_out
         succeed(kernel(block, token, q, k.data_ptr(), v.data_ptr(), tokens, places, self.scale, y.data_ptr(), threads))
         return y
+
+
+def _append(cache: Any, number: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """`cache.update(k, v, number)` for one token. The cache that transformers makes by default copies all of itself for
+    every token; here it moves now and then to where there is room for more, and its tensors are views of that."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    known = type(cache) is DynamicCache and not cache.offloading and number < len(cache.layers)
+    layer: Any = cache.layers[number] if known else None
+    if (
+        type(layer) is not DynamicLayer
+        or not layer.is_initialized
+        or not all(map(_follows, (layer.keys, layer.values), (k, v)))
+    ):
+        keys, values = cache.update(k, v, number)
+        return keys, values
+    tokens = layer.keys.shape[2]
+    old = layer.keys, layer.values
+    room = layer.__dict__.get("room")
+    if (
+        room is None
+        or any(
+            # someone has put another tensor there
+            part.data_ptr() != whole.data_ptr() or part.stride() != whole.stride() or whole.shape[2] <= tokens
+            for part, whole in zip(old, room, strict=True)
+        )
+        or (room[0].is_inference() and not torch.is_inference_mode_enabled())  # must not be written to any more
+    ):
+        room = tuple(t.new_empty(*t.shape[:2], tokens + max(tokens // 2, 256), t.shape[3]) for t in old)
+        for part, whole in zip(old, room, strict=True):
+            whole[:, :, :tokens] = part
+        layer.room = room
+    for new, whole in zip((k, v), room, strict=True):
+        whole[:, :, tokens : tokens + 1] = new
+    layer.keys, layer.values = (whole[:, :, : tokens + 1] for whole in room)
+    return layer.keys, layer.values
+
+
+def _follows(old: Tensor, new: Tensor) -> bool:
+    """Can one token's `new` be written behind `old`, of shape (batch, heads, tokens, width)?"""
+    return (
+        old.ndim == 4
+        and (*old.shape[:2], old.shape[3], old.dtype) == (*new.shape[:2], new.shape[3], new.dtype)
+        and not old.requires_grad
+    )
 
 
 def _linear(module: Any) -> _Linear | None:
