@@ -19,7 +19,7 @@ def test_swaps_keep_the_zeros_of_a_row_and_bring_its_mean_back(
     case: Callable[..., Any], start: str, pattern: str
 ) -> None:
     before = case(pattern=pattern, sparsity=0.75 if pattern == "1:4" else 0.5).apply(start)
-    after = before.apply("dsnot")
+    after = before.apply("dsnot", cycles=50)
     assert torch.equal(after.zeros_O, before.zeros_O)
     if pattern != "unstructured":
         groups = after.layer.mask_OI.view(-1, 4).sum(1)
@@ -32,7 +32,7 @@ def test_swaps_keep_the_zeros_of_a_row_and_bring_its_mean_back(
 
 
 def test_kept_and_grown_weights_are_bit_for_bit_dense(case: Callable[..., Any]) -> None:
-    after = case(dtype=torch.bfloat16).apply("wanda").apply("dsnot").layer
+    after = case(dtype=torch.bfloat16).apply("wanda").apply("dsnot", cycles=50).layer
     assert torch.equal(after.weight_OI, after.dense_OI * after.mask_OI)
 
 
@@ -43,9 +43,9 @@ def test_the_tracked_error_is_the_recomputed_one(case: Callable[..., Any]) -> No
     assert (once.layer.mask_OI != before.layer.mask_OI).sum() == 2
     was, now = mean_error(before).abs().item(), mean_error(once).abs().item()
     assert now < was
-    assert torch.equal(before.apply("dsnot", threshold=(was + now) / 2).layer.mask_OI, once.layer.mask_OI)
-    assert torch.equal(before.apply("dsnot", threshold=was * 1.001).layer.mask_OI, before.layer.mask_OI)
-    more = before.apply("dsnot", threshold=now * 0.999)
+    assert torch.equal(before.apply("dsnot", cycles=50, threshold=(was + now) / 2).layer.mask_OI, once.layer.mask_OI)
+    assert torch.equal(before.apply("dsnot", cycles=50, threshold=was * 1.001).layer.mask_OI, before.layer.mask_OI)
+    more = before.apply("dsnot", cycles=50, threshold=now * 0.999)
     assert more.layer.mask_OI.sum() == once.layer.mask_OI.sum()
 
 
@@ -68,26 +68,34 @@ def test_the_first_swap_is_the_one_of_the_paper(case: Callable[..., Any]) -> Non
 
 def test_same_sign_never_turns_the_sign_of_a_row(case: Callable[..., Any]) -> None:
     before = case(rows=32).apply("magnitude")
-    after = before.apply("dsnot", same_sign=True)
+    after = before.apply("dsnot", cycles=50, same_sign=True)
     assert (after.layer.mask_OI != before.layer.mask_OI).any()
     assert (mean_error(before).sign() == mean_error(after).sign()).all()
 
 
 def test_skipped_layers_keep_their_mask(case: Callable[..., Any]) -> None:
     before = case(name="model.layers.3.mlp.up_proj").apply("wanda")
-    assert torch.equal(before.apply("dsnot", skip=["mlp.*"]).layer.mask_OI, before.layer.mask_OI)
-    assert not torch.equal(before.apply("dsnot", skip=["self_attn.*"]).layer.mask_OI, before.layer.mask_OI)
+    assert torch.equal(before.apply("dsnot", cycles=50, skip=["mlp.*"]).layer.mask_OI, before.layer.mask_OI)
+    assert not torch.equal(before.apply("dsnot", cycles=50, skip=["self_attn.*"]).layer.mask_OI, before.layer.mask_OI)
 
 
 def test_constant_and_dead_inputs_are_no_trouble(case: Callable[..., Any]) -> None:
     before = case(changes={3: 1.5, 7: 0.0}).apply("wanda")
-    after = before.apply("dsnot")
+    after = before.apply("dsnot", cycles=50)
     assert torch.isfinite(after.layer.weight_OI).all()
     assert torch.equal(after.zeros_O, before.zeros_O)
 
 
 def test_blocks_stay_as_they_are_and_say_so(case: Callable[..., Any]) -> None:
     before = case(pattern="4x4").apply("wanda")
-    after = before.apply("dsnot")
+    after = before.apply("dsnot", cycles=50)
     assert torch.equal(after.layer.mask_OI, before.layer.mask_OI)
     assert after.layer.notes == ("dsnot leaves blocks of weights as they are",)
+
+
+@pytest.mark.parametrize(("columns", "cycles"), [(64, 1), (330, 3)])
+def test_a_row_may_swap_a_hundredth_of_its_inputs(case: Callable[..., Any], columns: int, cycles: int) -> None:
+    before = case(columns=columns).apply("magnitude")
+    after = before.apply("dsnot")
+    assert torch.equal(after.layer.mask_OI, before.apply("dsnot", cycles=cycles).layer.mask_OI)
+    assert (after.layer.mask_OI != before.layer.mask_OI).sum(1).max() == 2 * cycles
