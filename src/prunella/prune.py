@@ -91,7 +91,15 @@ def prune(
         from .heal.rounds import prune_and_heal
 
         return prune_and_heal(
-            str(model), recipe, path, resume=resume, track=track, watch=watch, remote_code=remote_code, pickles=pickles
+            prune,
+            str(model),
+            recipe,
+            path,
+            resume=resume,
+            track=track,
+            watch=watch,
+            remote_code=remote_code,
+            pickles=pickles,
         )
     if not in_memory:
         opened = load_model(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from ..load import find_directory, load_model
-from ..prune import prune
 from ..recipe import Recipe
 from ..report import Report
 from ..save import REPORT, partial_of, unfinished
@@ -27,10 +27,18 @@ def schedule(target: float, rounds: int) -> list[float]:
 
 
 def prune_and_heal(
-    model: str, recipe: Recipe, path: Path, *, resume: bool, remote_code: bool, pickles: bool, **options: Any
+    prune: Callable[..., Report],
+    model: str,
+    recipe: Recipe,
+    path: Path,
+    *,
+    resume: bool,
+    remote_code: bool,
+    pickles: bool,
+    **options: Any,
 ) -> Report:
-    """Prune to the sparsity of each round and heal, in directories beside the output that go in the end. A run that
-    was interrupted continues in the round where it stopped."""
+    """Prune, by `prunella.prune`, to the sparsity of each round and heal, in directories beside the output that go in
+    the end. A run that was interrupted continues in the round where it stopped."""
     rounds = recipe.heal.rounds
     if rounds > 1 and recipe.shape.sparsity is not None:
         raise InputError(f"pattern {recipe.pattern} has one sparsity, which leaves nothing to do in {rounds} rounds.")
