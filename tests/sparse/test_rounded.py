@@ -113,6 +113,7 @@ def test_a_model_with_a_rounded_head_says_nearly_the_same(architecture: str, tie
     assert (network.get_output_embeddings().weight is network.get_input_embeddings().weight) == tied
     for name, parameter in plain.named_parameters():
         assert torch.equal(parameter, network.get_parameter(name)), name
+    assert torch.equal(logits(network), logits(plain))
     # what has been rounded once is packed to the same integers again
     pack_model(str(tmp_path / "plain"), tmp_path / "twice", head=True)
     before, after = tensors(tmp_path / "packed"), tensors(tmp_path / "twice")

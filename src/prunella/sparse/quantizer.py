@@ -254,14 +254,14 @@ class PrunellaQuantizer(HfQuantizer):
                 dense.weight = nn.Parameter(module.weight.to(dtype).contiguous())
                 dense.bias = module.bias
                 model.set_submodule(name, dense.eval())
+            elif isinstance(module, RoundedEmbedding):
+                model.set_submodule(name, module.plain(dtype).eval())
             elif isinstance(module, RoundedLinear | TiedHead):
-                if isinstance(module, RoundedEmbedding):
-                    dense = module.original[0]
-                else:
-                    with torch.device("meta"):
-                        dense = nn.Linear(module.in_features, module.out_features, module.bias is not None)
-                    dense.bias = module.bias
-                dense.weight = nn.Parameter(module.weight.to(dtype))
+                with torch.device("meta"):
+                    dense = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+                if isinstance(module, RoundedLinear):  # a tied one gets the embedding's
+                    dense.weight = nn.Parameter(module.weight.to(dtype))
+                dense.bias = module.bias
                 model.set_submodule(name, dense.eval())
             elif isinstance(module, DenseLinear):
                 module.__class__ = nn.Linear  # type: ignore[assignment]

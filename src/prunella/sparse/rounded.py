@@ -74,6 +74,14 @@ class RoundedEmbedding(RoundedLinear):
             rows *= torch.tensor(self.scale, dtype=dtype)
         return rows.view(*ids.shape, self.embedding_dim)
 
+    def plain(self, dtype: torch.dtype) -> nn.Embedding:
+        """The module in whose place this stands, with its weight."""
+        (module,) = self.original
+        module.weight = nn.Parameter(self.weight.to(dtype))
+        if isinstance(getattr(module, "embed_scale", None), Tensor):  # it was never loaded
+            module.embed_scale = torch.tensor(self.scale, device=module.weight.device)
+        return module
+
 
 class TiedHead(nn.Module):
     """An output head that is tied to a rounded embedding, and holds nothing but its own bias."""
