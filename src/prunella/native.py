@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .errors import say
 
-VERSION = 4  # of the functions that the library exports; the same number stands in sparse/csrc/api.c
+VERSION = 5  # of the functions that the library exports; the same number stands in sparse/csrc/api.c
 
 
 @functools.cache

@@ -40,12 +40,20 @@ typedef struct {
     linear_t part[7]; /* q, k, v, o, gate, up, down */
     norm_t norm[4];   /* before attention, before the MLP, of queries, of keys */
     int64_t heads, kv_heads, dim;
+    double scale;
 } block_t;
+typedef struct {
+    void *k, *v;
+    int64_t k_stride[2], v_stride[2];
+} room_t;
 int prunella_block_in(
     const block_t *block, const void *x, const void *cos, const void *sin, void *q, void *k, void *v, int threads);
 int prunella_block_out(
     const block_t *block, const void *x, const void *q, const void *k, const void *v, int64_t tokens,
-    const int64_t *strides, float scale, void *y, int threads);
+    const int64_t *strides, void *y, int threads);
+int prunella_blocks(
+    const block_t *const *blocks, int64_t count, const void *x, const void *cos, const void *sin, const room_t *rooms,
+    int64_t tokens, void *y, int threads);
 const char *prunella_isa(int i);
 int prunella_use(const char *name);
 
@@ -89,7 +97,7 @@ static int block(void) {
     const int64_t rows[] = {heads * dim, kv * dim, kv * dim, width, inner, inner, width};
     const int64_t columns[] = {width, width, width, heads * dim, width, width, inner};
     static const int64_t kinds[] = {1, 3, 4};
-    block_t b = {.heads = heads, .kv_heads = kv, .dim = dim};
+    block_t b = {.heads = heads, .kv_heads = kv, .dim = dim, .scale = 0.1}, other = b;
     for (int i = 0; i < 7; i++) {
         const int64_t kind = kinds[next() % 3], words = (columns[i] + 63) / 64;
         linear_t *part = &b.part[i];
@@ -108,13 +116,18 @@ static int block(void) {
     }
     const int64_t sizes[] = {width, width, dim, dim};
     for (int i = 0; i < 4; i++) b.norm[i] = (norm_t){i < 2 || next() % 2 ? noise(sizes[i] * 2, 2) : NULL, 1e-6};
-    void *x = noise(width * 2, 2), *cos = noise(dim * 2, 2), *sin = noise(dim * 2, 2), *y = noise(width * 2, 0);
+    void *x = noise(width * 2, 2), *cos = noise(dim * 2, 2), *sin = noise(dim * 2, 2), *y = noise(3 * width * 2, 0);
     void *q = noise(heads * dim * 2, 0), *k = noise(kv * dim * 2, 0), *v = noise(kv * dim * 2, 0);
     void *keys = noise(kv * tokens * dim * 2, 2), *values = noise(kv * tokens * dim * 2, 2);
     const int64_t strides[] = {tokens * dim, dim, tokens * dim, dim};
+    const block_t *const blocks[] = {&b, &b, &b}, *const unlike[] = {&b, &other};
+    const room_t room = {keys, values, {strides[0], strides[1]}, {strides[2], strides[3]}}, rooms[] = {room, room, room};
     const int failed = prunella_block_in(&b, x, cos, sin, q, k, v, 1) ||
-                       prunella_block_out(&b, x, q, keys, values, tokens, strides, 0.1f, y, 1) ||
-                       prunella_block_out(&b, x, q, keys, values, 0, strides, 0.1f, y, 1) != -1;
+                       prunella_block_out(&b, x, q, keys, values, tokens, strides, y, 1) ||
+                       prunella_block_out(&b, x, q, keys, values, 0, strides, y, 1) != -1 ||
+                       prunella_blocks(blocks, 3, x, cos, sin, rooms, tokens - 1, y, 1) ||
+                       prunella_blocks(blocks, 0, x, cos, sin, rooms, 0, y, 1) ||
+                       prunella_blocks(unlike, 2, x, cos, sin, rooms, 0, y, 1) != -1;
     for (int i = 0; i < 7; i++)
         free(b.part[i].mask), free(b.part[i].offsets), free(b.part[i].values), free(b.part[i].scales), free(b.part[i].bias);
     for (int i = 0; i < 4; i++) free(b.norm[i].weight);

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import prunella
 from prunella.sparse import block, kernels
 from prunella.sparse.bench import packed_copy
-from prunella.sparse.block import FusedBlock, _Weights, slow_down, speed_up
+from prunella.sparse.block import FusedBlock, Stack, _Weights, slow_down, speed_up
 from prunella.sparse.commands import pack_model
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="the C kernels were not compiled")
@@ -34,16 +37,17 @@ def fused(network: Any) -> int:
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of each time that a block was asked to run in C, whether it did."""
+    """True for each time that a block's answer came from C."""
     found: list[bool] = []
-    run = _Weights.run
+    token = FusedBlock.token
 
-    def spy(self: _Weights, *arguments: Any) -> Tensor | None:
-        out = run(self, *arguments)
-        found.append(out is not None)
+    def spy(self: FusedBlock, *arguments: Any) -> Tensor | None:
+        out = token(self, *arguments)
+        if out is not None:
+            found.append(True)
         return out
 
-    monkeypatch.setattr(_Weights, "run", spy)
+    monkeypatch.setattr(FusedBlock, "token", spy)
     return found
 
 
@@ -314,3 +318,138 @@ def test_a_cache_is_not_copied_for_every_token_and_copies_are_their_own() -> Non
     assert torch.equal(cache.layers[1].keys, kept)
     cache.batch_repeat_interleave(2)
     assert network(token.repeat(2, 1), past_key_values=cache, use_cache=True).logits.shape[0] == 2
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of each block that had to compute its answer by itself."""
+    found: list[int] = []
+    run = _Weights.run
+
+    def spy(self: _Weights, *arguments: Any) -> Tensor:
+        found.append(self.layer)
+        return run(self, *arguments)
+
+    monkeypatch.setattr(_Weights, "run", spy)
+    return found
+
+
+def blocks_alone(network: Any) -> Any:
+    """A copy whose blocks foresee nothing."""
+    other = copy.deepcopy(network)
+    for module in other.modules():
+        if isinstance(module.__dict__.get("forward"), FusedBlock):
+            module.forward.stack = None
+    return other
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_one_call_for_all_blocks_gives_what_they_give_alone(architecture: str, alone: list[int]) -> None:
+    network = packed(architecture, 8, num_hidden_layers=5)
+    ids = tiny.token_windows(1, 16)[0]
+    alone.clear()
+    got = decode(network, ids)
+    assert not alone
+    assert torch.equal(got, decode(blocks_alone(network), ids))
+    assert alone == [0, 1, 2, 3, 4] * 12
+
+
+def test_blocks_of_another_kind_divide_a_stack(alone: list[int]) -> None:
+    network = packed("llama", num_hidden_layers=5)
+    slow_down(network)
+    network.model.layers[2].mlp.act_fn = torch.nn.Tanh()
+    speed_up(network)
+    stacks = [getattr(module.__dict__.get("forward"), "stack", None) for module in network.model.layers]
+    assert stacks[0] is stacks[1] is not stacks[3] is stacks[4]
+    assert [stack is None for stack in stacks] == [False, False, True, False, False]
+    ids = tiny.token_windows(1, 12)[0]
+    alone.clear()
+    got = decode(network, ids)
+    assert not alone
+    assert torch.equal(got, decode(blocks_alone(network), ids))
+
+
+def test_what_was_not_foreseen_is_computed(alone: list[int]) -> None:
+    network, ids = packed(num_hidden_layers=4), tiny.token_windows(1, 40)[0]
+    plain = blocks_alone(network)
+
+    def compare(wanted: list[int]) -> None:
+        alone.clear()
+        with torch.inference_mode():
+            logits, caches = [], []
+            for model in (network, plain):
+                cache = model(ids[None, :4], use_cache=True).past_key_values
+                out = [model(ids[None, i : i + 1], past_key_values=cache).logits for i in range(4, 7)]
+                logits.append(torch.cat(out))
+                caches.append(cache)
+                if model is network:
+                    assert alone == wanted * 3
+        assert torch.equal(*logits)
+        for a, b in zip(*(cache.layers for cache in caches), strict=True):
+            assert torch.equal(a.keys, b.keys)
+            assert torch.equal(a.values, b.values)
+
+    compare([])
+    # a hook that changes what a block gives, in place: those after it are asked something else
+    added = [m.model.layers[1].register_forward_hook(lambda module, args, out: out.add_(1)) for m in (network, plain)]
+    compare([2, 3])
+    for hook in added:
+        hook.remove()
+    # another tensor of the same bytes is not what was foreseen either
+    same = [m.model.layers[1].register_forward_hook(lambda module, args, out: out.clone()) for m in (network, plain)]
+    compare([2, 3])
+    for hook in same:
+        hook.remove()
+
+    def exchange(module: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+        layer = kwargs["past_key_values"].layers[3]
+        if layer.is_initialized:
+            layer.keys = layer.keys * 2
+
+    hooks = [m.model.layers[0].register_forward_hook(exchange, with_kwargs=True) for m in (network, plain)]
+    compare([3])
+    for hook in hooks:
+        hook.remove()
+    network.model.layers[2].mlp.up_proj.register_forward_hook(lambda module, args, out: None)  # it wants to see inside
+    alone.clear()
+    decode(network, ids[:6])
+    assert alone == [0, 1, 3] * 2
+
+
+def test_nothing_is_foreseen_any_more_where_nobody_asks(alone: list[int]) -> None:
+    network, ids = packed(num_hidden_layers=4), tiny.token_windows(1, 32)[0]
+    stack = network.model.layers[0].forward.stack
+    hook = network.model.layers[1].register_forward_hook(lambda module, args, out: out + 1)
+    alone.clear()
+    decode(network, ids)
+    assert alone == [2, 3] * (Stack.PATIENCE + 1) + [0, 1, 2, 3] * (28 - Stack.PATIENCE - 1)
+    assert stack.known is None
+    hook.remove()
+    network.config.num_hidden_layers = 3  # a model that ends early
+    slow_down(network)
+    speed_up(network)
+    alone.clear()
+    decode(network, ids)
+    assert alone == [0, 1, 2] * 28  # the cache has no fourth layer
+
+
+def test_a_cache_is_let_go() -> None:
+    network, ids = packed(num_hidden_layers=3), tiny.token_windows(1, 8)
+    with torch.inference_mode():
+        cache = network(ids[:, :4], use_cache=True).past_key_values
+        network(ids[:, 4:5], past_key_values=cache)
+    room = weakref.ref(cache.layers[1].room)
+    cache = weakref.ref(cache)
+    gc.collect()
+    assert cache() is None
+    assert room() is None
+
+
+def test_two_threads_at_once() -> None:
+    network = packed(num_hidden_layers=4)
+    texts = tiny.token_windows(2, 60)
+    wanted = [decode(network, ids) for ids in texts]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            for a, b in zip(pool.map(lambda ids: decode(network, ids), texts), wanted, strict=True):
+                assert torch.equal(a, b)

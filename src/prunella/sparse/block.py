@@ -1,4 +1,4 @@
-"""One new token through a whole block of a packed model, in two calls of C.
+"""One new token through the blocks of a packed model in C.
 
 Between the products of a block transformers runs some thirty small operations of torch; for one token on a CPU they
 take longer than the products of a small model do. `speed_up` gives blocks like LLaMA's (RMS norms, attention with
@@ -6,12 +6,19 @@ rotated queries and keys, a gated SiLU MLP; Mistral, Qwen2, Qwen3 and others are
 the kernels of csrc/block.c compute. It is found by structure and by trial: a block is given it only if both ways
 agree on random input. Whatever it does not cover (several tokens, masks, hooks, gradients, other dtypes and devices,
 tracing and compiling) goes through the block's own forward.
+
+Blocks that follow each other are a `Stack`: the first one's forward takes the token through all of them in one call,
+and the others hand out what is known already, if they are asked exactly what was foreseen.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+import operator
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,7 +61,12 @@ class _Block(ctypes.Structure):
         *((name, _Linear) for name in _LINEARS),
         *((name, _Norm) for name in _NORMS),
         *((name, _LONG) for name in ("heads", "kv_heads", "dim")),
+        ("scale", ctypes.c_double),
     ]
+
+
+class _Place(ctypes.Structure):
+    _fields_ = [("k", _POINTER), ("v", _POINTER), ("strides", _LONG * 4)]
 
 
 class FusedBlock:
@@ -63,9 +75,11 @@ class FusedBlock:
     def __init__(self, block: nn.Module):
         self.block = block
         self.weights: _Weights | None = None
+        self.stack: Stack | None = None
+        self.number = 0  # in the stack
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"block": self.block, "weights": None}  # addresses mean nothing elsewhere
+        return {**self.__dict__, "weights": None}  # addresses mean nothing elsewhere
 
     def __call__(
         self,
@@ -83,15 +97,8 @@ class FusedBlock:
             and position_embeddings is not None
             and all(value is None or value is False for value in kwargs.values())
             and not torch.compiler.is_compiling()
-            and readable(hidden_states)
-            and hidden_states.ndim == 3
-            and hidden_states.numel() == hidden_states.shape[2]
-            and hidden_states.is_contiguous()
-            and not differentiable(hidden_states)
-            and not torch.is_autocast_enabled("cpu")
-            and (weights := self._placed()) is not None
         ):
-            out = weights.run(hidden_states, position_embeddings, past_key_values)
+            out = self.token(hidden_states, position_embeddings, past_key_values)
             if out is not None:
                 return out
         return type(self.block).forward(
@@ -105,11 +112,32 @@ class FusedBlock:
             **kwargs,
         )
 
-    def _placed(self) -> _Weights | None:
+    def token(self, x: Tensor, turn: tuple[Tensor, Tensor], cache: Any) -> Tensor | None:
+        """What the block makes of one token x (1, 1, D), rotated by `turn`; None where it is not for C to say."""
+        if self.stack is not None and (out := self.stack.foreseen(self.number, x, turn, cache)) is not None:
+            return out
+        if not (
+            readable(x)
+            and x.ndim == 3
+            and x.numel() == x.shape[2]
+            and x.is_contiguous()
+            and not differentiable(x)
+            and not torch.is_autocast_enabled("cpu")
+            and (weights := self.placed()) is not None
+            and weights.fit(x, turn)
+        ):
+            return None
+        if self.stack is not None and self.number == 0:
+            self.stack.foresee(x, turn, cache)
+            if (out := self.stack.foreseen(0, x, turn, cache)) is not None:
+                return out
+        return weights.run(x, turn, cache)
+
+    def placed(self) -> _Weights | None:
         """The weights where they lie now; None while the kernels must not run."""
         if self.weights is None or not self.weights.current():
             self.weights = _Weights.of(self.block)
-            if self.weights is not None and not self.weights.current():  # something wants to see inside
+            if self.weights is not None and self.weights.watched():
                 return None
         return self.weights
 
@@ -117,20 +145,25 @@ class FusedBlock:
 class _Weights:
     """Where a block's weights lie, as long as they lie there."""
 
-    def __init__(self, modules: dict[str, nn.Module], c: _Block, scale: float, layer: int):
-        self.children = [
-            (parent._modules, key, child)
-            for parent in modules.values()
-            for key, child in parent._modules.items()
-            if child is not None
+    def __init__(self, modules: dict[str, nn.Module], c: _Block, layer: int):
+        self.modules = list(modules.values())
+        tables = ("_parameters", "_buffers", "_modules")
+        # what is asked for every block and token goes through these lists without a loop in Python
+        self.tables = [module.__dict__[name] for module in self.modules for name in tables]
+        self.inside = [thing for table in self.tables for thing in table.values()]
+        self.tensors = [thing for thing in self.inside if isinstance(thing, Tensor)]
+        self.names = list(map(id, self.inside))
+        self.places = list(map(Tensor.data_ptr, self.tensors))
+        self.sizes = list(map(len, map(vars, self.modules)))
+        self.hooks = [
+            *(hooks._global_forward_hooks, hooks._global_forward_pre_hooks),
+            *(
+                module.__dict__[name]
+                for module in self.modules[1:]
+                for name in ("_forward_hooks", "_forward_pre_hooks")
+            ),
         ]
-        self.tensors = [
-            (table, key, tensor, 0 if tensor is None else tensor.data_ptr())
-            for module in modules.values()
-            for table in (module._parameters, module._buffers)
-            for key, tensor in table.items()
-        ]
-        self.c, self.scale, self.layer, self.width = c, scale, layer, getattr(c, _LINEARS[0]).columns
+        self.c, self.layer, self.width = c, layer, getattr(c, _LINEARS[0]).columns
 
     @classmethod
     def of(cls, block: nn.Module) -> _Weights | None:
@@ -155,7 +188,7 @@ class _Weights:
                 return None
             setattr(c, name, norm)
         q, k, v, o, gate, up, down = (getattr(c, name) for name in _LINEARS)
-        c.heads, c.kv_heads, c.dim = q.rows // dim, k.rows // dim, dim
+        c.heads, c.kv_heads, c.dim, c.scale = q.rows // dim, k.rows // dim, dim, scale
         width, inner = q.columns, gate.rows
         sizes = [found[name].weight.numel() if name in found else dim for name in _NORMS]
         if (
@@ -169,29 +202,33 @@ class _Weights:
             or c.heads % c.kv_heads
         ):
             return None
-        return cls(found, c, float(scale), layer)
+        return cls(found, c, layer)
 
     def current(self) -> bool:
         """Is every tensor still in its place, and every module, and does nothing want to see what happens inside?"""
-        for table, key, tensor, at in self.tensors:  # plain loops: this is asked for every block and token
-            if table.get(key) is not tensor or (tensor is not None and tensor.data_ptr() != at):
-                return False
-        for siblings, key, child in self.children:
-            if siblings.get(key) is not child or child._forward_hooks or child._forward_pre_hooks:
-                return False
-            if "forward" in child.__dict__:
-                return False
-        return not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+        inside = itertools.chain.from_iterable(map(dict.values, self.tables))
+        return (
+            list(map(id, inside)) == self.names
+            and list(map(Tensor.data_ptr, self.tensors)) == self.places
+            and list(map(len, map(vars, self.modules))) == self.sizes  # a `forward` of a module's own would be one more
+            and not any(self.hooks)
+        )
 
-    def run(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], cache: Any) -> Tensor | None:
-        """One token x (1, 1, D) through the block; None where it cannot be done here."""
+    def watched(self) -> bool:
+        """Does something want to see what happens inside?"""
+        return any(self.hooks) or any("forward" in vars(module) for module in self.modules[1:])
+
+    def fit(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> bool:
+        """Can a token x (1, 1, D) and its rotation go through here?"""
+        return x.shape[2] == self.width and all(
+            t.dtype == x.dtype and t.shape == (1, 1, self.c.dim) and t.is_contiguous() for t in turn
+        )
+
+    def run(self, x: Tensor, turn: tuple[Tensor, Tensor], cache: Any) -> Tensor:
+        """One token x (1, 1, D) through the block."""
         kernels, c = library(), self.c
-        cos, sin = position_embeddings
-        if kernels is None or x.shape[2] != self.width:
-            return None
-        for turn in position_embeddings:
-            if turn.dtype != x.dtype or turn.shape != (1, 1, c.dim) or not turn.is_contiguous():
-                return None
+        assert kernels is not None
+        cos, sin = turn
         qkv = x.new_empty(c.heads + 2 * c.kv_heads, c.dim)
         k, v = qkv[c.heads : -c.kv_heads][None, :, None], qkv[-c.kv_heads :][None, :, None]
         block, threads, token, q = ctypes.byref(c), torch.get_num_threads(), x.data_ptr(), qkv.data_ptr()
@@ -200,55 +237,184 @@ class _Weights:
         k, v = _append(cache, self.layer, k, v)
         k, v = (t if t.stride(3) == 1 and t.dtype == x.dtype else t.to(x.dtype).contiguous() for t in (k, v))
         y = torch.empty_like(x)
-        places = (_LONG * 4)(k.stride(1), k.stride(2), v.stride(1), v.stride(2))
-        tokens, kernel = k.shape[2], kernels.prunella_block_out
-        succeed(kernel(block, token, q, k.data_ptr(), v.data_ptr(), tokens, places, self.scale, y.data_ptr(), threads))
+        tokens, places, kernel = k.shape[2], _strides(k, v), kernels.prunella_block_out
+        succeed(kernel(block, token, q, k.data_ptr(), v.data_ptr(), tokens, places, y.data_ptr(), threads))
         return y
+
+
+class Stack:
+    """Fused blocks that follow each other, of one width: one call takes a token through all of them.
+
+    What the later ones will be asked is foreseen from what the first one is. Each hands its answer out, and puts its
+    key and value into the cache, only if that is what it is asked: the same bytes, with the same rotation and a cache
+    that has not changed. Otherwise it computes its own.
+    """
+
+    PATIENCE = 8  # tokens in a row whose answers nobody took, until nothing is foreseen any more
+
+    def __init__(self, blocks: Sequence[FusedBlock]):
+        self.blocks = list(blocks)
+        self.known: _Foreseen | None = None
+        self.wasted = 0
+        self.weights, self.rooms = _Array(), _Array()
+        for number, fused in enumerate(self.blocks):
+            fused.stack, fused.number = self, number
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "known": None, "weights": _Array(), "rooms": _Array()}
+
+    def foreseen(self, number: int, x: Tensor, turn: tuple[Tensor, Tensor], cache: Any) -> Tensor | None:
+        """The answer of this block, if it is the question that was foreseen."""
+        known = self.known
+        out = None if known is None else known.take(number, x, turn, cache)
+        if out is not None and number == len(self.blocks) - 1:
+            self.known, self.wasted = None, 0  # and the cache is let go
+        return out
+
+    def foresee(self, x: Tensor, turn: tuple[Tensor, Tensor], cache: Any) -> None:
+        """Take the token through all blocks, where their weights and the cache allow it."""
+        if self.known is not None:
+            self.known, self.wasted = None, self.wasted + 1
+        kernels = library()
+        if self.wasted > self.PATIENCE or kernels is None:
+            return
+        weights = [w for fused in self.blocks if (w := fused.placed()) is not None]
+        if len(weights) < len(self.blocks):
+            return
+        layers = [_layer(cache, w.layer, (1, w.c.kv_heads, w.c.dim), x.dtype) for w in weights]
+        if None in layers or len({layer.keys.shape[2] for layer in layers}) > 1:
+            return
+        rooms = [_room(layer) for layer in layers]
+        blocks = self.weights.of(weights, lambda w: ctypes.addressof(w.c), _POINTER)
+        places = self.rooms.of(rooms, _Room.place, _Place)
+        out, tokens, (cos, sin) = x.new_empty(len(weights), *x.shape), layers[0].keys.shape[2], turn
+        token = (x.data_ptr(), cos.data_ptr(), sin.data_ptr())
+        threads = torch.get_num_threads()
+        succeed(kernels.prunella_blocks(blocks, len(weights), *token, places, tokens, out.data_ptr(), threads))
+        self.known = _Foreseen(x, turn, cache, [w.layer for w in weights], rooms, out)
+
+
+class _Array:
+    """An array for C that is made anew only when the things that it tells of are others. It does not keep them."""
+
+    def __init__(self) -> None:
+        self.made: tuple[list[weakref.ref[Any]], Any] = ([], None)
+
+    def of(self, things: list[Any], tell: Callable[[Any], Any], kind: Any) -> Any:
+        known, array = self.made
+        if len(things) != len(known) or any(ref() is not thing for ref, thing in zip(known, things, strict=True)):
+            array = (kind * len(things))(*map(tell, things))
+            self.made = list(map(weakref.ref, things)), array
+        return array
+
+
+class _Foreseen:
+    """What the blocks of a stack make of one token."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        turn: tuple[Tensor, Tensor],
+        cache: Any,
+        numbers: list[int],
+        rooms: list[_Room],
+        out: Tensor,
+    ):
+        self.turn, self.cache, self.numbers, self.rooms = turn, cache, numbers, rooms
+        self.old = [(cache.layers[n], cache.layers[n].keys, cache.layers[n].values) for n in numbers]
+        self.tokens = self.old[0][1].shape[2] + 1
+        self.questions = [x, *out.unbind()]
+        self.size = x.nbytes
+        self.bytes = ctypes.string_at(x.data_ptr(), x.nbytes) + ctypes.string_at(out.data_ptr(), out.nbytes)
+
+    def take(self, number: int, x: Tensor, turn: tuple[Tensor, Tensor], cache: Any) -> Tensor | None:
+        start = number * self.size
+        if x is not self.questions[number] or cache is not self.cache or any(map(operator.is_not, turn, self.turn)):
+            return None
+        layer = cache.layers[self.numbers[number]]
+        if any(map(operator.is_not, (layer, layer.keys, layer.values), self.old[number])):
+            return None
+        if ctypes.string_at(x.data_ptr(), self.size) != self.bytes[start : start + self.size]:
+            return None
+        room = self.rooms[number]
+        layer.keys, layer.values = room.k.narrow(2, 0, self.tokens), room.v.narrow(2, 0, self.tokens)
+        return self.questions[number + 1]
 
 
 def _append(cache: Any, number: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """`cache.update(k, v, number)` for one token. The cache that transformers makes by default copies all of itself for
     every token; here it moves now and then to where there is room for more, and its tensors are views of that."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    known = type(cache) is DynamicCache and not cache.offloading and number < len(cache.layers)
-    layer: Any = cache.layers[number] if known else None
-    if (
-        type(layer) is not DynamicLayer
-        or not layer.is_initialized
-        or not all(map(_follows, (layer.keys, layer.values), (k, v)))
-    ):
+    layer = _layer(cache, number, (k.shape[0], k.shape[1], k.shape[3]), k.dtype)
+    if layer is None:
         keys, values = cache.update(k, v, number)
         return keys, values
-    tokens = layer.keys.shape[2]
-    old = layer.keys, layer.values
-    room = layer.__dict__.get("room")
-    if (
-        room is None
-        or any(
-            # someone has put another tensor there
-            part.data_ptr() != whole.data_ptr() or part.stride() != whole.stride() or whole.shape[2] <= tokens
-            for part, whole in zip(old, room, strict=True)
-        )
-        or (room[0].is_inference() and not torch.is_inference_mode_enabled())  # must not be written to any more
-    ):
-        room = tuple(t.new_empty(*t.shape[:2], tokens + max(tokens // 2, 256), t.shape[3]) for t in old)
-        for part, whole in zip(old, room, strict=True):
-            whole[:, :, :tokens] = part
-        layer.room = room
-    for new, whole in zip((k, v), room, strict=True):
+    tokens, room = layer.keys.shape[2], _room(layer)
+    for new, whole in ((k, room.k), (v, room.v)):
         whole[:, :, tokens : tokens + 1] = new
-    layer.keys, layer.values = (whole[:, :, : tokens + 1] for whole in room)
+    layer.keys, layer.values = room.k.narrow(2, 0, tokens + 1), room.v.narrow(2, 0, tokens + 1)
     return layer.keys, layer.values
 
 
-def _follows(old: Tensor, new: Tensor) -> bool:
-    """Can one token's `new` be written behind `old`, of shape (batch, heads, tokens, width)?"""
-    return (
-        old.ndim == 4
-        and (*old.shape[:2], old.shape[3], old.dtype) == (*new.shape[:2], new.shape[3], new.dtype)
-        and not old.requires_grad
-    )
+@functools.cache
+def _plain_caches() -> tuple[Any, Any]:
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    return DynamicCache, DynamicLayer
+
+
+def _layer(cache: Any, number: int, shape: tuple[int, int, int], dtype: torch.dtype) -> Any:
+    """This layer of a cache, if one token of this shape (batch, heads, width) can be written behind what it holds."""
+    plain, of_layers = _plain_caches()
+    if type(cache) is not plain or cache.offloading or number >= len(cache.layers):
+        return None
+    layer = cache.layers[number]
+    if type(layer) is not of_layers or not layer.is_initialized:
+        return None
+    for old in (layer.keys, layer.values):
+        if old.ndim != 4 or old.dtype != dtype or old.requires_grad:
+            return None
+        batch, heads, tokens, width = old.shape
+        if (batch, heads, width) != shape or tokens != layer.keys.shape[2]:
+            return None
+    return layer
+
+
+class _Room:
+    """Memory for more keys and values (batch, heads, tokens, width) than a layer of a cache holds now."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        tokens = keys.shape[2]
+        self.k, self.v = (t.new_empty(*t.shape[:2], tokens + max(tokens // 2, 256), t.shape[3]) for t in (keys, values))
+        self.k[:, :, :tokens] = keys
+        self.v[:, :, :tokens] = values
+
+    def holds(self, keys: Tensor, values: Tensor) -> bool:
+        """Do these lie here, and is there room for one token more?"""
+        return (
+            all(
+                part.data_ptr() == whole.data_ptr()  # or someone has put another tensor there
+                and part.stride() == whole.stride()
+                and part.shape[2] < whole.shape[2]
+                for part, whole in ((keys, self.k), (values, self.v))
+            )
+            and (not self.k.is_inference() or torch.is_inference_mode_enabled())  # else it must not be written to
+        )
+
+    def place(self) -> _Place:
+        return _Place(self.k.data_ptr(), self.v.data_ptr(), _strides(self.k, self.v))
+
+
+def _room(layer: Any) -> _Room:
+    """Where a layer's keys and values lie and have room for one token more; they are copied there if need be."""
+    room: _Room | None = layer.__dict__.get("room")
+    if room is None or not room.holds(layer.keys, layer.values):
+        room = layer.room = _Room(layer.keys, layer.values)
+    return room
+
+
+def _strides(k: Tensor, v: Tensor) -> Any:
+    """Of heads and tokens."""
+    return (_LONG * 4)(k.stride(1), k.stride(2), v.stride(1), v.stride(2))
 
 
 def _linear(module: Any) -> _Linear | None:
@@ -311,6 +477,18 @@ def speed_up(network: nn.Module) -> None:
             fused = FusedBlock(block)
             if _alike(fused):
                 block.forward = fused  # type: ignore[method-assign]
+    for blocks in network.modules():
+        if isinstance(blocks, nn.ModuleList):
+            for kind, group in itertools.groupby(blocks, _size):
+                if kind is not None:
+                    Stack([block.__dict__["forward"] for block in group])
+
+
+def _size(block: nn.Module) -> tuple[int, int] | None:
+    """(width, dim) of a block that has its forward from here."""
+    fused = block.__dict__.get("forward")
+    weights = fused.placed() if isinstance(fused, FusedBlock) else None
+    return None if weights is None else (weights.width, weights.c.dim)
 
 
 def slow_down(network: nn.Module) -> None:

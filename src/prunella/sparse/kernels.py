@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
+import threading
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -29,7 +30,7 @@ from .arguments import KINDS, rounded_arguments, rows_of_tile, sparse_arguments
 from .format import Packed, Rounded, unpack
 
 FEW = 16  # up to so many tokens a row is multiplied as it is expanded
-TILE = 1 << 22  # bytes of dense weights that are expanded at a time for more: they stay in the cache
+TILE = 1 << 26  # bytes of dense weights that are expanded at a time for more: torch's product likes large ones best
 
 _PAGE = 1 << 21  # bytes of a large page
 
@@ -40,7 +41,8 @@ _SIGNATURES = {
     "prunella_expand": (*_WEIGHT, _LONG, _LONG, _POINTER, _INT, _INT),
     "prunella_dense": (_LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _LONG, _INT),
     "prunella_block_in": (*[_POINTER] * 7, _INT),
-    "prunella_block_out": (*[_POINTER] * 5, _LONG, _POINTER, ctypes.c_float, _POINTER, _INT),
+    "prunella_block_out": (*[_POINTER] * 5, _LONG, _POINTER, _POINTER, _INT),
+    "prunella_blocks": (_POINTER, _LONG, *[_POINTER] * 4, _LONG, _POINTER, _INT),
     "prunella_read": (_POINTER, _LONG, _INT),
     "prunella_use": (ctypes.c_char_p,),
     "prunella_isa": (_INT,),
@@ -137,13 +139,31 @@ def _multiply(kernels: ctypes.CDLL, x: Tensor, weight: tuple[Any, ...]) -> Tenso
         succeed(kernels.prunella_product(*weight, x.data_ptr(), y.data_ptr(), kind, tokens, threads))
         return y
     step = rows_of_tile(rows, columns, x, TILE)
-    tile_RI = x.new_empty((step, columns))
+    tile_RI = _tile(step * columns * x.element_size()).view(x.dtype).view(step, columns)
     x_TI, y_TO = x.view(tokens, columns), y.view(tokens, rows)
     for first in range(0, rows, step):
         last = min(first + step, rows)
         succeed(kernels.prunella_expand(*weight, first, last, tile_RI.data_ptr(), kind, threads))
-        y_TO[:, first:last] = functional.linear(x_TI, tile_RI[: last - first])
+        part_TO = functional.linear(x_TI, tile_RI[: last - first])
+        if step == rows:
+            return part_TO.view(y.shape)  # memory that is never touched, like that of y, costs nothing
+        y_TO[:, first:last] = part_TO
     return y
+
+
+class _Kept(threading.local):
+    tile: Tensor | None = None
+
+
+_kept = _Kept()
+
+
+def _tile(size: int) -> Tensor:
+    """So many bytes, this thread's own, kept for the next time: to take them from the system again and again would cost
+    more than to expand a weight into them."""
+    if _kept.tile is None or len(_kept.tile) < size:
+        _kept.tile = torch.empty(size, dtype=torch.uint8)
+    return _kept.tile[:size]
 
 
 def _sparse_linear(

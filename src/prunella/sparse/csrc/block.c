@@ -1,10 +1,15 @@
-/* One new token through one block of a decoder such as LLaMA's, in two calls:
+/* One new token through blocks of a decoder such as LLaMA's. Through one of them in two calls:
  *
  *     prunella_block_in   normalize, project to queries, keys and values, rotate
  *     prunella_block_out  attend to the cache, project, add; normalize, gated MLP, add
  *
- * Between them the caller puts the key and the value into its cache. All activations are bfloat16 and rounded where
- * transformers rounds them. Weights are packed, or dense bfloat16 (mask NULL).
+ * Between them the caller puts the key and the value into its cache. Where the cache has room for them already, one
+ * call takes the token through any number of blocks:
+ *
+ *     prunella_blocks
+ *
+ * All activations are bfloat16 and rounded where transformers rounds them. Weights are packed, or dense bfloat16 (mask
+ * NULL).
  */
 #include <stdlib.h>
 #include <string.h>
@@ -32,7 +37,14 @@ typedef struct {
     linear_t q, k, v, o, gate, up, down;
     norm_t attention_norm, mlp_norm, q_norm, k_norm;
     int64_t heads, kv_heads, dim;
+    double scale; /* of the products of queries and keys */
 } block_t;
+
+/* Where the keys and the values of a block lie (kv_heads, tokens, dim), and have room for one more token. */
+typedef struct {
+    uint16_t *k, *v;
+    int64_t k_stride[2], v_stride[2]; /* of head and token */
+} room_t;
 
 enum { MOST = 3 }; /* products that share their input */
 
@@ -145,7 +157,7 @@ static void add(const uint16_t *a, const uint16_t *b, int64_t n, uint16_t *out) 
  * (kv_heads, tokens, dim), itself among them; strides: of head and token, of k, then of v. */
 EXPORT int prunella_block_out(
     const block_t *block, const uint16_t *x, const uint16_t *q, const uint16_t *k, const uint16_t *v, int64_t tokens,
-    const int64_t *strides, float scale, uint16_t *y, int threads) {
+    const int64_t *strides, uint16_t *y, int threads) {
     const isa_t *isa = prunella_isa_in_use();
     const int64_t heads = block->heads, dim = block->dim, width = block->q.columns, inner = block->gate.rows;
     const int64_t longest = 2 * inner > heads * dim ? 2 * inner : heads * dim;
@@ -156,7 +168,7 @@ EXPORT int prunella_block_out(
     const attend_t attending = {
         .q = q, .k = k, .v = v, .out = wide, .batch = 1, .heads = heads, .kv_heads = block->kv_heads, .tokens = tokens,
         .dim = dim, .q_stride = {0, dim}, .k_stride = {0, strides[0], strides[1]},
-        .v_stride = {0, strides[2], strides[3]}, .scale = scale,
+        .v_stride = {0, strides[2], strides[3]}, .scale = (float)block->scale,
     };
     int code = prunella_run_attend(attending, threads);
     if (!code)
@@ -174,5 +186,38 @@ EXPORT int prunella_block_out(
     }
     if (!code) add(sum, narrow, width, y);
     free(wide);
+    return code;
+}
+
+/* A token x through `count` blocks of one width and dim, which follow each other: y (count, width), what each of them
+ * makes of it. Behind the `tokens` keys and values in each block's room the token's own are written. */
+EXPORT int prunella_blocks(
+    const block_t *const *blocks, int64_t count, const uint16_t *x, const uint16_t *cos, const uint16_t *sin,
+    const room_t *rooms, int64_t tokens, uint16_t *y, int threads) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const block_t *block = blocks[i];
+        if (block->q.columns != blocks[0]->q.columns || block->dim != blocks[0]->dim || tokens < 0) return -1;
+        const int64_t size = (block->heads + 2 * block->kv_heads) * block->dim;
+        most = size > most ? size : most;
+    }
+    uint16_t *q = malloc((size_t)(most ? most : 1) * sizeof *q);
+    if (!q) return -2;
+    int code = 0;
+    for (int64_t i = 0; i < count && !code; i++) {
+        const block_t *block = blocks[i];
+        const room_t *room = &rooms[i];
+        const int64_t dim = block->dim, strides[] = {room->k_stride[0], room->k_stride[1], room->v_stride[0], room->v_stride[1]};
+        uint16_t *k = q + block->heads * dim, *v = k + block->kv_heads * dim;
+        code = prunella_block_in(block, x, cos, sin, q, k, v, threads);
+        for (int64_t h = 0; h < block->kv_heads; h++) {
+            memcpy(room->k + h * strides[0] + tokens * strides[1], k + h * dim, (size_t)dim * sizeof *k);
+            memcpy(room->v + h * strides[2] + tokens * strides[3], v + h * dim, (size_t)dim * sizeof *v);
+        }
+        if (!code) code = prunella_block_out(block, x, q, room->k, room->v, tokens + 1, strides, y, threads);
+        x = y;
+        y += block->q.columns;
+    }
+    free(q);
     return code;
 }
