@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
+from torch.utils.hooks import RemovableHandle
 
 from ..fast import differentiable, readable, use_fast_attention
 from .arguments import weight_arguments
@@ -137,7 +138,7 @@ class FusedBlock:
         """The weights where they lie now; None while the kernels must not run."""
         if self.weights is None or not self.weights.current():
             self.weights = _Weights.of(self.block)
-            if self.weights is not None and self.weights.watched():
+            if self.weights is not None and not self.weights.current():  # something wants to see inside
                 return None
         return self.weights
 
@@ -147,22 +148,16 @@ class _Weights:
 
     def __init__(self, modules: dict[str, nn.Module], c: _Block, layer: int):
         self.modules = list(modules.values())
-        tables = ("_parameters", "_buffers", "_modules")
-        # what is asked for every block and token goes through these lists without a loop in Python
-        self.tables = [module.__dict__[name] for module in self.modules for name in tables]
+        # What is asked for every block and token goes through these lists, without a loop in Python, and touches as
+        # little memory as will do: by then the weights have driven everything else out of the caches.
+        names = ("_parameters", "_buffers", "_modules")
+        self.tables = [table for module in self.modules for name in names if (table := vars(module)[name])]
         self.inside = [thing for table in self.tables for thing in table.values()]
         self.tensors = [thing for thing in self.inside if isinstance(thing, Tensor)]
         self.names = list(map(id, self.inside))
         self.places = list(map(Tensor.data_ptr, self.tensors))
         self.sizes = list(map(len, map(vars, self.modules)))
-        self.hooks = [
-            *(hooks._global_forward_hooks, hooks._global_forward_pre_hooks),
-            *(
-                module.__dict__[name]
-                for module in self.modules[1:]
-                for name in ("_forward_hooks", "_forward_pre_hooks")
-            ),
-        ]
+        self.hooks = -1  # the number of the next hook when none was found; every hook takes one
         self.c, self.layer, self.width = c, layer, getattr(c, _LINEARS[0]).columns
 
     @classmethod
@@ -206,17 +201,23 @@ class _Weights:
 
     def current(self) -> bool:
         """Is every tensor still in its place, and every module, and does nothing want to see what happens inside?"""
+        if self.hooks != RemovableHandle.next_id:
+            if self.watched():
+                return False
+            self.hooks = RemovableHandle.next_id
         inside = itertools.chain.from_iterable(map(dict.values, self.tables))
         return (
             list(map(id, inside)) == self.names
             and list(map(Tensor.data_ptr, self.tensors)) == self.places
             and list(map(len, map(vars, self.modules))) == self.sizes  # a `forward` of a module's own would be one more
-            and not any(self.hooks)
         )
 
     def watched(self) -> bool:
         """Does something want to see what happens inside?"""
-        return any(self.hooks) or any("forward" in vars(module) for module in self.modules[1:])
+        return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks) or any(
+            module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+            for module in self.modules[1:]
+        )
 
     def fit(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> bool:
         """Can a token x (1, 1, D) and its rotation go through here?"""
