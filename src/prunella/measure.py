@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,18 @@ def same_text(source: str, other: str) -> bool:
 def measure(
     model: Model, recipe: Recipe, ids_NL: Tensor | None, checkpoint: Checkpoint | None, track: Track
 ) -> dict[str, Any]:
-    """Perplexity on held-out windows and a sample of text; of the weights in `checkpoint`, if one is given."""
+    """Perplexity on held-out windows and a sample of text; of the weights in `checkpoint`, if one is given. `text` says
+    which windows they were."""
     if ids_NL is None:
         return {"perplexity": None, "sample": None}
     result = perplexity(model, ids_NL, checkpoint=checkpoint, track=track).as_dict()
-    return {"source": recipe.evaluate.source, **result, "sample": _sample(model, checkpoint)}
+    said = {"source": recipe.evaluate.source, "text": digest(ids_NL)}
+    return {**said, **result, "sample": _sample(model, checkpoint)}
+
+
+def digest(ids_NL: Tensor) -> str:
+    """The same for the same windows, and for no others."""
+    return hashlib.sha256(f"{tuple(ids_NL.shape)}".encode() + ids_NL.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def _sample(model: Model, checkpoint: Checkpoint | None, tokens: int = 24) -> str | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import prunella
 from prunella import InputError, ModelError, NumericalError, Report
-from prunella.heal import retrain
+from prunella.heal import retrain, run
 from prunella.heal.rounds import schedule
 from prunella.tensors import MASKS
 
@@ -54,6 +56,31 @@ def test_it_is_better_and_exactly_as_sparse(pruned: Path, tmp_path: Path) -> Non
     assert "retrained" in (tmp_path / "out" / "README.md").read_text()
     assert not any(path.name.startswith("out.") for path in tmp_path.iterdir())
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_what_the_pruning_measured_is_not_measured_again(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Any] = []
+    real = run.measure
+    monkeypatch.setattr(run, "measure", lambda *arguments: measured.append(0) or real(*arguments))
+    recipe = settings(train=["norms"], tokens=256)
+    both = {"evaluate": {"windows": 3}, "calibration": recipe["calibration"]}
+    source = tmp_path / "pruned"
+    said = prunella.prune(str(dense), {**both, "sparsity": 0.5, "steps": ["magnitude"]}, output=source)
+
+    def times(name: str, evaluate: dict[str, Any]) -> int:
+        measured.clear()
+        report = prunella.heal(source, {**recipe, "evaluate": evaluate}, output=tmp_path / name)
+        assert report.healing["before"]["perplexity"] == pytest.approx(said.pruned["perplexity"], rel=0.2)
+        assert len(report.healing["before"]["nll"]) == evaluate["windows"]
+        return len(measured)
+
+    assert times("same", {"windows": 3}) == 1
+    assert times("other", {"windows": 2}) == 2
+    weight = next(source.glob("*.safetensors"))
+    os.utime(weight, (time.time() + 5, time.time() + 5))
+    assert times("touched", {"windows": 3}) == 2
 
 
 def test_what_does_not_train_is_byte_for_byte_the_same(pruned: Path, tmp_path: Path) -> None:
@@ -218,7 +245,9 @@ def test_new_biases_start_from_the_mean_output_error(dense: Path, pruned: Path, 
 
 
 def test_lora_is_kept_apart_as_peft_reads_it(pruned: Path, tmp_path: Path) -> None:
-    recipe = settings(train=[{"lora": {"rank": 4, "alpha": 12}}], rate=1e-2) | {"evaluate": {"windows": 2}}
+    recipe = settings(train=[{"lora": {"rank": 4, "alpha": 12}}], rate=1e-2) | {
+        "evaluate": {"windows": 2, "length": 128}
+    }
     report = prunella.heal(pruned, recipe, output=tmp_path / "out")
     before, after = weights(pruned), weights(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..calibrate import check_windows, up_to, windows
 from ..errors import InputError, ModelError, NumericalError, PrunellaError
 from ..load import Model, load_model, pick_device, wrap_model
-from ..measure import context, held_out_windows, measure, same_text
+from ..measure import context, digest, held_out_windows, measure, same_text, window_length
 from ..pattern import pack, unpack
 from ..recipe import Calibration, Healing, Recipe
 from ..report import Report, peak_memory
@@ -161,13 +161,15 @@ class _Run:
         check_windows(model, ids_NL)
         recipe = self.recipe.model_copy(update={"model": str(self.directory), "dtype": str(model.dtype)[6:]})
         author = self._author(model, recipe.evaluate.source)
-        test_NL = held_out_windows(author, recipe, self._calibrated(model), min(2048, context(model)))
+        test_NL = held_out_windows(author, recipe, self._calibrated(model), self._length(model))
         out = None
         if main:
             out = Output(self.path, model, slots, identity(model.checkpoint, recipe.plain(), ids_NL), self.resume)
         team.wait_for_everyone()  # the directory is there
         try:
             before = out.notes.get("before") if out else None
+            if before is None and source == self.directory:
+                before = self._known(model, test_NL)
             if before is None:
                 before = measure(model, recipe, test_NL, None, self.track) if main else {}
                 if out:
@@ -222,6 +224,16 @@ class _Run:
             if out:
                 out.close()
 
+    def _known(self, model: Model, test_NL: Tensor | None) -> dict[str, Any] | None:
+        """What the pruning measured on these windows, if nothing has touched the model since."""
+        said, checkpoint = self.said, model.checkpoint
+        if said is None or said.healing or test_NL is None or checkpoint is None:
+            return None
+        written = (self.directory / REPORT).stat().st_mtime
+        touched = any((self.directory / file).stat().st_mtime > written for file in checkpoint.files)
+        same = said.pruned.get("text") == digest(test_NL) and said.model.get("dtype") == str(model.dtype)[6:]
+        return said.pruned if same and not touched else None
+
     def _open(self, directory: Path) -> Model:
         return load_model(str(directory), device=self.recipe.device, remote_code=self.remote_code, pickles=self.pickles)
 
@@ -251,16 +263,18 @@ class _Run:
         """Who writes the text: of `self` it is the dense model."""
         return self._dense if source == "self" else model
 
+    def _length(self, model: Model) -> int:
+        """Tokens in a window to calibrate on and, where nothing else is said, to evaluate on, as when it was pruned."""
+        return window_length(model, self.recipe.calibration.length)
+
     def _calibration(self, model: Model) -> Tensor:
         wanted = self.recipe.calibration
-        length = wanted.length or min(2048, context(model))
         author = self._author(model, wanted.source)
-        return windows(author, wanted.source, wanted.samples, length, seed=self.recipe.seed)
+        return windows(author, wanted.source, wanted.samples, self._length(model), seed=self.recipe.seed)
 
     def _calibrated(self, model: Model) -> int:
         """Tokens of the calibration text that come before those to evaluate on, if they are of one text."""
-        wanted = self.recipe.calibration
-        return wanted.samples * (wanted.length or min(2048, context(model)))
+        return self.recipe.calibration.samples * self._length(model)
 
     def _text(self, model: Model) -> tuple[Tensor, Tensor | None]:
         """Windows to train on, shuffled, and those that are held out; never those to evaluate on."""
@@ -275,7 +289,7 @@ class _Run:
                 break
             first = last = 0  # windows that hold tokens to evaluate on
             if test.source is not None and same_text(source, test.source):
-                own = test.length or min(2048, context(model))
+                own = test.length or self._length(model)
                 same = same_text(test.source, self.recipe.calibration.source)
                 skip = -(-self._calibrated(model) // own) if same else 0
                 first, last = skip * own // length, -(-(skip + test.windows) * own // length)
