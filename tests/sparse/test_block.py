@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM
 
 import prunella
 from prunella.sparse import block, kernels
-from prunella.sparse.bench import packed_copy
+from prunella.sparse.bench import packed_copy, random_packed
 from prunella.sparse.block import FusedBlock, Stack, _Weights, slow_down, speed_up
 from prunella.sparse.commands import pack_model
+from prunella.sparse.format import unpack
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="the C kernels were not compiled")
 ALIKE = ("llama", "mistral", "qwen2", "qwen3")
@@ -433,16 +434,97 @@ def test_nothing_is_foreseen_any_more_where_nobody_asks(alone: list[int]) -> Non
     assert alone == [0, 1, 2] * 28  # the cache has no fourth layer
 
 
-def test_a_cache_is_let_go() -> None:
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_cache_is_let_go(interrupted: bool) -> None:
     network, ids = packed(num_hidden_layers=3), tiny.token_windows(1, 8)
     with torch.inference_mode():
         cache = network(ids[:, :4], use_cache=True).past_key_values
-        network(ids[:, 4:5], past_key_values=cache)
+        if interrupted:
+            network.model.layers[1].register_forward_hook(lambda module, args, out: 1 // 0)
+            with pytest.raises(ZeroDivisionError):
+                network(ids[:, 4:5], past_key_values=cache)
+        else:
+            network(ids[:, 4:5], past_key_values=cache)
+    assert (network.model.layers[0].forward.stack.known is not None) == interrupted
     room = weakref.ref(cache.layers[1].room)
     cache = weakref.ref(cache)
     gc.collect()
     assert cache() is None
     assert room() is None
+
+
+def test_blocks_are_copied_and_let_go_one_by_one() -> None:
+    network, ids = packed(num_hidden_layers=4), tiny.token_windows(1, 12)[0]
+    layers = network.model.layers
+    one = copy.deepcopy(layers[2])
+    assert one.forward.stack.blocks.keys() == {2}
+    assert one.forward.stack is not layers[2].forward.stack
+    gone = weakref.ref(layers[3])
+    last = layers[3].forward
+    del layers[3], last
+    gc.collect()
+    assert gone() is None
+    network.config.num_hidden_layers = 3
+    assert torch.equal(decode(network, ids), decode(blocks_alone(network), ids))
+    gone = weakref.ref(layers[1].forward)
+    slow_down(network)
+    assert gone() is None
+
+
+def test_two_blocks_that_share_a_layer_of_the_cache(alone: list[int]) -> None:
+    network, ids = packed(num_hidden_layers=4), tiny.token_windows(1, 12)[0]
+    for number in (2, 3):
+        network.model.layers[number].self_attn.layer_idx = number - 2
+    slow_down(network)
+    speed_up(network)
+    alone.clear()
+    got = decode(network, ids)
+    assert alone == [0, 1, 0, 1] * 8
+    slow_down(network)
+    assert distance(got, decode(network, ids)) < 0.01
+
+
+@torch.inference_mode()
+def test_two_branches_of_a_text_do_not_write_over_each_other() -> None:
+    network, ids = packed(), tiny.token_windows(1, 12)
+
+    def logits(cache: Any, *tokens: int) -> Tensor:
+        return torch.cat([network(torch.tensor([[t]]), past_key_values=cache).logits for t in tokens], 1)
+
+    def start() -> Any:
+        cache = network(ids[:, :4], use_cache=True).past_key_values
+        logits(cache, 5)
+        return cache
+
+    wanted = [logits(start(), 6, 7), logits(start(), 8, 9)]
+    cache = start()
+    kept = [(layer.keys, layer.values) for layer in cache.layers]
+    first = logits(cache, 6)
+    other = start()
+    for layer, beside, (keys, values) in zip(other.layers, cache.layers, kept, strict=True):
+        layer.keys, layer.values, layer.room = keys, values, beside.room  # as copies of the layers would have them
+    assert torch.equal(logits(other, 8, 9), wanted[1])
+    assert torch.equal(torch.cat([first, logits(cache, 7)], 1), wanted[0])
+
+
+def test_without_kernels_a_model_from_elsewhere_runs(monkeypatch: pytest.MonkeyPatch, alone: list[int]) -> None:
+    network, ids = packed(), tiny.token_windows(1, 8)[0]
+    monkeypatch.setattr(block, "library", lambda: None)
+    alone.clear()
+    decode(network, ids)
+    assert not alone
+
+
+@pytest.mark.parametrize("tile", [1 << 26, 2 * 64 * 2])
+def test_the_gradient_of_a_bare_product(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "TILE", tile)
+    one, two = (random_packed(6, 64, 0.5) for _ in range(2))
+    x = torch.randn(20, 64).bfloat16().requires_grad_()
+    y = kernels.sparse_linear(x, one.mask, one.offsets, one.values, None, 64, 0)
+    kernels.sparse_linear(x, two.mask, two.offsets, two.values * 2, None, 64, 0)
+    (grad,) = torch.autograd.grad(y.float().sum(), x)
+    wanted = unpack(one, torch.bfloat16).float().sum(0).expand(20, -1)
+    torch.testing.assert_close(grad.float(), wanted, rtol=2e-2, atol=2e-2)
 
 
 def test_two_threads_at_once() -> None:

@@ -82,6 +82,11 @@ class FusedBlock:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "weights": None}  # addresses mean nothing elsewhere
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.stack is not None:
+            self.stack.blocks[self.number] = weakref.ref(self)
+
     def __call__(
         self,
         hidden_states: Tensor,
@@ -115,8 +120,8 @@ class FusedBlock:
 
     def token(self, x: Tensor, turn: tuple[Tensor, Tensor], cache: Any) -> Tensor | None:
         """What the block makes of one token x (1, 1, D), rotated by `turn`; None where it is not for C to say."""
-        if self.stack is not None and (out := self.stack.foreseen(self.number, x, turn, cache)) is not None:
-            return out
+        if x.device.type != "cpu":
+            self.weights = None  # they have moved with it, and what lay here can go
         if not (
             readable(x)
             and x.ndim == 3
@@ -124,9 +129,12 @@ class FusedBlock:
             and x.is_contiguous()
             and not differentiable(x)
             and not torch.is_autocast_enabled("cpu")
-            and (weights := self.placed()) is not None
-            and weights.fit(x, turn)
         ):
+            return None
+        if self.stack is not None and (out := self.stack.foreseen(self.number, x, turn, cache)) is not None:
+            return out
+        weights = self.placed()
+        if weights is None or not weights.fit(x, turn):
             return None
         if self.stack is not None and self.number == 0:
             self.stack.foresee(x, turn, cache)
@@ -135,7 +143,9 @@ class FusedBlock:
         return weights.run(x, turn, cache)
 
     def placed(self) -> _Weights | None:
-        """The weights where they lie now; None while the kernels must not run."""
+        """The weights where they lie now; None while the kernels must not run, or are missing."""
+        if library() is None:
+            return None
         if self.weights is None or not self.weights.current():
             self.weights = _Weights.of(self.block)
             if self.weights is not None and not self.weights.current():  # something wants to see inside
@@ -247,56 +257,84 @@ class Stack:
     """Fused blocks that follow each other, of one width: one call takes a token through all of them.
 
     What the later ones will be asked is foreseen from what the first one is. Each hands its answer out, and puts its
-    key and value into the cache, only if that is what it is asked: the same bytes, with the same rotation and a cache
-    that has not changed. Otherwise it computes its own.
+    key and value into the cache, only if that is what it is asked: the same tensor with the same bytes, the same
+    rotation, and a cache that holds what it held. Otherwise it computes its own. (What is not noticed is a hook between
+    two blocks that changes, in place, the weights of a later one, or what the cache holds for it, for this very token.)
+
+    blocks: weak references, so that a block can be copied, and let go, without the others
     """
 
-    PATIENCE = 8  # tokens in a row whose answers nobody took, until nothing is foreseen any more
+    PATIENCE = 8  # tokens in a row of which not all answers were taken, until nothing is foreseen for that cache
 
     def __init__(self, blocks: Sequence[FusedBlock]):
-        self.blocks = list(blocks)
+        self.blocks: dict[int, weakref.ref[FusedBlock]] = {}
+        self._forget()
+        for number, fused in enumerate(blocks):
+            fused.stack, fused.number = self, number
+            self.blocks[number] = weakref.ref(fused)
+
+    def _forget(self) -> None:
         self.known: _Foreseen | None = None
         self.wasted = 0
+        self.cache: Callable[[], Any] = _nothing
         self.weights, self.rooms = _Array(), _Array()
-        for number, fused in enumerate(self.blocks):
-            fused.stack, fused.number = self, number
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "known": None, "weights": _Array(), "rooms": _Array()}
+        return {"blocks": {}}  # each that is copied enters itself
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     def foreseen(self, number: int, x: Tensor, turn: tuple[Tensor, Tensor], cache: Any) -> Tensor | None:
         """The answer of this block, if it is the question that was foreseen."""
         known = self.known
         out = None if known is None else known.take(number, x, turn, cache)
-        if out is not None and number == len(self.blocks) - 1:
-            self.known, self.wasted = None, 0  # and the cache is let go
+        if known is not None and out is not None and number == known.last:
+            self.known, self.wasted = None, 0
         return out
 
     def foresee(self, x: Tensor, turn: tuple[Tensor, Tensor], cache: Any) -> None:
         """Take the token through all blocks, where their weights and the cache allow it."""
-        if self.known is not None:
-            self.known, self.wasted = None, self.wasted + 1
+        if self.cache() is not cache:
+            self.cache, self.wasted = weakref.ref(cache), 0
+        elif self.known is not None:
+            self.wasted += 1
+        self.known = None
         kernels = library()
         if self.wasted > self.PATIENCE or kernels is None:
             return
-        weights = [w for fused in self.blocks if (w := fused.placed()) is not None]
-        if len(weights) < len(self.blocks):
-            return
+        weights = []
+        for number in range(len(self.blocks)):
+            fused = self.blocks[number]() if number in self.blocks else None
+            if fused is None:
+                break  # those after it may no longer follow
+            placed = fused.placed()
+            if placed is None:
+                return
+            weights.append(placed)
         layers = [_layer(cache, w.layer, (1, w.c.kv_heads, w.c.dim), x.dtype) for w in weights]
-        if None in layers or len({layer.keys.shape[2] for layer in layers}) > 1:
+        if None in layers or len(set(map(id, layers))) < len(layers) or len({la.keys.shape[2] for la in layers}) > 1:
             return
-        rooms = [_room(layer) for layer in layers]
+        tokens, rooms = layers[0].keys.shape[2], [_room(layer) for layer in layers]
         blocks = self.weights.of(weights, lambda w: ctypes.addressof(w.c), _POINTER)
         places = self.rooms.of(rooms, _Room.place, _Place)
-        out, tokens, (cos, sin) = x.new_empty(len(weights), *x.shape), layers[0].keys.shape[2], turn
+        out, (cos, sin) = x.new_empty(len(weights), *x.shape), turn
         token = (x.data_ptr(), cos.data_ptr(), sin.data_ptr())
         threads = torch.get_num_threads()
         succeed(kernels.prunella_blocks(blocks, len(weights), *token, places, tokens, out.data_ptr(), threads))
-        self.known = _Foreseen(x, turn, cache, [w.layer for w in weights], rooms, out)
+        self.known = known = _Foreseen(x, turn, cache, [w.layer for w in weights], out)
+        for layer, room in zip(layers, rooms, strict=True):
+            room.foreseen = known.mark, layer.keys, layer.values
+
+
+def _nothing() -> None:
+    """A weak reference to nothing."""
 
 
 class _Array:
-    """An array for C that is made anew only when the things that it tells of are others. It does not keep them."""
+    """An array for C that is made anew only when the things that it tells of are others. It does not keep them: what
+    it holds is good while the caller does."""
 
     def __init__(self) -> None:
         self.made: tuple[list[weakref.ref[Any]], Any] = ([], None)
@@ -310,36 +348,38 @@ class _Array:
 
 
 class _Foreseen:
-    """What the blocks of a stack make of one token."""
+    """What the blocks of a stack make of one token. It keeps nothing of the cache, which knows it by `mark`."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        turn: tuple[Tensor, Tensor],
-        cache: Any,
-        numbers: list[int],
-        rooms: list[_Room],
-        out: Tensor,
-    ):
-        self.turn, self.cache, self.numbers, self.rooms = turn, cache, numbers, rooms
-        self.old = [(cache.layers[n], cache.layers[n].keys, cache.layers[n].values) for n in numbers]
-        self.tokens = self.old[0][1].shape[2] + 1
-        self.questions = [x, *out.unbind()]
-        self.size = x.nbytes
-        self.bytes = ctypes.string_at(x.data_ptr(), x.nbytes) + ctypes.string_at(out.data_ptr(), out.nbytes)
+    def __init__(self, x: Tensor, turn: tuple[Tensor, Tensor], cache: Any, layers: list[int], out: Tensor):
+        self.turn, self.cache, self.layers, self.mark = turn, weakref.ref(cache), layers, object()
+        self.questions = [x, *(out[i] for i in range(len(out)))]
+        self.bytes, self.size, self.last = _bytes(x) + _bytes(out), x.nbytes, len(out) - 1
+        self.hooks = RemovableHandle.next_id
 
     def take(self, number: int, x: Tensor, turn: tuple[Tensor, Tensor], cache: Any) -> Tensor | None:
-        start = number * self.size
-        if x is not self.questions[number] or cache is not self.cache or any(map(operator.is_not, turn, self.turn)):
+        """The answer of block `number`, whose key and value go into the cache; None to another question."""
+        start, held = number * self.size, self.cache()
+        if (
+            number > self.last
+            or x is not self.questions[number]
+            or x.nbytes != self.size
+            or _bytes(x) != self.bytes[start : start + self.size]
+            or any(map(operator.is_not, turn, self.turn))
+            or held is None
+            or held is not cache
+            or self.hooks != RemovableHandle.next_id  # one may be inside of this block
+        ):
             return None
-        layer = cache.layers[self.numbers[number]]
-        if any(map(operator.is_not, (layer, layer.keys, layer.values), self.old[number])):
+        layer = held.layers[self.layers[number]]
+        room: _Room | None = getattr(layer, "room", None)
+        if room is None or any(map(operator.is_not, (self.mark, layer.keys, layer.values), room.foreseen)):
             return None
-        if ctypes.string_at(x.data_ptr(), self.size) != self.bytes[start : start + self.size]:
-            return None
-        room = self.rooms[number]
-        layer.keys, layer.values = room.k.narrow(2, 0, self.tokens), room.v.narrow(2, 0, self.tokens)
+        layer.keys, layer.values = room.fill(layer.keys.shape[2] + 1)
         return self.questions[number + 1]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
 
 
 def _append(cache: Any, number: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -352,7 +392,7 @@ def _append(cache: Any, number: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
     tokens, room = layer.keys.shape[2], _room(layer)
     for new, whole in ((k, room.k), (v, room.v)):
         whole[:, :, tokens : tokens + 1] = new
-    layer.keys, layer.values = room.k.narrow(2, 0, tokens + 1), room.v.narrow(2, 0, tokens + 1)
+    layer.keys, layer.values = room.fill(tokens + 1)
     return layer.keys, layer.values
 
 
@@ -381,35 +421,48 @@ def _layer(cache: Any, number: int, shape: tuple[int, int, int], dtype: torch.dt
 
 
 class _Room:
-    """Memory for more keys and values (batch, heads, tokens, width) than a layer of a cache holds now."""
+    """Memory for more keys and values (batch, heads, tokens, width) than a layer of a cache holds now.
+
+    used:     tokens of it that have been handed out: what lies there may be somebody's, a copy of the layer's maybe
+    foreseen: the mark of a `_Foreseen` that has written behind them, and the keys and values that it read
+    """
+
+    foreseen: tuple[Any, Any, Any] = (None, None, None)
 
     def __init__(self, keys: Tensor, values: Tensor):
-        tokens = keys.shape[2]
-        self.k, self.v = (t.new_empty(*t.shape[:2], tokens + max(tokens // 2, 256), t.shape[3]) for t in (keys, values))
-        self.k[:, :, :tokens] = keys
-        self.v[:, :, :tokens] = values
+        self.used = keys.shape[2]
+        tokens = self.used + max(self.used // 2, 256)
+        self.k, self.v = (t.new_empty(*t.shape[:2], tokens, t.shape[3]) for t in (keys, values))
+        self.k[:, :, : self.used] = keys
+        self.v[:, :, : self.used] = values
 
     def holds(self, keys: Tensor, values: Tensor) -> bool:
-        """Do these lie here, and is there room for one token more?"""
+        """Are these all that lies here, and is there room for one token more?"""
         return (
             all(
                 part.data_ptr() == whole.data_ptr()  # or someone has put another tensor there
                 and part.stride() == whole.stride()
-                and part.shape[2] < whole.shape[2]
+                and part.shape[2] == self.used < whole.shape[2]
                 for part, whole in ((keys, self.k), (values, self.v))
             )
             and (not self.k.is_inference() or torch.is_inference_mode_enabled())  # else it must not be written to
         )
+
+    def fill(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """So many keys and values."""
+        self.used, self.foreseen = tokens, _Room.foreseen
+        return self.k.narrow(2, 0, tokens), self.v.narrow(2, 0, tokens)
 
     def place(self) -> _Place:
         return _Place(self.k.data_ptr(), self.v.data_ptr(), _strides(self.k, self.v))
 
 
 def _room(layer: Any) -> _Room:
-    """Where a layer's keys and values lie and have room for one token more; they are copied there if need be."""
+    """Where a layer's keys and values lie and have room for one token more; they are moved there if need be."""
     room: _Room | None = layer.__dict__.get("room")
     if room is None or not room.holds(layer.keys, layer.values):
         room = layer.room = _Room(layer.keys, layer.values)
+        layer.keys, layer.values = room.fill(room.used)
     return room
 
 
@@ -419,7 +472,7 @@ def _strides(k: Tensor, v: Tensor) -> Any:
 
 
 def _linear(module: Any) -> _Linear | None:
-    if module.bias is not None and not _plain(module.bias):
+    if type(module) not in (DenseLinear, SparseLinear) or (module.bias is not None and not _plain(module.bias)):
         return None
     out = _Linear(bias=None if module.bias is None else module.bias.data_ptr())
     if type(module) is DenseLinear:
@@ -428,7 +481,7 @@ def _linear(module: Any) -> _Linear | None:
         out.rows, out.columns = module.weight.shape
         out.values = module.weight.data_ptr()
         return out
-    if type(module) is not SparseLinear or module.weight_values.dtype in (torch.float32, torch.float16):
+    if module.weight_values.dtype in (torch.float32, torch.float16):
         return None
     parts = (module.weight_mask, module.weight_offsets, module.weight_values, module.weight_scales)
     if any(part is not None and part.device.type != "cpu" for part in parts):

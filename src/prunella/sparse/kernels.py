@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from .. import native
 from ..errors import InputError, say, unknown
+from ..fast import differentiable
 from .arguments import KINDS, rounded_arguments, rows_of_tile, sparse_arguments
 from .format import Packed, Rounded, unpack
 
@@ -133,22 +134,25 @@ def _sparse_linear_cpu(
 def _multiply(kernels: ctypes.CDLL, x: Tensor, weight: tuple[Any, ...]) -> Tensor:
     """x W^T for a weight as the C functions take it."""
     rows, columns, x = weight[1], weight[2], x.contiguous()
-    y = x.new_empty((*x.shape[:-1], rows))
-    tokens, kind, threads = x.numel() // columns, KINDS[x.dtype], torch.get_num_threads()
+    shape, tokens = (*x.shape[:-1], rows), x.numel() // columns
+    kind, threads = KINDS[x.dtype], torch.get_num_threads()
     if tokens <= FEW:
+        y = x.new_empty(shape)
         succeed(kernels.prunella_product(*weight, x.data_ptr(), y.data_ptr(), kind, tokens, threads))
         return y
     step = rows_of_tile(rows, columns, x, TILE)
-    tile_RI = _tile(step * columns * x.element_size()).view(x.dtype).view(step, columns)
-    x_TI, y_TO = x.view(tokens, columns), y.view(tokens, rows)
+    take = _new_tile if differentiable(x) else _kept_tile  # torch remembers the tile for the gradient of x
+    parts_TR = []
     for first in range(0, rows, step):
         last = min(first + step, rows)
+        tile_RI = take((last - first) * columns * x.element_size()).view(x.dtype).view(-1, columns)
         succeed(kernels.prunella_expand(*weight, first, last, tile_RI.data_ptr(), kind, threads))
-        part_TO = functional.linear(x_TI, tile_RI[: last - first])
-        if step == rows:
-            return part_TO.view(y.shape)  # memory that is never touched, like that of y, costs nothing
-        y_TO[:, first:last] = part_TO
-    return y
+        parts_TR.append(functional.linear(x.view(tokens, columns), tile_RI))
+    return (parts_TR[0] if len(parts_TR) == 1 else torch.cat(parts_TR, 1)).view(shape)
+
+
+def _new_tile(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)
 
 
 class _Kept(threading.local):
@@ -158,11 +162,11 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
-def _tile(size: int) -> Tensor:
-    """So many bytes, this thread's own, kept for the next time: to take them from the system again and again would cost
-    more than to expand a weight into them."""
+def _kept_tile(size: int) -> Tensor:
+    """So many bytes, this thread's own, kept for the next time (up to TILE of them in each thread): to take them from
+    the system again and again would cost more than to expand a weight into them."""
     if _kept.tile is None or len(_kept.tile) < size:
-        _kept.tile = torch.empty(size, dtype=torch.uint8)
+        _kept.tile = _new_tile(size)
     return _kept.tile[:size]
 
 

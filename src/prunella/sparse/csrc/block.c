@@ -210,7 +210,7 @@ EXPORT int prunella_blocks(
         const int64_t dim = block->dim, strides[] = {room->k_stride[0], room->k_stride[1], room->v_stride[0], room->v_stride[1]};
         uint16_t *k = q + block->heads * dim, *v = k + block->kv_heads * dim;
         code = prunella_block_in(block, x, cos, sin, q, k, v, threads);
-        for (int64_t h = 0; h < block->kv_heads; h++) {
+        for (int64_t h = 0; h < block->kv_heads && !code; h++) {
             memcpy(room->k + h * strides[0] + tokens * strides[1], k + h * dim, (size_t)dim * sizeof *k);
             memcpy(room->v + h * strides[2] + tokens * strides[3], v + h * dim, (size_t)dim * sizeof *v);
         }
