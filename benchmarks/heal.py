@@ -145,7 +145,10 @@ def main() -> None:
                         "cell": cell,
                         "method": method,
                         "perplexity": did["after"]["perplexity"],
-                        **{key: did[key] for key in ("trained", "tokens", "seconds", "peak_memory", "losses")},
+                        **{
+                            key: did[key]
+                            for key in ("trained", "tokens", "seconds", "cpu_seconds", "peak_memory", "losses")
+                        },
                         "held_out": did.get("held_out"),
                     }
                 )
@@ -166,9 +169,9 @@ def table(done: Mapping[Key, Mapping[str, Any]], step: str, cell: str, methods: 
     """One pruned model's healings."""
     start = done[step, cell, "nothing"]
     out = Table(title=f"{step}, {cell}; dense {start['dense']:.2f}")
-    for column in ("trained", "perplexity", "recovered", "parameters", "seconds", "peak GB"):
+    for column in ("trained", "perplexity", "recovered", "parameters", "seconds", "CPU-seconds", "peak GB"):
         out.add_column(column, justify="left" if column == "trained" else "right", no_wrap=True)
-    out.add_row("nothing", f"{start['perplexity']:.2f}", "", "", "", "")
+    out.add_row("nothing", f"{start['perplexity']:.2f}", *[""] * 5)
     full = done.get((step, cell, "all"))
     for method in methods:
         row = done.get((step, cell, method))
@@ -182,6 +185,7 @@ def table(done: Mapping[Key, Mapping[str, Any]], step: str, cell: str, methods: 
             f"{won / whole:.0%}" if whole else "",
             f"{row['trained']:.3%}",
             f"{row['seconds']:.0f}",
+            f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else "",
             f"{row['peak_memory'] / 1e9:.2f}",
         )
     return out
