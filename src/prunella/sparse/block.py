@@ -193,7 +193,7 @@ class _Weights:
                 return None
             setattr(c, name, norm)
         q, k, v, o, gate, up, down = (getattr(c, name) for name in _LINEARS)
-        c.heads, c.kv_heads, c.dim, c.scale = q.rows // dim, k.rows // dim, dim, scale
+        c.heads, c.kv_heads, c.dim, c.scale = q.rows // dim, k.rows // dim, dim, float(scale)
         width, inner = q.columns, gate.rows
         sizes = [found[name].weight.numel() if name in found else dim for name in _NORMS]
         if (
