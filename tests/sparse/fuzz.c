@@ -44,7 +44,7 @@ typedef struct {
 } block_t;
 typedef struct {
     void *k, *v;
-    int64_t k_stride[2], v_stride[2];
+    int64_t strides[4];
 } room_t;
 int prunella_block_in(
     const block_t *block, const void *x, const void *cos, const void *sin, void *q, void *k, void *v, int threads);
@@ -121,7 +121,7 @@ static int block(void) {
     void *keys = noise(kv * tokens * dim * 2, 2), *values = noise(kv * tokens * dim * 2, 2);
     const int64_t strides[] = {tokens * dim, dim, tokens * dim, dim};
     const block_t *const blocks[] = {&b, &b, &b}, *const unlike[] = {&b, &other};
-    const room_t room = {keys, values, {strides[0], strides[1]}, {strides[2], strides[3]}}, rooms[] = {room, room, room};
+    const room_t room = {keys, values, {tokens * dim, dim, tokens * dim, dim}}, rooms[] = {room, room, room};
     const int failed = prunella_block_in(&b, x, cos, sin, q, k, v, 1) ||
                        prunella_block_out(&b, x, q, keys, values, tokens, strides, y, 1) ||
                        prunella_block_out(&b, x, q, keys, values, 0, strides, y, 1) != -1 ||

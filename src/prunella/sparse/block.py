@@ -131,16 +131,13 @@ class FusedBlock:
             and not torch.is_autocast_enabled("cpu")
         ):
             return None
-        if self.stack is not None and (out := self.stack.foreseen(self.number, x, turn, cache)) is not None:
-            return out
-        weights = self.placed()
-        if weights is None or not weights.fit(x, turn):
-            return None
-        if self.stack is not None and self.number == 0:
-            self.stack.foresee(x, turn, cache)
-            if (out := self.stack.foreseen(0, x, turn, cache)) is not None:
+        if self.stack is not None:
+            if self.number == 0:
+                self.stack.foresee(x, turn, cache)
+            if (out := self.stack.foreseen(self.number, x, turn, cache)) is not None:
                 return out
-        return weights.run(x, turn, cache)
+        weights = self.placed()
+        return weights.run(x, turn, cache) if weights is not None and weights.fit(x, turn) else None
 
     def placed(self) -> _Weights | None:
         """The weights where they lie now; None while the kernels must not run, or are missing."""
@@ -304,13 +301,13 @@ class Stack:
         kernels = library()
         if self.wasted > self.PATIENCE or kernels is None:
             return
-        weights = []
+        weights: list[_Weights] = []
         for number in range(len(self.blocks)):
             fused = self.blocks[number]() if number in self.blocks else None
             if fused is None:
                 break  # those after it may no longer follow
             placed = fused.placed()
-            if placed is None:
+            if placed is None or not (weights or placed.fit(x, turn)):
                 return
             weights.append(placed)
         layers = [_layer(cache, w.layer, (1, w.c.kv_heads, w.c.dim), x.dtype) for w in weights]

@@ -43,7 +43,7 @@ typedef struct {
 /* Where the keys and the values of a block lie (kv_heads, tokens, dim), and have room for one more token. */
 typedef struct {
     uint16_t *k, *v;
-    int64_t k_stride[2], v_stride[2]; /* of head and token */
+    int64_t strides[4]; /* of head and token, of k, then of v */
 } room_t;
 
 enum { MOST = 3 }; /* products that share their input */
@@ -207,7 +207,7 @@ EXPORT int prunella_blocks(
     for (int64_t i = 0; i < count && !code; i++) {
         const block_t *block = blocks[i];
         const room_t *room = &rooms[i];
-        const int64_t dim = block->dim, strides[] = {room->k_stride[0], room->k_stride[1], room->v_stride[0], room->v_stride[1]};
+        const int64_t dim = block->dim, *strides = room->strides;
         uint16_t *k = q + block->heads * dim, *v = k + block->kv_heads * dim;
         code = prunella_block_in(block, x, cos, sin, q, k, v, threads);
         for (int64_t h = 0; h < block->kv_heads && !code; h++) {
