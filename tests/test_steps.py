@@ -48,7 +48,8 @@ def toy_block(
     if step.per_layer:
         return Block(0, "toy", layers)
     targets = (lambda n: run({}, n)) if "targets" in step.needs else None
-    return Block(0, "toy", layers, run=run, windows=windows, targets=targets)
+    beside = (lambda n: run({}, n)) if "dense" in step.needs else None
+    return Block(0, "toy", layers, run=run, windows=windows, targets=targets, dense=beside)
 
 
 def tensors(block: Block) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from .evaluate import fingerprint
 from .load import Model, load_model, wrap_model
 from .measure import held_out_windows, measure, window_length
 from .recipe import Recipe
+from .registry import BESIDE
 from .report import Report, peak_memory
 from .save import Output, check_output, identity
 from .stream import (
@@ -265,8 +266,8 @@ def _run(
     order: Literal["layer", "block"] = "layer" if recipe.order == "layer" else "block"
     if order == "block" and not any(step.needs for step in steps):  # errors are measured on the first batch alone
         ids_NL = ids_NL[: max(1, TOKENS // ids_NL.shape[1])]
-    drift = any("drift" in step.needs for step in steps)
-    stream = Stream(model, ids_NL, order=order, drift=drift, rounding=recipe.rounding)
+    beside = any(step.needs & BESIDE for step in steps)
+    stream = Stream(model, ids_NL, order=order, beside=beside, rounding=recipe.rounding)
     layers: list[LayerResult] = []
     done = out.finished if out else []
     written = out.checkpoint if out and done else None

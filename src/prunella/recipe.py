@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .allocate import Allocation, allocations, make_allocation
 from .errors import InputError, unknown
 from .heal import Group, groups, make_group
+from .heal.reconstruct import RATE as RECONSTRUCTION
 from .registry import Step, lookup, make, steps
 from .types import Pattern
 
@@ -63,14 +64,14 @@ class Healing(_Part):
 
     train:       what trains: a list of names, or of {name: {option: value}}; empty: a pruned model is not healed
     way:         `retrain`: the whole model on text; `reconstruct`: block by block, to the dense outputs, on the windows
-                 of the calibration (of what follows only `rate`, `part` and `epochs` are for it)
+                 of the calibration (of what follows only `rate`, `part`, `aim` and `epochs` are for it)
     text:        sources to train on, one after the other; empty: the calibration's
     tokens:      to train on in all; text that is shorter is taken again
     length:      tokens in a window; windows are packed, not padded
     batch:       windows in a step, over all processes
     micro:       windows that one process runs at a time
-    rate:        learning rate of everything that trains; None: each method's own. It rises over the first `warmup`
-                 of the steps and falls linearly to 0
+    rate:        learning rate of everything that trains; None: each method's own, and 1e-3 to reconstruct. It rises
+                 over the first `warmup` of the steps and falls linearly to 0
     clip:        largest norm of the gradient
     betas:       of AdamW
     distill:     share of the loss that is the divergence from the dense model's predictions
@@ -82,6 +83,8 @@ class Healing(_Part):
     patience:    stop after so many evaluations that were no better
     checkpointing: recompute activations and trained weights in the backward pass: less memory, more time
     part:        reconstruct whole blocks, or their attention and MLP one after the other
+    aim:         reconstruct whole blocks to what the dense `model` puts out there, or the dense `block` from the pruned
+                 model's inputs
     epochs:      passes of `reconstruct` over its windows (the calibration's)
     rounds:      prune and heal in so many rounds, each a little sparser: iterative magnitude pruning
     """
@@ -106,6 +109,7 @@ class Healing(_Part):
     patience: int = Field(default=3, ge=1)
     checkpointing: bool = False
     part: Literal["block", "sub-block"] = "block"
+    aim: Literal["model", "block"] = "model"
     epochs: int = Field(default=1, ge=1)
     rounds: int = Field(default=1, ge=1)
 
@@ -121,7 +125,7 @@ class Healing(_Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> Healing:
-        ignored = {"reconstruct": ("text", "distill", "checkpointing"), "retrain": ("part", "epochs")}
+        ignored = {"reconstruct": ("text", "distill", "checkpointing"), "retrain": ("part", "aim", "epochs")}
         for key in ignored[self.way]:
             if getattr(self, key) != Healing.model_fields[key].get_default():
                 other = "retrain" if self.way == "reconstruct" else "reconstruct"
@@ -133,8 +137,9 @@ class Healing(_Part):
 
     def make_groups(self) -> list[Group]:
         """What trains, ready to use. Raises InputError."""
+        own = {"rate": RECONSTRUCTION} if self.way == "reconstruct" else {}
         rate = {} if self.rate is None else {"rate": self.rate}
-        return [make_group(name, {**options, **rate}) for item in self.train for name, options in item.items()]
+        return [make_group(name, {**own, **options, **rate}) for item in self.train for name, options in item.items()]
 
 
 class Recipe(_Part):

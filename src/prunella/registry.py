@@ -19,7 +19,8 @@ import pydantic
 from .errors import InputError, unknown
 from .types import Block, Layer
 
-NEEDS = frozenset({"norm", "moments", "gram", "drift", "targets"})
+NEEDS = frozenset({"norm", "moments", "gram", "drift", "targets", "dense"})
+BESIDE = frozenset({"drift", "dense"})  # what only a dense model that runs beside the pruned one can tell
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def register(
 
     Args:
         name: what users call it.
-        needs: the statistics it reads, of norm, moments, gram, drift, targets; reading any other raises.
+        needs: the statistics it reads, of norm, moments, gram, drift, targets, dense; reading any other raises.
         prunes: it chooses a mask where none stands; one that does not needs another step beside it.
     """
     wanted = frozenset(needs)
@@ -80,8 +81,9 @@ def register(
         kind = typing.get_type_hints(function).get(first)
         if kind not in (Layer, Block):
             raise TypeError(f"the first argument of step '{name}' must be annotated as Layer or Block")
-        if kind is Layer and "targets" in wanted:
-            raise TypeError(f"step '{name}' works on layers, but `targets` belong to blocks")
+        for need in sorted(wanted & {"targets", "dense"}):
+            if kind is Layer:
+                raise TypeError(f"step '{name}' works on layers, but `{need}` belong to blocks")
         steps[name] = Method(name, wanted, function, kind is Layer, prunes)
         return function
 

@@ -378,7 +378,7 @@ class Stream:
         windows_NL: Tensor,
         *,
         order: Literal["layer", "block"] = "block",
-        drift: bool = False,
+        beside: bool = False,
         rounding: tuple[int, int] | None = None,
         checkpoint: Checkpoint | None = None,
     ):
@@ -396,11 +396,11 @@ class Stream:
                 state = self.calls.embed(ids)
                 if not streams:
                     size = state[0].numel() * state.element_size() * count
-                    streams = [Hidden(len(self.batches), size, model.device) for _ in range(1 + drift)]
+                    streams = [Hidden(len(self.batches), size, model.device) for _ in range(1 + beside)]
                 for hidden in streams:
                     hidden[index] = state
         self.hidden = streams[0]
-        self.dense = streams[1] if drift else None  # what the dense model has in place of `hidden`
+        self.dense = streams[1] if beside else None  # what the dense model has in place of `hidden`
 
     def advance(self, index: int, block: nn.Module, hidden: Hidden | None = None) -> None:
         """Run block `index` (with its weights loaded) on all windows: its outputs become the hidden states (or
@@ -494,12 +494,16 @@ class Stream:
         return layer.pruned(grid.round(layer.weight_OI), layer.mask_OI, grid=grid)
 
     def _dense_inputs(
-        self, index: int, block: nn.Module, active: Mapping[str, Target], batch: int
+        self, index: int, block: nn.Module, active: Mapping[str, Target], batch: int, needs: frozenset[str]
     ) -> dict[str, Tensor]:
         """What the layers of the block, still dense, get from the dense model's hidden states, which move on; of
         layers that share an input, the first. Experts are left out: other tokens may be routed to them."""
         inputs: dict[str, Tensor] = {}
         if self.dense is None:
+            return inputs
+        if "drift" not in needs:
+            with torch.no_grad():
+                self.dense[batch] = self._forward(index, block, self.dense[batch])
             return inputs
 
         def see(layer_name: str, x_TI: Tensor, same: bool) -> None:
@@ -533,7 +537,7 @@ class Stream:
             result = self._apply(Block(index, name, (layer,)), steps, min_tokens).layers[0]
             done[layer_name] = _settle(result, active[layer_name])
 
-        dense = self._dense_inputs(index, block, active, 0)
+        dense = self._dense_inputs(index, block, active, 0, needs)
         with torch.no_grad(), Watch(active, see):
             self.hidden[0] = self._forward(index, block, self.hidden[0])
         for layer_name, target in active.items():  # experts that no token reached
@@ -573,16 +577,17 @@ class Stream:
                 raise _Stop
 
         keep_outputs = "targets" in needs
+        same = self.dense is None or "drift" not in needs  # the dense block's outputs, on the pruned model's inputs
         outputs: list[Tensor] = []
         dense: dict[str, Tensor] = {}
         whole = False
         batches = range(len(self.hidden)) if needs else range(1)
         with torch.no_grad():
             for batch in batches:
-                dense = self._dense_inputs(index, block, active, batch)
+                dense = self._dense_inputs(index, block, active, batch, needs)
                 with contextlib.suppress(_Stop), Watch(active, see):
                     out = self._forward(index, block, self.hidden[batch])
-                    if keep_outputs and self.dense is None:
+                    if keep_outputs and same:
                         outputs.append(out)
                 whole = len(order) == len(active) and all(t.slot.expert is None for t in active.values())
         if all(step.per_layer for step in steps):  # one layer at a time: its new weight and statistics can go
@@ -598,15 +603,15 @@ class Stream:
         layers = tuple(self._layer(t, stats.get(leader.get(n, n), Stats())) for n, t in active.items())
         weights = {id(getattr(t.slot.module, t.slot.parameter)) for t in active.values()}
         own = {f"{name}.{key}": p for key, p in block.named_parameters() if id(p) not in weights}
+        beside: Any = self.dense
         whole_block = Block(
             index,
             name,
             layers,
             run=self._runner(index, block, active),
             windows=len(self.windows_NL),
-            targets=(lambda n: self._window(outputs if self.dense is None else self.dense, n))
-            if keep_outputs
-            else None,
+            targets=(lambda n: self._window(outputs if same else beside, n)) if keep_outputs else None,
+            dense=(lambda n: self._window(beside, n)) if "dense" in needs else None,
             others={key: parameter.data for key, parameter in own.items()},
         )
         with torch.no_grad():

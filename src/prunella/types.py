@@ -21,7 +21,7 @@ from .errors import InputError, NumericalError, StatisticError
 from .fast import add_drift, add_gram
 from .grid import Grid
 
-Need = Literal["norm", "moments", "gram", "drift", "targets"]
+Need = Literal["norm", "moments", "gram", "drift", "targets", "dense"]
 
 
 @dataclass(frozen=True)
@@ -261,6 +261,8 @@ class Block:
     windows:    how many calibration windows `run` takes
     targets:    targets(n) is the dense block's output on window n; where the dense model runs beside the pruned
                 one (`drift`), its own output there. None unless a step needs `targets`
+    dense:      dense(n) is what the dense model puts out here on window n, its own inputs given. None unless a step
+                needs `dense`
     others:     the block's other parameters by name (norms, biases, …), which a step on blocks may replace
     """
 
@@ -270,4 +272,5 @@ class Block:
     run: Callable[..., Tensor] | None = None
     windows: int = 0
     targets: Callable[[int], Tensor] | None = None
+    dense: Callable[[int], Tensor] | None = None
     others: Mapping[str, Tensor] = field(default_factory=dict)

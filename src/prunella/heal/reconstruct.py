@@ -1,4 +1,4 @@
-"""Reconstruction: block by block, to what the dense block makes of the same inputs."""
+"""Reconstruction: block by block, to what the dense model puts out there."""
 
 from __future__ import annotations
 
@@ -23,31 +23,37 @@ def _known(name: str) -> str:
     return name
 
 
+RATE = 1e-3  # measured with `all`, whose own rate is for the whole model at once
+Aim = Literal["model", "block"]
 HealingMethod = Annotated[str, AfterValidator(_known)]
 
 
-@register("reconstruct", needs={"norm", "targets"})
+@register("reconstruct", needs={"norm", "dense"})
 def reconstruct(
     block: Block,
     *,
     train: tuple[HealingMethod, ...] = ("all",),
     part: Literal["block", "sub-block"] = "block",
+    aim: Aim = "model",
     epochs: PositiveInt = 1,
-    rate: Annotated[float, Field(gt=0, lt=1)] | None = 2e-4,
+    rate: Annotated[float, Field(gt=0, lt=1)] | None = RATE,
     warmup: float = 0.1,
 ) -> Block:
-    """Train what is left of a block until its outputs are near the dense block's, the mask held.
+    """Train what is left of a block until its outputs are near the dense model's, the mask held.
 
     AdamW on one window a step, learning rate rising over the first `warmup` of the steps and falling linearly to 0,
 
         L = ||Y - Y_dense||^2 / ||Y_dense||^2
 
-    Y_dense is what the dense block makes of the inputs that the pruned blocks before it give.
+    Y is what the block makes of the inputs that the pruned blocks before it give, Y_dense what the dense model has in
+    its place, so that each block undoes some of what those before it did.
 
     Args:
         train: healing methods (`prunella methods`): what trains.
-        part: whole blocks; or their parts one after the other (attention, MLP), each to its own dense output, which
-            leaves tensors outside them (norms) as they are.
+        part: whole blocks; or their parts one after the other (attention, MLP), each to what its own dense weights
+            make of its inputs, which leaves tensors outside them (norms) as they are.
+        aim: Y_dense of whole blocks: the dense model's own output (`model`), or what the dense block makes of the
+            inputs that the pruned one gets (`block`).
         epochs: passes over the calibration windows.
         rate: learning rate of everything that trains; None: each method's own.
         warmup: share of the steps.
@@ -60,14 +66,21 @@ def reconstruct(
     groups = [make_group(name, {} if rate is None else {"rate": rate}) for name in train]
     layers = (wanda(la) if la.sparsity > 0 and la.mask_OI is None else la for la in block.layers)
     block = replace(block, layers=tuple(layers))
-    return fit(block, groups, part=part, epochs=epochs, warmup=warmup)[0]
+    return fit(block, groups, part=part, aim=aim, epochs=epochs, warmup=warmup)[0]
 
 
 def fit(
-    block: Block, groups: Sequence[Group], *, part: str, epochs: int, warmup: float, new: frozenset[str] = frozenset()
+    block: Block,
+    groups: Sequence[Group],
+    *,
+    part: str,
+    aim: Aim,
+    epochs: int,
+    warmup: float,
+    new: frozenset[str] = frozenset(),
 ) -> tuple[Block, list[float], int]:
     """The block with what `groups` train fitted, the loss of each step, and how many parameters trained."""
-    if block.run is None or block.targets is None:
+    if block.run is None or block.dense is None:
         raise InputError("step 'reconstruct' runs whole blocks: use --order block.")
     active = [layer for layer in block.layers if layer.sparsity > 0]
     if not active:
@@ -80,7 +93,8 @@ def fit(
     trained = 0
     if part == "block":
         trained = _size(chosen)
-        now |= _train(block.run, now, chosen, block.targets, range(block.windows), epochs, warmup, None, losses)
+        goal = block.dense if aim == "model" else _from_same_inputs(block)
+        now |= _train(block.run, now, chosen, goal, range(block.windows), epochs, warmup, None, losses)
     else:
         for at in sub_blocks(block):
             prefix = f"{block.name}.{at}"
@@ -110,6 +124,18 @@ def fit(
         losses,
         trained,
     )
+
+
+def _from_same_inputs(block: Block) -> Callable[[int], Tensor]:
+    """What the dense block makes of the inputs that the pruned one gets."""
+    assert block.run is not None
+    run, weights = block.run, {layer.name: layer.dense_OI for layer in block.layers}
+
+    def output(n: int) -> Tensor:
+        with torch.no_grad():
+            return run(weights, n)
+
+    return output
 
 
 def _size(chosen: Sequence[Chosen]) -> int:
@@ -215,7 +241,8 @@ def reconstruct_blocks(
         raise InputError(f"'{dense.name}' is not the dense model of this one: it has no tensor '{strange[0]}'.")
     settings = recipe.heal
     groups = settings.make_groups()
-    stream = Stream(model, windows_NL, order="block")
+    stream, beside = Stream(model, windows_NL), Stream(dense, windows_NL)
+    stream.dense = beside.hidden
     done = out.checkpoint if out.finished else None
     losses: dict[str, list[float]] = out.notes.get("losses", {})
     trained: dict[str, int] = out.notes.get("trained", {})
@@ -226,6 +253,8 @@ def reconstruct_blocks(
         if index < len(out.finished):
             with model.block(index, done) as block:
                 stream.advance(index, block)
+            with dense.block(index) as block:
+                beside.advance(index, block)
             continue
         torch.manual_seed(recipe.seed + index)
         with model.block(index) as block:
@@ -242,11 +271,17 @@ def reconstruct_blocks(
         def apply(block: Block) -> Block:
             nonlocal seen, count
             fitted, seen, count = fit(
-                block, groups, part=settings.part, epochs=settings.epochs, warmup=settings.warmup, new=new
+                block,
+                groups,
+                part=settings.part,
+                aim=settings.aim,
+                epochs=settings.epochs,
+                warmup=settings.warmup,
+                new=new,
             )
             return fitted
 
-        step = Step("reconstruct", frozenset({"targets"}), apply, per_layer=False, prunes=True, options={})
+        step = Step("reconstruct", frozenset({"dense"}), apply, per_layer=False, prunes=True, options={})
         with model.block(index, dense.checkpoint):
             result = stream.prune(index, targets, [restore(values, masks), step], min_tokens=0, last=index == last)
             losses[name], trained[name] = seen, count
