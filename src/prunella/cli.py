@@ -111,7 +111,7 @@ def prune(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Compute and save in this dtype. [default: as stored]")] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="fast, balanced, best, or a YAML file; flags go before it.")
+        str | None, typer.Option(help="fast, balanced, best, healed-50, or a YAML file; flags go before it.")
     ] = None,
     set_: Set = None,
     device: OwnDevice = None,
@@ -242,14 +242,15 @@ def heal(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the healed model.")],
     train: Annotated[
         list[str] | None,
-        typer.Option(help="What trains; repeat. See `prunella methods`. [default: mask-lora and norms]"),
+        typer.Option(help="What trains; repeat. See `prunella methods`. [default: mask-lora]"),
     ] = None,
     way: Annotated[
         str | None,
         typer.Option(help="retrain: the whole model on text; reconstruct: block by block, to the dense one."),
     ] = None,
     text: Annotated[
-        list[str] | None, typer.Option(help="pydoc, c4, hf:…, or a .txt or .jsonl file to train on; repeat.")
+        list[str] | None,
+        typer.Option(help="What to train on: pydoc, c4, wikitext2, self, hf:…, a .txt or .jsonl file; repeat."),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on in all. [default: 250000]")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in a window. [default: 512]")] = None,
@@ -274,10 +275,11 @@ def heal(
     allow_pickle: Pickle = False,
 ) -> None:
     """Retrain a pruned model, the mask held, and save it exactly as sparse."""
+    from .heal.run import calibrated
     from .heal.run import heal as run
     from .recipe import Recipe, override
 
-    values = Recipe.read(recipe) if recipe else {}
+    values = calibrated(directory, Recipe.read(recipe) if recipe else {})
     settings = _settings(
         {
             "heal.train": train,
@@ -315,6 +317,10 @@ def heal(
         return
     _print_healing(report)
     _print_saved(output)
+    if (output / "adapter").is_dir():
+        print(
+            f"the adapter lies in {output / 'adapter'}: PeftModel.from_pretrained(model, …) puts it on the pruned model"
+        )
 
 
 def _print_saved(output: Path, packed: bool = False) -> None:

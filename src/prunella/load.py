@@ -450,6 +450,7 @@ class Model:
             return
         keys = [key for key, (name, _) in self.plan().items() if wanted(name) and key in checkpoint.where]
         renamings, converters = self._conversions()
+        used = getattr(self.network, "_weight_conversions", None)
         config = LoadStateDictConfig(
             dtype=self.dtype,
             dtype_plan=self.network._get_dtype_plan(self.dtype),
@@ -461,6 +462,8 @@ class Model:
                 info, _ = convert_and_load_state_dict_in_model(self.network, slices, config)
         except SafetensorError as error:
             raise ModelError(f"a tensor in '{checkpoint.directory}' cannot be read: {error}") from None
+        if used and len(used) > len(self.network._weight_conversions):
+            self.network._weight_conversions = used  # of a block, which `stored` reverts: not of what lies outside it
         if info.mismatched_keys:
             name, found, expected = sorted(info.mismatched_keys)[0][:3]
             raise ModelError(

@@ -76,6 +76,8 @@ class Healing(_Part):
     betas:       of AdamW
     distill:     share of the loss that is the divergence from the dense model's predictions
     temperature: of that divergence
+    adapt:       tokens of further text on which the dense model itself is trained before all else, so that it fits the
+                 text: it teaches better then, and with `prune --heal` it is what is pruned; 0: it is left as it is
     teacher:     the dense model stays in `memory`, or is streamed once over the text before training (`stream`)
     dense:       the dense model; None: the one that was pruned, by the report's word
     held_out:    windows of the text that find the best checkpoint; 0: the last one is taken
@@ -102,6 +104,7 @@ class Healing(_Part):
     betas: tuple[float, float] = (0.9, 0.99)
     distill: float = Field(default=0.0, ge=0, le=1)
     temperature: float = Field(default=1.0, gt=0)
+    adapt: int = Field(default=0, ge=0)
     teacher: Literal["memory", "stream"] = "memory"
     dense: str | None = None
     held_out: int = Field(default=8, ge=0)

@@ -24,11 +24,12 @@ from transformers import AutoModelForCausalLM
 import prunella
 from prunella import InputError, ModelError, NumericalError, Report
 from prunella.heal import retrain, run
+from prunella.heal import rounds as in_rounds
 from prunella.heal.rounds import schedule
 from prunella.tensors import MASKS
 
 
-def _interrupt(*_: Any) -> None:
+def _interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
@@ -466,3 +467,112 @@ def test_a_packed_model_must_be_unpacked_first(pruned: Path, tmp_path: Path, run
     done = run("heal", tmp_path / "packed", "-o", tmp_path / "out", "--train", "norms")
     assert done.code == 2
     assert "prunella unpack" in done.err
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt"])
+def test_nothing_is_dropped_while_it_trains(architecture: str, tmp_path: Path) -> None:
+    network = tiny.build(architecture)
+    assert "0.1" in str({key: value for key, value in network.config.to_dict().items() if "drop" in key})
+    network.save_pretrained(tmp_path / "dense")
+    tiny.write_tokenizer(tmp_path / "dense")
+    recipe = settings(train=["norms"], distill=1.0) | {"steps": ["magnitude"]}
+    prunella.prune(str(tmp_path / "dense"), recipe | {"heal": {}}, output=tmp_path / "pruned")
+    itself = recipe | {"heal": {**recipe["heal"], "dense": str(tmp_path / "pruned")}}
+    report = prunella.heal(tmp_path / "pruned", itself, output=tmp_path / "out")
+    assert max(map(abs, report.healing["losses"])) < 1e-5
+
+
+def test_what_is_not_said_of_the_calibration_is_that_of_the_pruning(dense: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"Line {n} of a text with words in it.\n" for n in range(400)))
+    wanted = {"source": str(text), "samples": 4, "length": 32, "min_tokens": 32}
+    recipe = settings() | {"steps": ["magnitude"], "heal": {}, "calibration": wanted}
+    prunella.prune(str(dense), recipe, output=tmp_path / "pruned")
+    assert run.calibrated(tmp_path / "pruned", {})["calibration"] == wanted
+    fewer = run.calibrated(tmp_path / "pruned", {"calibration": {"samples": 2}})
+    assert fewer["calibration"] == {**wanted, "samples": 2}
+    other = run.calibrated(tmp_path / "pruned", {"calibration": {"source": "pydoc"}})
+    assert other["calibration"] == {**wanted, "source": "pydoc"}
+
+
+def test_an_unfinished_run_is_resumed_with_the_same_recipe_or_not_at_all(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = settings(train=["norms"]) | {"steps": ["magnitude"], "sparsity": 0.3}
+    with monkeypatch.context() as patch:
+        patch.setattr(in_rounds, "heal", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prunella.prune(str(dense), recipe, output=tmp_path / "out")
+    with pytest.raises(InputError, match="was another one: sparsity differ"):
+        prunella.prune(str(dense), recipe | {"sparsity": 0.7}, output=tmp_path / "out", resume=True)
+    report = prunella.prune(str(dense), recipe, output=tmp_path / "out", resume=True)
+    assert report.sparsity == pytest.approx(0.3, abs=0.01)
+
+
+def test_a_model_with_new_biases_is_taught_by_the_dense_one_again(pruned: Path, tmp_path: Path) -> None:
+    prunella.heal(pruned, settings(train=["new-biases"]), output=tmp_path / "biased")
+    report = prunella.heal(tmp_path / "biased", settings(train=["biases"], distill=0.5), output=tmp_path / "again")
+    assert report.healing["trained_parameters"] > 0
+    with pytest.raises(InputError, match=r"has no tensor '.*bias'"):
+        prunella.heal(tmp_path / "biased", settings(way="reconstruct"), output=tmp_path / "other")
+
+
+def test_text_that_is_missing_is_said_before_biases_are_made(pruned: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere"):
+        prunella.heal(pruned, settings(train=["new-biases"], text=["nowhere.txt"]), output=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dense_model_that_is_trained_first_teaches(
+    pruned: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its text is what follows that of the healing; what comes out is dense."""
+    seen: list[set[tuple[int, ...]]] = []
+    real = retrain.retrain
+
+    def spy(model: Any, chosen: Any, windows_NL: Tensor, held_NL: Tensor, *rest: Any, **options: Any) -> Any:
+        seen.append({tuple(ids.tolist()) for ids in torch.cat([windows_NL, held_NL])})
+        return real(model, chosen, windows_NL, held_NL, *rest, **options)
+
+    monkeypatch.setattr(retrain, "retrain", spy)
+    kept: dict[str, Path] = {}
+    teach = retrain.teacher_in_memory
+
+    def look(model: Any) -> Any:
+        kept["teacher"] = Path(shutil.copytree(model.checkpoint.directory, tmp_path / "teacher"))
+        return teach(model)
+
+    monkeypatch.setattr(retrain, "teacher_in_memory", look)
+    recipe = settings(train=["norms"], distill=0.5, adapt=512)
+    prunella.heal(pruned, recipe, output=tmp_path / "out")
+    first, then = seen
+    assert len(first) == 16 + 4
+    assert not first & then
+    before, after = weights(dense), weights(kept["teacher"])
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {n for n in before if "proj" in n}
+    assert not any((value == 0).float().mean() > 0.1 for name, value in after.items() if "proj" in name)
+    assert not prunella.read_masks(kept["teacher"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "teacher"]
+    with pytest.raises(InputError, match="nothing asks it"):
+        prunella.heal(pruned, settings(train=["norms"], adapt=512), output=tmp_path / "other")
+
+
+def test_what_was_trained_first_is_what_is_pruned_and_the_report_is_of_the_model_one_began_with(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = settings(train=["norms"], distill=0.5, adapt=512) | {"steps": ["magnitude"]}
+    recipe |= {"evaluate": {"windows": 2, "length": 32}}
+    once = prunella.prune(str(dense), recipe | {"heal": {}}, output=tmp_path / "once")
+    with monkeypatch.context() as patch:
+        patch.setattr(in_rounds, "heal", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prunella.prune(str(dense), recipe, output=tmp_path / "out")
+    report = prunella.prune(str(dense), recipe, output=tmp_path / "out", resume=True)
+    prunella.prune(str(dense), recipe, output=tmp_path / "whole")
+    assert report.model == once.model
+    assert report.recipe["model"] == str(dense)
+    assert report.dense["perplexity"] == once.dense["perplexity"]
+    assert report.pruned["perplexity"] != once.pruned["perplexity"]
+    one, two = weights(tmp_path / "out"), weights(tmp_path / "whole")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["once", "out", "whole"]

@@ -76,6 +76,18 @@ def test_merged_it_computes_what_it_computed_unmerged_and_no_zero_is_lost(
     assert not any("parametrizations" in name for name, _ in model.network.named_parameters())
 
 
+@pytest.mark.parametrize("method", ["mask-lora", "scale-lora"])
+def test_it_is_made_in_float32_where_the_model_computes_in_bfloat16(method: str, ids: Tensor) -> None:
+    model, _, chosen = prepare(method)
+    attach(chosen)
+    shake(chosen)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        unmerged = logits(model, ids)
+    detach(chosen)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(logits(model, ids), unmerged)
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("method", ["mask-lora", "scale-lora", "lora-prune", "all"])
 def test_transposed_layers_and_experts_merge_alike(method: str, architecture: str, ids: Tensor) -> None:

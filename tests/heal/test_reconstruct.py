@@ -14,8 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import prunella
-from prunella import InputError
+from prunella import InputError, registry
 from prunella.heal import reconstruct
+from prunella.registry import make, register
+from prunella.types import Block
 
 
 def output_error(directory: Path, dense: Path, ids: Tensor) -> float:
@@ -52,6 +54,44 @@ def test_as_a_step_it_lowers_the_error_of_what_was_pruned_before() -> None:
         with torch.no_grad():
             errors[len(steps)] = float((network.model(ids)[0] - dense.model(ids)[0]).square().mean())
     assert errors[2] < 0.9 * errors[1]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_what_it_aims_at_is_what_the_dense_model_puts_out_there(architecture: str) -> None:
+    ids_NL = tiny.token_windows(40, 64)
+    seen: dict[int, list[Tensor]] = {}
+
+    @register("looking", needs={"dense", "targets"})
+    def looking(block: Block) -> Block:
+        """Remember where it should go."""
+        assert block.dense is not None
+        assert block.targets is not None
+        seen[block.index] = [torch.cat([at(n) for n in range(block.windows)]) for at in (block.dense, block.targets)]
+        return make("magnitude").apply(block)
+
+    try:
+        prunella.prune(tiny.build(architecture), {"steps": ["looking"]}, calibration=ids_NL)
+    finally:
+        del registry.steps["looking"]
+    with torch.no_grad():
+        states = tiny.build(architecture)(ids_NL, output_hidden_states=True, use_cache=False).hidden_states
+    torch.testing.assert_close(seen[0][0], states[1])
+    torch.testing.assert_close(seen[0][1], states[1])  # the first block gets what the dense one gets
+    last = [tiny.build(architecture).base_model.norm(state) for state in seen[1]]
+    torch.testing.assert_close(last[0], states[2])
+    assert (last[1] - states[2]).abs().max() > 1e-3
+
+
+def test_both_aims_are_the_same_in_the_first_block_and_not_in_the_second() -> None:
+    ids_NL = tiny.token_windows(6, 24)
+    found = {}
+    for aim in ("model", "block"):
+        network = tiny.build("llama")
+        prunella.prune(network, {"steps": ["magnitude", {"reconstruct": {"aim": aim}}]}, calibration=ids_NL)
+        found[aim] = [block.mlp.down_proj.weight.detach() for block in network.model.layers]
+    one, two = found.values()
+    torch.testing.assert_close(one[0], two[0])
+    assert not torch.allclose(one[1], two[1])
 
 
 def test_a_step_on_blocks_may_replace_any_of_their_tensors() -> None:

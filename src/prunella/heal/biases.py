@@ -113,7 +113,7 @@ def write_biased(source: Path, folder: Path, flags: Mapping[str, list[str]], val
         target = folder / names.get(path.name, path.name)
         if path.suffix == ".safetensors":
             try:
-                os.link(path, target)
+                os.link(path.resolve(), target)  # a hub's snapshots are links themselves
             except OSError:
                 shutil.copy2(path, target)
         elif path.is_file():

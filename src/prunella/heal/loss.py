@@ -50,7 +50,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad_TV,) = ctx.saved_tensors
-        return grad_TV * grads[0].to(grad_TV.dtype), None, None, None, None
+        return grad_TV.mul_(grads[0].to(grad_TV.dtype)), None, None, None, None
 
 
 def next_token_loss(

@@ -76,11 +76,12 @@ class Change(nn.Module):
 class _Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, change: Change, base: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.change, ctx.training = change, change.training
+        ctx.change = change
         ctx.save_for_backward(base)
         if change._made is not None and change._made[0] == change.training:
             return change._made[1].detach()
-        made = change.make(base.detach())
+        with torch.autocast(base.device.type, enabled=False):  # backward and merging know none
+            made = change.make(base.detach())
         if change.keep:
             change._made = (change.training, made)
         return made.detach()
@@ -89,7 +90,7 @@ class _Once(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (base,) = ctx.saved_tensors
         change: Change = ctx.change
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(base.device.type, enabled=False):
             made = change.make(base.detach())
             pulled = torch.autograd.grad(made, list(change.parameters()), grads[0])
         return None, None, *pulled
@@ -205,7 +206,7 @@ def kinds_of(name: str, tensors: Mapping[str, Tensor]) -> frozenset[str]:
 def parts_of(model: Model, masks: Mapping[str, Tensor], new: Iterable[str] = ()) -> list[Part]:
     """All parameters of a network whose weights are loaded. `masks` are by layer, (O, I); `new` names biases that
     were added."""
-    network = model.network
+    network, added = model.network, set(new)
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in network.modules():
         for key, parameter in module.named_parameters(recurse=False):
@@ -238,7 +239,7 @@ def parts_of(model: Model, masks: Mapping[str, Tensor], new: Iterable[str] = ())
             kinds = (kinds - {"other"}) | {"embedding"}
         mask = None if mask is None else mask.to(parameter.device)
         here = tuple(places[id(parameter)])
-        parts.append(Part(name, frozenset(kinds), parameter.data, mask, transposed, name in set(new), here))
+        parts.append(Part(name, frozenset(kinds), parameter.data, mask, transposed, name in added, here))
     return parts
 
 

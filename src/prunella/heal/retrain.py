@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -114,6 +116,11 @@ def retrain(
     network = model.network
     bf16 = model.dtype == torch.float32 and _fast_bfloat16(model.device)
     processes = world(model.device).num_processes
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        raise InputError(
+            "healing runs in several processes by DDP, each with the whole model: FSDP would shard the weights under"
+            " what trains. Choose MULTI_GPU with accelerate launch; for larger models there is --way reconstruct."
+        )
     micro = min(plan.micro, -(-plan.batch // processes))
     if plan.batch % (micro * processes):
         raise InputError(
@@ -172,7 +179,7 @@ def retrain(
     for change in changes:
         change.keep = not plan.checkpointing
     cache = network.config.use_cache
-    with quiet_transformers():
+    with quiet_transformers(), no_dropout(network):
         trainer = _Healer(chosen, plan, teacher, network, arguments, windows_NL, held_out_NL, callbacks)
         checkpoint = _last_checkpoint(folder) if resume else None
         try:
@@ -195,6 +202,25 @@ def retrain(
     losses = tuple(float(row["loss"]) for row in history if "loss" in row)
     steps = trainer.state.global_step
     return Outcome(losses, held_out, trainer.state.best_global_step or steps, steps)
+
+
+@contextlib.contextmanager
+def no_dropout(network: nn.Module) -> Iterator[None]:
+    """Nothing is dropped while it trains: the first step starts from the pruned model, and what was pruned has little
+    to spare. Dropout is a module here and a number of an attention module there."""
+    before = [
+        (module, key, value)
+        for module in network.modules()
+        for key, value in vars(module).items()
+        if isinstance(value, float) and (key == "p" if isinstance(module, nn.Dropout) else "drop" in key)
+    ]
+    try:
+        for module, key, _ in before:
+            setattr(module, key, 0.0)
+        yield
+    finally:
+        for module, key, value in before:
+            setattr(module, key, value)
 
 
 def _last_checkpoint(folder: Path) -> tuple[str, TrainerState] | None:
@@ -291,7 +317,7 @@ class _Healer(Trainer):  # type: ignore[misc]
             kept = f" The best checkpoint is kept in '{best}'." if best else ""
             raise NumericalError(
                 f"healing diverged: the loss of step {self.state.global_step + 1} is {loss.item()}. Use a lower"
-                f" learning rate (--set heal.rate=…).{kept}"
+                f" learning rate (--set heal.rate=…), and delete '{Path(self.args.output_dir).parent}' before.{kept}"
             )
         return (loss, {}) if return_outputs else loss
 
@@ -308,19 +334,13 @@ class _Healer(Trainer):  # type: ignore[misc]
         save_file({name: tensor.contiguous() for name, tensor in self._trained().items()}, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
         stored = load_file(Path(resume_from_checkpoint) / WEIGHTS)
         for name, tensor in self._trained().items():
             tensor.copy_(stored[name])
         self._forget()
 
     def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]
@@ -336,7 +356,7 @@ def world(device: torch.device) -> Any:
     """The processes that train together, as accelerate sees them."""
     from accelerate import PartialState
 
-    return PartialState(cpu=device.type == "cpu")
+    return PartialState(cpu=device.type == "cpu", timeout=timedelta(days=1))  # others wait while one process measures
 
 
 def _fast_bfloat16(device: torch.device) -> bool:

@@ -15,7 +15,9 @@ from ..recipe import Recipe
 from ..report import Report
 from ..save import REPORT, partial_of, unfinished
 from ..tensors import write_text
-from .run import check_dtype, heal
+from .run import adapt, check_dtype, heal
+
+RECIPE = "recipe.json"
 
 
 def schedule(target: float, rounds: int) -> list[float]:
@@ -44,9 +46,20 @@ def prune_and_heal(
         raise InputError(f"pattern {recipe.pattern} has one sparsity, which leaves nothing to do in {rounds} rounds.")
     if recipe.packing is not None:
         raise InputError("healing writes dense checkpoints: leave --format packed out, then prunella pack the result.")
+    names = {name for item in recipe.heal.train for name in item}
+    for name in sorted(names & {"new-biases", "lora"} if rounds > 1 else ()):
+        raise InputError(f"'{name}' is for one round: what it adds is not there when the next one prunes.")
     aside = path.with_name(path.name + ".rounds")
     if aside.exists() and not resume:
         raise unfinished(aside)
+    said = {**json.loads(json.dumps(recipe.plain())), "model": model}
+    before = json.loads((aside / RECIPE).read_text(encoding="utf-8")) if (aside / RECIPE).is_file() else said
+    if before != said:
+        keys = sorted(key for key in said.keys() | before.keys() if said.get(key) != before.get(key))
+        raise InputError(
+            f"the unfinished run in '{aside}' was another one: {', '.join(keys)} differ. Repeat its command with"
+            " --resume, or delete that directory."
+        )
     shares = {
         glob: schedule(share, rounds) for glob, share in {"*": recipe.default_sparsity, **recipe.sparsity}.items()
     }
@@ -55,6 +68,18 @@ def prune_and_heal(
     dense = find_directory(recipe.heal.dense or model, remote_code=remote_code, pickles=pickles)
     options |= {"remote_code": remote_code, "pickles": pickles}
     source, report = model, None
+    if recipe.heal.adapt:
+        source = str(aside / "adapted")
+        if not (aside / "adapted").exists():
+            adapt(
+                str(dense),
+                recipe,
+                output=aside / "adapted",
+                resume=resume and partial_of(aside / "adapted").exists(),
+                **options,
+            )
+        dense = aside / "adapted"
+        write_text(aside / RECIPE, json.dumps(said, indent=1) + "\n")
     for k in range(rounds):
         pruned, healed = aside / f"{k + 1}-pruned", path if k == rounds - 1 else aside / f"{k + 1}-healed"
         sparsity = {glob: steps[k] for glob, steps in shares.items()}
@@ -66,12 +91,17 @@ def prune_and_heal(
         )
         if not pruned.exists():
             prune(source, plain, output=pruned, resume=resume and partial_of(pruned).exists(), **options)
+        write_text(aside / RECIPE, json.dumps(said, indent=1) + "\n")
+        told = Report.read(pruned)
         if k:  # what was pruned is the model of the first round
-            first, said = Report.read(aside / "1-pruned"), Report.read(pruned)
-            whole = {**said.recipe, "model": first.recipe["model"]}
-            said = replace(said, recipe=whole, model=first.model, dense=first.dense, fingerprint=first.fingerprint)
-            write_text(pruned / REPORT, json.dumps(said.plain(), indent=1) + "\n")
-        part = recipe.heal.model_copy(update={"dense": str(dense), "tokens": recipe.heal.tokens // rounds})
+            first = Report.read(aside / "1-pruned")
+            told = replace(told, model=first.model, dense=first.dense, fingerprint=first.fingerprint)
+        elif recipe.heal.adapt:  # and not what was made of it
+            measured = Report.read(dense).healing["before"]
+            told = replace(told, model={**told.model, "name": model}, dense={**told.dense, **measured})
+        told = replace(told, recipe={**told.recipe, "model": model})
+        write_text(pruned / REPORT, json.dumps(told.plain(), indent=1) + "\n")
+        part = recipe.heal.model_copy(update={"dense": str(dense), "tokens": recipe.heal.tokens // rounds, "adapt": 0})
         if not healed.exists() or healed == path:
             report = heal(
                 pruned,

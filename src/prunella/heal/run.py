@@ -21,7 +21,7 @@ from ..errors import InputError, ModelError, NumericalError, PrunellaError
 from ..load import Model, load_model, pick_device, wrap_model
 from ..measure import context, digest, held_out_windows, measure, same_text, window_length
 from ..pattern import pack, unpack
-from ..recipe import Calibration, Healing, Recipe
+from ..recipe import Healing, Recipe
 from ..report import Report, peak_memory
 from ..save import REPORT, Output, check_output, disk_error, disk_full, identity, partial_of, unfinished
 from ..stream import BlockResult, LayerResult, Slot, Track, Watcher, find_layers, no_track
@@ -32,6 +32,7 @@ from .parts import attach, choose, detach, parts_of
 from .reconstruct import reconstruct_blocks
 
 DEFAULT: tuple[dict[str, dict[str, Any]], ...] = ({"mask-lora": {}},)  # what trains if nobody says what
+ADAPTING: tuple[dict[str, dict[str, Any]], ...] = ({"mask-lora": {"rate": 2e-3}},)  # of a dense model: the mask is full
 DENSE = 0.001  # fewer zeros than this do not make a layer a pruned one
 
 
@@ -71,8 +72,8 @@ def heal(
     >>> import prunella
     >>> report = prunella.heal("pruned", {"heal": {"train": ["mask-lora", "norms"]}}, output="healed")  # doctest: +SKIP
     """
-    if recipe is None or not isinstance(recipe, Recipe):
-        recipe = Recipe.of(recipe or {})
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.of(calibrated(directory, recipe or {}))
     if not recipe.heal.train:
         recipe = recipe.model_copy(update={"heal": recipe.heal.model_copy(update={"train": DEFAULT})})
     path = Path(output)
@@ -83,6 +84,49 @@ def heal(
         stack.enter_context(torch.random.fork_rng())
         run = _Run(Path(directory), recipe, path, resume, track, watch, remote_code, pickles, portion)
         return run.all()
+
+
+def calibrated(directory: str | Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain recipe data; what it does not say of the calibration is that of the pruning."""
+    said = Report.read(Path(directory)).recipe if (Path(directory) / REPORT).is_file() else {}
+    own = values.get("calibration") or {}
+    return {**values, "calibration": {**said.get("calibration", {}), **own}}
+
+
+def adapt(
+    dense: str,
+    recipe: Recipe,
+    *,
+    output: Path,
+    resume: bool,
+    track: Track,
+    watch: Watcher | None,
+    remote_code: bool,
+    pickles: bool,
+) -> Report:
+    """Train a dense model on `heal.adapt` tokens, so that it fits the text: low-rank changes of all layers in its
+    blocks, merged. The text is what follows that on which `recipe` heals, where there is enough.
+
+    Sreenivas et al., "LLM Pruning and Distillation in Practice: The Minitron Approach", 2024 (arXiv 2408.11796), call
+    it teacher correction: a dense model that was tuned for something else is no good teacher on this text.
+    """
+    kept = ("text", "length", "batch", "micro", "warmup", "clip", "betas", "held_out", "patience", "checkpointing")
+    settings = recipe.heal
+    own = Healing(train=ADAPTING, tokens=settings.adapt, evaluations=1, **{key: getattr(settings, key) for key in kept})
+    taken = max(1, settings.tokens // settings.length) + settings.held_out
+    run = _Run(
+        Path(dense),
+        recipe.model_copy(update={"heal": own}),
+        output,
+        resume,
+        track,
+        watch,
+        remote_code,
+        pickles,
+        skip=taken,
+        whole=True,
+    )
+    return run.all()
 
 
 def check_dtype(dtype: torch.dtype, way: str) -> None:
@@ -104,12 +148,9 @@ class _Run:
     watch: Watcher | None
     remote_code: bool
     pickles: bool
-    portion: tuple[int, int]
-
-    def __post_init__(self) -> None:
-        wanted = self.said.recipe.get("calibration") if self.said else None
-        if wanted and self.recipe.calibration == Calibration():
-            self.recipe = self.recipe.model_copy(update={"calibration": Calibration.model_validate(wanted)})
+    portion: tuple[int, int] = (0, 1)
+    skip: int = 0  # windows of the text
+    whole: bool = False  # nothing is pruned: all weights of the layers train
 
     @functools.cached_property
     def said(self) -> Report | None:
@@ -131,6 +172,8 @@ class _Run:
             raise InputError("reconstruction runs in one process: start it without accelerate launch or torchrun.")
         names = [name for item in self.settings.train for name in item]
         aside = self.path.with_name(self.path.name + ".biased")
+        if self.settings.adapt:
+            self._adapt()
         dense = None
         if self.settings.way == "reconstruct" or self.settings.distill or "new-biases" in names:
             dense = self._dense
@@ -140,6 +183,8 @@ class _Run:
             partial = partial_of(self.path)
             if main and partial.exists() and not self.resume:
                 raise unfinished(partial)
+            if self.settings.way == "retrain":
+                self._text(self._open(source))  # now, not when the biases have been computed
             finished = aside / "pruned" / LIST
             pruned = self._open(source)
             check_dtype(pruned.dtype, self.settings.way)  # now, not when the biases have been computed
@@ -152,7 +197,7 @@ class _Run:
                 dense = self._open(aside / "dense")
         model = self._open(source)
         check_dtype(model.dtype, self.settings.way)
-        masks = masks_of(model, self.directory)
+        masks: Mapping[str, Tensor] = _full(model) if self.whole else masks_of(model, self.directory)
         slots = [slot for name in model.blocks for slot in find_layers(model.module(name), name) if slot.name in masks]
         if self.settings.way == "reconstruct":
             ids_NL, held_NL = self._calibration(model), None
@@ -164,7 +209,8 @@ class _Run:
         test_NL = held_out_windows(author, recipe, self._calibrated(model), self._length(model))
         out = None
         if main:
-            out = Output(self.path, model, slots, identity(model.checkpoint, recipe.plain(), ids_NL), self.resume)
+            made = [] if self.whole else slots
+            out = Output(self.path, model, made, identity(model.checkpoint, recipe.plain(), ids_NL), self.resume)
         team.wait_for_everyone()  # the directory is there
         try:
             before = out.notes.get("before") if out else None
@@ -205,7 +251,8 @@ class _Run:
             report = _report(self.said, model, masks, recipe, before, healing)
             shutil.rmtree(out.partial / "training", ignore_errors=True)
             out.finish(report.plain(), report.card())
-            shutil.rmtree(aside, ignore_errors=True)
+            for folder in (aside, self._adapted):
+                shutil.rmtree(folder, ignore_errors=True)
             team.wait_for_everyone()
             return report
         except NumericalError:
@@ -237,14 +284,45 @@ class _Run:
     def _open(self, directory: Path) -> Model:
         return load_model(str(directory), device=self.recipe.device, remote_code=self.remote_code, pickles=self.pickles)
 
-    @functools.cached_property
-    def _dense(self) -> Model:
-        """The model before it was pruned."""
+    @property
+    def _adapted(self) -> Path:
+        return self.path.with_name(self.path.name + ".adapted")
+
+    def _adapt(self) -> None:
+        """Write the teacher."""
+        if self.settings.way == "retrain" and not self.settings.distill:
+            raise InputError(
+                "heal.adapt trains the dense model so that it teaches better, but nothing asks it: add --distill 0.5."
+            )
+        if self._adapted.exists():
+            return
+        partial = partial_of(self._adapted)
+        if partial.exists() and not self.resume:
+            raise unfinished(partial)
+        adapt(
+            self._dense_name,
+            self.recipe.model_copy(update={"evaluate": self.recipe.evaluate.model_copy(update={"source": None})}),
+            output=self._adapted,
+            resume=partial.exists(),
+            track=self.track,
+            watch=self.watch,
+            remote_code=self.remote_code,
+            pickles=self.pickles,
+        )
+
+    @property
+    def _dense_name(self) -> str:
         name = self.settings.dense or (self.said.model["name"] if self.said else None)
         if name is None or name == "in memory":
             raise InputError(
                 f"'{self.directory}' does not say which model it was pruned from: give it with --dense MODEL."
             )
+        return str(name)
+
+    @functools.cached_property
+    def _dense(self) -> Model:
+        """The model before it was pruned."""
+        name = str(self._adapted) if self.settings.adapt else self._dense_name
         pruned = self._open(self.directory)
         dtype = str(pruned.dtype)[6:]
         dense = load_model(
@@ -252,6 +330,8 @@ class _Run:
         )
         theirs = {key: value.shape for key, value in dense.network.named_parameters()}
         for key, value in pruned.network.named_parameters():
+            if key not in theirs and key.endswith(".bias"):
+                continue  # one that healing added
             if theirs.get(key) != value.shape:
                 raise InputError(
                     f"'{name}' is not the dense model of '{self.directory}': its '{key}' has another shape, or it has"
@@ -282,7 +362,8 @@ class _Run:
         length = min(settings.length, context(model))
         sources = list(settings.text) or [self.recipe.calibration.source]
         portion, portions = self.portion
-        missing = portions * max(1, settings.tokens // length) + settings.held_out
+        wanted = portions * max(1, settings.tokens // length) + settings.held_out
+        missing = self.skip + wanted
         parts: list[Tensor] = []
         for source in sources:
             if missing <= 0:
@@ -297,6 +378,7 @@ class _Run:
             parts.append(torch.cat([found_NL[:first], found_NL[last:]])[:missing])
             missing -= len(parts[-1])
         all_NL = torch.cat(parts)
+        all_NL = all_NL[self.skip :] if len(all_NL) >= self.skip + wanted else all_NL[:wanted]
         if len(all_NL) <= settings.held_out:
             raise InputError(
                 f"{' and '.join(sources)}: {len(all_NL)} windows of {length} tokens to train on are too few to hold"
@@ -363,7 +445,7 @@ class _Run:
             changed = detach(chosen)
             verify(model, masks)
             if out is not None:
-                _write(model, changed, masks, out)
+                _write(model, changed, {} if self.whole else masks, out)
         return {
             "trained": trained / total,
             "trained_parameters": trained,
@@ -408,6 +490,13 @@ def masks_of(model: Model, directory: Path) -> Masks:
     if not masks:
         raise InputError(f"nothing to heal: '{directory}' is dense. Prune it first: prunella prune {directory} -o OUT.")
     return masks
+
+
+def _full(model: Model) -> dict[str, Tensor]:
+    """Masks that keep every weight, in no memory."""
+    full = torch.ones((), dtype=torch.bool)
+    slots = (slot for block in _slots(model) for slot in block)
+    return {slot.name: full.expand(slot.shape) for slot in slots}
 
 
 def _zeros(model: Model) -> Iterator[tuple[str, Tensor]]:
