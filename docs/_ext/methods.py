@@ -2,6 +2,7 @@
 
 ```{methods} step        every step in a row, with a link to its page
 ```{options} step wanda  the options of one: values, default, meaning
+```{keys} heal           the keys of a section of the recipe
 """
 
 import inspect
@@ -17,6 +18,7 @@ from sphinx.util.docutils import SphinxDirective
 
 from prunella.allocate import allocations
 from prunella.heal import groups
+from prunella.recipe import Recipe
 from prunella.registry import Method, steps
 
 KINDS = {"step": steps, "allocation": allocations, "healing": groups}
@@ -38,20 +40,21 @@ def meanings(method: Method) -> dict[str, str]:
 
 def values(hint: Any) -> str:
     """Which values an option takes, in words."""
-
-    def words(schema: dict[str, Any]) -> str:
-        if "enum" in schema:
-            return ", ".join(f"`{value}`" for value in schema["enum"])
-        if "anyOf" in schema:
-            return " or ".join(words(part) for part in schema["anyOf"])
-        if schema.get("type") == "array":
-            return "list"
-        name = {"null": "`null`", "boolean": "`true`, `false`"}.get(schema["type"], schema["type"])
-        if "exclusiveMinimum" in schema:
-            return f"{name} above {schema['exclusiveMinimum']:g}"
-        return f"{name} from {schema['minimum']:g}" if "minimum" in schema else name
-
     return words(pydantic.TypeAdapter(hint).json_schema())
+
+
+def words(schema: dict[str, Any]) -> str:
+    """Which values a JSON schema allows."""
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    if "anyOf" in schema:
+        return " or ".join(words(part) for part in schema["anyOf"])
+    if schema.get("type") == "array":
+        return "list"
+    name = {"null": "`null`", "boolean": "`true`, `false`"}.get(schema["type"], schema["type"])
+    if "exclusiveMinimum" in schema:
+        return f"{name} above {schema['exclusiveMinimum']:g}"
+    return f"{name} from {schema['minimum']:g}" if "minimum" in schema else name
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -97,6 +100,22 @@ class Options(SphinxDirective):
         return self.parse_text_to_nodes(text)
 
 
+class Keys(SphinxDirective):
+    """The keys of one section of the recipe, as the docstring of its class explains them."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        section = self.arguments[0]
+        model: Any = Recipe.model_fields[section].annotation
+        said = dict(re.findall(r"^(\w+): +(.*(?:\n +.*)*)", inspect.getdoc(model) or "", re.MULTILINE))
+        rows = [
+            [f"`{section}.{key}`", words(schema), f"`{_default(schema['default'])}`", " ".join(said[key].split())]
+            for key, schema in model.model_json_schema()["properties"].items()
+        ]
+        return self.parse_text_to_nodes(table(["`--set` key", "values", "default", "meaning"], rows))
+
+
 def _default(value: Any) -> str:
     """A default as `--set` would take it."""
     return value if isinstance(value, str) else json.dumps(value)
@@ -106,4 +125,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """Offer the directives."""
     app.add_directive("methods", Methods)
     app.add_directive("options", Options)
+    app.add_directive("keys", Keys)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -70,8 +70,8 @@ class Healing(_Part):
     length:      tokens in a window; windows are packed, not padded
     batch:       windows in a step, over all processes
     micro:       windows that one process runs at a time
-    rate:        learning rate of everything that trains; None: each method's own, and 1e-3 to reconstruct. It rises
-                 over the first `warmup` of the steps and falls linearly to 0
+    rate:        learning rate of everything that trains; None: each method's own, and 1e-3 to reconstruct
+    warmup:      share of the steps over which the rate rises; then it falls linearly to 0
     clip:        largest norm of the gradient
     betas:       of AdamW
     distill:     share of the loss that is the divergence from the dense model's predictions

@@ -194,6 +194,16 @@ def test_the_best_checkpoint_is_the_result(pruned: Path, tmp_path: Path) -> None
     assert did["steps"] == min(32, best + 2 * 4)
 
 
+def test_what_training_only_makes_worse_stays_as_it_was(pruned: Path, tmp_path: Path) -> None:
+    report = prunella.heal(pruned, settings(train=["all"], rate=0.9, clip=1e-3), output=tmp_path / "out")
+    held = report.healing["held_out"]
+    assert report.healing["best_step"] == 0
+    assert held["0"] < min(loss for step, loss in held.items() if step != "0")
+    assert "no step made it better" in str(report.healing_rows())
+    before, after = weights(pruned), weights(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize("teacher", ["memory", "stream"])
 def test_a_model_agrees_with_itself_as_its_teacher(teacher: str, pruned: Path, tmp_path: Path) -> None:
     recipe = settings(train=["all"], distill=1.0, teacher=teacher, dense=str(pruned))

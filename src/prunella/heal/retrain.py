@@ -83,7 +83,8 @@ def teacher_streamed(model: Model, windows_NL: Tensor, track: Track = no_track) 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a retraining did: the loss of every step, and of the held-out windows {step: loss}."""
+    """What a retraining did: the loss of every step, and of the held-out windows {step: loss}. The best step is 0 where
+    no step was better than what was there before."""
 
     losses: tuple[float, ...]
     held_out: dict[int, float]
@@ -128,6 +129,7 @@ def retrain(
             " choose a multiple (--set heal.batch=…, --set heal.micro=…)."
         )
     every = max(1, math.ceil(plan.steps / plan.evaluations)) if held_out_NL is not None else max(1, plan.steps // 4)
+    checkpoint = _last_checkpoint(folder) if resume else None
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=micro,
@@ -145,6 +147,7 @@ def retrain(
         logging_steps=1,
         logging_nan_inf_filter=False,
         eval_strategy="no" if held_out_NL is None else "steps",
+        eval_on_start=held_out_NL is not None and checkpoint is None,
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
@@ -181,7 +184,6 @@ def retrain(
     cache = network.config.use_cache
     with quiet_transformers(), no_dropout(network):
         trainer = _Healer(chosen, plan, teacher, network, arguments, windows_NL, held_out_NL, callbacks)
-        checkpoint = _last_checkpoint(folder) if resume else None
         try:
             path, state = checkpoint or (None, None)
             if state is not None and _stopped(state, plan.patience):
@@ -201,7 +203,10 @@ def retrain(
     held_out = {int(row["step"]): float(row["eval_loss"]) for row in history if "eval_loss" in row}
     losses = tuple(float(row["loss"]) for row in history if "loss" in row)
     steps = trainer.state.global_step
-    return Outcome(losses, held_out, trainer.state.best_global_step or steps, steps)
+    best = trainer.state.best_global_step or steps
+    if held_out.get(0, math.inf) <= held_out.get(best, -math.inf):
+        best = 0
+    return Outcome(losses, held_out, best, steps)
 
 
 @contextlib.contextmanager

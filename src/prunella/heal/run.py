@@ -442,7 +442,7 @@ class _Run:
                 with torch.no_grad():
                     after = measure(wrap_model(model.network, model.tokenizer), recipe, test_NL, None, self.track)
                 save_adapter(out.partial / "adapter", apart, str(self.path))
-            changed = detach(chosen)
+            changed = detach(chosen, merge=did.best_step > 0)  # else what was there before is best
             verify(model, masks)
             if out is not None:
                 _write(model, changed, {} if self.whole else masks, out)
