@@ -109,6 +109,8 @@ def main() -> None:
             if not (pruned / "prunella.json").is_file():
                 prunella.prune(args.model, {**shared, **CELLS[cell], "steps": [step]}, output=pruned)
             said = prunella.Report.read(pruned)
+            if any(said.recipe["calibration"][key] != value for key, value in shared["calibration"].items()):
+                raise SystemExit(f"'{pruned}' was pruned on other text: choose another --folder, or delete it.")
             if (step, cell, "nothing") not in done:
                 finish(
                     {
