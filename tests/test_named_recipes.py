@@ -36,6 +36,21 @@ def test_a_pattern_on_the_command_line_goes_before_the_recipe(
     assert all(mask.view(-1, 4).sum(1).eq(2).all() for mask in prunella.read_masks(tmp_path / "out").values())
 
 
+def test_healed_50_trains_the_dense_model_prunes_it_and_heals(
+    run: Callable[..., Any], llama: Path, tmp_path: Path
+) -> None:
+    small = ("heal.tokens=512", "heal.length=32", "heal.adapt=256", "heal.held_out=2")
+    outcome = run(
+        *("prune", llama, "-o", tmp_path / "out", "--recipe", "healed-50", "--samples", 4, "--length", 32),
+        *("--evaluate", "none", *(word for setting in small for word in ("--set", setting))),
+    )
+    assert outcome.code == 0, outcome.err
+    report = prunella.Report.read(tmp_path / "out")
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+    assert report.healing["tokens"] == 512
+    assert report.recipe["model"] == str(llama)
+
+
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"unknown recipe 'bets'\. Did you mean 'best'") as error:
         Recipe.read("bets")
