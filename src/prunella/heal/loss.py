@@ -10,39 +10,38 @@ from torch import Tensor
 ROWS = 16  # tokens at a time: in float32 their logits stay in the cache
 
 
+def _cooled(log_RV: Tensor, temperature: float) -> Tensor:
+    """Logarithms of probabilities p as those of p^(1/tau)."""
+    return log_RV if temperature == 1 else (log_RV / temperature).log_softmax(1)
+
+
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logits_TV: Tensor, labels_T: Tensor, teacher_TV: Tensor | None, share: float, temperature: float
     ) -> Tensor:
-        wanted = ctx.needs_input_grad[0]
-        grad_TV = torch.empty_like(logits_TV) if wanted else None
+        grad_TV = torch.empty_like(logits_TV) if ctx.needs_input_grad[0] else None
         keep_T = labels_T >= 0
         count = keep_T.sum().clamp_min(1)
+        weight = 1.0 if teacher_TV is None else 1 - share
         total = torch.zeros((), dtype=torch.float32, device=logits_TV.device)
         for start in range(0, len(labels_T), ROWS):
             here = slice(start, start + ROWS)
             keep_R1 = keep_T[here, None]
             label_R1 = labels_T[here, None].clamp_min(0)
-            logits_RV = logits_TV[here].float()
-            grad_RV: Tensor | None = None
-            if share < 1 or teacher_TV is None:
-                weight = 1.0 if teacher_TV is None else 1 - share
-                log_RV = logits_RV.log_softmax(1)
-                total -= weight * (log_RV.gather(1, label_R1) * keep_R1).sum()
-                if wanted:
-                    grad_RV = log_RV.exp_()
-                    grad_RV.scatter_add_(1, label_R1, torch.full_like(label_R1, -1, dtype=torch.float32))
-                    grad_RV *= weight
+            log_RV = logits_TV[here].float().log_softmax(1)
+            total -= weight * (log_RV.gather(1, label_R1) * keep_R1).sum()
+            if grad_TV is not None:
+                grad_RV = log_RV.exp().mul_(weight)
+                grad_RV.scatter_add_(1, label_R1, torch.full_like(label_R1, -weight, dtype=torch.float32))
             if teacher_TV is not None:
-                log_RV = (logits_RV / temperature).log_softmax(1)
-                wanted_RV = (teacher_TV[here].float() / temperature).log_softmax(1)
+                wanted_RV = _cooled(teacher_TV[here].float().log_softmax(1), temperature)
                 p_RV = wanted_RV.exp()
+                log_RV = _cooled(log_RV, temperature)
                 total += share * temperature**2 * ((p_RV * wanted_RV.sub_(log_RV)).sum(1, keepdim=True) * keep_R1).sum()
-                if wanted:
-                    pull_RV = log_RV.exp_().sub_(p_RV).mul_(share * temperature)
-                    grad_RV = pull_RV if grad_RV is None else grad_RV.add_(pull_RV)
-            if grad_TV is not None and grad_RV is not None:
+                if grad_TV is not None:
+                    grad_RV.add_(log_RV.exp_().sub_(p_RV), alpha=share * temperature)
+            if grad_TV is not None:
                 grad_TV[here] = grad_RV.mul_(keep_R1 / count)
         ctx.save_for_backward(grad_TV)
         return total / count
