@@ -6,7 +6,7 @@ import functools
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,20 +20,19 @@ from ..calibrate import check_windows, up_to, windows
 from ..errors import InputError, ModelError, NumericalError, PrunellaError
 from ..load import Model, load_model, pick_device, wrap_model
 from ..measure import context, digest, held_out_windows, measure, same_text, window_length
-from ..pattern import pack, unpack
+from ..pattern import pack
 from ..recipe import Healing, Recipe
 from ..report import Report, peak_memory
 from ..save import REPORT, Output, check_output, disk_error, disk_full, identity, partial_of, unfinished
 from ..stream import BlockResult, LayerResult, Slot, Track, Watcher, find_layers, no_track
-from ..tensors import MASKS, mask_shapes, read_masks
 from .biases import LIST, add_biases
 from .lora import save_adapter
+from .masks import full, masks_of, slots_of, verify
 from .parts import attach, choose, detach, parts_of
 from .reconstruct import reconstruct_blocks
 
 DEFAULT: tuple[dict[str, dict[str, Any]], ...] = ({"mask-lora": {}},)  # what trains if nobody says what
 ADAPTING: tuple[dict[str, dict[str, Any]], ...] = ({"mask-lora": {"rate": 2e-3}},)  # of a dense model: the mask is full
-DENSE = 0.001  # fewer zeros than this do not make a layer a pruned one
 
 
 def heal(
@@ -197,8 +196,8 @@ class _Run:
                 dense = self._open(aside / "dense")
         model = self._open(source)
         check_dtype(model.dtype, self.settings.way)
-        masks: Mapping[str, Tensor] = _full(model) if self.whole else masks_of(model, self.directory)
-        slots = [slot for name in model.blocks for slot in find_layers(model.module(name), name) if slot.name in masks]
+        masks: Mapping[str, Tensor] = full(model) if self.whole else masks_of(model, self.directory)
+        slots = [slot for slot in slots_of(model) if slot.name in masks]
         if self.settings.way == "reconstruct":
             ids_NL, held_NL = self._calibration(model), None
         else:
@@ -458,70 +457,6 @@ class _Run:
         }, after
 
 
-class Masks(Mapping[str, Tensor]):
-    """{layer: mask (O, I)}, one bit a weight in memory: a mask is unpacked each time it is asked for."""
-
-    def __init__(self, masks: Iterable[tuple[str, Tensor]]):
-        self._bits = {
-            name: (pack(mask_OI), (len(mask_OI), mask_OI.shape[1])) for name, mask_OI in masks if not mask_OI.all()
-        }
-
-    def __getitem__(self, name: str) -> Tensor:
-        bits, shape = self._bits[name]
-        return unpack(bits, shape)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._bits  # without unpacking it
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._bits)
-
-    def __len__(self) -> int:
-        return len(self._bits)
-
-
-def masks_of(model: Model, directory: Path) -> Masks:
-    """{layer: mask (O, I)}: those saved with the model or, for a model pruned elsewhere, its zeros. Raises InputError
-    for a dense model."""
-    if (directory / MASKS).is_file():
-        masks = Masks((name, read_masks(directory, [name])[name]) for name in mask_shapes(directory))
-    else:
-        masks = Masks(_zeros(model))
-    if not masks:
-        raise InputError(f"nothing to heal: '{directory}' is dense. Prune it first: prunella prune {directory} -o OUT.")
-    return masks
-
-
-def _full(model: Model) -> dict[str, Tensor]:
-    """Masks that keep every weight, in no memory."""
-    full = torch.ones((), dtype=torch.bool)
-    slots = (slot for block in _slots(model) for slot in block)
-    return {slot.name: full.expand(slot.shape) for slot in slots}
-
-
-def _zeros(model: Model) -> Iterator[tuple[str, Tensor]]:
-    """Where the weights of pruned layers are not zero."""
-    for index, name in enumerate(model.blocks):
-        with model.block(index) as block:
-            for slot in find_layers(block, name):
-                mask_OI = slot.view() != 0
-                if mask_OI.numel() - int(mask_OI.count_nonzero()) >= DENSE * mask_OI.numel():
-                    yield slot.name, mask_OI
-
-
-def verify(model: Model, masks: Mapping[str, Tensor]) -> None:
-    """Raises NumericalError, naming the layer, if a pruned weight is not zero."""
-    for name in model.blocks:
-        for slot in find_layers(model.module(name), name):
-            mask_OI = masks.get(slot.name)
-            if mask_OI is not None and slot.view()[~mask_OI.to(slot.view().device)].any():
-                raise NumericalError(f"layer '{slot.name}' lost zeros while it was healed: this is a defect.")
-
-
-def _slots(model: Model) -> list[list[Slot]]:
-    return [find_layers(model.module(name), name) for name in model.blocks]
-
-
 def _results(said: Report | None, slots: Sequence[Slot], masks: Mapping[str, Tensor]) -> tuple[LayerResult, ...]:
     """What the report says of these layers, or what their masks say."""
     known = {layer.name: layer for layer in said.layers} if said else {}
@@ -535,9 +470,10 @@ def _results(said: Report | None, slots: Sequence[Slot], masks: Mapping[str, Ten
 
 def _write(model: Model, changed: Mapping[str, Tensor], masks: Mapping[str, Tensor], out: Output) -> None:
     """Put everything on disk: changed parameters, and the others as they were."""
-    for index, (name, slots) in enumerate(zip(model.blocks, _slots(model), strict=True)):
+    for index, name in enumerate(model.blocks):
         if index < out.blocks:
             continue  # written by a run that was interrupted then
+        slots = find_layers(model.module(name), name)
         inside = {key: value for key, value in changed.items() if key.startswith(name + ".")}
         bits = {slot.name: pack(masks[slot.name]) for slot in slots if slot.name in masks}
         out.write(BlockResult(index, name, _results(None, slots, masks), bits, {}, inside, 0.0))
@@ -562,7 +498,7 @@ def _report(
     healing: dict[str, Any],
 ) -> Report:
     """The report of the pruning, with the healing; a new one for a model that was pruned elsewhere."""
-    slots = [slot for block in _slots(model) for slot in block]
+    slots = slots_of(model)
     if said is None:
         about = {
             "name": model.name,

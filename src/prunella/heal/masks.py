@@ -1,0 +1,80 @@
+"""What is pruned: the masks that healing holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, NumericalError
+from ..load import Model
+from ..pattern import pack, unpack
+from ..stream import Slot, find_layers
+from ..tensors import MASKS, mask_shapes, read_masks
+
+DENSE = 0.001  # fewer zeros than this do not make a layer a pruned one
+
+
+def slots_of(model: Model) -> list[Slot]:
+    """The layers of all blocks."""
+    return [slot for name in model.blocks for slot in find_layers(model.module(name), name)]
+
+
+class Masks(Mapping[str, Tensor]):
+    """{layer: mask (O, I)}, one bit a weight in memory: a mask is unpacked each time it is asked for."""
+
+    def __init__(self, masks: Iterable[tuple[str, Tensor]]):
+        self._bits = {
+            name: (pack(mask_OI), (len(mask_OI), mask_OI.shape[1])) for name, mask_OI in masks if not mask_OI.all()
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        bits, shape = self._bits[name]
+        return unpack(bits, shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._bits  # without unpacking it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bits)
+
+    def __len__(self) -> int:
+        return len(self._bits)
+
+
+def masks_of(model: Model, directory: Path) -> Masks:
+    """{layer: mask (O, I)}: those saved with the model or, for a model pruned elsewhere, its zeros. Raises InputError
+    for a dense model."""
+    if (directory / MASKS).is_file():
+        masks = Masks((name, read_masks(directory, [name])[name]) for name in mask_shapes(directory))
+    else:
+        masks = Masks(_zeros(model))
+    if not masks:
+        raise InputError(f"nothing to heal: '{directory}' is dense. Prune it first: prunella prune {directory} -o OUT.")
+    return masks
+
+
+def full(model: Model) -> dict[str, Tensor]:
+    """Masks that keep every weight, in no memory."""
+    one = torch.ones((), dtype=torch.bool)
+    return {slot.name: one.expand(slot.shape) for slot in slots_of(model)}
+
+
+def _zeros(model: Model) -> Iterator[tuple[str, Tensor]]:
+    """Where the weights of pruned layers are not zero."""
+    for index, name in enumerate(model.blocks):
+        with model.block(index) as block:
+            for slot in find_layers(block, name):
+                mask_OI = slot.view() != 0
+                if mask_OI.numel() - int(mask_OI.count_nonzero()) >= DENSE * mask_OI.numel():
+                    yield slot.name, mask_OI
+
+
+def verify(model: Model, masks: Mapping[str, Tensor]) -> None:
+    """Raises NumericalError, naming the layer, if a pruned weight is not zero."""
+    for slot in slots_of(model):
+        mask_OI = masks.get(slot.name)
+        if mask_OI is not None and slot.view()[~mask_OI.to(slot.view().device)].any():
+            raise NumericalError(f"layer '{slot.name}' lost zeros while it was healed: this is a defect.")
