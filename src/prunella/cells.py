@@ -377,12 +377,7 @@ def sweep(
         if Path(text).name in held_out:
             raise InputError(f"two texts are called '{Path(text).name}': rename one, the name is that of its column.")
         evaluation = recipe.evaluate.model_copy(update={"source": text})
-        found = held_out_windows(
-            opened,
-            recipe.model_copy(update={"evaluate": evaluation}),
-            calibration_NL.numel(),
-            min(length, calibration_NL.shape[1]),
-        )
+        found = held_out_windows(opened, recipe.model_copy(update={"evaluate": evaluation}), calibration_NL.numel())
         if found is not None:
             held_out[Path(text).name] = found
     if not held_out:

@@ -28,13 +28,12 @@ def window_length(model: Model, length: int | None) -> int:
     return length if length is not None else min(2048, context(model))
 
 
-def held_out_windows(model: Model, recipe: Recipe, used: int, length: int) -> Tensor | None:
-    """The windows to evaluate on, of `length` tokens if the recipe does not say: never the `used` tokens of the
-    calibration."""
+def held_out_windows(model: Model, recipe: Recipe, used: int) -> Tensor | None:
+    """The windows to evaluate on: never the `used` tokens of the calibration."""
     wanted = recipe.evaluate
     if wanted.source is None or model.tokenizer is None:
         return None
-    own = wanted.length or length
+    own = window_length(model, wanted.length)
     skip = -(-used // own) if same_text(wanted.source, recipe.calibration.source) else 0
     return windows(model, wanted.source, wanted.windows, own, skip=skip, seed=recipe.seed)
 

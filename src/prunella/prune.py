@@ -132,13 +132,13 @@ def _prune(
     steps = recipe.make_steps()
     allocation = recipe.make_allocation()
     targets = choose_targets(opened, recipe)
-    length = window_length(opened, recipe.calibration.length)
     ids_NL = calibration
     if ids_NL is None:
         wanted = recipe.calibration
+        length = window_length(opened, wanted.length)
         ids_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed)
     check_windows(opened, ids_NL)
-    held_out = held_out_windows(opened, recipe, ids_NL.numel(), min(length, ids_NL.shape[1]))
+    held_out = held_out_windows(opened, recipe, ids_NL.numel())
     order = pick_order(recipe.order, steps, ids_NL, opened)
     recipe = recipe.model_copy(
         update={

@@ -44,6 +44,9 @@ class Evaluation(_Part):
     """The text on which dense and pruned perplexity are compared; `source: null` for none.
 
     If it is the calibration text, windows after the calibration's are taken.
+
+    windows: how many
+    length:  tokens in a window; None: 2048, or the model's context if that is shorter
     """
 
     source: str | None = "pydoc"

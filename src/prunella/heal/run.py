@@ -205,7 +205,7 @@ class _Run:
         check_windows(model, ids_NL)
         recipe = self.recipe.model_copy(update={"model": str(self.directory), "dtype": str(model.dtype)[6:]})
         author = self._author(model, recipe.evaluate.source)
-        test_NL = held_out_windows(author, recipe, self._calibrated(model), self._length(model))
+        test_NL = held_out_windows(author, recipe, self._calibrated(model))
         out = None
         if main:
             made = [] if self.whole else slots
@@ -343,7 +343,7 @@ class _Run:
         return self._dense if source == "self" else model
 
     def _length(self, model: Model) -> int:
-        """Tokens in a window to calibrate on and, where nothing else is said, to evaluate on, as when it was pruned."""
+        """Tokens in a window to calibrate on, as when it was pruned."""
         return window_length(model, self.recipe.calibration.length)
 
     def _calibration(self, model: Model) -> Tensor:
@@ -369,7 +369,7 @@ class _Run:
                 break
             first = last = 0  # windows that hold tokens to evaluate on
             if test.source is not None and same_text(source, test.source):
-                own = test.length or self._length(model)
+                own = window_length(model, test.length)
                 same = same_text(test.source, self.recipe.calibration.source)
                 skip = -(-self._calibrated(model) // own) if same else 0
                 first, last = skip * own // length, -(-(skip + test.windows) * own // length)
