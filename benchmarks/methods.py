@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prunella.calibrate import windows
-from prunella.cells import Cell, Rows, Sweep
+from prunella.cells import Cell, Key, Rows, Sweep
 from prunella.load import load_model
 from prunella.native import keep_freed_memory
 from prunella.recipe import Recipe
@@ -110,13 +110,24 @@ def main() -> None:
         if (recipe := recipe_of(method, cell)) is not None
     ]
     log = Console(stderr=True)
-    sweep = Sweep(opened, calibration, held_out, Rows(args.json, settings))
-    rows = sweep.run(cells, say=lambda message: log.print(message, markup=False))
+    rows: dict[Key, Any] = {}
+    for length in sorted({window_length(cell.recipe, args.length) for cell in cells}, reverse=True):
+        tokens = calibration.flatten()
+        same = [cell for cell in cells if window_length(cell.recipe, args.length) == length]
+        sweep = Sweep(
+            opened, tokens[: len(tokens) // length * length].view(-1, length), held_out, Rows(args.json, settings)
+        )
+        rows |= sweep.run(same, say=lambda message: log.print(message, markup=False))
     done = {key: row for key, row in rows.items() if "failed" not in row}
     for name in names:
         Console().print(table(done, name, args))
     if args.plot:
         plot(done, names[0], args)
+
+
+def window_length(recipe: Mapping[str, Any], usual: int) -> int:
+    """Tokens in a calibration window: some recipes want shorter ones, cut from the same tokens."""
+    return min(usual, recipe.get("calibration", {}).get("length", usual))
 
 
 def order(recipe: Mapping[str, Any], wanted: str) -> str:

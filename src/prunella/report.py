@@ -108,6 +108,9 @@ class Report:
             ("seconds to heal", "", f"{did['seconds']:.1f}"),
             ("peak memory", "", f"{did['peak_memory'] / 1e9:.2f} GB"),
         ]
+        if taught := did.get("taught"):
+            before = f"{taught['tokens']:,} tokens, {taught['seconds']:.1f} s"
+            rows.insert(4, ("the dense model trained first", "", before))
         if "best_step" in did:
             best = f"step {did['best_step']} of {did['steps']}" if did["best_step"] else "none: no step made it better"
             rows.insert(4, ("checkpoint that was kept", "", best))

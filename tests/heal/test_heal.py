@@ -583,6 +583,10 @@ def test_what_was_trained_first_is_what_is_pruned_and_the_report_is_of_the_model
     assert report.recipe["model"] == str(dense)
     assert report.dense["perplexity"] == once.dense["perplexity"]
     assert report.pruned["perplexity"] != once.pruned["perplexity"]
+    assert report.healing["taught"]["tokens"] == 512
+    assert any(
+        what == "the dense model trained first" and "512 tokens" in said for what, _, said in report.healing_rows()
+    )
     one, two = weights(tmp_path / "out"), weights(tmp_path / "whole")
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["once", "out", "whole"]

@@ -240,6 +240,7 @@ class _Run:
                 "recipe": recipe.plain()["heal"],
                 "source": str(self.directory),
                 **did,
+                "taught": _taught(dense),
                 "before": before,
                 "after": after,
                 "seconds": seconds,
@@ -487,6 +488,14 @@ def _write(model: Model, changed: Mapping[str, Tensor], masks: Mapping[str, Tens
                 outside[other] = outside[one]
     if outside:
         out.write_outside(outside)
+
+
+def _taught(dense: Model | None) -> dict[str, Any]:
+    """How the dense model was trained before it taught, if it was."""
+    if dense is None or dense.checkpoint is None or not (dense.checkpoint.directory / REPORT).is_file():
+        return {}
+    did = Report.read(dense.checkpoint.directory).healing
+    return {key: did[key] for key in ("tokens", "seconds", "held_out") if key in did}
 
 
 def _report(
