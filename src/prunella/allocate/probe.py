@@ -16,7 +16,7 @@ from .registry import register_allocation
 
 @register_allocation("probe")
 def probe(
-    budget: Budget, *, growth: PositiveFloat = 7.0, windows: PositiveInt = 8, step: str = "wanda"
+    budget: Budget, *, growth: PositiveFloat = 7.0, tokens: PositiveInt = 16_384, step: str = "wanda"
 ) -> dict[str, float]:
     """Measure what pruning each block alone adds to the loss on held-out text, and even that out.
 
@@ -27,15 +27,15 @@ def probe(
 
     Args:
         growth: by how much the logarithm of the damage rises from sparsity 0 to 1; smaller spreads more.
-        windows: of calibration text: blocks are pruned on the first three quarters, the loss is measured on the
-            others.
+        tokens: of calibration text, in whole windows: blocks are pruned on the first three quarters of them, the loss
+            is measured on the others.
         step: prunes the block. A cheap one ranks the blocks as well as a dear one.
 
     A block that does no measurable damage counts like the least of the others. No test text is looked at. Costs half
     a forward pass of the held-out windows for each block.
     """
     model, steps = budget.model, [make(step)]
-    ids_NL = budget.windows_NL[:windows]
+    ids_NL = budget.windows_NL[: max(2, -(-tokens // budget.windows_NL.shape[1]))]
     fewer = max(1, len(ids_NL) // 4)
     if len(ids_NL) < 2:
         raise InputError(

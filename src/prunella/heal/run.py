@@ -170,7 +170,6 @@ class _Run:
         if self.settings.way == "reconstruct" and team.num_processes > 1:
             raise InputError("reconstruction runs in one process: start it without accelerate launch or torchrun.")
         names = [name for item in self.settings.train for name in item]
-        aside = self.path.with_name(self.path.name + ".biased")
         if self.settings.adapt:
             self._adapt()
         dense = None
@@ -179,21 +178,10 @@ class _Run:
         new: list[str] = []
         if "new-biases" in names:
             assert dense is not None
-            partial = partial_of(self.path)
-            if main and partial.exists() and not self.resume:
-                raise unfinished(partial)
-            if self.settings.way == "retrain":
-                self._text(self._open(source))  # now, not when the biases have been computed
-            finished = aside / "pruned" / LIST
-            pruned = self._open(source)
-            check_dtype(pruned.dtype, self.settings.way)  # now, not when the biases have been computed
-            if main and not (self.resume and finished.is_file()):
-                add_biases(pruned, dense, self._calibration(pruned), aside, self.track)
-            team.wait_for_everyone()
-            new = finished.read_text(encoding="utf-8").split()
-            source = aside / "pruned"
+            new = self._add_biases(dense, team)
+            source = self._biased / "pruned"
             if self.settings.way == "reconstruct":
-                dense = self._open(aside / "dense")
+                dense = self._open(self._biased / "dense")
         model = self._open(source)
         check_dtype(model.dtype, self.settings.way)
         masks: Mapping[str, Tensor] = full(model) if self.whole else masks_of(model, self.directory)
@@ -251,7 +239,7 @@ class _Run:
             report = _report(self.said, model, masks, recipe, before, healing)
             shutil.rmtree(out.partial / "training", ignore_errors=True)
             out.finish(report.plain(), report.card())
-            for folder in (aside, self._adapted):
+            for folder in (self._biased, self._adapted):
                 shutil.rmtree(folder, ignore_errors=True)
             team.wait_for_everyone()
             return report
@@ -265,7 +253,7 @@ class _Run:
             started_well = out is not None and (out.blocks > 0 or (out.partial / "training").exists())
             if out and isinstance(error, PrunellaError) and not started_well:
                 out.discard()
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(self._biased, ignore_errors=True)
             raise
         finally:
             if out:
@@ -283,6 +271,24 @@ class _Run:
 
     def _open(self, directory: Path) -> Model:
         return load_model(str(directory), device=self.recipe.device, remote_code=self.remote_code, pickles=self.pickles)
+
+    @property
+    def _biased(self) -> Path:
+        return self.path.with_name(self.path.name + ".biased")
+
+    def _add_biases(self, dense: Model, team: Any) -> list[str]:
+        """Write the pruned model and the dense one with new biases; their names."""
+        partial, finished = partial_of(self.path), self._biased / "pruned" / LIST
+        if team.is_main_process and partial.exists() and not self.resume:
+            raise unfinished(partial)
+        pruned = self._open(self.directory)
+        check_dtype(pruned.dtype, self.settings.way)
+        if self.settings.way == "retrain":
+            self._text(pruned)  # too little of it is said now, not when the biases have been computed
+        if team.is_main_process and not (self.resume and finished.is_file()):
+            add_biases(pruned, dense, self._calibration(pruned), self._biased, self.track)
+        team.wait_for_everyone()
+        return finished.read_text(encoding="utf-8").split()
 
     @property
     def _adapted(self) -> Path:
