@@ -253,6 +253,13 @@ def test_probe_evens_out_what_pruning_one_block_alone_costs() -> None:
     assert second - first == pytest.approx((math.log(rises[0]) - math.log(rises[1])) / 10, rel=1e-3)
 
 
+def test_probe_counts_its_text_in_tokens() -> None:
+    ids_NL = tiny.token_windows(8, 64)
+    found = make_allocation("probe", {"tokens": 250})(budget_of(tiny.build(seed=3), ids_NL))
+    assert found == make_allocation("probe")(budget_of(tiny.build(seed=3), ids_NL[:4]))
+    assert found != make_allocation("probe")(budget_of(tiny.build(seed=3), ids_NL))
+
+
 def test_probe_without_a_window_to_hold_out_says_so(windows: Tensor) -> None:
     with pytest.raises(InputError, match="use two or more windows"):
         make_allocation("probe")(budget_of(tiny.build(), windows[:1]))
