@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..load import Model
 from ..registry import Step
 from ..stream import Stream, Target, Track, no_track
@@ -90,6 +92,19 @@ class Budget:
         if key[0] <= {"norm", "moments"}:
             self.shared[key] = made
         return seen
+
+    def trial(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """The windows that hold the first `tokens` tokens: three quarters to prune on, and the others, to measure on.
+
+        Raises InputError where there is no window to hold out.
+        """
+        ids_NL = self.windows_NL[: max(2, math.ceil(tokens / self.windows_NL.shape[1]))]
+        if len(ids_NL) < 2:
+            raise InputError(
+                "this allocation holds out calibration windows to measure on: use two or more windows (--samples)."
+            )
+        held = max(1, len(ids_NL) // 4)
+        return ids_NL[:-held], ids_NL[-held:]
 
     def spend(self, wish: Mapping[str, float]) -> dict[str, float]:
         """Sparsities as near to a wish as the budget allows, {layer: sparsity}.

@@ -6,7 +6,6 @@ import math
 import torch
 from pydantic import PositiveFloat, PositiveInt
 
-from ..errors import InputError
 from ..evaluate import losses
 from ..registry import make
 from ..stream import Stream, Target
@@ -35,13 +34,7 @@ def probe(
     a forward pass of the held-out windows for each block.
     """
     model, steps = budget.model, [make(step)]
-    ids_NL = budget.windows_NL[: max(2, -(-tokens // budget.windows_NL.shape[1]))]
-    fewer = max(1, len(ids_NL) // 4)
-    if len(ids_NL) < 2:
-        raise InputError(
-            "allocation 'probe' holds out calibration windows to measure on: use two or more windows (--samples)."
-        )
-    learn, held = Stream(model, ids_NL[:-fewer]), Stream(model, ids_NL[-fewer:])
+    learn, held = (Stream(model, ids_NL) for ids_NL in budget.trial(tokens))
     count = len(model.blocks)
     rises: dict[int, float] = {}
 

@@ -6,7 +6,6 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from ..errors import InputError
 from ..evaluate import losses
 from ..registry import make
 from ..stream import Stream, Target, pick_order
@@ -21,7 +20,7 @@ def ramp(
     rise: float | None = None,
     stride: PositiveFloat = 0.08,
     trials: PositiveInt = 8,
-    windows: PositiveInt = 16,
+    tokens: PositiveInt = 32_768,
     step: str = "wanda",
 ) -> dict[str, float]:
     """Let sparsity rise by the same amount from each block to the next.
@@ -35,8 +34,8 @@ def ramp(
         rise: from the first block to the last; None: searched.
         stride: how far apart the trials are.
         trials: at most so many.
-        windows: calibration windows for each trial: the model is pruned on the first three quarters of them
-            and its loss measured on the last.
+        tokens: of calibration text for each trial, in whole windows: the model is pruned on the first three quarters
+            of them and its loss measured on the others.
         step: prunes in a trial. A cheap one ranks the slopes as well as a dear one.
 
     The first block's inputs carry its errors through all others. No test text is looked at.
@@ -52,14 +51,7 @@ def ramp(
 
     if rise is not None or len(blocks) < 2:
         return shares(rise or 0.0)
-    ids_NL = budget.windows_NL[:windows]
-    held = max(1, len(ids_NL) // 4)
-    if len(ids_NL) < 2:
-        raise InputError(
-            "allocation 'ramp' holds out calibration windows to search its slope on: use two or more windows"
-            " (--samples), or set its rise."
-        )
-    learn_NL, held_NL = ids_NL[:-held], ids_NL[-held:]
+    learn_NL, held_NL = budget.trial(tokens)
     tried: dict[int, float] = {}  # strides from 0 -> loss
 
     def loss(strides: float) -> float:
