@@ -266,9 +266,9 @@ def test_evaluation_never_sees_a_calibration_window(model: Model, txt: Path, len
         }
     )
     ids_NL = windows(model, str(txt), 5, 32)
-    held_out = held_out_windows(model, recipe, ids_NL.numel(), 32)
+    held_out = held_out_windows(model, recipe, ids_NL.numel())
     assert held_out is not None
-    assert held_out.shape == (3, length or 32)
+    assert held_out.shape == (3, length or 128)
     tokens = ids_of(model, "\n\n".join(TEXTS))
     flat = held_out.flatten().tolist()
     start = next(i for i in range(len(tokens)) if tokens[i : i + len(flat)] == flat)
@@ -282,26 +282,28 @@ def test_the_same_file_under_another_name_is_still_held_out(
     recipe = Recipe.of(
         {
             "calibration": {"source": str(txt), "samples": 5, "length": 32},
-            "evaluate": {"source": f"./{txt.name}", "windows": 3},
+            "evaluate": {"source": f"./{txt.name}", "windows": 3, "length": 32},
         }
     )
     ids_NL = windows(model, str(txt), 5, 32)
-    held_out = held_out_windows(model, recipe, ids_NL.numel(), 32)
+    held_out = held_out_windows(model, recipe, ids_NL.numel())
     assert held_out is not None
     assert not rows(held_out) & rows(ids_NL)
 
 
 def test_another_text_is_evaluated_from_its_beginning(model: Model, txt: Path) -> None:
-    recipe = Recipe.of({"evaluate": {"source": "pydoc", "windows": 2}, "calibration": {"source": str(txt)}})
-    held_out = held_out_windows(model, recipe, 64, 32)
+    recipe = Recipe.of(
+        {"evaluate": {"source": "pydoc", "windows": 2}, "calibration": {"source": str(txt), "length": 32}}
+    )
+    held_out = held_out_windows(model, recipe, 64)
     assert held_out is not None
-    assert torch.equal(held_out, windows(model, "pydoc", 2, 32))
+    assert torch.equal(held_out, windows(model, "pydoc", 2, 128))  # all of its context, whatever the calibration's
 
 
 def test_windows_of_self_are_held_out_too(model: Model, fresh_cache: Path) -> None:
-    recipe = Recipe.of({"calibration": {"source": "self"}, "evaluate": {"source": "self", "windows": 2}})
+    recipe = Recipe.of({"calibration": {"source": "self"}, "evaluate": {"source": "self", "windows": 2, "length": 12}})
     ids_NL = windows(model, "self", 3, 12)
-    held_out = held_out_windows(model, recipe, ids_NL.numel(), 12)
+    held_out = held_out_windows(model, recipe, ids_NL.numel())
     assert held_out is not None
     assert not rows(held_out) & rows(ids_NL)
 

@@ -16,7 +16,7 @@ from prunella.compare import Comparison
 @pytest.fixture(scope="module")
 def pruned(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("compare")
-    base = {"calibration": {"samples": 4, "length": 32}, "evaluate": {"windows": 2}}
+    base = {"calibration": {"samples": 4, "length": 32}, "evaluate": {"windows": 2, "length": 32}}
     for name, steps in (("a", ["magnitude"]), ("b", ["wanda", "update"])):
         prunella.prune(str(llama), {**base, "steps": steps}, output=root / name)
     return [root / "a", root / "b"]

@@ -28,7 +28,7 @@ def pruned(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "sparsity": {"*": 0.5, "down_proj": 0.25},
         "skip": ["q_proj"],
         "calibration": {"samples": 4, "length": 32},
-        "evaluate": {"windows": 2},
+        "evaluate": {"windows": 2, "length": 32},
     }
     prunella.prune(llama, recipe, output=out)
     return out

@@ -19,7 +19,7 @@ def pruned(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         "sparsity": {"*": 0.5, "down_proj": 0.25},
         "skip": ["q_proj"],
         "calibration": {"samples": 4, "length": 32},
-        "evaluate": {"windows": 2},
+        "evaluate": {"windows": 2, "length": 32},
     }
     return out, prunella.prune(llama, recipe, output=out)
 
