@@ -110,13 +110,13 @@ def main() -> None:
         if (recipe := recipe_of(method, cell)) is not None
     ]
     log = Console(stderr=True)
-    rows: dict[Key, Any] = {}
-    for length in sorted({window_length(cell.recipe, args.length) for cell in cells}, reverse=True):
-        tokens = calibration.flatten()
-        same = [cell for cell in cells if window_length(cell.recipe, args.length) == length]
-        sweep = Sweep(
-            opened, tokens[: len(tokens) // length * length].view(-1, length), held_out, Rows(args.json, settings)
-        )
+    groups: dict[int, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(own_length(cell.recipe, args.length), []).append(cell)
+    tokens, rows = calibration.flatten(), dict[Key, Any]()
+    for length, same in groups.items():
+        windows_NL = tokens[: len(tokens) // length * length].view(-1, length)
+        sweep = Sweep(opened, windows_NL, held_out, Rows(args.json, settings))
         rows |= sweep.run(same, say=lambda message: log.print(message, markup=False))
     done = {key: row for key, row in rows.items() if "failed" not in row}
     for name in names:
@@ -125,7 +125,7 @@ def main() -> None:
         plot(done, names[0], args)
 
 
-def window_length(recipe: Mapping[str, Any], usual: int) -> int:
+def own_length(recipe: Mapping[str, Any], usual: int) -> int:
     """Tokens in a calibration window: some recipes want shorter ones, cut from the same tokens."""
     return min(usual, recipe.get("calibration", {}).get("length", usual))
 

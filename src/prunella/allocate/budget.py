@@ -93,15 +93,16 @@ class Budget:
             self.shared[key] = made
         return seen
 
-    def trial(self, tokens: int) -> tuple[Tensor, Tensor]:
+    def trial(self, tokens: int, allocation: str, otherwise: str = "") -> tuple[Tensor, Tensor]:
         """The windows that hold the first `tokens` tokens: three quarters to prune on, and the others, to measure on.
 
-        Raises InputError where there is no window to hold out.
+        Raises InputError, naming the allocation and what else helps, where there is no window to hold out.
         """
         ids_NL = self.windows_NL[: max(2, math.ceil(tokens / self.windows_NL.shape[1]))]
         if len(ids_NL) < 2:
             raise InputError(
-                "this allocation holds out calibration windows to measure on: use two or more windows (--samples)."
+                f"allocation '{allocation}' holds out calibration windows to measure on: use two or more windows"
+                f" (--samples){otherwise}."
             )
         held = max(1, len(ids_NL) // 4)
         return ids_NL[:-held], ids_NL[-held:]

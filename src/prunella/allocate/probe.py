@@ -34,7 +34,7 @@ def probe(
     a forward pass of the held-out windows for each block.
     """
     model, steps = budget.model, [make(step)]
-    learn, held = (Stream(model, ids_NL) for ids_NL in budget.trial(tokens))
+    learn, held = (Stream(model, ids_NL) for ids_NL in budget.trial(tokens, "probe"))
     count = len(model.blocks)
     rises: dict[int, float] = {}
 

@@ -51,7 +51,7 @@ def ramp(
 
     if rise is not None or len(blocks) < 2:
         return shares(rise or 0.0)
-    learn_NL, held_NL = budget.trial(tokens)
+    learn_NL, held_NL = budget.trial(tokens, "ramp", ", or set its rise")
     tried: dict[int, float] = {}  # strides from 0 -> loss
 
     def loss(strides: float) -> float:
