@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prunella import InputError, Pattern, keep
+from prunella.pattern import _bits, pack, unpack
 
 PATTERNS = ["unstructured", "2:4", "4:8", "1:4", "3:5", "4x1", "1x4", "2x3"]
 
@@ -113,3 +114,14 @@ def test_free_patterns_fix_no_sparsity() -> None:
 def test_a_pattern_that_does_not_divide_names_the_layer(text: str, shape: tuple[int, int], why: str) -> None:
     with pytest.raises(InputError, match=rf"layer 'mlp\.up'.*{why}.*--skip 'mlp\.up'"):
         Pattern.parse(text).check(shape, "mlp.up")
+
+
+@given(st.integers(1, 9), st.integers(1, 33), st.integers(0, 2**31))
+def test_bits_give_the_mask_back(rows: int, columns: int, seed: int) -> None:
+    mask_OI = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5
+    bits = pack(mask_OI)
+    assert bits.numel() == -(-rows * columns // 8)
+    assert torch.equal(unpack(bits, (rows, columns)), mask_OI)
+    assert torch.equal(_bits(bits)[: rows * columns].view(rows, columns), mask_OI)  # as other devices do it
+    with pytest.raises(ValueError, match="bytes are no mask"):
+        unpack(bits, (rows, columns + 8))

@@ -170,6 +170,8 @@ def prune(
             remote_code=trust_remote_code,
             pickles=allow_pickle,
         )
+    if wanted.heal.train and not report.healing:
+        return  # one of several processes, and not the first
     if json_:
         print(json.dumps(report.plain()))
         return

@@ -476,7 +476,9 @@ class Model:
         checkpoint.fill(self, wanted)
         self._tie()
         for name, parameter in self.network.named_parameters():
-            if parameter.is_meta and wanted(name):
+            if not wanted(name):
+                continue
+            if parameter.is_meta:
                 raise ModelError(f"tensor '{name}' is missing from the checkpoint in '{checkpoint.directory}'.")
             parameter.requires_grad_(False)
 
@@ -627,6 +629,7 @@ def load_model(
         raise ModelError(
             f"'{name}' is no causal language model that transformers can build: {first_line(error)}"
         ) from None
+    network.requires_grad_(False)
     tokenizer = _load_tokenizer(directory, name, remote_code)
     model = Model(network, tokenizer, checkpoint, pick_device(device), name)
     for buffer_owner in network.modules():  # buffers are real from the start: bring them where the blocks compute

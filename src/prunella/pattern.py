@@ -59,11 +59,20 @@ def pack(mask_OI: Tensor) -> Tensor:
 
 
 def unpack(bits: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The mask (bool, O x I) that `pack` made `bits` from. Raises ValueError if their number is another."""
+    """The mask (bool, O x I) that `pack` made `bits` from, on their device. Raises ValueError if their number is
+    another."""
     count = shape[0] * shape[1]
     if bits.dtype != torch.uint8 or bits.numel() != -(-count // 8):
         raise ValueError(f"{bits.numel()} bytes are no mask of {shape[0]} x {shape[1]} weights")
+    if bits.device.type != "cpu":
+        return _bits(bits)[:count].view(shape)
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=count).astype(bool)).view(shape)
+
+
+def _bits(packed: Tensor) -> Tensor:
+    """Eight bool for each byte, the highest bit first, as numpy.unpackbits gives them."""
+    places_8 = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=packed.device)
+    return (packed[:, None] & places_8).ne(0).flatten()
 
 
 def best(score_OI: Tensor, where_OI: Tensor, count: int) -> tuple[Tensor, Tensor]:

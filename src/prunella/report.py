@@ -114,6 +114,9 @@ class Report:
         if "best_step" in did:
             best = f"step {did['best_step']} of {did['steps']}" if did["best_step"] else "none: no step made it better"
             rows.insert(4, ("checkpoint that was kept", "", best))
+        if did.get("processes", 1) > 1:
+            how = "sharded" if did["sharded"] else "each with the whole model"
+            rows.append(("processes", "", f"{did['processes']}, {how}"))
         if did["before"].get("sample") and did["after"].get("sample"):
             rows.append(("sample of text", did["before"]["sample"], did["after"]["sample"]))
         return rows

@@ -142,27 +142,88 @@ def test_a_run_that_was_killed_and_resumed_ends_like_one_that_was_not(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_two_processes_have_the_loss_curve_of_one(
-    pruned: Path, tmp_path: Path, python: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = settings(train=["mask-lora", "norms"], rate=1e-2)
-    one = prunella.heal(pruned, recipe, output=tmp_path / "one")
-    script = tmp_path / "two.py"
-    script.write_text(
-        f"import prunella\nif __name__ == '__main__':\n"
-        f"    prunella.heal({str(pruned)!r}, {recipe!r}, output={str(tmp_path / 'two')!r})\n"
-    )
+@pytest.fixture
+def in_two(tmp_path: Path, python: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Heals in two processes, as `torchrun` starts them."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    launch = f"from torch.distributed.run import main; main(['--standalone', '--nproc-per-node=2', {str(script)!r}])"
-    done = python(launch)
+    script = tmp_path / "two.py"
+
+    def start(directory: Path, recipe: Any, output: Path, *, dies: int = 0, resume: bool = False) -> Any:
+        script.write_text(
+            "import os, prunella\n"
+            f"def watch(step, steps, loss):\n"
+            f"    if step == {dies}:\n        os._exit(1)\n"
+            "if __name__ == '__main__':\n"
+            f"    prunella.heal({str(directory)!r}, {recipe!r}, output={str(output)!r}, resume={resume}, watch=watch)\n"
+        )
+        return python(
+            f"from torch.distributed.run import main; main(['--standalone', '--nproc-per-node=2', {str(script)!r}])"
+        )
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("train", "options", "sharded"),
+    [
+        (["mask-lora", "norms"], {}, False),
+        (["all"], {"distill": 0.5}, True),
+    ],
+    ids=["data-parallel", "sharded"],
+)
+def test_two_processes_have_the_loss_curve_of_one(
+    train: list[str],
+    options: dict[str, Any],
+    sharded: bool,
+    pruned: Path,
+    tmp_path: Path,
+    in_two: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = settings(train=train, rate=3e-3, **options)
+    one = prunella.heal(pruned, recipe, output=tmp_path / "one")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(sharded).lower())
+    done = in_two(pruned, recipe, tmp_path / "two")
     assert done.returncode == 0, done.stderr
     two = Report.read(tmp_path / "two")
     assert two.healing["losses"] == pytest.approx(one.healing["losses"], rel=1e-4)
     for step, loss in one.healing["held_out"].items():
         assert two.healing["held_out"][step] == pytest.approx(loss, rel=1e-4)
+    how = "2, sharded" if sharded else "2, each with the whole model"
+    assert ("processes", "", how) in two.healing_rows()
+    for key in ("trained_parameters", "parameters", "best_step", "tokens"):
+        assert two.healing[key] == one.healing[key]
     before, after = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in before:
         torch.testing.assert_close(after[name], before[name], rtol=1e-3, atol=2e-4)
+    zeros, kept = zeros_of(tmp_path / "two"), zeros_of(pruned)
+    assert all(torch.equal(zeros[name], kept[name]) for name in kept)
+
+
+def test_a_sharded_run_goes_on_where_it_was_killed(
+    pruned: Path, tmp_path: Path, in_two: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds shares of the weights and of the moments; its checkpoints hold whole ones."""
+    recipe = settings(train=["mask-lora", "norms", "head"], rate=3e-3, evaluations=4)
+    one = prunella.heal(pruned, recipe, output=tmp_path / "one")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert in_two(pruned, recipe, tmp_path / "two", dies=5).returncode != 0
+    assert (tmp_path / "two.partial" / "training" / "checkpoint-4").is_dir()
+    shutil.copytree(tmp_path / "two.partial", tmp_path / "three.partial")
+    done = in_two(pruned, recipe, tmp_path / "two", resume=True)
+    assert done.returncode == 0, done.stderr
+    three = prunella.heal(pruned, recipe, output=tmp_path / "three", resume=True)  # and in one process
+    for other in (Report.read(tmp_path / "two"), three):
+        assert other.healing["losses"] == pytest.approx(one.healing["losses"], rel=1e-4)
+        assert other.healing["best_step"] == one.healing["best_step"]
+
+
+def test_offloading_what_is_sharded_is_refused(pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(InputError, match="fsdp_offload_params to false"):
+        prunella.heal(pruned, settings(train=["norms"]), output=tmp_path / "out")
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
 
 
 def test_a_loss_that_is_not_finite_ends_it_and_the_best_checkpoint_stays(
@@ -548,9 +609,9 @@ def test_a_dense_model_that_is_trained_first_teaches(
     kept: dict[str, Path] = {}
     teach = retrain.teacher_in_memory
 
-    def look(model: Any) -> Any:
+    def look(model: Any, *more: Any) -> Any:
         kept["teacher"] = Path(shutil.copytree(model.checkpoint.directory, tmp_path / "teacher"))
-        return teach(model)
+        return teach(model, *more)
 
     monkeypatch.setattr(retrain, "teacher_in_memory", look)
     recipe = settings(train=["norms"], distill=0.5, adapt=512)

@@ -52,6 +52,26 @@ def zeros_held(model: Model, masks: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("method", sorted(groups))
+def test_a_mask_held_as_bits_is_the_same_mask(method: str, ids: Tensor) -> None:
+    model, masks, chosen = prepare(method)
+    shake(chosen)
+    attach(chosen)
+    before = logits(model, ids)
+    held = [item.change.mask for item in chosen]
+    for item in chosen:
+        item.change.pack_mask()
+        item.change.forget()
+    assert torch.equal(logits(model, ids), before)
+    for item, mask in zip(chosen, held, strict=True):
+        if mask is not None:
+            assert item.change.mask is not None
+            assert torch.equal(item.change.mask, mask)
+            assert sum(buffer.numel() for buffer in item.change.buffers()) == -(-mask.numel() // 8)
+    detach(chosen)
+    assert zeros_held(model, masks)
+
+
+@pytest.mark.parametrize("method", sorted(groups))
 def test_before_the_first_step_it_is_the_pruned_model(method: str, ids: Tensor) -> None:
     model, _, chosen = prepare(method)
     before = logits(model, ids)

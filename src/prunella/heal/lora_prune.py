@@ -12,7 +12,7 @@ class LoraPrune(LowRank):
     def make(self, base: Tensor) -> Tensor:
         if self.training:
             return super().make(base)
-        return (base.float() + self.delta() * self.mask).to(base.dtype)
+        return (base.float() + self.masked()).to(base.dtype)
 
 
 @trains("lora-prune")

@@ -10,7 +10,7 @@ class MaskLora(LowRank):
     """W + M * (c B A)."""
 
     def make(self, base: Tensor) -> Tensor:
-        return (base.float() + self.delta() * self.mask).to(base.dtype)
+        return (base.float() + self.masked()).to(base.dtype)
 
 
 @trains("mask-lora")

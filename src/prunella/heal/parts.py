@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import InputError, NumericalError
 from ..load import Model
+from ..pattern import pack, unpack
 from ..registry import Method, checked, lookup
 from ..stream import find_layers
 
@@ -52,14 +53,33 @@ class Change(nn.Module):
     The tensor is made once a step, not once a micro-batch, while `keep` is set (whoever sets it calls `forget`
     after each step); its graph never lives: backward makes it again, so that nothing as large as the tensor
     is saved.
+
+    Args:
+        mask: True where a weight is kept, of the tensor's shape; it is `self.mask`.
     """
 
     apart = False
     keep = False
 
-    def __init__(self) -> None:
+    def __init__(self, mask: Tensor | None = None) -> None:
         super().__init__()
         self._made: tuple[bool, Tensor] | None = None
+        self._shape: torch.Size | None = None  # of a mask that is held as bits
+        self.register_buffer("_mask", mask, persistent=False)
+
+    @property
+    def mask(self) -> Tensor | None:
+        held: Tensor | None = self._buffers["_mask"]
+        if held is None or self._shape is None:
+            return held
+        return unpack(held, (self._shape[:-1].numel(), self._shape[-1])).view(self._shape)
+
+    def pack_mask(self) -> None:
+        """Hold the mask as bits and unpack them each time: an eighth of the memory."""
+        mask = self.mask
+        if mask is not None and self._shape is None:
+            self._shape = mask.shape
+            self._buffers["_mask"] = pack(mask).to(mask.device)
 
     def make(self, base: Tensor) -> Tensor:
         raise NotImplementedError
@@ -99,15 +119,13 @@ class _Once(torch.autograd.Function):
 class Master(Change):
     """The tensor itself, kept in float32, so that small steps are not lost to rounding: W = round(master * M)."""
 
-    mask: Tensor | None
-
     def __init__(self, part: Part):
-        super().__init__()
+        super().__init__(part.mask)
         self.master = nn.Parameter(part.value.detach().float().clone())
-        self.register_buffer("mask", part.mask, persistent=False)
 
     def make(self, base: Tensor) -> Tensor:
-        return (self.master if self.mask is None else self.master * self.mask).to(base.dtype)
+        mask = self.mask
+        return (self.master if mask is None else self.master * mask).to(base.dtype)
 
 
 class LowRank(Change):
@@ -116,10 +134,8 @@ class LowRank(Change):
     A mixture's experts (E, O, I) have a pair each. Of a weight that is stored as (I, O) the roles are swapped.
     """
 
-    mask: Tensor
-
     def __init__(self, part: Part, rank: int, alpha: float | None):
-        super().__init__()
+        super().__init__(part.mask)
         *experts, rows, columns = part.value.shape
         rank = min(rank, rows, columns)
         device = part.value.device
@@ -131,10 +147,14 @@ class LowRank(Change):
         self.left, self.right = nn.Parameter(left), nn.Parameter(right)
         self.scale = (2 * rank if alpha is None else alpha) / rank
         self.transposed = part.transposed
-        self.register_buffer("mask", part.mask, persistent=False)
 
     def delta(self) -> Tensor:
         return self.scale * (self.left @ self.right)
+
+    def masked(self) -> Tensor:
+        """The change where weights are kept."""
+        delta, mask = self.delta(), self.mask
+        return delta if mask is None else delta * mask
 
     def make(self, base: Tensor) -> Tensor:
         return (base.float() + self.delta()).to(base.dtype)
@@ -203,16 +223,20 @@ def kinds_of(name: str, tensors: Mapping[str, Tensor]) -> frozenset[str]:
     return frozenset(kind_of(name, tensors).split())
 
 
-def parts_of(model: Model, masks: Mapping[str, Tensor], new: Iterable[str] = ()) -> list[Part]:
-    """All parameters of a network whose weights are loaded. `masks` are by layer, (O, I); `new` names biases that
-    were added."""
+def parts_of(
+    model: Model, masks: Mapping[str, Tensor], new: Iterable[str] = (), only: Collection[str] | None = None
+) -> list[Part]:
+    """All parameters of a network whose weights are loaded, or `only` those of these names. `masks` are by layer,
+    (O, I); `new` names biases that were added."""
     network, added = model.network, set(new)
+    tensors = {name: tensor for name, tensor in network.named_parameters() if only is None or name in only}
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in network.modules():
         for key, parameter in module.named_parameters(recurse=False):
             places.setdefault(id(parameter), []).append((module, key))
     found: dict[int, tuple[Tensor | None, bool]] = {}
-    for block in model.blocks:
+    within = {model.block_of(name) for name in tensors}
+    for block in (name for name in model.blocks if name in within):
         for slot in find_layers(model.module(block), block):
             parameter = getattr(slot.module, slot.parameter)
             mask = masks.get(slot.name)
@@ -226,7 +250,6 @@ def parts_of(model: Model, masks: Mapping[str, Tensor], new: Iterable[str] = ())
                 mask = whole
             found[id(parameter)] = (mask, slot.transposed)
     head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
-    tensors = dict(network.named_parameters())
     parts = []
     for name, parameter in tensors.items():
         mask, transposed = found.get(id(parameter), (None, False))
@@ -255,20 +278,37 @@ class Chosen:
 def choose(parts: Iterable[Part], wanted: Sequence[Group]) -> list[Chosen]:
     """What trains: for each part the change of the first group that wants it. Raises InputError for a group that
     finds nothing to train."""
-    out, idle = [], {group.name for group in wanted}
+    out = list(pick(parts, wanted))
+    check_idle(out, wanted)
+    return out
+
+
+def pick(parts: Iterable[Part], wanted: Sequence[Group]) -> Iterator[Chosen]:
+    """For each part the change of the first group that wants it."""
     for part in parts:
         for group in wanted:
             change = group.change(part)
             if change is not None:
-                out.append(Chosen(part, change, group))
-                idle.discard(group.name)
+                yield Chosen(part, change, group)
                 break
-    for name in sorted(idle):
+
+
+def check_idle(chosen: Iterable[Chosen], wanted: Iterable[Group]) -> None:
+    """Raises InputError for a group that finds nothing to train."""
+    for name in sorted({group.name for group in wanted} - {item.group.name for item in chosen}):
         raise InputError(
             f"healing method '{name}' finds nothing to train: the model has no such tensors, or another method that"
             " comes before it trains them all."
         )
-    return out
+
+
+def trained(chosen: Iterable[Chosen]) -> dict[str, Tensor]:
+    """What trains, {part.parameter of its change: its values}, to read and to write."""
+    return {
+        f"{item.part.name}.{key}": parameter.data
+        for item in chosen
+        for key, parameter in item.change.named_parameters()
+    }
 
 
 def attach(chosen: Iterable[Chosen]) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +22,8 @@ from ..errors import InputError, NumericalError
 from ..load import Model, quiet_transformers
 from ..stream import Track, Watcher, no_track, through
 from .loss import next_token_loss
-from .parts import Chosen
+from .parts import Chosen, trained
+from .processes import gather, is_sharded, shard, share, share_optimizer, world
 
 WEIGHTS = "model.safetensors"
 _RECOMPUTE = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"  # newer, older name
@@ -54,13 +54,17 @@ class Teacher(Protocol):
 
 
 @contextlib.contextmanager
-def teacher_in_memory(model: Model) -> Iterator[Teacher]:
-    """The whole dense model stays in memory and runs beside the one that is trained."""
-    with model.whole() as network:
+def teacher_in_memory(model: Model, sharded: bool = False) -> Iterator[Teacher]:
+    """The whole dense model stays in memory, or each process's share of it, and runs beside the one that is trained."""
+    with contextlib.ExitStack() as stack:
+        if sharded:
+            shard(model)
+        else:
+            stack.enter_context(model.whole())
 
         def logits(index_B: Tensor, ids_BL: Tensor) -> Tensor:
             with torch.no_grad():
-                out: Tensor = network(input_ids=ids_BL, use_cache=False).logits
+                out: Tensor = model.network(input_ids=ids_BL, use_cache=False).logits
             return out
 
         yield logits
@@ -104,7 +108,10 @@ def retrain(
     resume: bool = False,
     watch: Watcher | None = None,
 ) -> Outcome:
-    """Train the attached changes of a model whose weights are loaded.
+    """Train the attached changes of a model whose weights are loaded, or sharded.
+
+    What a sharded one makes in forward is made again, block by block, in backward, whatever `plan.checkpointing` says:
+    else each process would hold whole weights of all layers.
 
     Args:
         windows_NL: what to train on, in this order; taken again from the start where more is asked for.
@@ -117,11 +124,7 @@ def retrain(
     network = model.network
     bf16 = model.dtype == torch.float32 and _fast_bfloat16(model.device)
     processes = world(model.device).num_processes
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
-        raise InputError(
-            "healing runs in several processes by DDP, each with the whole model: FSDP would shard the weights under"
-            " what trains. Choose MULTI_GPU with accelerate launch; for larger models there is --way reconstruct."
-        )
+    checkpointing = plan.checkpointing or is_sharded(network)
     micro = min(plan.micro, -(-plan.batch // processes))
     if plan.batch % (micro * processes):
         raise InputError(
@@ -142,7 +145,7 @@ def retrain(
         weight_decay=0.0,
         max_grad_norm=plan.clip,
         bf16=bf16,
-        **({f"{_RECOMPUTE}_checkpointing": True} if plan.checkpointing else {}),
+        **({f"{_RECOMPUTE}_checkpointing": True} if checkpointing else {}),
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -180,9 +183,10 @@ def retrain(
         callbacks.append(EarlyStoppingCallback(plan.patience))
     changes = list(dict.fromkeys(item.change for item in chosen))
     for change in changes:
-        change.keep = not plan.checkpointing
+        change.keep = not checkpointing
     cache = network.config.use_cache
-    with quiet_transformers(), no_dropout(network):
+    with quiet_transformers(), no_dropout(network), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)  # the Trainer sets it
         trainer = _Healer(chosen, plan, teacher, network, arguments, windows_NL, held_out_NL, callbacks)
         try:
             path, state = checkpoint or (None, None)
@@ -194,7 +198,7 @@ def retrain(
         finally:
             network.config.use_cache = cache
             network.eval()
-            if plan.checkpointing:
+            if checkpointing:
                 getattr(network, f"{_RECOMPUTE}_checkpointing_disable")()
             for change in changes:
                 change.keep = False
@@ -284,7 +288,13 @@ class _Healer(Trainer):  # type: ignore[misc]
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+        if is_sharded(network):  # said before, the Trainer would refuse to save what resuming needs
+            self.is_distributed_loading_by_transformers = True
         self.model_accepts_loss_kwargs = False  # our loss is a mean over a micro-batch; all are of one size
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not is_sharded(model):
+            super()._move_model_to_device(model, device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -294,6 +304,8 @@ class _Healer(Trainer):  # type: ignore[misc]
                 group["params"] += list(item.change.parameters())
             optimizer = torch.optim.AdamW(list(named.values()), betas=self.plan.betas, weight_decay=0.0, fused=True)
             optimizer.register_step_post_hook(lambda *_: self._forget())
+            if is_sharded(self.model):
+                share_optimizer(optimizer)
             self.optimizer = optimizer
         return self.optimizer  # type: ignore[no-any-return]
 
@@ -326,22 +338,22 @@ class _Healer(Trainer):  # type: ignore[misc]
             )
         return (loss, {}) if return_outputs else loss
 
-    def _trained(self) -> dict[str, Tensor]:
-        return {
-            f"{item.part.name}.{key}": parameter.data
-            for item in self.chosen
-            for key, parameter in item.change.named_parameters()
-        }
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        tensors = gather(trained(self.chosen), keep=self.args.should_save)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self._trained().items()}, folder / WEIGHTS)
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if is_sharded(self.model) and not self.args.should_save:
+            self.optimizer.state_dict()  # the process that saves waits for this one's share
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         stored = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        for name, tensor in self._trained().items():
-            tensor.copy_(stored[name])
+        for name, tensor in trained(self.chosen).items():
+            tensor.copy_(share(stored[name], tensor))
         self._forget()
 
     def _load_best_model(self) -> None:
@@ -355,13 +367,6 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.watch is not None and state.is_world_process_zero and logs and "loss" in logs:
             self.watch(state.global_step, state.max_steps, logs["loss"])
-
-
-def world(device: torch.device) -> Any:
-    """The processes that train together, as accelerate sees them."""
-    from accelerate import PartialState
-
-    return PartialState(cpu=device.type == "cpu", timeout=timedelta(days=1))  # others wait while one process measures
 
 
 def _fast_bfloat16(device: torch.device) -> bool:

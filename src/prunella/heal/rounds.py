@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..load import find_directory, load_model
+from ..load import find_directory, load_model, pick_device
 from ..recipe import Recipe
 from ..report import Report
 from ..save import REPORT, partial_of, unfinished
 from ..tensors import write_text
+from .processes import asked, check_way, world
 from .run import adapt, check_dtype, heal
 
 RECIPE = "recipe.json"
@@ -40,8 +41,11 @@ def prune_and_heal(
     **options: Any,
 ) -> Report:
     """Prune, by `prunella.prune`, to the sparsity of each round and heal, in directories beside the output that go in
-    the end. A run that was interrupted continues in the round where it stopped."""
+    the end. A run that was interrupted continues in the round where it stopped. Of several processes the first one
+    prunes, and has the report."""
     rounds = recipe.heal.rounds
+    team = world(pick_device(recipe.device))
+    check_way(recipe.heal.way, team)
     if rounds > 1 and recipe.shape.sparsity is not None:
         raise InputError(f"pattern {recipe.pattern} has one sparsity, which leaves nothing to do in {rounds} rounds.")
     if recipe.packing is not None:
@@ -68,18 +72,22 @@ def prune_and_heal(
     dense = find_directory(recipe.heal.dense or model, remote_code=remote_code, pickles=pickles)
     options |= {"remote_code": remote_code, "pickles": pickles}
     source, report = model, None
+
+    def goes_on(directory: Path) -> bool:
+        """Was it begun? All processes look before one writes."""
+        begun = resume and partial_of(directory).exists()
+        team.wait_for_everyone()
+        return begun
+
     if recipe.heal.adapt:
         source = str(aside / "adapted")
         if not (aside / "adapted").exists():
-            adapt(
-                str(dense),
-                recipe,
-                output=aside / "adapted",
-                resume=resume and partial_of(aside / "adapted").exists(),
-                **options,
-            )
+            with asked() as sharded:
+                begun = goes_on(aside / "adapted")
+                adapt(str(dense), recipe, output=aside / "adapted", resume=begun, sharded=sharded, **options)
         dense = aside / "adapted"
-        write_text(aside / RECIPE, json.dumps(said, indent=1) + "\n")
+        if team.is_main_process:
+            write_text(aside / RECIPE, json.dumps(said, indent=1) + "\n")
     for k in range(rounds):
         pruned, healed = aside / f"{k + 1}-pruned", path if k == rounds - 1 else aside / f"{k + 1}-healed"
         sparsity = {glob: steps[k] for glob, steps in shares.items()}
@@ -89,29 +97,27 @@ def prune_and_heal(
                 "heal": recipe.heal.model_copy(update={"train": ()}),
             }
         )
-        if not pruned.exists():
-            prune(source, plain, output=pruned, resume=resume and partial_of(pruned).exists(), **options)
-        write_text(aside / RECIPE, json.dumps(said, indent=1) + "\n")
-        told = Report.read(pruned)
-        if k:  # what was pruned is the model of the first round
-            first = Report.read(aside / "1-pruned")
-            told = replace(told, model=first.model, dense=first.dense, fingerprint=first.fingerprint)
-        elif recipe.heal.adapt:  # and not what was made of it
-            measured = Report.read(dense).healing["before"]
-            told = replace(told, model={**told.model, "name": model}, dense={**told.dense, **measured})
-        told = replace(told, recipe={**told.recipe, "model": model})
-        write_text(pruned / REPORT, json.dumps(told.plain(), indent=1) + "\n")
+        begun = goes_on(pruned)
+        if team.is_main_process:
+            if not pruned.exists():
+                prune(source, plain, output=pruned, resume=begun, **options)
+            write_text(aside / RECIPE, json.dumps(said, indent=1) + "\n")
+            told = Report.read(pruned)
+            if k:  # what was pruned is the model of the first round
+                first = Report.read(aside / "1-pruned")
+                told = replace(told, model=first.model, dense=first.dense, fingerprint=first.fingerprint)
+            elif recipe.heal.adapt:  # and not what was made of it
+                measured = Report.read(dense).healing["before"]
+                told = replace(told, model={**told.model, "name": model}, dense={**told.dense, **measured})
+            told = replace(told, recipe={**told.recipe, "model": model})
+            write_text(pruned / REPORT, json.dumps(told.plain(), indent=1) + "\n")
+        team.wait_for_everyone()
         part = recipe.heal.model_copy(update={"dense": str(dense), "tokens": recipe.heal.tokens // rounds, "adapt": 0})
         if not healed.exists() or healed == path:
-            report = heal(
-                pruned,
-                recipe.model_copy(update={"heal": part}),
-                output=healed,
-                resume=resume and partial_of(healed).exists(),
-                portion=(k, rounds),
-                **options,
-            )
+            heals = recipe.model_copy(update={"heal": part})
+            report = heal(pruned, heals, output=healed, resume=goes_on(healed), portion=(k, rounds), **options)
         source = str(healed)
-    shutil.rmtree(aside, ignore_errors=True)
+    if team.is_main_process:
+        shutil.rmtree(aside, ignore_errors=True)
     assert report is not None
     return report

@@ -28,7 +28,8 @@ from ..stream import BlockResult, LayerResult, Slot, Track, Watcher, find_layers
 from .biases import LIST, add_biases
 from .lora import save_adapter
 from .masks import full, masks_of, slots_of, verify
-from .parts import attach, choose, detach, parts_of
+from .parts import attach, choose, detach, parts_of, trained
+from .processes import asked, check_way, gather, shard, world
 from .reconstruct import reconstruct_blocks
 
 DEFAULT: tuple[dict[str, dict[str, Any]], ...] = ({"mask-lora": {}},)  # what trains if nobody says what
@@ -81,7 +82,8 @@ def heal(
         raise ModelError(f"'{directory}' is not a directory: prune a model first, prunella prune MODEL -o {directory}.")
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())
-        run = _Run(Path(directory), recipe, path, resume, track, watch, remote_code, pickles, portion)
+        sharded = stack.enter_context(asked())
+        run = _Run(Path(directory), recipe, path, resume, track, watch, remote_code, pickles, portion, sharded=sharded)
         return run.all()
 
 
@@ -102,6 +104,7 @@ def adapt(
     watch: Watcher | None,
     remote_code: bool,
     pickles: bool,
+    sharded: bool = False,
 ) -> Report:
     """Train a dense model on `heal.adapt` tokens, so that it fits the text: low-rank changes of all layers in its
     blocks, merged. The text is what follows that on which `recipe` heals, where there is enough.
@@ -124,6 +127,7 @@ def adapt(
         pickles,
         skip=taken,
         whole=True,
+        sharded=sharded,
     )
     return run.all()
 
@@ -150,6 +154,7 @@ class _Run:
     portion: tuple[int, int] = (0, 1)
     skip: int = 0  # windows of the text
     whole: bool = False  # nothing is pruned: all weights of the layers train
+    sharded: bool = False  # each of several processes keeps its share of the model
 
     @functools.cached_property
     def said(self) -> Report | None:
@@ -161,14 +166,12 @@ class _Run:
         return self.recipe.heal
 
     def all(self) -> Report:
-        from .retrain import world  # not before: transformers' Trainer takes seconds to import
-
         started, cpu = time.perf_counter(), time.process_time()
         source = self.directory
         team = world(pick_device(self.recipe.device))
         main: bool = team.is_main_process
-        if self.settings.way == "reconstruct" and team.num_processes > 1:
-            raise InputError("reconstruction runs in one process: start it without accelerate launch or torchrun.")
+        self.sharded = self.sharded and team.num_processes > 1
+        check_way(self.settings.way, team)
         names = [name for item in self.settings.train for name in item]
         if self.settings.adapt:
             self._adapt()
@@ -197,7 +200,8 @@ class _Run:
         out = None
         if main:
             made = [] if self.whole else slots
-            out = Output(self.path, model, made, identity(model.checkpoint, recipe.plain(), ids_NL), self.resume)
+            host = self._open(source, "cpu") if self.sharded else model  # merging needs all of it at once
+            out = Output(self.path, host, made, identity(model.checkpoint, recipe.plain(), ids_NL), self.resume)
         team.wait_for_everyone()  # the directory is there
         try:
             before = out.notes.get("before") if out else None
@@ -229,6 +233,8 @@ class _Run:
                 "source": str(self.directory),
                 **did,
                 "taught": _taught(dense),
+                "processes": team.num_processes,
+                "sharded": self.sharded,
                 "before": before,
                 "after": after,
                 "seconds": seconds,
@@ -269,8 +275,13 @@ class _Run:
         same = said.pruned.get("text") == digest(test_NL) and said.model.get("dtype") == str(model.dtype)[6:]
         return said.pruned if same and not touched else None
 
-    def _open(self, directory: Path) -> Model:
-        return load_model(str(directory), device=self.recipe.device, remote_code=self.remote_code, pickles=self.pickles)
+    def _open(self, directory: Path, device: str | None = None) -> Model:
+        return load_model(
+            str(directory),
+            device=device or self.recipe.device,
+            remote_code=self.remote_code,
+            pickles=self.pickles,
+        )
 
     @property
     def _biased(self) -> Path:
@@ -314,6 +325,7 @@ class _Run:
             watch=self.watch,
             remote_code=self.remote_code,
             pickles=self.pickles,
+            sharded=self.sharded,
         )
 
     @property
@@ -408,21 +420,28 @@ class _Run:
         out: Output | None,
     ) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Train, merge, and write what changed."""
+        # Not before: transformers' Trainer takes seconds to import.
         from .retrain import Plan, retrain, teacher_in_memory, teacher_streamed
 
         settings = self.settings
         folder = partial_of(self.path) / "training"
+        groups = settings.make_groups()
+        total = model.parameters
         with ExitStack() as stack:
-            stack.enter_context(model.whole())
             torch.manual_seed(recipe.seed)
-            chosen = choose(parts_of(model, masks, new), settings.make_groups())
-            apart = [item for item in chosen if item.change.apart]
-            total = model.parameters
-            trained = sum(parameter.numel() for item in chosen for parameter in item.change.parameters())
-            attach(chosen)
+            if self.sharded:
+                assert model.checkpoint is not None
+                trainee = self._open(model.checkpoint.directory)
+                chosen = shard(trainee, groups, masks, new)
+            else:
+                trainee = model
+                stack.enter_context(model.whole())
+                chosen = choose(parts_of(model, masks, new), groups)
+                attach(chosen)
+            count = sum(parameter.numel() for item in chosen for parameter in item.change.parameters())
             teacher = None
             if dense is not None and settings.teacher == "memory":
-                teacher = stack.enter_context(teacher_in_memory(dense))
+                teacher = stack.enter_context(teacher_in_memory(dense, self.sharded))
             elif dense is not None:
                 teacher = stack.enter_context(teacher_streamed(dense, ids_NL, self.track))
             steps = max(1, round(settings.tokens / (settings.batch * ids_NL.shape[1])))
@@ -441,8 +460,19 @@ class _Run:
                 checkpointing=settings.checkpointing,
             )
             did = retrain(
-                model, chosen, ids_NL, held_NL, plan, folder, teacher=teacher, resume=self.resume, watch=self.watch
+                trainee, chosen, ids_NL, held_NL, plan, folder, teacher=teacher, resume=self.resume, watch=self.watch
             )
+            if self.sharded:
+                values = gather(trained(chosen), keep=out is not None)
+                if out is None:
+                    return {}, None
+                model = out.model
+                stack.enter_context(model.whole())
+                chosen = choose(parts_of(model, masks, new), groups)
+                for name, tensor in trained(chosen).items():
+                    tensor.copy_(values.pop(name))
+                attach(chosen)
+            apart = [item for item in chosen if item.change.apart]
             after = None
             if apart and out is not None:
                 with torch.no_grad():
@@ -453,8 +483,8 @@ class _Run:
             if out is not None:
                 _write(model, changed, {} if self.whole else masks, out)
         return {
-            "trained": trained / total,
-            "trained_parameters": trained,
+            "trained": count / total,
+            "trained_parameters": count,
             "parameters": total,
             "steps": did.steps,
             "tokens": did.steps * settings.batch * ids_NL.shape[1],
