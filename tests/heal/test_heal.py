@@ -166,8 +166,8 @@ def in_two(tmp_path: Path, python: Callable[..., Any], monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("train", "options", "sharded"),
     [
-        (["mask-lora", "norms"], {}, False),
-        (["all"], {"distill": 0.5}, True),
+        (["mask-lora", "norms"], {"micro": 1}, False),
+        (["all"], {"distill": 0.5, "micro": 1}, True),
     ],
     ids=["data-parallel", "sharded"],
 )

@@ -139,12 +139,13 @@ def gather(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor
 
 def share_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Let an optimizer of sharded parameters save whole tensors and load its share of them, so that a run can go on
-    with another number of processes; every process has to ask for its `state_dict`."""
+    with another number of processes; every process has to ask for its `state_dict`, and the first one gets it."""
 
     def gathered(_: torch.optim.Optimizer, state: dict[str, object]) -> dict[str, object]:
         per = state["state"]
         assert isinstance(per, dict)
-        return {**state, "state": {n: gather(values) for n, values in per.items()}}
+        first = dist.get_rank() == 0
+        return {**state, "state": {n: gather(values, keep=first) for n, values in per.items()}}
 
     def shared(self: torch.optim.Optimizer, state: dict[str, object]) -> dict[str, object]:
         per, parameters = state["state"], [p for group in self.param_groups for p in group["params"]]

@@ -296,6 +296,9 @@ class _Healer(Trainer):  # type: ignore[misc]
         if not is_sharded(model):
             super()._move_model_to_device(model, device)
 
+    def _defer_fsdp_gradient_reduction(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()  # deferred, every process would hold whole gradients meanwhile
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             named: dict[str, dict[str, Any]] = {}
