@@ -144,17 +144,17 @@ def test_a_run_that_was_killed_and_resumed_ends_like_one_that_was_not(
 
 @pytest.fixture
 def in_two(tmp_path: Path, python: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Heals in two processes, as `torchrun` starts them."""
+    """Prunes or heals in two processes, as `torchrun` starts them; they die after step `dies`."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     script = tmp_path / "two.py"
 
-    def start(directory: Path, recipe: Any, output: Path, *, dies: int = 0, resume: bool = False) -> Any:
+    def start(what: str, source: Path, recipe: Any, output: Path, *, dies: int = 0, resume: bool = False) -> Any:
         script.write_text(
             "import os, prunella\n"
-            f"def watch(step, steps, loss):\n"
+            "def watch(step, steps, loss):\n"
             f"    if step == {dies}:\n        os._exit(1)\n"
             "if __name__ == '__main__':\n"
-            f"    prunella.heal({str(directory)!r}, {recipe!r}, output={str(output)!r}, resume={resume}, watch=watch)\n"
+            f"    prunella.{what}({str(source)!r}, {recipe!r}, output={str(output)!r}, resume={resume}, watch=watch)\n"
         )
         return python(
             f"from torch.distributed.run import main; main(['--standalone', '--nproc-per-node=2', {str(script)!r}])"
@@ -183,7 +183,7 @@ def test_two_processes_have_the_loss_curve_of_one(
     recipe = settings(train=train, rate=3e-3, **options)
     one = prunella.heal(pruned, recipe, output=tmp_path / "one")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", str(sharded).lower())
-    done = in_two(pruned, recipe, tmp_path / "two")
+    done = in_two("heal", pruned, recipe, tmp_path / "two")
     assert done.returncode == 0, done.stderr
     two = Report.read(tmp_path / "two")
     assert two.healing["losses"] == pytest.approx(one.healing["losses"], rel=1e-4)
@@ -207,15 +207,30 @@ def test_a_sharded_run_goes_on_where_it_was_killed(
     recipe = settings(train=["mask-lora", "norms", "head"], rate=3e-3, evaluations=4)
     one = prunella.heal(pruned, recipe, output=tmp_path / "one")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert in_two(pruned, recipe, tmp_path / "two", dies=5).returncode != 0
+    assert in_two("heal", pruned, recipe, tmp_path / "two", dies=5).returncode != 0
     assert (tmp_path / "two.partial" / "training" / "checkpoint-4").is_dir()
     shutil.copytree(tmp_path / "two.partial", tmp_path / "three.partial")
-    done = in_two(pruned, recipe, tmp_path / "two", resume=True)
+    done = in_two("heal", pruned, recipe, tmp_path / "two", resume=True)
     assert done.returncode == 0, done.stderr
     three = prunella.heal(pruned, recipe, output=tmp_path / "three", resume=True)  # and in one process
     for other in (Report.read(tmp_path / "two"), three):
         assert other.healing["losses"] == pytest.approx(one.healing["losses"], rel=1e-4)
         assert other.healing["best_step"] == one.healing["best_step"]
+
+
+def test_the_first_of_two_processes_prunes_and_both_heal(
+    dense: Path, tmp_path: Path, in_two: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = settings(train=["mask-lora"], tokens=512, distill=0.5, adapt=256, rounds=2) | {"steps": ["magnitude"]}
+    one = prunella.prune(str(dense), recipe, output=tmp_path / "one")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    done = in_two("prune", dense, recipe, tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    two = Report.read(tmp_path / "two")
+    assert two.healing["losses"] == pytest.approx(one.healing["losses"], rel=1e-4)
+    assert two.layers == one.layers
+    assert two.model == one.model
+    assert not any(path.name.startswith("two.") for path in tmp_path.iterdir() if path.is_dir())
 
 
 def test_offloading_what_is_sharded_is_refused(pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
