@@ -117,18 +117,20 @@ def sentence(report: Report) -> str:
             + f"), calibrated on {calibration['samples']} windows of {calibration['length']} tokens of"
             f" {Path(calibration['source']).name}"
         )
-    text += "."
+    text += "." + _moved(report.dense, report.pruned)
     did = report.healing
     if did:
-        text += f" Then it was healed on {did['tokens']:,} tokens, the mask held."
-    for before, after in ((report.dense, report.pruned), (did.get("before", {}), did.get("after", {}))):
-        first, last = before.get("perplexity"), after.get("perplexity")
-        if first is not None and last is not None:
-            text += (
-                f" Perplexity on {Path(before['source']).name} {'rose' if last > first else 'fell'} from {first:.2f}"
-            )
-            text += f" to {last:.2f}."
+        text += f" Then it was healed on {did['tokens']:,} tokens, the mask held." + _moved(did["before"], did["after"])
     return text
+
+
+def _moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """What became of the perplexity, if it was measured."""
+    first, last = before.get("perplexity"), after.get("perplexity")
+    if first is None or last is None:
+        return ""
+    way = "rose" if last > first else "fell"
+    return f" Perplexity on {Path(before['source']).name} {way} from {first:.2f} to {last:.2f}."
 
 
 def pruned_here(report: Report) -> bool:
