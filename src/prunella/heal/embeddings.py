@@ -4,7 +4,7 @@ from .parts import Change, Master, Part, trains
 
 
 @trains("embeddings")
-def embeddings(part: Part, *, rate: float = 2e-4) -> Change | None:
+def embeddings(part: Part, *, rate: float = 1e-3) -> Change | None:
     """Train the embeddings; where the head is the same tensor, it too.
 
     Args:

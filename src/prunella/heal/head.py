@@ -7,7 +7,7 @@ from .parts import Change, LowRank, Part, trains
 
 @trains("head")
 def head(
-    part: Part, *, rank: PositiveInt = 16, alpha: PositiveFloat | None = None, rate: float = 5e-4
+    part: Part, *, rank: PositiveInt = 16, alpha: PositiveFloat | None = None, rate: float = 8e-3
 ) -> Change | None:
     """Train a low-rank change of the head, W + c B A, merged densely: the head is not pruned.
 
