@@ -166,8 +166,8 @@ def in_two(tmp_path: Path, python: Callable[..., Any], monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("train", "options", "sharded"),
     [
-        (["mask-lora", "norms"], {"micro": 1}, False),
-        (["all"], {"distill": 0.5, "micro": 1}, True),
+        (["mask-lora", "norms"], {"rate": 1e-2, "micro": 1}, False),
+        (["all"], {"rate": 3e-3, "distill": 0.5, "micro": 1}, True),
     ],
     ids=["data-parallel", "sharded"],
 )
@@ -180,7 +180,7 @@ def test_two_processes_have_the_loss_curve_of_one(
     in_two: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recipe = settings(train=train, rate=3e-3, **options)
+    recipe = settings(train=train, **options)
     one = prunella.heal(pruned, recipe, output=tmp_path / "one")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", str(sharded).lower())
     done = in_two("heal", pruned, recipe, tmp_path / "two")

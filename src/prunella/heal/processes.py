@@ -137,27 +137,27 @@ def gather(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor
     return found
 
 
+def scatter(values: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    """Write whole tensors into tensors that may be sharded."""
+    for name, tensor in into.items():
+        tensor.copy_(share(values[name], tensor))
+
+
 def share_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Let an optimizer of sharded parameters save whole tensors and load its share of them, so that a run can go on
     with another number of processes; every process has to ask for its `state_dict`, and the first one gets it."""
 
-    def gathered(_: torch.optim.Optimizer, state: dict[str, object]) -> dict[str, object]:
-        per = state["state"]
-        assert isinstance(per, dict)
+    def gathered(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         first = dist.get_rank() == 0
-        return {**state, "state": {n: gather(values, keep=first) for n, values in per.items()}}
+        return {**state, "state": {n: gather(values, keep=first) for n, values in state["state"].items()}}
 
-    def shared(self: torch.optim.Optimizer, state: dict[str, object]) -> dict[str, object]:
-        per, parameters = state["state"], [p for group in self.param_groups for p in group["params"]]
-        assert isinstance(per, dict)
-
-        def mine(value: Tensor, like: Tensor) -> Tensor:
-            return share(value, like) if value.shape == like.shape else value
-
-        return {
-            **state,
-            "state": {n: {key: mine(v, parameters[n]) for key, v in values.items()} for n, values in per.items()},
+    def shared(self: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        mine = {
+            n: {key: share(v, parameters[n]) if v.shape == parameters[n].shape else v for key, v in values.items()}
+            for n, values in state["state"].items()
         }
+        return {**state, "state": mine}
 
     optimizer.register_state_dict_post_hook(gathered)
     optimizer.register_load_state_dict_pre_hook(shared)

@@ -23,7 +23,7 @@ from ..load import Model, quiet_transformers
 from ..stream import Track, Watcher, no_track, through
 from .loss import next_token_loss
 from .parts import Chosen, trained
-from .processes import gather, is_sharded, shard, share, share_optimizer, world
+from .processes import gather, is_sharded, scatter, shard, share_optimizer, world
 
 WEIGHTS = "model.safetensors"
 _RECOMPUTE = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"  # newer, older name
@@ -354,9 +354,7 @@ class _Healer(Trainer):  # type: ignore[misc]
             self.optimizer.state_dict()  # the process that saves waits for this one's share
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        stored = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        for name, tensor in trained(self.chosen).items():
-            tensor.copy_(share(stored[name], tensor))
+        scatter(load_file(Path(resume_from_checkpoint) / WEIGHTS), trained(self.chosen))
         self._forget()
 
     def _load_best_model(self) -> None:

@@ -28,8 +28,8 @@ from ..stream import BlockResult, LayerResult, Slot, Track, Watcher, find_layers
 from .biases import LIST, add_biases
 from .lora import save_adapter
 from .masks import full, masks_of, slots_of, verify
-from .parts import attach, choose, detach, parts_of, trained
-from .processes import asked, check_way, gather, shard, world
+from .parts import Chosen, attach, choose, detach, parts_of, trained
+from .processes import asked, check_way, gather, scatter, shard, world
 from .reconstruct import reconstruct_blocks
 
 DEFAULT: tuple[dict[str, dict[str, Any]], ...] = ({"mask-lora": {}},)  # what trains if nobody says what
@@ -428,6 +428,14 @@ class _Run:
         groups = settings.make_groups()
         total = model.parameters
         with ExitStack() as stack:
+
+            def ready(model: Model) -> list[Chosen]:
+                """Load all of it, and choose and attach what trains."""
+                stack.enter_context(model.whole())
+                chosen = choose(parts_of(model, masks, new), groups)
+                attach(chosen)
+                return chosen
+
             torch.manual_seed(recipe.seed)
             if self.sharded:
                 assert model.checkpoint is not None
@@ -435,9 +443,7 @@ class _Run:
                 chosen = shard(trainee, groups, masks, new)
             else:
                 trainee = model
-                stack.enter_context(model.whole())
-                chosen = choose(parts_of(model, masks, new), groups)
-                attach(chosen)
+                chosen = ready(model)
             count = sum(parameter.numel() for item in chosen for parameter in item.change.parameters())
             teacher = None
             if dense is not None and settings.teacher == "memory":
@@ -467,11 +473,9 @@ class _Run:
                 if out is None:
                     return {}, None
                 model = out.model
-                stack.enter_context(model.whole())
-                chosen = choose(parts_of(model, masks, new), groups)
-                for name, tensor in trained(chosen).items():
-                    tensor.copy_(values.pop(name))
-                attach(chosen)
+                chosen = ready(model)
+                scatter(values, trained(chosen))
+                del values  # as much as all that trains
             apart = [item for item in chosen if item.change.apart]
             after = None
             if apart and out is not None:
