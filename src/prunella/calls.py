@@ -1,10 +1,10 @@
 """Calling the blocks of a network as the network does.
 
 How a block is called is not hard-coded. `Calls` runs the network once for each batch of windows with a stand-in for
-every block, which keeps the arguments (masks, rotary embeddings, …) and hands its input on unchanged; after that a block
-can be run on its own. Beside the hidden state other things may travel from block to block: a second output that the next
-block takes, a dictionary that blocks write into. They are kept beside the hidden state, so that a block is a function of
-what comes in. Arguments that are the same for two batches are kept once.
+every block, which keeps the arguments (masks, rotary embeddings, …) and hands its input on unchanged; after that a
+block can be run on its own. Beside the hidden state other things may travel from block to block: a second output that
+the next block takes, a dictionary that blocks write into. They are kept beside the hidden state, so that a block is a
+function of what comes in. Arguments that are the same for two batches are kept once.
 
 Whether all this holds is not assumed: `examine` compares replayed blocks with what they give inside the network's own
 forward pass before anything is made of them.
@@ -249,7 +249,7 @@ class _StandIns:
         self.real = real
         self.load = load
         self.replaced = hidden
-        self.mark = mark  # NaN in place of all outputs but the first, to see where they go
+        self.mark = mark  # copies of the hidden state and NaN in place of all other outputs, to see where they go
         self.raw: list[tuple[tuple[Any, ...], dict[str, Any], str | None]] = []
         self.marks: list[dict[int, Tensor]] = []
         self.gave: dict[int, Tensor] = {}
@@ -285,7 +285,7 @@ class _StandIns:
             self.entering = hidden
             if self.replaced is not None:
                 hidden = self.replaced
-        elif hidden is not self._last:
+        elif not _one(hidden, self._last):
             raise _not_one_by_one(network, f"it changes the hidden state between blocks {index - 1} and {index}")
         name = self.model.blocks[index]
         kind = type(self.model.module(name))
@@ -305,7 +305,7 @@ class _StandIns:
                 out = run()
             self.gave[index] = self._last = first(out)
             return out
-        self._last = hidden.view(hidden.shape)  # another object, so that a block that is passed by is noticed
+        self._last = hidden.clone() if self.mark else hidden  # other memory: a block that is passed by is noticed
         if not outputs:
             self.marks.append({})
             return self._last
@@ -335,6 +335,14 @@ class _StandIns:
                     del block.forward
                 else:
                     block.forward = old  # type: ignore[method-assign]
+
+
+def _one(one: Tensor, other: Tensor) -> bool:
+    """Are these one tensor, maybe by two names?"""
+    return one is other or (
+        (one.data_ptr(), one.shape, one.stride(), one.dtype)
+        == (other.data_ptr(), other.shape, other.stride(), other.dtype)
+    )
 
 
 def _not_one_by_one(network: nn.Module, reason: str) -> ModelError:
