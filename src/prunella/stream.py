@@ -277,7 +277,7 @@ class Hidden:
         self._items: list[Tensor | None] = [None] * batches
         self.device = device
         main = torch.device("cpu")
-        self.place = main if device.type == "cuda" and nbytes >= free_memory(device) // 4 else device
+        self.place = main if device.type != "cpu" and nbytes >= free_memory(device) // 4 else device
         self.on_disk = self.place.type == "cpu" and nbytes > free_memory(main) // 2
 
     def __len__(self) -> int:
