@@ -167,6 +167,8 @@ def _install() -> None:
         aten.impl(name, functools.partial(_look if views or packet == "set_" else _run, op))
     aten.impl("_copy_from", _copy)
     aten.impl("resize_", _resize)
+    aten.impl("convolution_overrideable", functools.partial(_run, torch.ops.aten.convolution.default))
+    aten.impl("convolution_backward_overrideable", _convolution_backward)
     above = torch.library.Library("aten", "IMPL", "AutogradPrivateUse1")
     above.impl("scaled_dot_product_attention", _attention)
     _libraries.extend((aten, above))
@@ -200,6 +202,12 @@ def _replace(tensor: Tensor, other: Tensor) -> None:
     _look(torch.ops.aten.set_.source_Tensor, tensor, other)
 
 
+def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Any:
+    transposed, groups = args[3], args[5]
+    outputs = weight.shape[1] * groups if transposed else len(weight)
+    return _run(torch.ops.aten.convolution_backward.default, gradient, x, weight, [outputs], *args)
+
+
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -212,6 +220,8 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Torch's choice between its ways of attention is closed to devices in Python: choose what the CPU would."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.where(attn_mask, torch.zeros((), dtype=query.dtype, device=NAME), -torch.inf)
     given: tuple[Any, ...] = (query, key, value, attn_mask)
     with torch.no_grad():
         twins = [None if t is None else _relabel(t.detach(), _CPU) for t in given]
@@ -221,9 +231,6 @@ def _attention(
     with torch.set_grad_enabled(torch.is_grad_enabled()):
         choice = torch._fused_sdp_choice(*twins, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value:
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            zero = torch.zeros((), dtype=query.dtype, device=NAME)
-            attn_mask = torch.where(attn_mask, zero, -torch.inf)
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out: Tensor = flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
         return out
@@ -267,9 +274,11 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
                     value = torch.empty(value.shape, dtype=value.dtype)
                 written[argument.name] = value
         twins[argument.name] = value
+    # A number in a tensor's place is a Python number by now, which few operators take there: their other overloads do.
+    number = any(isinstance(a.type, torch.TensorType) and isinstance(twins.get(a.name), int | float) for a in schema.arguments)
     plain = [twins.pop(a.name) for a in schema.arguments if not a.kwarg_only and a.name in twins]
     with _generator(op):
-        result = op(*plain, **twins)
+        result = (op.overloadpacket if number else op)(*plain, **twins)
     for key, twin in written.items():
         if twin.shape != given[key].shape:
             _replace(given[key], _relabel(twin, _OTHER))
