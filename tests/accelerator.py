@@ -28,8 +28,8 @@ MEMORY = 1 << 33  # bytes that are free on it, as it says
 
 _CPU, _OTHER = 1, 12  # DLPack's numbers for devices
 _KERNELS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-_INDEXED = ("aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index")  # indices may be the CPU's
-_SCALARS = ("aten::masked_fill_", "aten::fill_", "aten::index_fill_", "aten::where")  # beside all pointwise operators
+_INDEXED = ("index", "index_put_", "_index_put_impl_", "_unsafe_index")  # whose indices may be the CPU's
+_POINTWISE = ("masked_fill_", "fill_", "index_fill_")  # as others are: a single CPU number may join in
 # The host has to wait for the answer.
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2")
 
@@ -164,10 +164,10 @@ def _install() -> None:
             continue
         op = getattr(getattr(torch.ops.aten, packet), overload or "default")
         views = any(out.alias_info is not None and not out.alias_info.is_write for out in op._schema.returns)
-        aten.impl(name, functools.partial(_look if views or packet == "set_" else _run, op))
+        aten.impl(name, functools.partial(_look, op) if views or packet == "set_" else _Operator(op))
     aten.impl("_copy_from", _copy)
     aten.impl("resize_", _resize)
-    aten.impl("convolution_overrideable", functools.partial(_run, torch.ops.aten.convolution.default))
+    aten.impl("convolution_overrideable", _Operator(torch.ops.aten.convolution.default))
     aten.impl("convolution_backward_overrideable", _convolution_backward)
     above = torch.library.Library("aten", "IMPL", "AutogradPrivateUse1")
     above.impl("scaled_dot_product_attention", _attention)
@@ -188,6 +188,11 @@ def _is_ours(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type == NAME
 
 
+def _look(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """An operator that looks at sizes and storages alone: the CPU's kernel does not ask whose memory it is."""
+    return op.redispatch(_KERNELS, *args, **kwargs)
+
+
 def _resize(self: Tensor, size: list[int], *, memory_format: Any = None) -> Tensor:
     fresh = torch.empty(size, dtype=self.dtype, device=NAME, memory_format=memory_format or torch.contiguous_format)
     flat = min(self.numel(), fresh.numel())
@@ -205,7 +210,7 @@ def _replace(tensor: Tensor, other: Tensor) -> None:
 def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Any:
     transposed, groups = args[3], args[5]
     outputs = weight.shape[1] * groups if transposed else len(weight)
-    return _run(torch.ops.aten.convolution_backward.default, gradient, x, weight, [outputs], *args)
+    return _Operator(torch.ops.aten.convolution_backward.default)(gradient, x, weight, [outputs], *args)
 
 
 def _attention(
@@ -232,76 +237,98 @@ def _attention(
         choice = torch._fused_sdp_choice(*twins, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out: Tensor = flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
-        return out
-    plain = torch.ops.aten._scaled_dot_product_attention_math
-    out = plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
+        outs = flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
+    else:
+        plain = torch.ops.aten._scaled_dot_product_attention_math
+        outs = plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    out: Tensor = outs[0]
     return out
 
 
-def _look(op: Any, *args: Any, **kwargs: Any) -> Any:
-    """An operator that looks at sizes and storages alone: the CPU's kernel does not ask whose memory it is."""
-    return op.redispatch(_KERNELS, *args, **kwargs)
+class _Operator:
+    """An operator that the CPU runs on twins. (What its schema says is read once: many are small.)"""
 
+    def __init__(self, op: Any):
+        schema = op._schema
+        self.op, self.name = op, schema.name.removeprefix("aten::")
+        self.arguments = [(a.name, a.kwarg_only, isinstance(a.type, torch.TensorType)) for a in schema.arguments]
+        self.names = [argument.name for argument in schema.arguments]
+        aliases = {a.name: a.alias_info for a in schema.arguments if a.alias_info is not None}
+        self.written = {name for name, alias in aliases.items() if alias.is_write}
+        self.many = len(schema.returns) > 1
+        # For each result the argument that it is, None where it is new.
+        self.results = [
+            next((n for n, alias in aliases.items() if alias.before_set == out.alias_info.before_set), None)
+            if out.alias_info is not None
+            else None
+            for out in schema.returns
+        ]
+        self.waits = self.name in _WAITS
+        self.random = torch.Tag.nondeterministic_seeded in op.tags
+        self.pointwise = torch.Tag.pointwise in op.tags or self.name in _POINTWISE
 
-def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
-    """An operator with a tensor of ours, or that is to make one."""
-    schema = op._schema
-    name, given = schema.name, dict(kwargs)
-    for argument, value in zip(schema.arguments, args, strict=False):
-        given[argument.name] = value
-    _check(op, given)
-    short = name.removeprefix("aten::")
-    if short in _WAITS:
-        for traffic in _watching:
-            traffic.wait(short)
-    written: dict[str, Tensor] = {}
-    twins = {}
-    for argument in schema.arguments:
-        if argument.name not in given:
-            continue
-        value = given[argument.name]
-        if argument.name == "device":
-            value = torch.device("cpu")
-        elif argument.name == "pin_memory":
-            value = None
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        if self.waits:
+            for traffic in _watching:
+                traffic.wait(self.name)
+        twins = {name: self._twin(name, value) for name, value in given.items()}
+        op, plain = self.op, []
+        for name, by_name, tensor in self.arguments:
+            if name not in twins:
+                continue
+            if tensor and isinstance(twins[name], int | float):
+                op = self.op.overloadpacket  # a number in a tensor's place is for another overload
+            if not by_name:
+                plain.append(twins.pop(name))
+        outs = {name: twins[name] for name in self.written if name in twins}
+        with _own_generator() if self.random else contextlib.nullcontext():
+            result = op(*plain, **twins)
+        for name, twin in outs.items():
+            if isinstance(twin, Tensor) and twin.shape != given[name].shape:
+                _replace(given[name], _relabel(twin, _OTHER))
+        if not self.results:
+            return None
+        if not self.many:
+            return self._result(self.results[0], result, given)
+        return tuple(self._result(name, value, given) for name, value in zip(self.results, result, strict=True))
+
+    def _twin(self, name: str, value: Any) -> Any:
+        """What the CPU gets in place of a value."""
+        if isinstance(value, Tensor):
+            if value.device.type == NAME:
+                if name in self.written and not value.numel():  # may be there to be resized
+                    return torch.empty(value.shape, dtype=value.dtype)
+                return _relabel(value, _CPU)
+            if value.ndim or name in self.written or not self.pointwise:
+                self._refuse(name, value)
         elif isinstance(value, list | tuple):
-            value = [_relabel(item, _CPU) if _is_ours(item) else item for item in value]
-        elif _is_ours(value):
-            value = _relabel(value, _CPU)
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                if not given[argument.name].numel():  # may be there to be resized
-                    value = torch.empty(value.shape, dtype=value.dtype)
-                written[argument.name] = value
-        twins[argument.name] = value
-    # A number in a tensor's place is a Python number by now, which few operators take there: their other overloads do.
-    number = any(isinstance(a.type, torch.TensorType) and isinstance(twins.get(a.name), int | float) for a in schema.arguments)
-    plain = [twins.pop(a.name) for a in schema.arguments if not a.kwarg_only and a.name in twins]
-    with _generator(op):
-        result = (op.overloadpacket if number else op)(*plain, **twins)
-    for key, twin in written.items():
-        if twin.shape != given[key].shape:
-            _replace(given[key], _relabel(twin, _OTHER))
-    results = result if len(schema.returns) > 1 else (result,)
-    out = tuple(
-        _returned(op, declared, value, given) for declared, value in zip(schema.returns, results, strict=False)
-    )
-    return out if len(schema.returns) > 1 else out[0] if out else None
+            if name == "indices" and self.name in _INDEXED:
+                return [_relabel(item, _CPU) if _is_ours(item) else item for item in value]
+            return [self._twin(name, item) for item in value]
+        elif name == "device":
+            return torch.device("cpu")
+        elif name == "pin_memory":
+            return None
+        elif name == "generator" and value is not None:
+            raise RuntimeError(f"Expected a '{NAME}' device type for generator but found '{value.device}'")
+        return value
 
+    def _refuse(self, name: str, value: Tensor) -> None:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but got {name} is on {value.device}, different from other"
+            f" tensors on {NAME}:0 (when checking argument in {self.op})"
+        )
 
-def _returned(op: Any, declared: Any, value: Any, given: dict[str, Any]) -> Any:
-    alias = declared.alias_info
-    if alias is None:
+    @staticmethod
+    def _result(name: str | None, value: Any, given: dict[str, Any]) -> Any:
+        if name is not None:
+            return given[name]
         if isinstance(value, Tensor):
             return _relabel(value, _OTHER)
         if isinstance(value, list | tuple):
             return [_relabel(item, _OTHER) if isinstance(item, Tensor) else item for item in value]
         return value
-    for argument in op._schema.arguments:
-        same = argument.alias_info is not None and argument.alias_info.before_set == alias.before_set
-        if same and alias.is_write:
-            return given[argument.name]
-    raise AssertionError(f"{op} returns what it was not given")
 
 
 def _copy(self: Tensor, dst: Tensor, non_blocking: bool = False) -> Tensor:
@@ -319,34 +346,9 @@ def _copy(self: Tensor, dst: Tensor, non_blocking: bool = False) -> Tensor:
     return dst
 
 
-def _check(op: Any, given: dict[str, Any]) -> None:
-    """What a GPU refuses. Raises RuntimeError."""
-    name = op._schema.name
-    lone = name in _SCALARS or torch.Tag.pointwise in op.tags
-    for argument in op._schema.arguments:
-        value = given.get(argument.name)
-        written = argument.alias_info is not None and argument.alias_info.is_write
-        for item in value if isinstance(value, list | tuple) else (value,):
-            if not isinstance(item, Tensor) or _is_ours(item):
-                continue
-            if argument.name == "indices" and name in _INDEXED:
-                continue
-            if item.ndim or written or not lone:
-                raise RuntimeError(
-                    f"Expected all tensors to be on the same device, but got {argument.name} is on {item.device},"
-                    f" different from other tensors on {NAME}:0 (when checking argument in {op})"
-                )
-    generator = given.get("generator")
-    if generator is not None:
-        raise RuntimeError(f"Expected a '{NAME}' device type for generator but found '{generator.device}'")
-
-
 @contextlib.contextmanager
-def _generator(op: Any) -> Iterator[None]:
+def _own_generator() -> Iterator[None]:
     """Random numbers are drawn from the device's own generator."""
-    if torch.Tag.nondeterministic_seeded not in op.tags:
-        yield
-        return
     main = torch.get_rng_state()
     torch.set_rng_state(module.generator.get_state())
     try:

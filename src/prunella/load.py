@@ -704,7 +704,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("this PyTorch sees no CUDA device")
-        torch.empty(1, device=device)
-    except RuntimeError as error:
+        torch.zeros(1, device=device).item()  # `meta` is one too, but holds nothing
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for it
         raise InputError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}.") from None
     return device
