@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import accelerator
 import pytest
 import tiny
 import torch
@@ -47,6 +48,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_tokenizer(path)
     assert len(list(path.glob("*.safetensors"))) > 2
     return path
+
+
+@pytest.fixture
+def sim() -> Iterator[torch.device]:
+    """A device that is not the CPU, simulated."""
+    with accelerator.plugged_in() as device:
+        yield device
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import InputError, first_line, say, unknown
-from .load import cache_directory
+from .load import cache_directory, fork_random
 
 if TYPE_CHECKING:
     from .load import Model
@@ -206,7 +206,7 @@ def sample_self(model: Model, count: int, length: int, seed: int, *, batch: int 
     say(f"sampling {count} windows of {length} tokens from the dense model")
     first = getattr(model.tokenizer, "bos_token_id", None)
     parts = []
-    with model.whole() as network, torch.no_grad(), torch.random.fork_rng():
+    with model.whole() as network, torch.no_grad(), fork_random(model.device):
         for number in range(-(-count // batch)):
             torch.manual_seed(seed + number)
             start = torch.full((batch, 1), first or 0)

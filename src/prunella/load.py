@@ -21,6 +21,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -680,8 +681,23 @@ def wrap_model(network: Any, tokenizer: Any = None, name: str = "") -> Model:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
-    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+    """Bytes that are free on a device; in main memory, where it has none of its own or does not say."""
+    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return int(psutil.virtual_memory().available if ask is None else ask(device)[0])
+
+
+def most_memory(device: torch.device) -> int:
+    """Bytes that were taken on a device at most; 0 where it has none of its own or does not say."""
+    ask = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    return 0 if ask is None else int(ask(device))
+
+
+def fork_random(device: torch.device) -> AbstractContextManager[None]:
+    """Random numbers that are drawn meanwhile, on the CPU and on this device, are not missing afterwards. Other devices
+    are not opened for it."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)
 
 
 def pick_device(name: str) -> torch.device:
@@ -692,7 +708,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("this PyTorch sees no CUDA device")
-        torch.empty(1, device=device)
-    except RuntimeError as error:
+        torch.zeros(1, device=device).item()  # `meta` is one too, but holds nothing
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for it
         raise InputError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}.") from None
     return device

@@ -15,7 +15,7 @@ from .allocate import Budget
 from .calibrate import check_windows, windows
 from .errors import InputError, ModelError, NumericalError, PrunellaError
 from .evaluate import fingerprint
-from .load import Model, load_model, wrap_model
+from .load import Model, fork_random, load_model, most_memory, wrap_model
 from .measure import held_out_windows, measure, window_length
 from .recipe import Recipe
 from .registry import BESIDE
@@ -111,7 +111,7 @@ def prune(
             raise InputError("a model in memory cannot be resumed: give its directory instead.")
         opened = model if isinstance(model, Model) else wrap_model(model, tokenizer)
     try:
-        with torch.random.fork_rng():
+        with fork_random(opened.device):
             return _prune(opened, recipe, path, resume, calibration, {} if shared is None else shared, track)
     finally:
         if opened is not model:
@@ -202,7 +202,7 @@ def _prune(
                 "seconds": seconds,
                 "cpu_seconds": time.process_time() - cpu,
                 "peak_memory": peak_memory(),
-                "gpu_memory": torch.cuda.max_memory_allocated(opened.device) if opened.device.type == "cuda" else 0,
+                "gpu_memory": most_memory(opened.device),
                 "threads": torch.get_num_threads(),
                 "resumed_after_blocks": len(out.finished) if out else 0,
             },

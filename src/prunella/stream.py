@@ -175,7 +175,7 @@ class Hidden:
         self.beside: list[dict[Key, Any]] = [{} for _ in range(batches)]  # what travels with each batch, see calls.py
         self.device = device
         main = torch.device("cpu")
-        self.place = main if device.type == "cuda" and nbytes >= free_memory(device) // 4 else device
+        self.place = main if device.type != "cpu" and nbytes >= free_memory(device) // 4 else device
         self.on_disk = self.place.type == "cpu" and nbytes > free_memory(main) // 2
 
     def __len__(self) -> int:
@@ -589,7 +589,8 @@ Settled = tuple[LayerResult, Tensor, Grid | None]
 
 
 def _settle(layer: Layer, target: Target) -> Settled:
-    """Write the weight into the network; keep what the report needs, the mask as bits and the grid, nothing large."""
+    """Write the weight into the network; keep what the report needs, the mask as bits and the grid, nothing large and
+    nothing on the device."""
     assert layer.mask_OI is not None, f"the steps chose no mask for '{layer.name}'"
     result = LayerResult(
         layer.name,
@@ -604,7 +605,7 @@ def _settle(layer: Layer, target: Target) -> Settled:
         histograms(layer.dense_OI, layer.weight_OI, layer.mask_OI),
     )
     target.slot.view().copy_(layer.weight_OI)
-    return result, pack(layer.mask_OI), layer.grid
+    return result, pack(layer.mask_OI), None if layer.grid is None else layer.grid.on(torch.device("cpu"))
 
 
 def pick_order(order: Order, steps: Sequence[Step], windows_NL: Tensor, model: Model) -> Literal["layer", "block"]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..calibrate import check_windows, up_to, windows
 from ..errors import InputError, ModelError, NumericalError, PrunellaError
-from ..load import Model, load_model, pick_device, wrap_model
+from ..load import Model, fork_random, load_model, pick_device, wrap_model
 from ..measure import context, digest, held_out_windows, measure, same_text, window_length
 from ..pattern import pack
 from ..recipe import Healing, Recipe
@@ -81,7 +81,7 @@ def heal(
     if not Path(directory).is_dir():
         raise ModelError(f"'{directory}' is not a directory: prune a model first, prunella prune MODEL -o {directory}.")
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(fork_random(pick_device(recipe.device)))
         sharded = stack.enter_context(asked())
         run = _Run(Path(directory), recipe, path, resume, track, watch, remote_code, pickles, portion, sharded=sharded)
         return run.all()
