@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from .errors import InputError, ModelError, PrunellaError, first_line, say, unknown
 from .fast import use_fast_attention
+from .layers import learn
 
 PICKLES = ("*.bin", "*.pt", "*.pth")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -376,6 +377,7 @@ class Model:
         if getattr(network, "_can_set_experts_implementation", lambda: False)():
             self._experts = network.config._experts_implementation
             network.set_experts_implementation("eager")  # one product per expert, which the stream can watch
+        learn(network, self.blocks)
         if device.type == "cpu":
             use_fast_attention(network)
 
