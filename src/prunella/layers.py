@@ -13,9 +13,10 @@ import contextlib
 import math
 import re
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import product
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -104,7 +105,12 @@ class LeftOut:
 
 
 ROUTER, CONVOLUTION, NO_PRODUCT, UNSEEN = "router", "convolution", "no factor of a product", "product not recognized"
-ONE_OUTPUT, OWN_DTYPE, BIAS, EMBEDDING = "a single input or output", "computed in a dtype of its own", "bias", "embedding"
+ONE_OUTPUT, OWN_DTYPE, BIAS, EMBEDDING = (
+    "a single input or output",
+    "computed in a dtype of its own",
+    "bias",
+    "embedding",
+)
 
 
 def find_layers(module: nn.Module, prefix: str) -> list[Slot]:
@@ -133,10 +139,26 @@ def survey(module: nn.Module, prefix: str) -> tuple[list[Slot], list[LeftOut]]:
             if parts == 1 and parameter.ndim == 2:
                 slots.append(Slot(name if key == "weight" else full, child, key, lens.transposed, None, stored))
             else:
-                slots += [
-                    Slot(f"{full}.{e}", child, key, lens.transposed, e, stored, lens.alone) for e in range(parts)
-                ]
+                slots += [Slot(f"{full}.{e}", child, key, lens.transposed, e, stored, lens.alone) for e in range(parts)]
     return slots, left
+
+
+def unpruned(module: nn.Module, prefix: str, pruned: Collection[str]) -> frozenset[str]:
+    """The parameters of a block that belong to its routers, or to layers that are not `pruned` (names of parameters):
+    what is left as it is goes with its bias."""
+    slots, left = survey(module, prefix)
+    kept = {slot.key for slot in slots} - set(pruned)
+    routers = {item.name.rpartition(".")[0] for item in left if item.why == ROUTER}
+    names = set()
+    for path, child in module.named_modules():
+        name = f"{prefix}.{path}" if path else prefix
+        routes = name in routers or _routes(module, path, 0, {})
+        for key, _ in child.named_parameters(recurse=False):
+            full = f"{name}.{key}"
+            owner = f"{name}.weight" if key == "bias" else full.removesuffix("_bias")
+            if routes or owner in kept:
+                names.add(full)
+    return frozenset(names)
 
 
 def matches(name: str, glob: str) -> bool:
@@ -185,10 +207,12 @@ def _declared(module: nn.Module, key: str) -> Lens | None:
     linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     transposed = type(module).__name__ == "Conv1D"
     if key == "weight" and parameter.ndim == 2 and (linear or transposed):
-        return Lens(*parameter.shape, transposed=transposed)
+        rows, columns = parameter.shape
+        return Lens(rows, columns, transposed)
     said = getattr(module, "is_transposed", None)
     if parameter.ndim == 3 and isinstance(said, bool) and _holds_experts(module):
-        return Lens(*parameter.shape[1:], transposed=said)
+        _, rows, columns = parameter.shape
+        return Lens(rows, columns, said)
     return None
 
 
@@ -300,27 +324,31 @@ def _matrices(source: Tensor, x: Tensor, weight: Tensor) -> Iterator[Product]:
     if weight.ndim == 2:
         yield Product(source, False, weight, lambda: x.reshape(-1, width))
         return
-    before = torch.broadcast_shapes(x.shape[:-2], weight.shape[:-2])
+    before: tuple[int, ...] = torch.broadcast_shapes(x.shape[:-2], weight.shape[:-2])  # type: ignore[no-untyped-call]
     whole = x.expand(*before, *x.shape[-2:])
     weight = weight.view(*[1] * (len(before) - weight.ndim + 2), *weight.shape)
     sizes = weight.shape[:-2]
-    for place in product(*(range(n) for n in sizes)):
+
+    def inputs(place: tuple[int, ...]) -> Tensor:
         where = tuple(slice(None) if n == 1 else i for i, n in zip(place, sizes, strict=True))
-        yield Product(
-            source, math.prod(sizes) > 1, weight[place], lambda where=where: whole[where].reshape(-1, width)
-        )
+        return whole[where].reshape(-1, width)
+
+    for place in product(*(range(n) for n in sizes)):
+        yield Product(source, math.prod(sizes) > 1, weight[place], partial(inputs, place))
 
 
 def _grouped(args: Sequence[Any], kwargs: Mapping[str, Any], known: Callable[[Tensor], bool]) -> Iterator[Product]:
     """x (T, I) in groups that end at `offs`, each with its own matrix (I, O)."""
     names = (("input", "mat_a", "self"), ("mat2", "mat_b"), ("offs",))
-    found = [args[i] if i < len(args) else next((kwargs[n] for n in names[i] if n in kwargs), None) for i in range(3)]
-    x, weight, ends = found
-    if weight is None or ends is None or weight.ndim != 3 or x.ndim != 2 or not known(weight):
+    x, weight, ends = (
+        args[i] if i < len(args) else next((kwargs[name] for name in names[i] if name in kwargs), None)
+        for i in range(3)
+    )
+    if x is None or weight is None or ends is None or weight.ndim != 3 or x.ndim != 2 or not known(weight):
         return
     start = 0
     for e, end in enumerate(ends.tolist()):
-        yield Product(x, True, weight[e].mT, lambda start=start, end=end: x[start:end])
+        yield Product(x, True, weight[e].mT, partial(x.__getitem__, slice(start, end)))
         start = end
 
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .errors import DefectError, InputError, ModelError, NumericalError
+from .errors import DefectError, InputError, ModelError, NumericalError, StepError
 from .grid import Grid, fit
 from .histogram import histograms
-from .layers import Slot, find_layers, matches, products
+from .layers import Slot, find_layers, products, unpruned
 from .load import Checkpoint, Model, free_memory
 from .pattern import pack
 from .registry import Step, make
@@ -558,6 +558,7 @@ class Stream:
             targets=(lambda n: self._window(outputs if same else beside, n)) if keep_outputs else None,
             dense=(lambda n: self._window(beside, n)) if "dense" in needs else None,
             others={key: parameter.data for key, parameter in own.items()},
+            fixed=unpruned(block, name, {target.slot.key for target in active.values()}),
         )
         with torch.no_grad():
             result = self._apply(whole_block, steps, min_tokens)
@@ -645,7 +646,10 @@ Settled = tuple[LayerResult, Tensor, Grid | None]
 
 def _settle(layer: Layer, target: Target) -> Settled:
     """Write the weight into the network; keep what the report needs, the mask as bits and the grid, nothing large."""
-    assert layer.mask_OI is not None, f"the steps chose no mask for '{layer.name}'"
+    if layer.mask_OI is None:
+        raise StepError(
+            f"the steps chose no mask for layer '{layer.name}': the last one must end with layer.pruned(…)."
+        )
     result = LayerResult(
         layer.name,
         target.slot.shape,
