@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from .errors import InputError, ModelError, PrunellaError, first_line, say, unknown
 from .fast import use_fast_attention
+from .layers import learn
 
 if TYPE_CHECKING:
     from .calls import Interface
@@ -381,6 +382,7 @@ class Model:
         if getattr(network, "_can_set_experts_implementation", lambda: False)():
             self._experts = network.config._experts_implementation
             network.set_experts_implementation("eager")  # one product per expert, which the stream can watch
+        learn(network, self.blocks)
         if device.type == "cpu":
             use_fast_attention(network)
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -21,9 +19,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .calls import Calls, Key, examine, first
-from .errors import InputError, NumericalError
+from .errors import DefectError, InputError, NumericalError, StepError
 from .grid import Grid, fit
 from .histogram import histograms
+from .layers import Slot, find_layers, products, unpruned
 from .load import Checkpoint, Model, free_memory
 from .pattern import pack
 from .registry import Step, make
@@ -41,68 +40,7 @@ def no_track(items: Iterable[int], description: str, total: int) -> Iterable[int
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Layers of a block
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where a layer's weight lives in the network.
-
-    transposed: stored as (I, O): GPT-2's Conv1D, some experts
-    expert:     index into the first dimension of a mixture's 3-D parameter, or None
-    """
-
-    name: str
-    module: nn.Module
-    parameter: str
-    transposed: bool
-    expert: int | None = None
-
-    def view(self) -> Tensor:
-        """The weight as (O, I), sharing memory with the network's parameter."""
-        weight: Tensor = getattr(self.module, self.parameter).data
-        if self.expert is not None:
-            weight = weight[self.expert]
-        return weight.T if self.transposed else weight
-
-    def bias(self) -> Tensor | None:
-        name = "bias" if self.expert is None else f"{self.parameter}_bias"
-        bias = getattr(self.module, name, None)
-        return bias if bias is None or self.expert is None else bias[self.expert]
-
-    @property
-    def key(self) -> str:
-        """The name of the network's parameter that holds the weight."""
-        return f"{self.name}.{self.parameter}" if self.expert is None else self.name.rpartition(".")[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, columns = tuple(getattr(self.module, self.parameter).shape)[-2:]
-        return (columns, rows) if self.transposed else (rows, columns)
-
-
-_ROUTER = re.compile(r"(^|_)(router|gate)$")
-
-
-def find_layers(module: nn.Module, prefix: str) -> list[Slot]:
-    """The prunable weights of a block: linear layers (subclasses and GPT-2's transposed Conv1D too) and
-    each expert of a mixture. Routers, gates with one output, norms and convolutions are left out."""
-    slots = []
-    for path, child in module.named_modules():
-        name = f"{prefix}.{path}" if path else prefix
-        if _ROUTER.search(path.rpartition(".")[2]):
-            continue
-        weight = getattr(child, "weight", None)
-        linear = isinstance(child, nn.Linear)
-        if (linear or type(child).__name__ == "Conv1D") and isinstance(weight, nn.Parameter) and weight.ndim == 2:
-            if min(weight.shape) > 1:
-                slots.append(Slot(name, child, "weight", transposed=not linear))
-        elif "expert" in type(child).__name__.lower():
-            transposed = bool(getattr(child, "is_transposed", False))
-            for key, parameter in child.named_parameters(recurse=False):
-                if parameter.ndim == 3:
-                    slots += [Slot(f"{name}.{key}.{e}", child, key, transposed, e) for e in range(len(parameter))]
-    return slots
+# What is wanted
 
 
 @dataclass(frozen=True)
@@ -112,12 +50,6 @@ class Target:
     slot: Slot
     sparsity: float
     pattern: Pattern
-
-
-def matches(name: str, glob: str) -> bool:
-    """Does a layer's name match a user's pattern? `*` and `?` as in a shell; any run of whole parts of the name is
-    enough (`down_proj`, `self_attn`, `model.layers.1`)."""
-    return fnmatchcase(f".{name}.", f"*.{glob}.*")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -132,31 +64,42 @@ class Watch(TorchFunctionMode):
     """Sees every product of a block's inputs with one of its layers' weights, before it is made.
 
     `see(layer name, input (T, I), is it the same tensor as at the layer before)`. Watching the products and
-    not the modules makes linear layers, transposed ones and the experts of a mixture one case.
+    not the modules makes linear layers, transposed ones and the experts of a mixture one case. A product that meets
+    a layer's weight in another shape, or along its other side, is a defect.
     """
-
-    _PRODUCTS = frozenset(
-        {nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, torch.addmm}
-    )
 
     def __init__(self, targets: Mapping[str, Target], see: Callable[[str, Tensor, bool], None]):
         super().__init__()
-        self.by_address = {t.slot.view().data_ptr(): name for name, t in targets.items()}
+        views = {name: target.slot.view() for name, target in targets.items()}
+        self.by_address = {view.data_ptr(): (name, view) for name, view in views.items()}
+        self.storages = {view.untyped_storage().data_ptr() for view in views.values()}
         self.see = see
         self.last: tuple[Tensor, int] | None = None
 
+    def _known(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self.storages
+
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in self._PRODUCTS and len(args) >= 2:
-            x, weight = (args[1], args[2]) if function is torch.addmm else (args[0], args[1])
-            name = self.by_address.get(weight.data_ptr()) if isinstance(weight, Tensor) else None
-            if name is None and function is not torch.addmm:  # weight times columns of inputs (Mamba's dt_proj)
-                name = self.by_address.get(x.data_ptr())
-                x = weight if name is None else weight.transpose(-1, -2)
-            if name is not None and x.numel():
-                same = self.last is not None and x is self.last[0] and x._version == self.last[1]
-                self.last = (x, x._version)
-                self.see(name, x.detach().reshape(-1, x.shape[-1]), same)
-        return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        for found in products(function, args, kwargs, self._known):
+            weight_OI = found.weight_OI
+            name, layer_OI = self.by_address.get(weight_OI.data_ptr(), ("", weight_OI))
+            if not name:
+                continue
+            if (weight_OI.shape, weight_OI.stride()) != (layer_OI.shape, layer_OI.stride()):
+                raise DefectError(
+                    f"layer '{name}' was taken for a matrix {tuple(layer_OI.shape)} (outputs, inputs), but the model"
+                    f" multiplies by {tuple(weight_OI.shape)} of its weights: leave it out with --skip '{name}'"
+                )
+            source, x_TI = found.source, found.x().detach()
+            if found.batched:  # the tokens of other experts come as zeros
+                x_TI = x_TI[x_TI.any(1)]
+            if x_TI.numel():
+                same = not found.batched and self.last is not None and source is self.last[0]
+                same = same and self.last is not None and source._version == self.last[1]
+                self.last = (source, source._version)
+                self.see(name, x_TI, same)
+        return function(*args, **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -447,6 +390,7 @@ class Stream:
         dense = self._dense_inputs(index, block, active, 0, needs)
         with torch.no_grad(), Watch(active, see):
             self.forward(index, block, self.hidden, 0)
+        _check_seen(done, active)
         for layer_name, target in active.items():  # experts that no token reached
             if layer_name not in done:
                 layer = self._layer(target, Stats())
@@ -497,6 +441,7 @@ class Stream:
                     if keep_outputs and same:
                         outputs.append(out)
                 whole = len(order) == len(active) and all(t.slot.expert is None for t in active.values())
+        _check_seen(leader, active)
         if all(step.per_layer for step in steps):  # one layer at a time: its new weight and statistics can go
             done: dict[str, Settled] = {}
             waiting = [leader.get(layer_name, layer_name) for layer_name in active]
@@ -520,6 +465,7 @@ class Stream:
             targets=(lambda n: self.window(n, outputs if same else beside)) if keep_outputs else None,
             dense=(lambda n: self.window(n, beside)) if "dense" in needs else None,
             others={key: parameter.data for key, parameter in own.items()},
+            fixed=unpruned(block, name, {target.slot.key for target in active.values()}),
         )
         with torch.no_grad():
             result = self._apply(whole_block, steps, min_tokens)
@@ -541,6 +487,7 @@ class Stream:
 
         def run(weights: Mapping[str, Tensor], n: int, at: str | None = None) -> Tensor:
             replaced: dict[str, Tensor] = {}
+            parts: dict[str, list[tuple[Slot, Tensor]]] = {}  # of one parameter each, which is copied once
             for name, weight in weights.items():
                 slot = slots.get(name)
                 if slot is None:
@@ -548,12 +495,14 @@ class Stream:
                     continue
                 weight = weight.T if slot.transposed else weight
                 if slot.expert is None:
-                    replaced[f"{name}.weight".removeprefix(prefix)] = weight
+                    replaced[slot.key.removeprefix(prefix)] = weight
                 else:
-                    key = name.rpartition(".")[0].removeprefix(prefix)
-                    whole = replaced.get(key, getattr(slot.module, slot.parameter))
-                    row = torch.tensor([slot.expert], device=weight.device)
-                    replaced[key] = whole.index_copy(0, row, weight[None])
+                    parts.setdefault(slot.key.removeprefix(prefix), []).append((slot, weight))
+            for key, several in parts.items():
+                slot, parameter = several[0][0], block.get_parameter(key)
+                whole = slot.matrices(parameter)
+                rows = torch.tensor([one.expert for one, _ in several], device=parameter.device)
+                replaced[key] = whole.index_copy(0, rows, torch.stack([w for _, w in several])).view(parameter.shape)
             if not self.calls.windows:
                 with self.model.outside(head=False):
                     self.calls.record_windows(self.windows_NL)
@@ -574,6 +523,19 @@ class Stream:
         return run
 
 
+def _check_seen(seen: Collection[str], active: Mapping[str, Target]) -> None:
+    """Raises DefectError for a layer of whose product nothing was seen; of a parameter with several matrices, such as
+    the experts of a mixture, one is enough: the router need not pick them all."""
+    reached = {active[name].slot.key for name in seen}
+    unseen = [name for name, target in active.items() if target.slot.key not in reached]
+    if unseen:
+        raise DefectError(
+            f"layer '{unseen[0]}' was not seen at work while its block ran, so nothing is known of its inputs"
+            + (f" (nor of {len(unseen) - 1} more layers of the block)" if unseen[1:] else "")
+            + f": leave it out with --skip '{unseen[0]}'"
+        )
+
+
 def _only(stats: Stats, needs: frozenset[str]) -> Stats:
     """What a step that declared `needs` may read; the cache of shared results stays shared."""
     return replace(
@@ -591,7 +553,10 @@ Settled = tuple[LayerResult, Tensor, Grid | None]
 def _settle(layer: Layer, target: Target) -> Settled:
     """Write the weight into the network; keep what the report needs, the mask as bits and the grid, nothing large and
     nothing on the device."""
-    assert layer.mask_OI is not None, f"the steps chose no mask for '{layer.name}'"
+    if layer.mask_OI is None:
+        raise StepError(
+            f"the steps chose no mask for layer '{layer.name}': the last one must end with layer.pruned(…)."
+        )
     result = LayerResult(
         layer.name,
         target.slot.shape,

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..layers import find_layers
 from ..load import Checkpoint, Model, quiet_transformers
 from ..save import companions
-from ..stream import Stream, Target, Track, Watch, find_layers, no_track
+from ..stream import Stream, Target, Track, Watch, no_track
 from ..tensors import MASKS
 from ..types import Pattern
 from .parts import Change, Master, Part, trains
