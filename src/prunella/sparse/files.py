@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..grid import Grid
-from ..load import Checkpoint, Model
+from ..load import SINGLE, Checkpoint, Model, files_in
 from ..stream import Slot, find_layers
 from ..tensors import INDEX, save_tensors, write_text
 from .format import (
@@ -161,7 +161,8 @@ class PackedFiles:
     @property
     def checkpoint(self) -> Checkpoint:
         """What is written so far."""
-        return PackedCheckpoint(self.directory, self.contents.modules, self.bits, self.group)
+        written = files_in(self.directory)
+        return PackedCheckpoint(self.directory, self.contents.modules, self.bits, self.group, written)
 
     def _inside(self, parameter: str) -> bool:
         return self.model.block_of(parameter) is not None
@@ -223,8 +224,15 @@ class PackedFiles:
 class PackedCheckpoint(Checkpoint):
     """A packed model's files, for a network that is not packed: its weights are unpacked as they are loaded."""
 
-    def __init__(self, directory: Path, modules: Mapping[str, Mapping[str, Any]], bits: int | None, group: int):
-        super().__init__(directory)
+    def __init__(
+        self,
+        directory: Path,
+        modules: Mapping[str, Mapping[str, Any]],
+        bits: int | None,
+        group: int,
+        names: Sequence[str] | None = None,
+    ):
+        super().__init__(directory, names)
         self.modules, self.bits, self.group = modules, bits, group
 
     def fill(self, model: Model, wanted: Callable[[str], bool]) -> None:
@@ -277,8 +285,8 @@ def module_names(name: str, about: Mapping[str, Any]) -> list[str]:
 
 def write_index(directory: Path) -> None:
     """Say which tensor is in which file, where there are several files."""
-    checkpoint = Checkpoint(directory)
-    if len(checkpoint.files) > 1:
+    checkpoint = Checkpoint(directory, files_in(directory))
+    if list(checkpoint.files) != [SINGLE]:
         index = {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": dict(sorted(checkpoint.where.items()))}
         write_json(directory / INDEX, index)
 
