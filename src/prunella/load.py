@@ -596,6 +596,16 @@ class Model:
                 self._plan[key] = (name, pattern is not None)
         return self._plan
 
+    def parameter_of(self, key: str) -> str:
+        """The parameter of the network that a tensor in the files becomes, or one of a name that is spelled as in the
+        files."""
+        from transformers.core_model_loading import rename_source_key
+
+        if key in self.plan():
+            return self.plan()[key][0]
+        state = self.network.state_dict()
+        return str(rename_source_key(key, self._conversions()[0], [], self.network.base_model_prefix, state)[0])
+
     def check_complete(self) -> None:
         """Raises ModelError, naming the tensor, for one that the network needs and the checkpoint lacks, or has in
         integers: before any weight is read."""

@@ -162,7 +162,7 @@ class PackedFiles:
             "group": self.group,
             "modules": self.contents.modules,
         }
-        own = {"tie_word_embeddings": False} if self.untied else {}
+        own: dict[str, Any] = {"tie_word_embeddings": False} if self.untied else {}
         if own and "text_config" in config:
             own["text_config"] = {**config["text_config"], **own}
         write_json(self.directory / "config.json", {**config, **own, "quantization_config": settings})
@@ -189,9 +189,17 @@ class PackedFiles:
             whole = (f"{block}.{name}" for name, _ in self.model.module(block).named_parameters())
             if not any(keys.values()):
                 return self._plain_name(next(iter(keys)), parameter)
-            return parameter if all(name in names for name in whole) else None
+            return self._spelled(block, parameter) if all(name in names for name in whole) else None
         key = next(iter(keys))
         return key.removesuffix(".weight") if key.endswith(".weight") and not keys[key] else None
+
+    def _spelled(self, block: str, parameter: str) -> str:
+        """The name of a parameter that is made of several tensors, its block spelled as in the files."""
+        for key, (other, converted) in self.plan.items():
+            inside = other.removeprefix(block)
+            if other.startswith(f"{block}.") and not converted and key.endswith(inside):
+                return self._plain_name(key.removesuffix(inside) + parameter.removeprefix(block), parameter)
+        return parameter
 
     def _plain_name(self, key: str, parameter: str) -> str:
         """The parameter's name or, where it differs by more than the base model's prefix, that of the files."""
@@ -253,7 +261,7 @@ class PackedCheckpoint(Checkpoint):
     def fill(self, model: Model, wanted: Callable[[str], bool]) -> None:
         for name, about in self.modules.items():
             key = name if "experts" in about else f"{name}.weight"
-            parameter = model.plan().get(key, (key, False))[0]
+            parameter = model.parameter_of(key)
             if wanted(parameter):
                 owner, _, key = parameter.rpartition(".")
                 weight = self.weight(name, model.dtype).to(model.device)
