@@ -4,6 +4,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -41,6 +42,15 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.build("llama", num_hidden_layers=3, max_position_embeddings=128).save_pretrained(path, max_shard_size="60KB")
     tiny.write_tokenizer(path)
     assert len(list(path.glob("*.safetensors"))) > 2
+    return path
+
+
+@pytest.fixture(scope="session")
+def bos(llama: Path) -> Path:
+    """That model with a tokenizer that puts a BOS, token 1, before a text. Read only."""
+    path = llama.with_name("bos")
+    shutil.copytree(llama, path)
+    tiny.write_tokenizer(path, bos=True)
     return path
 
 

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -12,7 +10,7 @@ from torch import Tensor
 
 import prunella
 from prunella import InputError, Model, load_model, read_masks
-from prunella.calibrate import all_windows, documents, sample_self, windows
+from prunella.calibrate import all_windows, sample_self, windows
 from prunella.load import wrap_model
 from prunella.measure import held_out_windows
 from prunella.recipe import Recipe
@@ -94,106 +92,11 @@ def test_windows_longer_than_the_context_are_refused(model: Model) -> None:
     assert windows(model, "pydoc", 1, 128).shape == (1, 128)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b"", "is empty"),
-        ("a.txt", b" \n\t\n", "is empty"),
-        ("a.jsonl", b"\n\n", "is empty"),
-        ("a.txt", b"fine until \xff\xfe here", r"is not UTF-8 text \(byte 11\)"),
-        ("a.jsonl", b'{"text": "\xff"}', "is not UTF-8 text"),
-        ("a.jsonl", b'{"text": "one"}\n\n{"text": \n', "line 3: not a JSON object with a 'text' field"),
-        ("a.jsonl", b'{"text": "one"}\n{"txt": "two"}\n', "line 2: not a JSON object with a 'text' field"),
-        ("a.jsonl", b'["text"]\n', "line 1: not a JSON object with a 'text' field"),
-        ("a.jsonl", b'{"text": 3}\n', "line 1: 'text' is not a string"),
-    ],
-)
-def test_a_file_that_cannot_be_used_is_named_with_the_place(
-    model: Model, tmp_path: Path, name: str, content: bytes, message: str
-) -> None:
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=message) as error:
-        windows(model, str(path), 1, 8)
-    assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("nowhere.txt", "text file 'nowhere.txt' does not exist"),
-        ("nowhere.jsonl", "text file 'nowhere.jsonl' does not exist"),
-        ("wikitext", "unknown text 'wikitext'. Did you mean 'wikitext2'"),
-        ("notes.md", "unknown text 'notes.md'"),
-        ("", "unknown text ''"),
-    ],
-)
-def test_an_unknown_source_is_named(model: Model, source: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        windows(model, source, 1, 8)
-
-
 def test_a_model_without_a_tokenizer_says_so() -> None:
     model = wrap_model(tiny.build())
     for call in (lambda: windows(model, "pydoc", 1, 8), lambda: all_windows(model, "pydoc", 8)):
         with pytest.raises(InputError, match="has no tokenizer"):
             call()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Data sets of the hub
-
-
-@pytest.mark.parametrize(
-    ("source", "arguments"),
-    [
-        ("c4", ("allenai/c4", "en", "train")),
-        ("wikitext2", ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")),
-        ("hf:some/set", ("some/set", None, "train")),
-        ("hf:some/set:small", ("some/set", "small", "train")),
-        ("hf:some/set:small:dev", ("some/set", "small", "dev")),
-        ("hf:some/set::dev", ("some/set", None, "dev")),
-    ],
-)
-def test_a_data_set_is_asked_for_by_name_config_and_split_and_says_so(
-    source: str, arguments: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    datasets = pytest.importorskip("datasets")
-    asked: list[Any] = []
-
-    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> Iterator[dict[str, str]]:
-        asked.append((name, config, split))
-        assert streaming
-        return iter([{"text": "one"}, {"text": "two"}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert list(documents(source)) == ["one", "two"]
-    assert asked == [arguments]
-    assert arguments[0] in capsys.readouterr().err
-
-
-def test_a_local_data_set_is_read_like_one_of_the_hub(model: Model, jsonl: Path, txt: Path) -> None:
-    pytest.importorskip("datasets")
-    directory = jsonl.parent / "set"
-    directory.mkdir()
-    jsonl.rename(directory / "train.jsonl")
-    found = windows(model, f"hf:{directory}", 7, 16)
-    assert torch.equal(found, windows(model, str(txt), 7, 16))
-
-
-def test_a_data_set_that_cannot_be_had_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
-
-    def fail(*_: Any, **__: Any) -> Any:
-        raise ConnectionError("no route\nto host")
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(InputError, match=r"data set 'some/set' cannot be read: no route$"):
-        list(documents("hf:some/set"))
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([{"body": "x"}]))
-    with pytest.raises(InputError, match="data set 'some/set' has no 'text' column"):
-        list(documents("hf:some/set"))
 
 
 # ---------------------------------------------------------------------------------------------------------

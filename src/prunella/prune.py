@@ -14,12 +14,12 @@ from torch import Tensor
 from .allocate import Budget
 from .calibrate import check_windows, windows
 from .errors import InputError, ModelError, NumericalError, PrunellaError
-from .evaluate import fingerprint
+from .evaluate import fingerprint, joined
 from .load import Model, load_model, wrap_model
 from .measure import held_out_windows, measure, window_length
 from .recipe import Recipe
 from .registry import BESIDE
-from .report import Report, peak_memory
+from .report import Report, peak_memory, seen
 from .save import Output, check_output, identity
 from .stream import (
     TOKENS,
@@ -136,7 +136,7 @@ def _prune(
     if ids_NL is None:
         wanted = recipe.calibration
         length = window_length(opened, wanted.length)
-        ids_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed)
+        ids_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed, bos=recipe.bos)
     check_windows(opened, ids_NL)
     held_out = held_out_windows(opened, recipe, ids_NL.numel())
     order = pick_order(recipe.order, steps, ids_NL, opened)
@@ -206,7 +206,7 @@ def _prune(
                 "threads": torch.get_num_threads(),
                 "resumed_after_blocks": len(out.finished) if out else 0,
             },
-            fingerprint=fingerprint(ids_NL),
+            fingerprint=joined(fingerprint(ids_NL), seen(opened.checkpoint.directory) if opened.checkpoint else ""),
         )
         if out:
             out.finish(report.plain(), report.card())
