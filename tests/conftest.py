@@ -6,6 +6,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # One thread each: tests run side by side, and the models are too small to share out. What they start inherits it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -55,6 +56,15 @@ def sim() -> Iterator[torch.device]:
     """A device that is not the CPU, simulated."""
     with accelerator.plugged_in() as device:
         yield device
+
+
+@pytest.fixture(scope="session")
+def bos(llama: Path) -> Path:
+    """That model with a tokenizer that puts a BOS, token 1, before a text. Read only."""
+    path = llama.with_name("bos")
+    shutil.copytree(llama, path)
+    tiny.write_tokenizer(path, bos=True)
+    return path
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from torch import Tensor
 from .allocate import Budget
 from .calibrate import check_windows, windows
 from .errors import InputError, ModelError, NumericalError, PrunellaError
-from .evaluate import fingerprint
+from .evaluate import fingerprint, joined
 from .layers import Slot, find_layers, matches
 from .load import Model, at_revision, check_plain, check_saveable, fork_random, load_model, most_memory, wrap_model
 from .measure import held_out_windows, measure, window_length
 from .recipe import Recipe
 from .registry import BESIDE
-from .report import Report, peak_memory
+from .report import Report, peak_memory, seen
 from .save import Output, check_output, identity
 from .stream import TOKENS, LayerResult, Stream, Target, Track, Watcher, no_track, pick_order
 
@@ -151,7 +151,7 @@ def _prune(
         ids_NL = torch.zeros(1, 2, dtype=torch.int64)
     elif ids_NL is None:
         length = window_length(opened, wanted.length)
-        ids_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed)
+        ids_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed, bos=recipe.bos)
     check_windows(opened, ids_NL)
     held_out = held_out_windows(opened, recipe, ids_NL.numel())
     order = pick_order(recipe.order, steps, ids_NL, opened)
@@ -205,6 +205,7 @@ def _prune(
         if written:
             dense |= {"bytes": opened.parameters * opened.dtype.itemsize}
             pruned |= {"bytes": written.nbytes}
+        known = seen(opened.checkpoint.directory) if opened.checkpoint else ""
         report = Report(
             recipe=recipe.plain(),
             model={
@@ -225,7 +226,7 @@ def _prune(
                 "threads": torch.get_num_threads(),
                 "resumed_after_blocks": len(out.finished) if out else 0,
             },
-            fingerprint="" if blind else fingerprint(ids_NL),
+            fingerprint="" if blind else joined(fingerprint(ids_NL), known),
         )
         if out:
             out.finish(report.plain(), report.card())
