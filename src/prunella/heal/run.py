@@ -21,7 +21,7 @@ from ..errors import InputError, ModelError, NumericalError, PrunellaError
 from ..evaluate import fingerprint, joined
 from ..layers import Slot, find_layers
 from ..load import Model, fork_random, load_model, pick_device, wrap_model
-from ..measure import context, digest, held_out_windows, measure, same_text, window_length
+from ..measure import digest, held_out_windows, measure, window_length
 from ..pattern import pack
 from ..recipe import Healing, Recipe
 from ..report import Report, peak_memory
