@@ -21,6 +21,7 @@ from ..load import Checkpoint, Model
 from ..stream import Slot, find_layers
 from ..tensors import INDEX, save_tensors, write_text
 from .format import (
+    MARK,
     PARTS,
     SPAN,
     VERSION,
@@ -111,6 +112,7 @@ class PackedFiles:
                 about["transposed"] = True
             for module, content in zip(module_names(name, about), packed, strict=True):
                 tensors |= {f"{module}.{part}": tensor for part, tensor in content.parts().items()}
+            tensors |= self._mark(name, about, found)
             found.add(Contents({name: about}, [], nbytes, size))
         keys = [k for k, (p, _) in self.plan.items() if self.model.block_of(p) == block and p not in gone]
         tensors |= self._plain(keys)
@@ -143,6 +145,7 @@ class PackedFiles:
             name = source.removesuffix(".weight")
             tensors |= {f"{name}.{part}": tensor for part, tensor in rounded.parts().items()}
             about = {"shape": list(weight.shape), "dense": True, "bits": 8, "group": rounded.group}
+            tensors |= self._mark(name, about, self.contents)
             self.contents.add(Contents({name: about}))
         self._save(len(self.model.blocks), {**tensors, **self._plain(list(outside))})
 
@@ -162,6 +165,14 @@ class PackedFiles:
     def checkpoint(self) -> Checkpoint:
         """What is written so far."""
         return PackedCheckpoint(self.directory, self.contents.modules, self.bits, self.group)
+
+    def _mark(self, name: str, about: Mapping[str, Any], found: Contents) -> dict[str, Tensor]:
+        """What stops loaders that do not know the format, if this is the first weight that is packed. They would find
+        nothing under the names of packed weights, and go on with random ones after a warning; a tensor under such a
+        name with another shape is an error to all of them."""
+        if found.modules or self.contents.modules:
+            return {}
+        return {parameter_name(name, about): torch.empty(MARK, dtype=self.model.dtype)}
 
     def _inside(self, parameter: str) -> bool:
         return self.model.block_of(parameter) is not None
@@ -226,10 +237,14 @@ class PackedCheckpoint(Checkpoint):
     def __init__(self, directory: Path, modules: Mapping[str, Mapping[str, Any]], bits: int | None, group: int):
         super().__init__(directory)
         self.modules, self.bits, self.group = modules, bits, group
+        for name, about in modules.items():
+            key = parameter_name(name, about)
+            if key in self.where and self.files[self.where[key]][key][1] == MARK:
+                del self.files[self.where.pop(key)][key]
 
     def fill(self, model: Model, wanted: Callable[[str], bool]) -> None:
         for name, about in self.modules.items():
-            parameter = name if "experts" in about else model.plan()[f"{name}.weight"][0]
+            parameter = name if "experts" in about else model.plan()[parameter_name(name, about)][0]
             if wanted(parameter):
                 owner, _, key = parameter.rpartition(".")
                 weight = self.weight(name, model.dtype).to(model.device)
@@ -273,6 +288,11 @@ class PackedCheckpoint(Checkpoint):
 def module_names(name: str, about: Mapping[str, Any]) -> list[str]:
     """The modules that an entry of quantization_config.modules stands for: itself, or a mixture's experts."""
     return [f"{name}.{e}" for e in range(about["experts"])] if "experts" in about else [name]
+
+
+def parameter_name(name: str, about: Mapping[str, Any]) -> str:
+    """The tensor that a plain model has in place of such an entry."""
+    return name if "experts" in about else f"{name}.weight"
 
 
 def write_index(directory: Path) -> None:
