@@ -14,7 +14,7 @@ import math
 import re
 import string
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import product
@@ -93,11 +93,13 @@ class Slot:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A parameter of two or more dimensions that is no layer to prune, and why."""
+    """A parameter of two or more dimensions that is no layer to prune, why, and how many of its weights are zero (where
+    they were counted: `survey` does not look at them)."""
 
     name: str
     shape: tuple[int, ...]
     why: str
+    zeros: int = 0
 
     @property
     def weights(self) -> int:
@@ -141,6 +143,15 @@ def survey(module: nn.Module, prefix: str) -> tuple[list[Slot], list[LeftOut]]:
             else:
                 slots += [Slot(f"{full}.{e}", child, key, lens.transposed, e, stored, lens.alone) for e in range(parts)]
     return slots, left
+
+
+def left_out(module: nn.Module, prefix: str) -> list[LeftOut]:
+    """What is left out of a block whose weights are loaded, its zeros counted."""
+    values = dict(module.named_parameters())
+    return [
+        replace(item, zeros=item.weights - int(values[item.name.removeprefix(f"{prefix}.")].count_nonzero()))
+        for item in survey(module, prefix)[1]
+    ]
 
 
 def unpruned(module: nn.Module, prefix: str, pruned: Collection[str]) -> frozenset[str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..calibrate import check_windows, up_to, windows
 from ..errors import InputError, ModelError, NumericalError, PrunellaError
-from ..layers import Slot, find_layers
+from ..layers import Slot, find_layers, survey
 from ..load import Model, load_model, pick_device, wrap_model
 from ..measure import context, digest, held_out_windows, measure, same_text, window_length
 from ..pattern import pack
@@ -559,5 +559,6 @@ def _report(
         }
         run = {"seconds": {}, "cpu_seconds": 0.0, "peak_memory": peak_memory()}
         unknown = {"perplexity": None, "sample": None}
-        said = Report(recipe.plain(), about, unknown, before, _results(None, slots, masks), run)
+        left = tuple(item for name in model.blocks for item in survey(model.module(name), name)[1])
+        said = Report(recipe.plain(), about, unknown, before, _results(None, slots, masks), run, left_out=left)
     return replace(said, healing=healing)
