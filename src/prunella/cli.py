@@ -91,6 +91,9 @@ def prune(
     ] = None,
     pattern: Annotated[str | None, typer.Option(help="unstructured, N:M (N kept of M) or RxC blocks.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Layers that stay dense, by name pattern; repeat.")] = None,
+    keep_zeros: Annotated[
+        bool | None, typer.Option("--keep-zeros", help="Zeros that the model comes with stay, and count.")
+    ] = None,
     allocate: Annotated[str | None, typer.Option(help="How sparsity is spread over layers.")] = None,
     calibration: Annotated[
         str | None, typer.Option(help="pydoc, self, c4, wikitext2, hf:…, or a file: .txt, .jsonl, .parquet …")
@@ -136,6 +139,7 @@ def prune(
         "steps": step,
         "pattern": pattern,
         "skip": skip,
+        "keep_zeros": keep_zeros,
         "allocate": allocate,
         "order": order,
         "bos": bos,
@@ -503,8 +507,9 @@ def inspect(
         table.add_row(*row.cells())
     out.print(table)
     weights, zeros = sum(r.weights for r in found), sum(r.zeros for r in found)
-    size = sum(r.nbytes for r in found)
-    print(f"{len(found)} layers, {weights / 1e6:,.1f} M weights, {zeros / weights:.2%} zeros, {size / 1e6:,.1f} MB")
+    size, layers = sum(r.nbytes for r in found), sum(not r.why for r in found)
+    beside = f" and {len(found) - layers} matrices beside them" if len(found) > layers else ""
+    print(f"{layers} layers{beside}, {weights / 1e6:,.1f} M weights, {zeros / weights:.2%} zeros, {size / 1e6:,.1f} MB")
 
 
 Bits = Annotated[int | None, typer.Option(help="Round the kept weights to 8 or 4 bits.")]
