@@ -5,18 +5,20 @@ Third parties register their own: `@register("mine")` in a file of theirs, then 
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 import inspect
 import sys
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pydantic
 
-from .errors import InputError, unknown
+from .errors import InputError, MethodError, PrunellaError, first_line, unknown
 from .types import Block, Layer
 
 NEEDS = frozenset({"norm", "moments", "gram", "drift", "targets", "dense"})
@@ -101,6 +103,8 @@ def each_layer(function: Callable[[Layer], Layer]) -> Callable[[Block], Block]:
 
 def find(name: str) -> Method:
     """The registered step `name`, or the one that `path/to/file.py:name` registers."""
+    for package in ("steps", "heal"):  # where the built-in ones register themselves, importing this module
+        importlib.import_module(f"{__package__}.{package}")
     return lookup("step", steps, name)
 
 
@@ -110,7 +114,12 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Step:
     chosen = checked("step", method, options or {})
 
     def bound(thing: Any) -> Any:
-        return method.function(thing, **chosen)
+        kind, subject = ("block", Block) if isinstance(thing, Block) else ("layer", Layer)
+        with naming("step", method, f" on {kind} '{thing.name}'"):
+            result = method.function(thing, **chosen)
+            if not isinstance(result, subject):
+                raise TypeError(f"it returned {type(result).__name__}, not the {subject.__name__}")
+            return result
 
     defaults = {k: p.default for k, p in method.options.items()}
     apply = each_layer(bound) if method.per_layer else bound
@@ -142,6 +151,24 @@ def checked(kind: str, method: Method, options: Mapping[str, Any]) -> dict[str, 
         except pydantic.ValidationError as error:
             raise InputError(f"{method.name}.{key}={value}: {error.errors()[0]['msg']}.") from None
     return out
+
+
+@contextlib.contextmanager
+def naming(kind: str, method: Method, where: str) -> Iterator[None]:
+    """Whatever a method raises names the method, and what it worked on; its own errors for users do already.
+
+    What a user's own raises becomes a MethodError: theirs to mend, and no defect of Prunella.
+    """
+    try:
+        yield
+    except PrunellaError:
+        raise
+    except Exception as error:
+        failed = f"{kind} '{method.name}' failed{where}"
+        if method.function.__module__.startswith(f"{__package__}."):
+            error.add_note(failed)
+            raise
+        raise MethodError(f"{failed}: {type(error).__name__}: {first_line(error)}") from error
 
 
 _of_file: dict[tuple[str, str], dict[str, Method]] = {}
