@@ -26,8 +26,12 @@ class StatisticError(PrunellaError):
     """A step asked for a statistic that it did not declare in `needs`."""
 
 
-class MethodError(PrunellaError):
-    """A step, an allocation or a healing method of the user's own failed; `__cause__` is what it raised."""
+class DefectError(Exception):
+    """Something that Prunella took for true of a model is not: a defect of ours, exit code 1."""
+
+
+class StepError(PrunellaError):
+    """A step that does not come with Prunella raised an error, or did not do what a step must."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

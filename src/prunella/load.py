@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import InputError, ModelError, PrunellaError, first_line, say, unknown
+from .errors import InputError, ModelError, PrunellaError, command, first_line, say, unknown
 from .fast import use_fast_attention
 
 PICKLES = ("*.bin", "*.pt", "*.pth")
@@ -619,7 +619,7 @@ def load_model(
         if method == "prunella" and packed:
             return _load_packed(directory, name, dtype, device, remote_code)
         if method == "prunella":
-            raise ModelError(f"'{name}' is packed: prunella unpack '{name}' -o OUT makes a plain model of it.")
+            raise ModelError(f"'{name}' is packed: {command('unpack', name)} -o OUT makes a plain model of it.")
         raise ModelError(f"'{name}' is quantized ({method}): dequantize it before pruning.")
     wanted = checkpoint.dtype() if dtype == "auto" else DTYPES[dtype]
     try:

@@ -382,4 +382,4 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
     shown = first.get("input")
     value = f" (got {shown!r})" if isinstance(shown, str | int | float) else ""
     where = f"recipe key '{'.'.join(path)}': " if path and first["type"] != "value_error" else ""
-    return f"{where}{message}{value if where else ''}."
+    return f"{where}{message}{value if where else ''}" + ("" if message.endswith("?") and not where else ".")

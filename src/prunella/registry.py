@@ -5,20 +5,21 @@ Third parties register their own: `@register("mine")` in a file of theirs, then 
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pydantic
+import torch
 
-from .errors import InputError, MethodError, PrunellaError, first_line, unknown
+from .errors import InputError, PrunellaError, StepError, first_line, unknown
 from .types import Block, Layer
 
 NEEDS = frozenset({"norm", "moments", "gram", "drift", "targets", "dense"})
@@ -112,18 +113,38 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Step:
     """A step ready to apply. Raises InputError for an unknown name, an unknown option or a wrong value."""
     method = find(name)
     chosen = checked("step", method, options or {})
+    own = method.function.__module__.partition(".")[0] == __package__.partition(".")[0]
 
     def bound(thing: Any) -> Any:
-        kind, subject = ("block", Block) if isinstance(thing, Block) else ("layer", Layer)
-        with naming("step", method, f" on {kind} '{thing.name}'"):
-            result = method.function(thing, **chosen)
-            if not isinstance(result, subject):
-                raise TypeError(f"it returned {type(result).__name__}, not the {subject.__name__}")
-            return result
+        return method.function(thing, **chosen) if own else _guarded(name, method, thing, chosen)
 
     defaults = {k: p.default for k, p in method.options.items()}
     apply = each_layer(bound) if method.per_layer else bound
     return Step(name, method.needs, apply, method.per_layer, method.prunes, defaults | chosen)
+
+
+def _guarded(name: str, method: Method, thing: Layer | Block, options: Mapping[str, Any]) -> Any:
+    """What a step that does not come with Prunella makes of a layer or a block. Raises StepError, naming both, if it
+    fails or gives back something else; a PrunellaError, which it raises on purpose, passes, as does a full memory."""
+    where = f"step '{name}' at {'layer' if method.per_layer else 'block'} '{thing.name}'"
+    try:
+        result = method.function(thing, **options)
+    except (PrunellaError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == _file(method)]
+        line = f", line {frames[-1].lineno} of {_file(method)}" if frames else ""
+        raise StepError(
+            f"{where}: {type(error).__name__}: {first_line(error)}; the defect is in the step{line}."
+        ) from error
+    if not isinstance(result, type(thing)):
+        due = type(thing).__name__
+        raise StepError(f"{where} returned {type(result).__name__}, not {due}; the defect is in the step.")
+    return result
+
+
+def _file(method: Method) -> str:
+    return inspect.getsourcefile(method.function) or ""
 
 
 def lookup(kind: str, methods: Mapping[str, Method], name: str) -> Method:
@@ -151,24 +172,6 @@ def checked(kind: str, method: Method, options: Mapping[str, Any]) -> dict[str, 
         except pydantic.ValidationError as error:
             raise InputError(f"{method.name}.{key}={value}: {error.errors()[0]['msg']}.") from None
     return out
-
-
-@contextlib.contextmanager
-def naming(kind: str, method: Method, where: str) -> Iterator[None]:
-    """Whatever a method raises names the method, and what it worked on; its own errors for users do already.
-
-    What a user's own raises becomes a MethodError: theirs to mend, and no defect of Prunella.
-    """
-    try:
-        yield
-    except PrunellaError:
-        raise
-    except Exception as error:
-        failed = f"{kind} '{method.name}' failed{where}"
-        if method.function.__module__.startswith(f"{__package__}."):
-            error.add_note(failed)
-            raise
-        raise MethodError(f"{failed}: {type(error).__name__}: {first_line(error)}") from error
 
 
 _of_file: dict[tuple[str, str], dict[str, Method]] = {}

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..registry import Method, checked, lookup, naming
+from ..registry import Method, checked, lookup
 from .budget import Budget
 
 Allocation = Callable[[Budget], dict[str, float]]
@@ -35,10 +35,7 @@ def make_allocation(name: str, options: Mapping[str, Any] | None = None) -> Allo
     chosen = checked("allocation", method, options or {})
 
     def allocate(budget: Budget) -> dict[str, float]:
-        with naming("allocation", method, ""):
-            shares: dict[str, float] = method.function(budget, **chosen)
-            if not isinstance(shares, Mapping):
-                raise TypeError(f"it returned {type(shares).__name__}, not {{layer: sparsity}}")
-            return shares
+        shares: dict[str, float] = method.function(budget, **chosen)
+        return shares
 
     return allocate

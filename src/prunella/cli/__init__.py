@@ -23,7 +23,7 @@ from typing import Any
 
 import typer
 
-from ..errors import MethodError, PrunellaError
+from ..errors import PrunellaError
 from ..heap import keep_freed_memory
 from . import make, run, see  # noqa: F401  (importing commands registers them)
 from .app import app
@@ -69,28 +69,36 @@ def _guard(call: Callable[[], Any]) -> int:
 def _explain(error: BaseException) -> tuple[str, int]:
     """What to say about an error, and the exit code."""
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    if isinstance(error, MethodError):
-        return f"{error} (--debug shows where)", 2
     if isinstance(error, PrunellaError):
         return str(error), 2
     if hasattr(error, "format_message"):  # typer's, which are click's in some of its versions and its own in others
-        return _usage(error), 2
+        return _usage(error, command), 2
     if isinstance(error, KeyboardInterrupt | typer.Abort):
-        kept = {
-            "prune": " Finished blocks are kept: continue with the same command and --resume.",
-            "heal": " What is finished is kept: continue with the same command and --resume.",
-            "sweep": " Finished cells are kept: continue with the same command.",
-        }
-        return f"interrupted.{kept.get(command, '')}", 130
+        return f"interrupted.{KEPT.get(command, '')}", 130
     text = str(error)
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
-        return "out of memory: use fewer or shorter windows (--samples, --length), or --order block.", 2
+        return f"out of memory: {LESS.get(command, LESS['prune'])}.", 2
     first = text.splitlines()[0] if text else ""
-    notes = "".join(f"{note}; " for note in getattr(error, "__notes__", ()))
-    return f"internal error, please report it: {type(error).__name__}: {first} ({notes}--debug shows where)", 1
+    return f"internal error, please report it: {type(error).__name__}: {first} (--debug shows where)", 1
 
 
-def _usage(error: Any) -> str:
+KEPT = {  # of an interrupted command
+    "prune": " Finished blocks are kept: continue with the same command and --resume.",
+    "heal": " What is finished is kept: continue with the same command and --resume.",
+    "sweep": " Finished cells are kept: continue with the same command.",
+}
+LESS = {  # what takes less memory
+    "prune": "use fewer or shorter windows (--samples, --length), or --order block",
+    "sweep": "use fewer or shorter windows (--samples, --length), or --order block",
+    "heal": "use shorter windows (--length), fewer at a time (--set heal.micro=1), or --set heal.checkpointing=true",
+    "eval": "use shorter windows (--length)",
+    "generate": "use a smaller --dtype, such as bfloat16, or fewer --tokens",
+}
+
+
+def _usage(error: Any, command: str) -> str:
     """What typer says of a command line that it cannot read, and where to read on."""
-    path = getattr(getattr(error, "ctx", None), "command_path", "prunella")
-    return f"{error.format_message().rstrip()} See {path} --help."
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else f"prunella {command}".rstrip()
+    message = error.format_message().strip()
+    return f"{message if message.endswith(('.', '?')) else f'{message}.'} See {path} --help."

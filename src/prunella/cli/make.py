@@ -48,6 +48,7 @@ from .options import (
     of,
     patterns,
     settings_of,
+    share_of,
     source,
 )
 
@@ -407,7 +408,7 @@ def sweep(
 
     axes: dict[str, list[Any] | None] = {
         "steps": [item.split("+") for item in step or []],
-        "sparsity": [Recipe.of({"sparsity": item}).sparsity["*"] for item in sparsity or [] if "=" not in item],
+        "sparsity": [share_of(item) for item in sparsity or [] if "=" not in item],
         "pattern": pattern,
         "allocate": allocate,
     }

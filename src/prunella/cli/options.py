@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,20 +36,30 @@ def flag(group: str, name: str, help: str) -> Any:
     return of(group, name, help=help, metavar="", show_default=False)
 
 
-def complete_from(*known: str) -> Any:
+def complete_by(known: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Completion of a word by names."""
+
+    def complete(incomplete: str) -> list[str]:
+        """The names that begin so."""
+        return [name for name in known() if name.startswith(incomplete)]
+
+    return complete
+
+
+def complete_from(*known: str) -> Callable[[str], list[str]]:
     """Completion of a word by names that are known beforehand."""
-    return lambda incomplete: [name for name in known if name.startswith(incomplete)]
+    return complete_by(lambda: known)
 
 
-def methods_of(kind: str) -> Any:
+def methods_of(kind: str) -> Callable[[str], list[str]]:
     """Completion of a word by the built-in methods of a kind."""
-    return lambda incomplete: [name for name in catalogue.names(kind) if name.startswith(incomplete)]
+    return complete_by(lambda: catalogue.names(kind))
 
 
-def recipes(incomplete: str) -> list[str]:
-    """Completion by the recipes that come with Prunella."""
+def recipes() -> list[str]:
+    """The recipes that come with Prunella."""
     shipped = (Path(file.name) for file in (files("prunella") / "recipes").iterdir())
-    return sorted(file.stem for file in shipped if file.suffix == ".yaml" and file.stem.startswith(incomplete))
+    return sorted(file.stem for file in shipped if file.suffix == ".yaml")
 
 
 SOURCES = "pydoc, self, c4, wikitext2, hf:DATASET:CONFIG:SPLIT, or a .txt or .jsonl file"
@@ -181,7 +191,7 @@ RecipeName = Annotated[
         "--recipe",
         metavar="RECIPE",
         help="fast, balanced, best, healed-50, or a YAML file; flags go before it.",
-        autocompletion=recipes,
+        autocompletion=complete_by(recipes),
     ),
 ]
 Set = Annotated[
@@ -208,3 +218,10 @@ def settings_of(flags: Mapping[str, Any]) -> list[str]:
     if given.get("evaluate.source") == "none":
         given["evaluate.source"] = None
     return [f"{key}={json.dumps(value)}" for key, value in given.items()]
+
+
+def share_of(text: str) -> float:
+    """A sparsity as a recipe reads it. Raises InputError."""
+    from ..recipe import Recipe
+
+    return Recipe.of({"sparsity": text}).sparsity["*"]

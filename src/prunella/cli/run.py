@@ -26,6 +26,7 @@ from .options import (
     complete_from,
     flag,
     of,
+    share_of,
 )
 
 
@@ -123,7 +124,7 @@ def bench(
             autocompletion=complete_from("llama-1b", "tiny"),
         ),
     ] = None,
-    sparsity: Annotated[float, of(MAIN, metavar="SHARE", help="Of random weights.")] = 0.5,
+    sparsity: Annotated[str, of(MAIN, metavar="SHARE", help="Of random weights.")] = "0.5",
     bits: Bits = None,
     group: Group = 128,
     round_head: Head = False,
@@ -141,7 +142,7 @@ def bench(
     result = measure(
         model,
         random=random,
-        sparsity=sparsity,
+        sparsity=share_of(sparsity),
         bits=bits,
         group=group,
         head=round_head,

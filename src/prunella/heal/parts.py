@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from ..errors import InputError, NumericalError
 from ..load import Model
 from ..pattern import pack, unpack
-from ..registry import Method, checked, lookup, naming
+from ..registry import Method, checked, lookup
 from ..stream import find_layers
 
 
@@ -199,13 +199,7 @@ def make_group(name: str, options: Mapping[str, Any] | None = None) -> Group:
     rate = chosen.get("rate", method.options["rate"].default)
     if not 0 < rate < 1:
         raise InputError(f"{method.name}.rate={rate:g}: a learning rate lies between 0 and 1, such as 1e-4.")
-
-    def change(part: Part) -> Change | None:
-        with naming("healing method", method, f" on '{part.name}'"):
-            found: Change | None = method.function(part, **chosen)
-            return found
-
-    return Group(method.name, change, rate)
+    return Group(method.name, lambda part: method.function(part, **chosen), rate)
 
 
 # ---------------------------------------------------------------------------------------------------------

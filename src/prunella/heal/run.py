@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..calibrate import check_windows, up_to, windows
-from ..errors import InputError, ModelError, NumericalError, PrunellaError
+from ..errors import InputError, ModelError, NumericalError, PrunellaError, command
 from ..load import Model, load_model, pick_device, wrap_model
 from ..measure import context, digest, held_out_windows, measure, same_text, window_length
 from ..pattern import pack
@@ -79,7 +79,9 @@ def heal(
     path = Path(output)
     check_output(path)
     if not Path(directory).is_dir():
-        raise ModelError(f"'{directory}' is not a directory: prune a model first, prunella prune MODEL -o {directory}.")
+        raise ModelError(
+            f"'{directory}' is not a directory: prune a model first, {command('prune', 'MODEL', '-o', directory)}."
+        )
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())
         sharded = stack.enter_context(asked())
