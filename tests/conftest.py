@@ -15,7 +15,7 @@ import tiny
 import torch
 import transformers
 
-import prunella.prune  # registers every method: tests are parametrized over the registries
+import prunella.heal  # noqa: F401  (registers every step: tests are parametrized over the registries)
 from prunella import cli
 
 transformers.logging.set_verbosity_error()

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 KINDS = {"register": "step", "register_allocation": "allocation", "trains": "healing"}  # decorator: kind
+_REGISTRIES = {
+    "step": ("prunella.registry", "steps"),
+    "allocation": ("prunella.allocate.registry", "allocations"),
+    "healing": ("prunella.heal.parts", "groups"),
+}
 _ROOT = Path(__file__).parent
 
 
@@ -24,19 +30,31 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """All methods that come with Prunella, by kind and name."""
-    found = [
-        entry
+    """All methods, by kind and name: those that come with Prunella, and what else this process has registered."""
+    found = {
+        (entry.kind, entry.name): entry
         for package in ("steps", "allocate", "heal")
         for path in (_ROOT / package).glob("*.py")
         for entry in _entries(path)
-    ]
-    return sorted(found, key=lambda entry: (list(KINDS.values()).index(entry.kind), entry.name))
+    }
+    found = _registered() | found
+    order = list(_REGISTRIES)
+    return sorted(found.values(), key=lambda entry: (order.index(entry.kind), entry.name))
 
 
 def names(kind: str) -> list[str]:
     """The methods of one kind."""
     return [entry.name for entry in entries() if entry.kind == kind]
+
+
+def _registered() -> dict[tuple[str, str], Entry]:
+    """What stands in those registries that have been imported."""
+    return {
+        (kind, name): Entry(kind, name, method.summary, {key: p.default for key, p in method.options.items()})
+        for kind, (module, table) in _REGISTRIES.items()
+        if module in sys.modules
+        for name, method in vars(sys.modules[module])[table].items()
+    }
 
 
 def _entries(path: Path) -> Iterator[Entry]:

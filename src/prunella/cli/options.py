@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,6 +57,8 @@ def methods_of(kind: str) -> Callable[[str], list[str]]:
 
 def recipes() -> list[str]:
     """The recipes that come with Prunella."""
+    from importlib.resources import files
+
     shipped = (Path(file.name) for file in (files("prunella") / "recipes").iterdir())
     return sorted(file.stem for file in shipped if file.suffix == ".yaml")
 
