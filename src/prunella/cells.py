@@ -277,24 +277,21 @@ class Sweep:
 
     def _make(self, cell: Cell, network: Any, track: Track) -> Row:
         # Measured below, on windows that all cells share; only healing has to know them, to keep away from them.
-        heals = bool(Recipe.of(cell.recipe).heal.train)
+        wanted = Recipe.of(cell.recipe)
+        heals, packs = bool(wanted.heal.train), wanted.packing is not None
         recipe = cell.recipe if heals else {**cell.recipe, "evaluate": {"source": None}}
         with contextlib.ExitStack() as stack:
             output = None
-            source: Any = self.model
-            if network is None or heals:
+            source: Any = self.model.name if heals else self.model
+            if network is None or heals or packs:  # what is rounded for packing is measured as its files have it
                 self.rows.path.parent.mkdir(parents=True, exist_ok=True)
                 scratch = tempfile.TemporaryDirectory(prefix=".sweep-", dir=self.rows.path.parent)
                 output = Path(stack.enter_context(scratch)) / "model"
-            else:
-                source = self._wrapped(copy.deepcopy(network))
+            if network is not None:  # the open model holds the dense weights, for all cells
+                source = self._wrapped(copy.deepcopy(network)) if output is None else self.model.name
             cpu = time.process_time()
-            if heals:
-                report = prune(self.model.name, recipe, output=output, track=track, **self.trust)
-            else:
-                report = prune(
-                    source, recipe, output=output, calibration=self.calibration_NL, shared=self._shared, track=track
-                )
+            of_sweep: dict[str, Any] = {} if heals else {"calibration": self.calibration_NL, "shared": self._shared}
+            report = prune(source, recipe, output=output, track=track, **of_sweep, **self.trust)
             cpu = time.process_time() - cpu
             # A directory may hold more than the model's own tensors, or hold them packed: it is opened as it is.
             device = str(self.model.device)
@@ -303,12 +300,13 @@ class Sweep:
             errors = [(layer.error or 0.0) * n for layer, n in zip(report.layers, weights, strict=True)]
             itemsize = self.model.dtype.itemsize
             healing, spent = report.healing, report.run["seconds"]
+            size = (self.model.parameters - sum(weights)) * itemsize
+            size += sum(packed_bytes(layer, itemsize) for layer in report.layers)
             row = {
                 "recipe": {**report.recipe, "heal": healing["recipe"]} if healing else report.recipe,
                 "sparsity": report.sparsity,
                 "perplexity": self._perplexities(model, track),
-                "size": (self.model.parameters - sum(weights)) * itemsize
-                + sum(packed_bytes(layer, itemsize) for layer in report.layers),
+                "size": report.pruned["bytes"] if packs else size,
                 "seconds": spent["allocate"] + spent["prune"] + healing.get("seconds", 0),
                 "cpu_seconds": cpu,
                 "error": sum(errors) / sum(weights),
