@@ -60,6 +60,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["prunella", *map(str, arguments)])
+        monkeypatch.setattr(cli.console, "EVERY", float("inf"))  # no lines of progress, however slow the machine
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             cli.main()

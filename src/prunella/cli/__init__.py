@@ -25,7 +25,7 @@ import typer
 
 from ..errors import PrunellaError
 from ..heap import keep_freed_memory
-from . import make, run, see  # noqa: F401  (importing commands registers them)
+from . import console, make, run, see  # noqa: F401  (importing commands registers them)
 from .app import app
 from .console import err, never_fail_to_encode, out
 
@@ -54,7 +54,9 @@ def _guard(call: Callable[[], Any]) -> int:
         if result == 130:  # typer catches Ctrl-C itself, and says nothing
             raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise  # completion has ended; but rich and typer make one of a reader that has gone, too
         with contextlib.suppress(OSError):  # else Python tries to write what is left, and complains, on its way out
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
