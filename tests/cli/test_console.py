@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from prunella.cli import console
-from prunella.cli.console import clock, track, watcher
+from prunella.cli.console import clock, print_table, track, watcher
 
 
 @pytest.fixture
@@ -76,6 +76,22 @@ def test_a_terminal_has_a_bar_for_each_loop_and_none_is_left_running(monkeypatch
         watch(1, 2, None)
     assert all(word in shown.getvalue() for word in ("pruning", "3/3", "healing", "2/2", "loss 1.500", "evaluating"))
     assert not terminal._live_stack
+
+
+def test_a_narrow_terminal_still_shows_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(console, "err", Console(file=shown, force_terminal=True, force_interactive=True, width=60))
+    for _ in track(range(3), "perplexity", 3):
+        pass
+    assert "…" not in shown.getvalue()
+
+
+def test_a_table_sends_nothing_that_a_terminal_would_obey(capsys: Any) -> None:
+    print_table(("a",), [("\x1b[2Jone\x07",), ("two\nlines [b]",)])
+    shown = capsys.readouterr().out
+    assert not {"\x1b", "\x07"} & set(shown)
+    assert "\N{REPLACEMENT CHARACTER}[2Jone" in shown
+    assert "lines [b]" in shown
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (59.6, "1:00"), (754, "12:34"), (11045, "3:04:05")])

@@ -23,6 +23,7 @@ out = Console(highlight=False, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 EVERY = 10.0  # seconds between lines of progress, at least
+_CONTROL = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}, "\N{REPLACEMENT CHARACTER}")
 
 
 def never_fail_to_encode() -> None:
@@ -36,12 +37,15 @@ def never_fail_to_encode() -> None:
 def print_table(
     columns: Collection[str], rows: Iterable[Iterable[str]], title: str = "", right: Collection[str] = ()
 ) -> None:
-    """A table; `right` names the columns that are aligned there. Long cells are folded, never cut."""
+    """A table; `right` names the columns that are aligned there. Long cells are folded, never cut.
+
+    A model's text and a file's name may hold what a terminal would obey: control characters are shown, not sent.
+    """
     table = Table(title=title or None)
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(cell.translate(_CONTROL) for cell in row))
     out.print(table)
 
 
@@ -125,7 +129,7 @@ def _bar(units: str) -> Progress:
 
     return Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        *([BarColumn()] if err.width >= 80 else []),  # the time left goes before it
         MofNCompleteColumn(),
         TextColumn(f"{units}, elapsed", markup=False),
         TimeElapsedColumn(),
