@@ -105,11 +105,12 @@ def token_windows(count: int = 5, length: int = 32, seed: int = 1) -> Tensor:
     return torch.randint(3, VOCABULARY, (count, length), generator=generator)
 
 
-def write_tokenizer(directory: Path) -> None:
-    """Train a byte-level tokenizer on Python's own documentation and save it, chat template and all."""
+def write_tokenizer(directory: Path, *, bos: bool = False) -> None:
+    """Train a byte-level tokenizer on Python's own documentation and save it, chat template and all. It knows a BOS,
+    and puts it before a text if `bos`."""
     from pydoc_data.topics import topics
 
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -122,6 +123,8 @@ def write_tokenizer(directory: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator([topics[key] for key in sorted(topics)[:20]], trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",

@@ -26,20 +26,21 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from .calibrate import windows
+from .calibrate import windows, with_bos
 from .errors import InputError, PrunellaError, unknown
 from .evaluate import perplexity
 from .load import Model, free_memory, load_model, wrap_model
-from .measure import held_out_windows, same_text, window_length
+from .measure import held_out_windows, window_length
 from .prune import prune
 from .recipe import Evaluation, Healing, Recipe, only_dense, override
 from .results import Results, Row
 from .sparse.format import SPAN, expected
 from .stream import LayerResult, Track, no_track
+from .texts import same_text
 
 Key = tuple[str, str]
 DENSE: Key = ("dense", "")
-SHARED = ("model", "calibration", "evaluate", "dtype", "device")  # recipe keys that all cells have in common
+SHARED = ("model", "calibration", "bos", "evaluate", "dtype", "device")  # recipe keys that all cells have in common
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ class Sweep:
         held_out: the windows to measure perplexity on, {text: (N, L)}.
         rows: where finished cells are and go.
         speed: measure how fast each cell decodes when it is packed, too.
-        remote_code, pickles: as for `load_model`, where a cell has to open the model again.
+        tokenizer, remote_code, pickles: as for `load_model`, where a cell has to open the model again.
     """
 
     def __init__(
@@ -220,9 +221,11 @@ class Sweep:
         rows: Rows,
         *,
         speed: bool = False,
+        tokenizer: str | None = None,
         remote_code: bool = False,
         pickles: bool = False,
     ):
+        self.tokenizer = tokenizer
         self.trust: dict[str, Any] = {"remote_code": remote_code, "pickles": pickles}
         self.model = model
         self.calibration_NL = calibration_NL
@@ -291,6 +294,8 @@ class Sweep:
                 source = self._wrapped(copy.deepcopy(network)) if output is None else self.model.name
             cpu = time.process_time()
             of_sweep: dict[str, Any] = {} if heals else {"calibration": self.calibration_NL, "shared": self._shared}
+            if isinstance(source, str):
+                of_sweep["tokenizer"] = self.tokenizer
             report = prune(source, recipe, output=output, track=track, **of_sweep, **self.trust)
             cpu = time.process_time() - cpu
             # A directory may hold more than the model's own tensors, or hold them packed: it is opened as it is.
@@ -345,6 +350,7 @@ def sweep(
     speed: bool = False,
     say: Callable[[str], None] = lambda message: None,
     track: Track = no_track,
+    tokenizer: str | None = None,
     remote_code: bool = False,
     pickles: bool = False,
 ) -> Results:
@@ -359,16 +365,18 @@ def sweep(
         texts: to measure perplexity on, in place of the recipe's one.
         speed: measure how fast each cell decodes packed, too.
         say: is told of each finished cell.
+        tokenizer: a directory or hub id with a tokenizer, in place of the model's own.
     Raises:
         PrunellaError: anything about the input that the user can mend. Cells that fail do not raise.
     """
     base = {key: value for key, value in plan.items() if key != "grid"}
     cells = cells_of(base, plan.get("grid") or {})
     recipe = Recipe.of({**base, "model": model})
-    opened = load_model(model, dtype=recipe.dtype, device=recipe.device, remote_code=remote_code, pickles=pickles)
+    again: dict[str, Any] = {"tokenizer": tokenizer, "remote_code": remote_code, "pickles": pickles}
+    opened = load_model(model, dtype=recipe.dtype, device=recipe.device, **again)
     wanted = recipe.calibration
     length = window_length(opened, wanted.length)
-    calibration_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed)
+    calibration_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed, bos=recipe.bos)
     held_out: dict[str, Tensor] = {}
     texts = texts or [text for text in [recipe.evaluate.source] if text]
     for text in texts:
@@ -393,11 +401,12 @@ def sweep(
         "dtype": str(opened.dtype).removeprefix("torch."),
         "text": list(held_out),
         "tokens": tokens.hexdigest()[:16],
+        **({"bos": True} if all(with_bos(opened, ids) for ids in held_out.values()) else {}),
         "recipe": {key: value for key, value in recipe.plain().items() if key not in named},
     }
     directory = Path(directory)
     rows = Rows(directory / "cells.jsonl", settings)
-    sweep = Sweep(opened, calibration_NL, held_out, rows, speed=speed, remote_code=remote_code, pickles=pickles)
+    sweep = Sweep(opened, calibration_NL, held_out, rows, speed=speed, **again)
     found_rows = sweep.run(cells, say=say, track=track)
     results = Results(rows.settings, tuple(found_rows.values()))
     results.write(directory)
@@ -408,7 +417,7 @@ def _kept_apart(cell: Cell, evaluation: Evaluation, texts: Sequence[str]) -> Cel
     """The cell, healed on no window that it is measured on: its recipe evaluates on the text that it trains on."""
     heal = cell.recipe["heal"]
     sources = heal["text"] or [cell.recipe["calibration"]["source"]]
-    near = [text for text in texts if any(same_text(text, source) for source in sources)]
+    near = [text for text in texts if any(same_text(source, text) for source in sources)]
     if heal["train"] and len(near) > 1:
         raise InputError(f"cell '{cell.label}' would train on more than one of the texts that it is measured on.")
     source = [*near, *texts][0]

@@ -29,7 +29,7 @@ class _Part(BaseModel):
 class Calibration(_Part):
     """The text that statistics are made from.
 
-    source:     see `prunella.calibrate`
+    source:     see `prunella.texts`
     samples:    how many windows
     length:     tokens in a window; None: 2048, or the model's context if that is shorter
     min_tokens: a layer that fewer tokens reach (an expert, say) is pruned by magnitude
@@ -163,11 +163,14 @@ class Recipe(_Part):
     group:    inputs that share a scale, a multiple of 128; 0: whole rows
     round_head: a packed model's embedding and output head are rounded to 8 bits
     dtype:    compute and save in this dtype; `auto` keeps the checkpoint's
+    bos:      every window of calibration, healing and evaluation begins with what the tokenizer puts before a text, if
+              it does (a BOS); false: none does
     heal:     retraining of what was pruned
     """
 
     model: str = "smollm2-135m"
     calibration: Calibration = Calibration()
+    bos: bool = True
     pattern: str = "unstructured"
     sparsity: dict[str, float] = {}
     skip: tuple[str, ...] = ()
@@ -189,7 +192,7 @@ class Recipe(_Part):
     def _sparsity(cls, value: Any) -> Any:
         shares = {"*": value} if isinstance(value, int | float | str) else value or {}
         for name, share in shares.items() if isinstance(shares, Mapping) else ():
-            if isinstance(share, str) and re.fullmatch(r"\s*[\d.]+\s*%\s*", share):
+            if isinstance(share, str) and re.fullmatch(r"\s*\d+(\.\d*)?\s*%\s*", share):
                 meant = float(share.strip().rstrip("% ")) / 100
                 raise ValueError(f"sparsity {share} for layers '{name}' is written as a share: did you mean {meant:g}?")
         return shares

@@ -18,6 +18,7 @@ from .options import (
     RUN,
     TEXT,
     WHAT,
+    Bos,
     Calibration,
     Evaluate,
     Format,
@@ -34,11 +35,13 @@ from .options import (
     RecipeHead,
     RecipeName,
     Resume,
+    Revision,
     Samples,
     Seed,
     Set,
     Skip,
     Steps,
+    Tokenizer,
     Train,
     Trust,
     Windows,
@@ -60,6 +63,8 @@ if TYPE_CHECKING:
 def prune(
     model: ModelName,
     output: Out,
+    revision: Revision = None,
+    tokenizer: Tokenizer = None,
     step: Steps = None,
     sparsity: Annotated[
         list[str] | None,
@@ -98,6 +103,7 @@ def prune(
     heal: Train = None,
     evaluate: Evaluate = None,
     windows: Windows = None,
+    bos: Bos = None,
     format_: Format = None,
     bits: RecipeBits = None,
     group: RecipeGroup = None,
@@ -124,6 +130,7 @@ def prune(
         "skip": skip,
         "allocate": allocate,
         "order": order,
+        "bos": bos,
         "format": format_,
         "bits": bits,
         "group": group,
@@ -155,6 +162,8 @@ def prune(
             model,
             wanted,
             output=output,
+            tokenizer=tokenizer,
+            revision=revision,
             resume=resume,
             track=track,
             watch=watch,
@@ -240,6 +249,7 @@ def heal(
     samples: Annotated[int | None, of(TEXT, metavar="N", help="Windows of that text.", default="the pruning's")] = None,
     evaluate: Evaluate = None,
     windows: Windows = None,
+    bos: Bos = None,
     recipe: Annotated[
         str | None,
         of(RUN, metavar="RECIPE", help="A named recipe or a YAML file; its `heal` section counts."),
@@ -272,6 +282,7 @@ def heal(
             "calibration.samples": samples,
             "evaluate.source": evaluate,
             "evaluate.windows": windows,
+            "bos": bos,
             "device": device,
             "seed": seed,
         }
@@ -317,6 +328,8 @@ def sweep(
         Path,
         of(MAIN, "--output", "-o", metavar="DIR", help="Directory for the results; cells in it are kept."),
     ],
+    revision: Revision = None,
+    tokenizer: Tokenizer = None,
     step: Annotated[
         list[str] | None,
         of(
@@ -379,6 +392,7 @@ def sweep(
         ),
     ] = None,
     windows: Windows = None,
+    bos: Bos = None,
     speed: Annotated[bool, flag(MEASURE, "--speed", help="Measure how fast each cell decodes packed, too.")] = False,
     format_: Format = None,
     bits: RecipeBits = None,
@@ -404,6 +418,7 @@ def sweep(
     """Prune MODEL in every combination of some choices; run again, it makes the cells that are missing."""
     from ..cells import parse_grid
     from ..cells import sweep as run
+    from ..load import at_revision
     from ..recipe import Recipe
 
     axes: dict[str, list[Any] | None] = {
@@ -421,6 +436,7 @@ def sweep(
             "calibration.length": length,
             "heal.train": heal,
             "evaluate.windows": windows,
+            "bos": bos,
             "format": format_,
             "bits": bits,
             "group": group,
@@ -434,13 +450,14 @@ def sweep(
     plan = Recipe.read(recipe) if recipe else {}
     grids = {key: values for key, values in axes.items() if values}
     results = run(
-        model,
+        at_revision(model, revision),
         parse_grid(plan, grids, grid or [], [*settings, *(set_ or [])]),
         output,
         texts=text,
         speed=speed,
         say=say,
         track=track,
+        tokenizer=tokenizer,
         remote_code=trust_remote_code,
         pickles=allow_pickle,
     )

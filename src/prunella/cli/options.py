@@ -63,7 +63,7 @@ def recipes() -> list[str]:
     return sorted(file.stem for file in shipped if file.suffix == ".yaml")
 
 
-SOURCES = "pydoc, self, c4, wikitext2, hf:DATASET:CONFIG:SPLIT, or a .txt or .jsonl file"
+SOURCES = "pydoc, self, c4, wikitext2, hf:DATASET:CONFIG:SPLIT, or a file: .txt, .jsonl, .parquet …"
 source = complete_from("pydoc", "self", "c4", "wikitext2")
 dtypes = complete_from("auto", "float32", "bfloat16", "float16")
 patterns = complete_from("unstructured", "2:4", "4:8", "1:4", "16x1")
@@ -71,6 +71,21 @@ devices = complete_from("auto", "cpu", "cuda")
 
 ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub id, directory, .gguf file, or the built-in smollm2-135m.")
+]
+Revision = Annotated[str | None, of(MAIN, metavar="REV", help="Of a hub's model: a branch, tag or commit.")]
+Tokenizer = Annotated[
+    str | None,
+    of(MAIN, metavar="DIR", help="A directory or hub id with a tokenizer.", default="the model's own"),
+]
+Bos = Annotated[
+    bool | None,
+    of(
+        MEASURE,
+        "--bos/--no-bos",
+        metavar="",
+        help="Whether each window begins with a BOS where the tokenizer puts one before a text.",
+        default="it does",
+    ),
 ]
 Json = Annotated[bool, flag(RUN, "--json", help="Print JSON in place of tables.")]
 Trust = Annotated[bool, flag(RUN, "--trust-remote-code", help="Run Python that comes with the model.")]

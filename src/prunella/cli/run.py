@@ -22,6 +22,8 @@ from .options import (
     ModelName,
     Out,
     Pickle,
+    Revision,
+    Tokenizer,
     Trust,
     complete_from,
     flag,
@@ -66,6 +68,8 @@ def unpack(
 def generate(
     model: ModelName,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to continue.")],
+    revision: Revision = None,
+    tokenizer: Tokenizer = None,
     tokens: Annotated[int, of(MAIN, metavar="N", min=1, help="At most so many new tokens.")] = 100,
     temperature: Annotated[float, of(MAIN, metavar="NUMBER", min=0, help="0: always the likeliest token.")] = 0.0,
     chat: Annotated[bool, flag(MAIN, "--chat", help="Wrap the prompt in the model's chat template.")] = False,
@@ -81,24 +85,31 @@ def generate(
 
     from ..errors import InputError
     from ..load import load_model
+    from ..measure import room
 
     opened = load_model(
-        model, dtype=dtype, device=device, remote_code=trust_remote_code, pickles=allow_pickle, packed=True
+        model,
+        dtype=dtype,
+        device=device,
+        remote_code=trust_remote_code,
+        pickles=allow_pickle,
+        packed=True,
+        revision=revision,
+        tokenizer=tokenizer,
     )
-    tokenizer = opened.tokenizer
-    if tokenizer is None:
+    reader = opened.tokenizer
+    if reader is None:
         raise InputError(f"model '{model}' has no tokenizer, so it cannot read a prompt.")
     if chat:
-        if not tokenizer.chat_template:
+        if not reader.chat_template:
             raise InputError(f"model '{model}' has no chat template: leave --chat out.")
         message = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        inputs = reader.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     else:
-        inputs = tokenizer(prompt, return_tensors="pt")
+        inputs = reader(prompt, return_tensors="pt")
     if not inputs["input_ids"].numel():
         raise InputError("the prompt is empty.")
+    tokens = room(opened, inputs["input_ids"], tokens)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with opened.whole() as network, torch.no_grad():
@@ -106,8 +117,8 @@ def generate(
             inputs["input_ids"].to(opened.device),
             attention_mask=inputs["attention_mask"].to(opened.device),
             max_new_tokens=tokens,
-            streamer=TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True),
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+            streamer=TextStreamer(reader, skip_prompt=chat, skip_special_tokens=True),
+            pad_token_id=reader.pad_token_id or reader.eos_token_id or 0,
             **sampling,
         )
 

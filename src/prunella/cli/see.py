@@ -12,12 +12,29 @@ import typer
 
 from .app import SEEING, app
 from .console import print_table, track
-from .options import MAIN, MEASURE, SOURCES, Device, Dtype, Json, ModelName, Pickle, Trust, of, source
+from .options import (
+    MAIN,
+    MEASURE,
+    SOURCES,
+    Bos,
+    Device,
+    Dtype,
+    Json,
+    ModelName,
+    Pickle,
+    Revision,
+    Tokenizer,
+    Trust,
+    of,
+    source,
+)
 
 
 @app.command("eval", rich_help_panel=SEEING)
 def evaluate_(
     model: ModelName,
+    revision: Revision = None,
+    tokenizer: Tokenizer = None,
     text: Annotated[
         list[str] | None,
         of(
@@ -33,8 +50,10 @@ def evaluate_(
         of(MEASURE, metavar="TOKENS", min=2, help="Tokens in a window.", default="2048, or the model's context"),
     ] = None,
     windows: Annotated[
-        int | None, of(MEASURE, metavar="N", min=1, help="The first so many windows.", default="all")
+        int | None,
+        of(MEASURE, metavar="N", min=1, help="The first so many windows.", default="all; of c4 and hf:… 256"),
     ] = None,
+    bos: Bos = None,
     tasks: Annotated[str | None, of(MEASURE, metavar="NAMES", help="Tasks of lm-eval: arc_easy,piqa …")] = None,
     tasks_file: Annotated[
         list[Path] | None,
@@ -54,11 +73,13 @@ def evaluate_(
     allow_pickle: Pickle = False,
 ) -> None:
     """Measure MODEL: perplexity on texts, in consecutive windows each scored on its own; accuracy on tasks."""
+    from ..load import at_revision
+    from ..report import bos_words
     from ..score import score
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     result = score(
-        model,
+        at_revision(model, revision),
         text or ([] if names or tasks_file else ["pydoc"]),
         names,
         tasks_file or [],
@@ -66,8 +87,10 @@ def evaluate_(
         length=length,
         windows=windows,
         limit=limit,
+        bos=bos is not False,
         dtype=dtype,
         device=device,
+        tokenizer=tokenizer,
         remote_code=trust_remote_code,
         pickles=allow_pickle,
         track=track,
@@ -76,7 +99,8 @@ def evaluate_(
         print(json.dumps(result))
         return
     for found in result["texts"]:
-        about = f"({found['text']}, {found['windows']} windows of {found['length']} tokens, {result['dtype']})"
+        cut = f"{found['windows']} windows of {found['length']} tokens {bos_words(found['bos'])}"
+        about = f"({found['text']}, {cut}, {result['dtype']})"
         print(f"perplexity {found['perplexity']:.3f}  {about}")
         if beside:
             apart = found["difference"]
@@ -94,7 +118,8 @@ def evaluate_(
                 changed = [f"{found['changed']:.1%}"] if beside else []
                 shown = [_with_error(side["value"], side["stderr"]) for side in sides]
                 rows.append((found["task"], str(found["questions"]), metric, *shown, *changed))
-        print_table(columns, rows, right=[name for name in columns if name not in ("task", "metric")])
+        title = f"accuracy, requests {bos_words(result['tasks'][0]['bos'])}"
+        print_table(columns, rows, title, right=[name for name in columns if name not in ("task", "metric")])
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
 
