@@ -17,7 +17,9 @@ import tiny
 import torch
 import transformers
 
-from prunella import cli
+from prunella import cli, registry
+from prunella.allocate import allocations
+from prunella.heal import groups
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)  # whatever had imported torch before
@@ -32,6 +34,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRUNELLA_CACHE", str(path))
         yield path
+
+
+@pytest.fixture(autouse=True)
+def registries() -> Iterator[None]:
+    """What a test registers is gone afterwards."""
+    before = [(known, dict(known)) for known in (registry.steps, allocations, groups)]
+    yield
+    for known, methods in before:
+        known.clear()
+        known.update(methods)
 
 
 @pytest.fixture

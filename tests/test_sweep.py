@@ -113,7 +113,9 @@ def test_tiles_in_c_and_in_torch_are_what_their_definition_says(
         at = slice(3, 3 + columns)
         upper_BB = factor.upper_II[at, at]
         errors_BO = tile(w_OI[:, at], upper_BB, m_OI[:, at], chosen, scale_O, bits)
-        check_tile(whole_OI[:, at], mask_OI[:, at], upper_BB, chosen, scale_O, bits, w_OI[:, at], m_OI[:, at], errors_BO)
+        check_tile(
+            whole_OI[:, at], mask_OI[:, at], upper_BB, chosen, scale_O, bits, w_OI[:, at], m_OI[:, at], errors_BO
+        )
         for after_OI, before_OI in ((w_OI, whole_OI), (m_OI, mask_OI)):
             assert torch.equal(after_OI[:, :3], before_OI[:, :3])
             assert torch.equal(after_OI[:, 3 + columns :], before_OI[:, 3 + columns :])

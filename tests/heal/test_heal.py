@@ -223,7 +223,9 @@ def test_the_first_of_two_processes_prunes_and_both_heal(
     if by == "fork":
         assert together(log, "prune", str(dense), recipe, output=tmp_path / "two") == 0, log.read_text()
     else:
-        script.write_text(f"import prunella\nprunella.prune({str(dense)!r}, {recipe}, output={str(tmp_path / 'two')!r})\n")
+        script.write_text(
+            f"import prunella\nprunella.prune({str(dense)!r}, {recipe}, output={str(tmp_path / 'two')!r})\n"
+        )
         start = "from torch.distributed.run import main; main(['--standalone', '--nproc-per-node=2', sys.argv[1]])"
         done = python(f"import sys; {start}", script)
         assert done.returncode == 0, done.stderr
