@@ -6,12 +6,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # One thread each: tests run side by side, and the models are too small to share out. What they start inherits it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import accelerator
 import pytest
 import tiny
 import torch
@@ -58,6 +60,22 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.build("llama", num_hidden_layers=3, max_position_embeddings=128).save_pretrained(path, max_shard_size="60KB")
     tiny.write_tokenizer(path)
     assert len(list(path.glob("*.safetensors"))) > 2
+    return path
+
+
+@pytest.fixture
+def sim() -> Iterator[torch.device]:
+    """A device that is not the CPU, simulated."""
+    with accelerator.plugged_in() as device:
+        yield device
+
+
+@pytest.fixture(scope="session")
+def bos(llama: Path) -> Path:
+    """That model with a tokenizer that puts a BOS, token 1, before a text. Read only."""
+    path = llama.with_name("bos")
+    shutil.copytree(llama, path)
+    tiny.write_tokenizer(path, bos=True)
     return path
 
 

@@ -208,6 +208,35 @@ def test_methods_lists_every_step_and_allocation_with_its_options(run: Run) -> N
     assert all(name in shown for name in (*steps, *allocations))
 
 
+@pytest.fixture
+def positioned(tmp_path: Path) -> Path:
+    """A tiny GPT-2, which has learned 16 positions and 64 tokens of the 320 that its tokenizer knows."""
+    tiny.build("gpt2", n_positions=16, max_position_embeddings=16, vocab_size=64).save_pretrained(tmp_path / "gpt2")
+    tiny.write_tokenizer(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+def test_generate_ends_where_the_learned_positions_do(run: Run, positioned: Path) -> None:
+    done = run("generate", positioned, "!!!!")  # 100 tokens, if there were room
+    assert done.code == 0, done.err
+
+
+def test_generate_refuses_a_prompt_that_the_model_has_no_positions_or_tokens_for(
+    refused: Run, positioned: Path
+) -> None:
+    said = refused("generate", positioned, "!" * 17)
+    assert "prompts of 17 tokens are longer than the 16 positions that the model has learned" in said
+    assert "lies outside the model's vocabulary of 64" in refused("generate", positioned, "Trees grow")
+
+
+def test_a_sample_of_text_is_left_out_where_the_model_cannot_read_its_prompt(run: Run, positioned: Path) -> None:
+    (positioned.parent / "a.txt").write_text("!" * 4000)
+    text = ("--calibration", positioned.parent / "a.txt", "--evaluate", positioned.parent / "a.txt")
+    done = run("prune", positioned, "-o", positioned.parent / "out", *text, "--samples", 2, "--windows", 1, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["pruned"]["sample"] is None
+
+
 @pytest.mark.parametrize("command", ["prune", "eval", "generate", "inspect", "methods"])
 def test_every_command_explains_itself(run: Run, command: str) -> None:
     result = run(command, "--help")

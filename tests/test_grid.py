@@ -13,9 +13,9 @@ import torch
 import prunella
 from prunella import InputError
 from prunella.allocate import allocations
+from prunella.layers import find_layers
 from prunella.load import wrap_model
 from prunella.registry import find, steps
-from prunella.stream import find_layers
 
 PATTERNS = ["unstructured", "2:4", "4x1"]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch.nn import functional
 
@@ -211,3 +212,25 @@ def test_without_the_harness_it_says_what_to_install(
 @pytest.fixture
 def lm_eval() -> None:
     pytest.importorskip("lm_eval")
+
+
+@pytest.mark.usefixtures("lm_eval")
+def test_accuracies_say_whether_requests_begin_with_bos(
+    run: Callable[..., Any], bos: Path, llama: Path, questions: Path
+) -> None:
+    from prunella.harness import accuracies
+
+    (found,), (plain,) = (accuracies(str(path), files=[questions], limit=4) for path in (bos, llama))
+    (without,) = accuracies(str(bos), files=[questions], limit=4, bos=False)
+    assert (found.bos, plain.bos, without.bos) == (True, False, False)
+    assert without == plain
+    done = run("eval", bos, "--tasks-file", questions, "--limit", 2)
+    assert "requests each with BOS" in done.out
+
+
+@pytest.mark.usefixtures("lm_eval")
+def test_questions_with_tokens_that_the_model_lacks_are_refused(questions: Path, tmp_path: Path) -> None:
+    tiny.build("llama", vocab_size=64, max_position_embeddings=128).save_pretrained(tmp_path)
+    tiny.write_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="lies outside the model's vocabulary of 64"):
+        score(str(tmp_path), files=[questions])

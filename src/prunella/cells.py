@@ -26,20 +26,21 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from .calibrate import windows
+from .calibrate import windows, with_bos
 from .errors import InputError, PrunellaError, unknown
 from .evaluate import perplexity
 from .load import Model, free_memory, load_model, wrap_model
-from .measure import held_out_windows, same_text, window_length
+from .measure import held_out_windows, window_length
 from .prune import prune
 from .recipe import Evaluation, Healing, Recipe, only_dense, override
 from .results import Results, Row
 from .sparse.format import SPAN, expected
 from .stream import LayerResult, Track, no_track
+from .texts import same_text
 
 Key = tuple[str, str]
 DENSE: Key = ("dense", "")
-SHARED = ("model", "calibration", "evaluate", "dtype", "device")  # recipe keys that all cells have in common
+SHARED = ("model", "calibration", "bos", "evaluate", "dtype", "device")  # recipe keys that all cells have in common
 
 
 @dataclass(frozen=True)
@@ -335,7 +336,7 @@ def packed_bytes(layer: LayerResult, itemsize: int) -> int:
     width = {"weight_mask": 1, "weight_offsets": 4, "weight_values": 1 if bits else itemsize, "weight_scales": 2}
     shapes = expected(rows, columns, kept, bits, SPAN)
     packed = sum(math.prod(shape) * width[part] for part, shape in shapes.items())
-    return min(packed, rows * columns * itemsize) if layer.sparsity or bits else rows * columns * itemsize
+    return min(packed, rows * columns * itemsize) if layer.target or bits else rows * columns * itemsize
 
 
 def sweep(
@@ -370,7 +371,7 @@ def sweep(
     opened = load_model(model, dtype=recipe.dtype, device=recipe.device, remote_code=remote_code, pickles=pickles)
     wanted = recipe.calibration
     length = window_length(opened, wanted.length)
-    calibration_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed)
+    calibration_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed, bos=recipe.bos)
     held_out: dict[str, Tensor] = {}
     texts = texts or [text for text in [recipe.evaluate.source] if text]
     for text in texts:
@@ -395,6 +396,7 @@ def sweep(
         "dtype": str(opened.dtype).removeprefix("torch."),
         "text": list(held_out),
         "tokens": tokens.hexdigest()[:16],
+        **({"bos": True} if all(with_bos(opened, ids) for ids in held_out.values()) else {}),
         "recipe": {key: value for key, value in recipe.plain().items() if key not in named},
     }
     directory = Path(directory)
@@ -410,7 +412,7 @@ def _kept_apart(cell: Cell, evaluation: Evaluation, texts: Sequence[str]) -> Cel
     """The cell, healed on no window that it is measured on: its recipe evaluates on the text that it trains on."""
     heal = cell.recipe["heal"]
     sources = heal["text"] or [cell.recipe["calibration"]["source"]]
-    near = [text for text in texts if any(same_text(text, source) for source in sources)]
+    near = [text for text in texts if any(same_text(source, text) for source in sources)]
     if heal["train"] and len(near) > 1:
         raise InputError(f"cell '{cell.label}' would train on more than one of the texts that it is measured on.")
     source = [*near, *texts][0]

@@ -44,6 +44,10 @@ Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read weights that 
 # Of prune and heal: what is not given is the recipe's.
 Evaluate = Annotated[str | None, typer.Option(help="Text for the perplexities, or none.")]
 Windows = Annotated[int | None, typer.Option(help="Windows of that text.")]
+Bos = Annotated[
+    bool | None,
+    typer.Option("--bos/--no-bos", help="Begin every window with a BOS where the tokenizer does. [default: --bos]"),
+]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key.")]
 OwnDevice = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
@@ -87,9 +91,12 @@ def prune(
     ] = None,
     pattern: Annotated[str | None, typer.Option(help="unstructured, N:M (N kept of M) or RxC blocks.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Layers that stay dense, by name pattern; repeat.")] = None,
+    keep_zeros: Annotated[
+        bool | None, typer.Option("--keep-zeros", help="Zeros that the model comes with stay, and count.")
+    ] = None,
     allocate: Annotated[str | None, typer.Option(help="How sparsity is spread over layers.")] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="pydoc, self, c4, wikitext2, hf:…, or a .txt or .jsonl file.")
+        str | None, typer.Option(help="pydoc, self, c4, wikitext2, hf:…, or a file: .txt, .jsonl, .parquet …")
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Windows of calibration text.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
@@ -101,6 +108,7 @@ def prune(
     ] = None,
     evaluate: Evaluate = None,
     windows: Windows = None,
+    bos: Bos = None,
     format_: Annotated[
         str | None, typer.Option("--format", help="dense, or packed: saved without the zeros. [default: dense]")
     ] = None,
@@ -131,8 +139,10 @@ def prune(
         "steps": step,
         "pattern": pattern,
         "skip": skip,
+        "keep_zeros": keep_zeros,
         "allocate": allocate,
         "order": order,
+        "bos": bos,
         "format": format_,
         "bits": bits,
         "group": group,
@@ -252,7 +262,7 @@ def heal(
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(help="What to train on: pydoc, c4, wikitext2, self, hf:…, a .txt or .jsonl file; repeat."),
+        typer.Option(help="What to train on: pydoc, c4, wikitext2, self, hf:…, or a file; repeat."),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on in all. [default: 250000]")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in a window. [default: 512]")] = None,
@@ -265,6 +275,7 @@ def heal(
     samples: Annotated[int | None, typer.Option(help="Windows of that text.")] = None,
     evaluate: Evaluate = None,
     windows: Windows = None,
+    bos: Bos = None,
     recipe: Annotated[
         str | None, typer.Option(help="A named recipe or a YAML file; its `heal` section counts.")
     ] = None,
@@ -296,6 +307,7 @@ def heal(
             "calibration.samples": samples,
             "evaluate.source": evaluate,
             "evaluate.windows": windows,
+            "bos": bos,
             "device": device,
             "seed": seed,
         }
@@ -345,12 +357,15 @@ def evaluate_(
     model: ModelName,
     text: Annotated[
         list[str] | None,
-        typer.Option(help="pydoc, wikitext2, c4, hf:…, or a .txt or .jsonl file; repeat. [default: pydoc, or no text]"),
+        typer.Option(help="pydoc, wikitext2, c4, hf:…, or a file; repeat. [default: pydoc, or no text]"),
     ] = None,
     length: Annotated[
         int | None, typer.Option(min=2, help="Tokens in a window. [default: 2048, or the context]")
     ] = None,
-    windows: Annotated[int | None, typer.Option(min=1, help="The first so many windows. [default: all]")] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="The first so many windows. [default: all; of c4 and hf:… 256]")
+    ] = None,
+    bos: Bos = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval: arc_easy,piqa …")] = None,
     tasks_file: Annotated[
         list[Path] | None, typer.Option(help="JSON lines with query, choices and gold, for lm-eval; repeat.")
@@ -366,6 +381,7 @@ def evaluate_(
     allow_pickle: Pickle = False,
 ) -> None:
     """Measure MODEL: perplexity on texts, in consecutive windows each scored on its own; accuracy on tasks."""
+    from .report import bos_words
     from .score import score
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
@@ -378,6 +394,7 @@ def evaluate_(
         length=length,
         windows=windows,
         limit=limit,
+        bos=bos is not False,
         dtype=dtype,
         device=device,
         remote_code=trust_remote_code,
@@ -388,7 +405,8 @@ def evaluate_(
         print(json.dumps(result))
         return
     for found in result["texts"]:
-        about = f"({found['text']}, {found['windows']} windows of {found['length']} tokens, {result['dtype']})"
+        windows_ = f"{found['windows']} windows of {found['length']} tokens {bos_words(found['bos'])}"
+        about = f"({found['text']}, {windows_}, {result['dtype']})"
         print(f"perplexity {found['perplexity']:.3f}  {about}")
         if beside:
             apart = found["difference"]
@@ -397,7 +415,7 @@ def evaluate_(
                 f" {apart['low']:+.3f} and {apart['high']:+.3f}"
             )
     if result["tasks"]:
-        table = Table()
+        table = Table(title=f"accuracy, requests {bos_words(result['tasks'][0]['bos'])}")
         for column in ("task", "questions", "metric", *([Path(beside).name] if beside else []), Path(model).name):
             table.add_column(column, justify="left" if column in ("task", "metric") else "right")
         if beside:
@@ -436,6 +454,7 @@ def generate(
 
     from .errors import InputError
     from .load import load_model
+    from .measure import room
 
     opened = load_model(
         model, dtype=dtype, device=device, remote_code=trust_remote_code, pickles=allow_pickle, packed=True
@@ -454,6 +473,7 @@ def generate(
         inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].numel():
         raise InputError("the prompt is empty.")
+    tokens = room(opened, inputs["input_ids"], tokens)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with opened.whole() as network, torch.no_grad():
@@ -487,8 +507,9 @@ def inspect(
         table.add_row(*row.cells())
     out.print(table)
     weights, zeros = sum(r.weights for r in found), sum(r.zeros for r in found)
-    size = sum(r.nbytes for r in found)
-    print(f"{len(found)} layers, {weights / 1e6:,.1f} M weights, {zeros / weights:.2%} zeros, {size / 1e6:,.1f} MB")
+    size, layers = sum(r.nbytes for r in found), sum(not r.why for r in found)
+    beside = f" and {len(found) - layers} matrices beside them" if len(found) > layers else ""
+    print(f"{layers} layers{beside}, {weights / 1e6:,.1f} M weights, {zeros / weights:.2%} zeros, {size / 1e6:,.1f} MB")
 
 
 Bits = Annotated[int | None, typer.Option(help="Round the kept weights to 8 or 4 bits.")]

@@ -28,7 +28,7 @@ class _Part(BaseModel):
 class Calibration(_Part):
     """The text that statistics are made from.
 
-    source:     see `prunella.calibrate`
+    source:     see `prunella.texts`
     samples:    how many windows
     length:     tokens in a window; None: 2048, or the model's context if that is shorter
     min_tokens: a layer that fewer tokens reach (an expert, say) is pruned by magnitude
@@ -154,6 +154,8 @@ class Recipe(_Part):
     sparsity: {pattern of layer names: share of weights to prune}, the last match wins; a plain number is
               {"*": number}. `down_proj` matches every layer whose name ends so. An N:M pattern fixes it.
     skip:     patterns of layer names that stay dense
+    keep_zeros: zeros that the model comes with stay zero and count towards the sparsity: for a second pass over a
+              pruned model. Without it a second pass chooses anew, and may fill what the first one pruned
     allocate: how sparsity is spread over the other layers: a name, or {name: {option: value}}
     steps:    a list of names, or of {name: {option: value}}
     order:    `layer`, `block` or `auto`: see `prunella.stream.Stream`
@@ -162,14 +164,18 @@ class Recipe(_Part):
     group:    inputs that share a scale, a multiple of 128; 0: whole rows
     round_head: a packed model's embedding and output head are rounded to 8 bits
     dtype:    compute and save in this dtype; `auto` keeps the checkpoint's
+    bos:      every window of calibration, healing and evaluation begins with what the tokenizer puts before a text, if
+              it does (a BOS); false: none does
     heal:     retraining of what was pruned
     """
 
     model: str = "smollm2-135m"
     calibration: Calibration = Calibration()
+    bos: bool = True
     pattern: str = "unstructured"
     sparsity: dict[str, float] = {}
     skip: tuple[str, ...] = ()
+    keep_zeros: bool = False
     allocate: dict[str, dict[str, Any]] = {"uniform": {}}
     steps: tuple[dict[str, dict[str, Any]], ...] = ({"sparsegpt": {}},)
     order: Literal["auto", "layer", "block"] = "auto"

@@ -314,7 +314,7 @@ def test_checkpointing_changes_memory_and_nothing_else(pruned: Path, tmp_path: P
 
 def test_new_biases_start_from_the_mean_output_error(dense: Path, pruned: Path, tmp_path: Path) -> None:
     """One step of almost no rate, so that the start is what is saved."""
-    recipe = settings(train=["new-biases"], rate=1e-30, tokens=1, held_out=0)
+    recipe = settings(train=["new-biases"], rate=1e-30, tokens=128, held_out=0)
     prunella.heal(pruned, recipe, output=tmp_path / "out")
     biased = weights(tmp_path / "out")
     names = [name for name in biased if name.endswith(".bias")]
@@ -676,3 +676,63 @@ def test_what_was_trained_first_is_what_is_pruned_and_the_report_is_of_the_model
     one, two = weights(tmp_path / "out"), weights(tmp_path / "whole")
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["once", "out", "whole"]
+
+
+def test_every_window_to_train_on_begins_with_bos(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(pruned, tmp_path / "in")
+    tiny.write_tokenizer(source, bos=True)
+    seen: list[Tensor] = []
+    real = retrain.retrain
+
+    def spy(model: Any, chosen: Any, windows_NL: Tensor, held_NL: Tensor, *rest: Any, **options: Any) -> Any:
+        seen.extend((windows_NL, held_NL))
+        return real(model, chosen, windows_NL, held_NL, *rest, **options)
+
+    monkeypatch.setattr(retrain, "retrain", spy)
+    recipe = settings(train=["norms"], tokens=128) | {"evaluate": {"windows": 2, "length": 48}}
+    report = prunella.heal(source, recipe, output=tmp_path / "out")
+    assert all((ids_NL[:, 0] == 1).all() for ids_NL in seen)
+    assert report.healing["before"]["bos"]
+    assert report.healing["after"]["bos"]
+    tested = prunella.calibrate.windows(prunella.load_model(str(source)), "pydoc", 2, 48, skip=3)  # type: ignore[attr-defined]
+    assert report.healing["before"]["text"] == run.digest(tested)
+    text = torch.cat([ids_NL[:, 1:] for ids_NL in seen])
+    tested_runs = tested[:, 1:].flatten().unfold(0, 31, 1)
+    assert not any((tested_runs == row).all(1).any() for row in text)  # whole windows of it, wherever they lie
+    prunella.heal(source, recipe | {"bos": False}, output=tmp_path / "plain")
+    assert not (seen[-2][:, 0] == 1).any()
+
+
+def test_bos_is_as_in_the_pruning_if_nothing_else_is_said(dense: Path, tmp_path: Path) -> None:
+    recipe = settings() | {"steps": ["magnitude"], "heal": {}, "bos": False}
+    prunella.prune(str(dense), recipe, output=tmp_path / "pruned")
+    assert run.calibrated(tmp_path / "pruned", {})["bos"] is False
+    assert run.calibrated(tmp_path / "pruned", {"bos": True})["bos"] is True
+
+
+@pytest.mark.parametrize(
+    ("heal", "message"),
+    [
+        (
+            {"tokens": 10},
+            r"10 tokens to train on are less than a single step takes, 4 windows of 32: give at least 128",
+        ),
+        ({"tokens": 300, "rounds": 3}, r"100 tokens to train on in each of 3 rounds .* give at least 384"),
+        ({"adapt": 10, "distill": 0.5}, r"10 tokens to train on .*heal\.adapt=128"),
+        ({"text": ["nowhere.txt"]}, "text file 'nowhere.txt' does not exist"),
+    ],
+)
+def test_what_cannot_be_healed_on_is_refused_before_anything_is_pruned(
+    heal: dict[str, Any], message: str, dense: Path, tmp_path: Path
+) -> None:
+    recipe = settings(train=["norms"], **heal) | {"steps": ["magnitude"]}
+    with pytest.raises(InputError, match=message):
+        prunella.prune(str(dense), recipe, output=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_more_tokens_are_trained_on_than_asked_for(pruned: Path, tmp_path: Path) -> None:
+    report = prunella.heal(pruned, settings(train=["norms"], tokens=250), output=tmp_path / "out")
+    assert (report.healing["steps"], report.healing["tokens"]) == (1, 128)
