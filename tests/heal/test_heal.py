@@ -17,6 +17,7 @@ import pytest
 import tiny
 import torch
 from healing import settings, zeros_of
+from processes import together
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -157,27 +158,6 @@ def test_a_run_that_was_killed_and_resumed_ends_like_one_that_was_not(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.fixture
-def in_two(tmp_path: Path, python: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Prunes or heals in two processes, as `torchrun` starts them; they die after step `dies`."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    script = tmp_path / "two.py"
-
-    def start(what: str, source: Path, recipe: Any, output: Path, *, dies: int = 0, resume: bool = False) -> Any:
-        script.write_text(
-            "import os, prunella\n"
-            "def watch(step, steps, loss):\n"
-            f"    if step == {dies}:\n        os._exit(1)\n"
-            "if __name__ == '__main__':\n"
-            f"    prunella.{what}({str(source)!r}, {recipe!r}, output={str(output)!r}, resume={resume}, watch=watch)\n"
-        )
-        return python(
-            f"from torch.distributed.run import main; main(['--standalone', '--nproc-per-node=2', {str(script)!r}])"
-        )
-
-    return start
-
-
 @pytest.mark.parametrize(
     ("train", "options", "sharded"),
     [
@@ -192,14 +172,13 @@ def test_two_processes_have_the_loss_curve_of_one(
     sharded: bool,
     pruned: Path,
     tmp_path: Path,
-    in_two: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = settings(train=train, **options)
     one = prunella.heal(pruned, recipe, output=tmp_path / "one")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", str(sharded).lower())
-    done = in_two("heal", pruned, recipe, tmp_path / "two")
-    assert done.returncode == 0, done.stderr
+    log = tmp_path / "log"
+    assert together(log, "heal", pruned, recipe, output=tmp_path / "two") == 0, log.read_text()
     two = Report.read(tmp_path / "two")
     assert two.healing["losses"] == pytest.approx(one.healing["losses"], rel=1e-4)
     for step, loss in one.healing["held_out"].items():
@@ -216,31 +195,40 @@ def test_two_processes_have_the_loss_curve_of_one(
 
 
 def test_a_sharded_run_goes_on_where_it_was_killed(
-    pruned: Path, tmp_path: Path, in_two: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It holds shares of the weights and of the moments; its checkpoints hold whole ones."""
     recipe = settings(train=["mask-lora", "norms", "head"], rate=3e-3, evaluations=4)
     one = prunella.heal(pruned, recipe, output=tmp_path / "one")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert in_two("heal", pruned, recipe, tmp_path / "two", dies=5).returncode != 0
+    log = tmp_path / "log"
+    assert together(log, "heal", pruned, recipe, output=tmp_path / "two", dies=5) != 0
     assert (tmp_path / "two.partial" / "training" / "checkpoint-4").is_dir()
     shutil.copytree(tmp_path / "two.partial", tmp_path / "three.partial")
-    done = in_two("heal", pruned, recipe, tmp_path / "two", resume=True)
-    assert done.returncode == 0, done.stderr
+    assert together(log, "heal", pruned, recipe, output=tmp_path / "two", resume=True) == 0, log.read_text()
     three = prunella.heal(pruned, recipe, output=tmp_path / "three", resume=True)  # and in one process
     for other in (Report.read(tmp_path / "two"), three):
         assert other.healing["losses"] == pytest.approx(one.healing["losses"], rel=1e-4)
         assert other.healing["best_step"] == one.healing["best_step"]
 
 
+@pytest.mark.parametrize("by", ["fork", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_the_first_of_two_processes_prunes_and_both_heal(
-    dense: Path, tmp_path: Path, in_two: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    by: str, dense: Path, tmp_path: Path, python: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = settings(train=["mask-lora"], tokens=512, distill=0.5, adapt=256, rounds=2) | {"steps": ["magnitude"]}
     one = prunella.prune(str(dense), recipe, output=tmp_path / "one")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    done = in_two("prune", dense, recipe, tmp_path / "two")
-    assert done.returncode == 0, done.stderr
+    log, script = tmp_path / "log", tmp_path / "two.py"
+    if by == "fork":
+        assert together(log, "prune", str(dense), recipe, output=tmp_path / "two") == 0, log.read_text()
+    else:
+        script.write_text(
+            f"import prunella\nprunella.prune({str(dense)!r}, {recipe}, output={str(tmp_path / 'two')!r})\n"
+        )
+        start = "from torch.distributed.run import main; main(['--standalone', '--nproc-per-node=2', sys.argv[1]])"
+        done = python(f"import sys; {start}", script)
+        assert done.returncode == 0, done.stderr
     two = Report.read(tmp_path / "two")
     assert two.healing["losses"] == pytest.approx(one.healing["losses"], rel=1e-4)
     assert two.layers == one.layers
