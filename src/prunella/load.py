@@ -664,7 +664,9 @@ def _load_packed(directory: Path, name: str, dtype: str, device: str, remote_cod
         raise
     except Exception as error:
         raise ModelError(f"the packed model '{name}' cannot be loaded: {first_line(error)}") from None
-    return wrap_model(network.to(pick_device(device)), _load_tokenizer(directory, name, remote_code), name)
+    network.to(pick_device(device))
+    network.tie_weights()  # to some devices torch moves each name of a tensor by itself
+    return wrap_model(network, _load_tokenizer(directory, name, remote_code), name)
 
 
 def wrap_model(network: Any, tokenizer: Any = None, name: str = "") -> Model:
