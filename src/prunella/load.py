@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -33,6 +33,10 @@ from torch import Tensor, nn
 
 from .errors import InputError, ModelError, PrunellaError, first_line, say, unknown
 from .fast import use_fast_attention
+from .layers import learn
+
+if TYPE_CHECKING:
+    from .calls import Interface
 
 PICKLES = ("*.bin", "*.pt", "*.pth")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -371,12 +375,14 @@ class Model:
         self.device = device
         self.name = name
         self.blocks = find_blocks(network)
+        self.interface: Interface | None = None  # how its blocks are called, once that was examined
         self._plan: dict[str, tuple[str, bool]] | None = None
         self._attention = network.config._attn_implementation
         self._experts = None
         if getattr(network, "_can_set_experts_implementation", lambda: False)():
             self._experts = network.config._experts_implementation
             network.set_experts_implementation("eager")  # one product per expert, which the stream can watch
+        learn(network, self.blocks)
         if device.type == "cpu":
             use_fast_attention(network)
 

@@ -15,27 +15,17 @@ from .allocate import Budget
 from .calibrate import check_windows, windows
 from .errors import InputError, ModelError, NumericalError, PrunellaError
 from .evaluate import fingerprint
+from .layers import Slot, find_layers, matches
 from .load import Model, fork_random, load_model, most_memory, wrap_model
 from .measure import held_out_windows, measure, window_length
 from .recipe import Recipe
 from .registry import BESIDE
 from .report import Report, peak_memory
 from .save import Output, check_output, identity
-from .stream import (
-    TOKENS,
-    LayerResult,
-    Slot,
-    Stream,
-    Target,
-    Track,
-    Watcher,
-    find_layers,
-    matches,
-    no_track,
-    pick_order,
-)
+from .stream import TOKENS, LayerResult, Stream, Target, Track, Watcher, no_track, pick_order
 
 
+@torch.inference_mode(False)  # whatever the caller's mode: the stream changes weights, and some steps train
 def prune(
     model: Any,
     recipe: Recipe | Mapping[str, Any] | None = None,
@@ -110,6 +100,11 @@ def prune(
         if resume:
             raise InputError("a model in memory cannot be resumed: give its directory instead.")
         opened = model if isinstance(model, Model) else wrap_model(model, tokenizer)
+        if any(parameter.is_inference() for parameter in opened.network.parameters()):
+            raise InputError(
+                "the model was made under torch.inference_mode, and its weights can never change: load it under"
+                " torch.no_grad instead, or give its directory."
+            )
     try:
         with fork_random(opened.device):
             return _prune(opened, recipe, path, resume, calibration, {} if shared is None else shared, track)

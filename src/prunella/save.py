@@ -29,10 +29,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import InputError
+from .layers import Slot
 from .load import Checkpoint, Model, quiet_transformers
 from .pattern import unpack
 from .sparse.files import PackedFiles
-from .stream import BlockResult, LayerResult, Slot
+from .stream import BlockResult, LayerResult
 from .tensors import (
     CODES,
     FLOATS,

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from ..calibrate import check_windows, up_to, windows
 from ..errors import InputError, ModelError, NumericalError, PrunellaError
+from ..layers import Slot, find_layers
 from ..load import Model, fork_random, load_model, pick_device, wrap_model
 from ..measure import context, digest, held_out_windows, measure, same_text, window_length
 from ..pattern import pack
 from ..recipe import Healing, Recipe
 from ..report import Report, peak_memory
 from ..save import REPORT, Output, check_output, disk_error, disk_full, identity, partial_of, unfinished
-from ..stream import BlockResult, LayerResult, Slot, Track, Watcher, find_layers, no_track
+from ..stream import BlockResult, LayerResult, Track, Watcher, no_track
 from .biases import LIST, add_biases
 from .lora import save_adapter
 from .masks import full, masks_of, slots_of, verify

@@ -16,9 +16,9 @@ from torch import Tensor
 from .. import pattern
 from ..errors import InputError, ModelError
 from ..grid import Grid
+from ..layers import Slot, find_layers
 from ..load import find_directory, load_model, quiet_transformers
 from ..save import LOCK, RUN, check_output, companions, disk_error, lock, partial_of, unfinished
-from ..stream import Slot, find_layers
 from ..tensors import (
     GRIDS,
     INDEX,

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..grid import Grid
+from ..layers import Slot, find_layers
 from ..load import Checkpoint, Model
-from ..stream import Slot, find_layers
 from ..tensors import INDEX, save_tensors, write_text
 from .format import (
     PARTS,
@@ -167,10 +167,16 @@ class PackedFiles:
         return self.model.block_of(parameter) is not None
 
     def _name(self, block: str, slot: Slot) -> str | None:
-        """The name under which a parameter is stored when it is packed; None if it cannot be: transformers makes it
-        of tensors that other parameters are made of too, knows its module by another name, or it has a dtype of its
-        own."""
+        """The name under which a parameter is stored when it is packed; None if it cannot be: no module for packed
+        weights can take its place, transformers makes it of tensors that other parameters are made of too, knows its
+        module by another name, or it has a dtype of its own."""
         parameter = slot.key
+        if slot.expert is None:
+            takes = isinstance(slot.module, nn.Linear) or type(slot.module).__name__ == "Conv1D"
+        else:  # a list of packed experts: the model must ask for one after the other
+            takes = slot.alone and getattr(slot.module, slot.parameter).ndim == 3
+        if not takes:
+            return None
         keys = {key: converted for key, (p, converted) in self.plan.items() if p == parameter}
         if not keys or any(self._code(key) not in (None, self.model.dtype) for key in keys):
             return None
