@@ -969,7 +969,9 @@ def _load_packed(
     except Exception as error:
         raise ModelError(f"the packed model '{name}' cannot be loaded: {first_line(error)}") from None
     own = _given_tokenizer(tokenizer, remote_code) or _load_tokenizer(directory, name, remote_code)
-    return wrap_model(network.to(pick_device(device)), own, name)
+    network.to(pick_device(device))
+    network.tie_weights()  # to some devices torch moves each name of a tensor by itself
+    return wrap_model(network, own, name)
 
 
 def wrap_model(network: Any, tokenizer: Any = None, name: str = "") -> Model:
