@@ -338,7 +338,7 @@ def packed_bytes(layer: LayerResult, itemsize: int) -> int:
     width = {"weight_mask": 1, "weight_offsets": 4, "weight_values": 1 if bits else itemsize, "weight_scales": 2}
     shapes = expected(rows, columns, kept, bits, SPAN)
     packed = sum(math.prod(shape) * width[part] for part, shape in shapes.items())
-    return min(packed, rows * columns * itemsize) if layer.sparsity or bits else rows * columns * itemsize
+    return min(packed, rows * columns * itemsize) if layer.target or bits else rows * columns * itemsize
 
 
 def sweep(

@@ -132,7 +132,7 @@ def weight_files(directory: Path) -> list[str]:
     `model.safetensors`, what an index names. Where there is neither, which transformers would refuse: all parts of
     one name, or the only file. None if transformers would read a pickle. Raises ModelError, naming the file, for a
     damaged index, a missing part, and where it is not clear which files are the model."""
-    named = _read_json(directory / "config.json").get("transformers_weights")
+    named = read_json(directory / "config.json").get("transformers_weights")
     if isinstance(named, str) and not named.endswith(".index.json"):
         return [named]
     if named is None and (directory / SINGLE).is_file():
@@ -195,7 +195,7 @@ def copy_companions(source: Path, target: Path, but: Collection[str] = ()) -> No
             shutil.copyfile(path, target / path.relative_to(source))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; nothing of a file that holds none, of which others tell."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -243,7 +243,7 @@ def _checked(directory: Path, pickles: bool, remote_code: bool) -> Path:
 
 
 def _adapter(directory: Path) -> ModelError:
-    base = _read_json(directory / "adapter_config.json").get("base_model_name_or_path") or "its base model"
+    base = read_json(directory / "adapter_config.json").get("base_model_name_or_path") or "its base model"
     return ModelError(
         f"'{directory}' is an adapter on '{base}', not a model: merge it first"
         " (PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(DIR)) and give DIR."
@@ -269,7 +269,7 @@ def _from_hub(name: str, pickles: bool, weights: bool = True) -> Path:
         if not weights or (here / SINGLE).is_file():
             return []
         for index in [SINGLE, PICKLED] if pickles else [SINGLE]:
-            if named := _read_json(here / f"{index}.index.json").get("weight_map"):
+            if named := read_json(here / f"{index}.index.json").get("weight_map"):
                 return sorted({file for file in named.values() if not (here / file).is_file()})
         return [PICKLED] if pickles and not (here / PICKLED).is_file() else []
 
@@ -455,7 +455,7 @@ class Checkpoint:
     @property
     def quantization(self) -> dict[str, Any]:
         """What config.json says of how the weights are quantized; nothing if they are not."""
-        said = _read_json(self.directory / "config.json").get("quantization_config")
+        said = read_json(self.directory / "config.json").get("quantization_config")
         return said if isinstance(said, dict) else {}
 
     @property

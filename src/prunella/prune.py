@@ -15,7 +15,7 @@ from .allocate import Budget
 from .calibrate import check_windows, windows
 from .errors import InputError, ModelError, NumericalError, PrunellaError
 from .evaluate import fingerprint, joined
-from .layers import Slot, find_layers, matches
+from .layers import LeftOut, Slot, left_out, matches, survey
 from .load import Model, at_revision, check_plain, check_saveable, fork_random, load_model, most_memory, wrap_model
 from .measure import held_out_windows, measure, window_length
 from .recipe import Recipe
@@ -191,7 +191,7 @@ def _prune(
         targets = [[replace(t, sparsity=shares.get(t.slot.name, t.sparsity)) for t in block] for block in targets]
         seconds["allocate"] = time.perf_counter() - clock
         clock = time.perf_counter()
-        layers = _run(opened, recipe, targets, ids_NL, out, track)
+        layers, left = _run(opened, recipe, targets, ids_NL, out, track)
         if blind:
             layers = [replace(layer, error=None, tokens=0) for layer in layers]
         seconds["prune"] = time.perf_counter() - clock
@@ -218,6 +218,7 @@ def _prune(
             dense=dense,
             pruned=pruned,
             layers=tuple(layers),
+            left_out=tuple(left),
             run={
                 "seconds": seconds,
                 "cpu_seconds": time.process_time() - cpu,
@@ -248,13 +249,17 @@ def _prune(
 def choose_targets(model: Model, recipe: Recipe) -> list[list[Target]]:
     """For each block its layers with their sparsities, before any allocation. Raises InputError for a pattern
     that does not divide a layer's shape and for name patterns that match no layer."""
-    slots = [find_layers(model.module(name), name) for name in model.blocks]
+    found = [survey(model.module(name), name) for name in model.blocks]
+    slots = [layers for layers, _ in found]
     flat = [slot for block in slots for slot in block]
     if not flat:
         raise InputError(f"no layer that can be pruned was found in '{model.name}'.")
     for glob in (*recipe.skip, *recipe.sparsity):
-        if not any(matches(slot.name, glob) for slot in flat):
-            raise InputError(f"'{glob}' matches no layer; names look like '{flat[0].name}'. See prunella inspect.")
+        if any(matches(slot.name, glob) for slot in flat):
+            continue
+        names = [(item.name.removesuffix(".weight"), item.why) for _, left in found for item in left]
+        why = next((f": '{name}' stays dense by itself ({why})" for name, why in names if matches(name, glob)), "")
+        raise InputError(f"'{glob}' matches no layer{why}; names look like '{flat[0].name}'. See prunella inspect.")
 
     def target(slot: Slot) -> Target:
         sparsity = recipe.default_sparsity
@@ -285,38 +290,44 @@ def free_layers(targets: list[list[Target]], recipe: Recipe) -> frozenset[str]:
 
 def _run(
     model: Model, recipe: Recipe, targets: list[list[Target]], ids_NL: Tensor, out: Output | None, track: Track
-) -> list[LayerResult]:
+) -> tuple[list[LayerResult], list[LeftOut]]:
     """Stream the calibration windows through the blocks, pruning each; blocks that an interrupted run left on
-    disk are only passed through."""
+    disk are only passed through. What became of each layer, and what is left out."""
     steps = recipe.make_steps()
     order: Literal["layer", "block"] = "layer" if recipe.order == "layer" else "block"
     if order == "block" and not any(step.needs for step in steps):  # errors are measured on the first batch alone
         ids_NL = ids_NL[: max(1, TOKENS // ids_NL.shape[1])]
     beside = any(step.needs & BESIDE for step in steps)
-    stream = Stream(model, ids_NL, order=order, beside=beside, rounding=recipe.rounding)
+    stream = Stream(model, ids_NL, order=order, beside=beside, rounding=recipe.rounding, keep_zeros=recipe.keep_zeros)
     layers: list[LayerResult] = []
+    left: list[LeftOut] = []
     done = out.finished if out else []
     written = out.checkpoint if out and done else None
     last = max(index for index, block in enumerate(targets) if any(target.sparsity > 0 for target in block))
     for index in track(range(len(model.blocks)), "pruning", len(model.blocks)):
+        name = model.blocks[index]
         if index > last:  # all that follows stays dense: nothing has to flow through it
-            layers += [LayerResult.dense(target) for target in targets[index]]
+            with model.block(index) as block:
+                layers += [LayerResult.dense(target) for target in targets[index]]
+                left += left_out(block, name)
             continue
         if index < len(done):
             layers += done[index]
-            if index < last:
-                with model.block(index, written) as block:
+            with model.block(index, written) as block:
+                left += left_out(block, name)
+                if index < last:
                     stream.advance(index, block)
-                if stream.dense is not None:
-                    with model.block(index) as block:
-                        stream.advance(index, block, stream.dense)
+            if index < last and stream.dense is not None:
+                with model.block(index) as block:
+                    stream.advance(index, block, stream.dense)
             continue
         torch.manual_seed(recipe.seed + index)  # a resumed run draws what an uninterrupted one does
-        with model.block(index):
+        with model.block(index) as block:
+            left += left_out(block, name)
             result = stream.prune(
                 index, targets[index], steps, min_tokens=recipe.calibration.min_tokens, last=index == last
             )
             if out:
                 out.write(result)
         layers += result.layers
-    return layers
+    return layers, left

@@ -155,6 +155,8 @@ class Recipe(_Part):
     sparsity: {pattern of layer names: share of weights to prune}, the last match wins; a plain number is
               {"*": number}. `down_proj` matches every layer whose name ends so. An N:M pattern fixes it.
     skip:     patterns of layer names that stay dense
+    keep_zeros: zeros that the model comes with stay zero and count towards the sparsity: for a second pass over a
+              pruned model. Without it a second pass chooses anew, and may fill what the first one pruned
     allocate: how sparsity is spread over the other layers: a name, or {name: {option: value}}
     steps:    a list of names, or of {name: {option: value}}
     order:    `layer`, `block` or `auto`: see `prunella.stream.Stream`
@@ -174,6 +176,7 @@ class Recipe(_Part):
     pattern: str = "unstructured"
     sparsity: dict[str, float] = {}
     skip: tuple[str, ...] = ()
+    keep_zeros: bool = False
     allocate: dict[str, dict[str, Any]] = {"uniform": {}}
     steps: tuple[dict[str, dict[str, Any]], ...] = ({"sparsegpt": {}},)
     order: Literal["auto", "layer", "block"] = "auto"

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .layers import Slot
-from .load import SINGLE, Checkpoint, Model, copy_companions, files_in, quiet_transformers
+from .load import SINGLE, Checkpoint, Model, copy_companions, files_in, quiet_transformers, read_json
 from .pattern import unpack
 from .sparse.files import PackedFiles, write_index
 from .stream import BlockResult, LayerResult
@@ -152,16 +152,15 @@ class _DenseFiles:
         """Bring what lies beside the weights into its last form."""
         checkpoint, index = self.model.checkpoint, self.partial / INDEX
         if checkpoint is not None and list(checkpoint.files) != [SINGLE]:
-            source = checkpoint.directory / INDEX
-            if source.is_file() and not checkpoint.altered:
-                content = json.loads(source.read_text())
-                if self.model.dtype != checkpoint.dtype():
-                    content.setdefault("metadata", {})["total_size"] = self.checkpoint.nbytes
-                    write_text(index, json.dumps(content, indent=2) + "\n")
-                else:
-                    shutil.copyfile(source, index)
-            elif not _read_config(self.partial).get("transformers_weights"):
-                write_index(self.partial)  # FP8's had scales; of parts without an index transformers wants one
+            content = read_json(checkpoint.directory / INDEX)
+            same = set(content.get("weight_map", {}).values()) == checkpoint.files.keys()
+            if checkpoint.altered or not same or "metadata" not in content:  # without which transformers reads none
+                write_index(self.partial)
+            elif self.model.dtype != checkpoint.dtype():
+                content["metadata"]["total_size"] = self.checkpoint.nbytes
+                write_text(index, json.dumps(content, indent=2) + "\n")
+            else:
+                shutil.copyfile(checkpoint.directory / INDEX, index)
         _merge_grids(self.partial)
 
 
@@ -209,7 +208,6 @@ class _PackedFiles:
             if network.can_generate():
                 network.generation_config.save_pretrained(self.partial)
         config = _read_config(self.partial)
-        config.pop("transformers_weights", None)  # the files have names of their own
         if self.model.checkpoint is None:
             config |= {"architectures": [type(network).__name__], "dtype": str(self.model.dtype)[6:]}
         self.files.finish(config)
@@ -403,9 +401,10 @@ class Output:
         copy_companions(checkpoint.directory, self.partial, but=(REPORT, RUN))
         if self.model.tokenizer_given:
             self.model.tokenizer.save_pretrained(self.partial)
-        if self.model.dtype != checkpoint.dtype() or checkpoint.quantization:
-            config = _read_config(self.partial)
+        config = _read_config(self.partial)
+        if self.model.dtype != checkpoint.dtype() or {"quantization_config", "transformers_weights"} & config.keys():
             config.pop("quantization_config", None)
+            config.pop("transformers_weights", None)  # the index says it
             config.pop("torch_dtype", None)
             config["dtype"] = str(self.model.dtype).removeprefix("torch.")
             write_text(self.partial / "config.json", json.dumps(config, indent=2) + "\n")

@@ -24,7 +24,7 @@ from .grid import Grid, fit
 from .histogram import histograms
 from .layers import Slot, find_layers, products, unpruned
 from .load import Checkpoint, Model, free_memory
-from .pattern import pack
+from .pattern import hold_zeros, pack
 from .registry import Step, make
 from .types import Block, Layer, Pattern, Stats
 
@@ -160,7 +160,14 @@ class Hidden:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What happened to one layer; goes into the report. `bits` of a quantized one, else None."""
+    """What happened to one layer; goes into the report.
+
+    sparsity: share of its weights that are zero: those that its mask prunes, and those that came in as zeros and still
+              are (not those that rounding made zero)
+    target:   share that was to be pruned; 0: it stayed as it was
+    before:   share that came in as zeros
+    bits:     of a quantized one, else None
+    """
 
     name: str
     shape: tuple[int, int]
@@ -172,11 +179,13 @@ class LayerResult:
     notes: tuple[str, ...] = ()
     bits: int | None = None
     weights: dict[str, float | str] | None = None  # `histograms` of a pruned layer
+    before: float = 0.0
 
     @classmethod
     def dense(cls, target: Target) -> LayerResult:
-        """Of a layer that stays as it is."""
-        return cls(target.slot.name, target.slot.shape, 0.0, 0.0, str(target.pattern), None, 0)
+        """Of a layer, loaded, that stays as it is."""
+        zeros = _share(target.slot.view() == 0)
+        return cls(target.slot.name, target.slot.shape, zeros, 0.0, str(target.pattern), None, 0, before=zeros)
 
 
 @dataclass(frozen=True)
@@ -210,6 +219,7 @@ class Stream:
     what the pruned layers before it really produce, in half the passes, but the widest activation of all
     windows must fit in memory at once.
 
+    `keep_zeros`: zeros that the weights come with stay zero, and count towards the sparsity (`hold_zeros`).
     `rounding`: bits and group of the grid to which pruned layers are rounded that no step has quantized; layers after
     them see what that does.
     """
@@ -222,10 +232,12 @@ class Stream:
         order: Literal["layer", "block"] = "block",
         beside: bool = False,
         rounding: tuple[int, int] | None = None,
+        keep_zeros: bool = False,
         checkpoint: Checkpoint | None = None,
     ):
         self.model = model
         self.rounding = rounding
+        self.keep_zeros = keep_zeros
         self.windows_NL = windows_NL
         self.order = order
         count, length = windows_NL.shape
@@ -313,8 +325,19 @@ class Stream:
         weight_OI = target.slot.view()
         if target.slot.transposed:
             weight_OI = weight_OI.contiguous()
-        bias = target.slot.bias()
-        return Layer(target.slot.name, weight_OI, weight_OI, stats, target.sparsity, target.pattern, bias_O=bias)
+        notes: tuple[str, ...] = ()
+        if self.keep_zeros and (zeros := _share(weight_OI == 0)) > target.sparsity:
+            notes = (f"came with {zeros:.1%} zeros, more than the {target.sparsity:.1%} asked for: all stay",)
+        return Layer(
+            target.slot.name,
+            weight_OI,
+            weight_OI,
+            stats,
+            target.sparsity,
+            target.pattern,
+            bias_O=target.slot.bias(),
+            notes=notes,
+        )
 
     def _starved(self, layer: Layer, steps: Sequence[Step], min_tokens: int) -> bool:
         return any(step.needs for step in steps) and layer.stats.tokens < min_tokens
@@ -329,13 +352,16 @@ class Stream:
                 kept = {la.name: la.stats for la in fed.layers}
                 lent = tuple(replace(la, stats=allowed[la.name]) for la in fed.layers)
                 fed = step.apply(replace(fed, layers=lent))
-                fed = replace(fed, layers=tuple(replace(la, stats=kept[la.name]) for la in fed.layers))
+                fed = replace(fed, layers=tuple(replace(self._held(la), stats=kept[la.name]) for la in fed.layers))
         done = {la.name: la for la in fed.layers}
         for name, layer in starved.items():
             note = f"saw {layer.stats.tokens} tokens: pruned by magnitude"
             result = make("magnitude").apply(replace(block, layers=(layer,)))
-            done[name] = replace(result.layers[0], notes=(*layer.notes, note))
+            done[name] = replace(self._held(result.layers[0]), notes=(*layer.notes, note))
         return replace(fed, layers=tuple(self._rounded(done[la.name]) for la in block.layers))
+
+    def _held(self, layer: Layer) -> Layer:
+        return hold_zeros(layer) if self.keep_zeros else layer
 
     def _rounded(self, layer: Layer) -> Layer:
         if self.rounding is None or layer.grid is not None or layer.mask_OI is None:
@@ -547,6 +573,10 @@ def _only(stats: Stats, needs: frozenset[str]) -> Stats:
     )
 
 
+def _share(where: Tensor) -> float:
+    return where.count_nonzero().item() / where.numel()
+
+
 Settled = tuple[LayerResult, Tensor, Grid | None]
 
 
@@ -557,10 +587,11 @@ def _settle(layer: Layer, target: Target) -> Settled:
         raise StepError(
             f"the steps chose no mask for layer '{layer.name}': the last one must end with layer.pruned(…)."
         )
+    zero_OI = layer.dense_OI == 0
     result = LayerResult(
         layer.name,
         target.slot.shape,
-        1 - layer.mask_OI.count_nonzero().item() / layer.mask_OI.numel(),
+        _share(~layer.mask_OI | (zero_OI & (layer.weight_OI == 0))),
         target.sparsity,
         str(target.pattern),
         layer.error(),  # before the dense weight is overwritten: the two share their memory
@@ -568,6 +599,7 @@ def _settle(layer: Layer, target: Target) -> Settled:
         layer.notes,
         None if layer.grid is None else layer.grid.bits,
         histograms(layer.dense_OI, layer.weight_OI, layer.mask_OI),
+        _share(zero_OI),
     )
     target.slot.view().copy_(layer.weight_OI)
     return result, pack(layer.mask_OI), None if layer.grid is None else layer.grid.on(torch.device("cpu"))

@@ -23,6 +23,7 @@ from .options import (
     Evaluate,
     Format,
     Json,
+    KeepZeros,
     Length,
     ModelName,
     Order,
@@ -86,6 +87,7 @@ def prune(
         ),
     ] = None,
     skip: Skip = None,
+    keep_zeros: KeepZeros = None,
     allocate: Annotated[
         str | None,
         of(
@@ -128,6 +130,7 @@ def prune(
         "steps": step,
         "pattern": pattern,
         "skip": skip,
+        "keep_zeros": keep_zeros,
         "allocate": allocate,
         "order": order,
         "bos": bos,
@@ -374,6 +377,7 @@ def sweep(
         of(WHAT, metavar="KEY=[VALUE, …]", help="Values for any other recipe key; repeat."),
     ] = None,
     skip: Skip = None,
+    keep_zeros: KeepZeros = None,
     order: Order = None,
     calibration: Calibration = None,
     samples: Samples = None,
@@ -430,6 +434,7 @@ def sweep(
     settings = settings_of(
         {
             "skip": skip,
+            "keep_zeros": keep_zeros,
             "order": order,
             "calibration.source": calibration,
             "calibration.samples": samples,

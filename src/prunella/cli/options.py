@@ -122,6 +122,7 @@ Steps = Annotated[
     ),
 ]
 Skip = Annotated[list[str] | None, of(WHAT, metavar="LAYERS", help="Layers that stay dense, by name pattern; repeat.")]
+KeepZeros = Annotated[bool | None, flag(WHAT, "--keep-zeros", help="Zeros that the model comes with stay, and count.")]
 Order = Annotated[
     str | None,
     of(

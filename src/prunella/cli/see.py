@@ -143,8 +143,9 @@ def inspect(
     columns = ("layer", "shape", "zeros", "pattern", "MB", "error", "notes")
     print_table(columns, (row.cells() for row in found), directory, right=("shape", "zeros", "MB", "error"))
     weights, zeros = sum(r.weights for r in found), sum(r.zeros for r in found)
-    size = sum(r.nbytes for r in found)
-    print(f"{len(found)} layers, {weights / 1e6:,.1f} M weights, {zeros / weights:.2%} zeros, {size / 1e6:,.1f} MB")
+    size, layers = sum(r.nbytes for r in found), sum(not r.why for r in found)
+    beside = f" and {len(found) - layers} matrices beside them" if len(found) > layers else ""
+    print(f"{layers} layers{beside}, {weights / 1e6:,.1f} M weights, {zeros / weights:.2%} zeros, {size / 1e6:,.1f} MB")
 
 
 @app.command(rich_help_panel=SEEING)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..calibrate import check_windows, context, text_tokens, up_to, windows
 from ..errors import InputError, ModelError, NumericalError, PrunellaError, command
 from ..evaluate import fingerprint, joined
-from ..layers import Slot, find_layers
+from ..layers import Slot, find_layers, survey
 from ..load import Model, fork_random, load_model, pick_device, wrap_model
 from ..measure import digest, held_out_windows, measure, window_length
 from ..pattern import pack
@@ -608,5 +608,6 @@ def _report(
         }
         run = {"seconds": {}, "cpu_seconds": 0.0, "peak_memory": peak_memory()}
         unknown = {"perplexity": None, "sample": None}
-        said = Report(recipe.plain(), about, unknown, before, _results(None, slots, masks), run)
+        left = tuple(item for name in model.blocks for item in survey(model.module(name), name)[1])
+        said = Report(recipe.plain(), about, unknown, before, _results(None, slots, masks), run, left_out=left)
     return replace(said, healing=healing)
