@@ -155,7 +155,7 @@ def test_eval_measures_what_the_python_function_does(run: Run, llama: Path, tmp_
     assert everything["windows"] == len(ids) // 32
     shown = run("eval", llama, "--text", text, "--length", 32, "--windows", 3).out
     assert f"perplexity {expected.perplexity:.3f}" in shown
-    assert "3 windows of 32 tokens, float32" in shown
+    assert "3 windows of 32 tokens without BOS, float32" in shown
 
 
 def test_generate_continues_the_prompt_as_transformers_does(run: Run, llama: Path) -> None:

@@ -193,12 +193,11 @@ class Recipe(_Part):
     @field_validator("sparsity", mode="before")
     @classmethod
     def _sparsity(cls, value: Any) -> Any:
-        shares = {"*": value} if isinstance(value, int | float | str) else value or {}
-        for name, share in shares.items() if isinstance(shares, Mapping) else ():
+        for name, share in value.items() if isinstance(value, Mapping) else [("*", value)]:
             if isinstance(share, str) and re.fullmatch(r"\s*\d+(\.\d*)?\s*%\s*", share):
                 meant = float(share.strip().rstrip("% ")) / 100
                 raise ValueError(f"sparsity {share} for layers '{name}' is written as a share: did you mean {meant:g}?")
-        return shares
+        return {"*": value} if isinstance(value, int | float) else value or {}
 
     @field_validator("sparsity")
     @classmethod

@@ -241,4 +241,4 @@ def share_of(text: str) -> float:
     """A sparsity as a recipe reads it. Raises InputError."""
     from ..recipe import Recipe
 
-    return Recipe.of({"sparsity": text}).sparsity["*"]
+    return Recipe.of({"sparsity": {"*": text}}).sparsity["*"]
