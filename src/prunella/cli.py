@@ -661,6 +661,7 @@ def sweep(
     from .cells import parse_grid
     from .cells import sweep as run
     from .recipe import Recipe
+    from .report import bos_words
 
     flags = {
         "steps": [item.split("+") for item in step or []],
@@ -686,7 +687,8 @@ def sweep(
     else:
         for name, dense in results.rows[0]["perplexity"].items():
             columns, rows = results.matrix(name)
-            table = Table(title=f"perplexity on {name}, dense {dense:.2f}")
+            begin = bos_words(results.settings.get("bos", False))
+            table = Table(title=f"perplexity on {name}, windows {begin}, dense {dense:.2f}")
             for column in columns:
                 table.add_column(column, justify="left" if column == columns[0] else "right", overflow="fold")
             for row in rows:
