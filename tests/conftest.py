@@ -3,6 +3,8 @@ import os
 # Before anything imports the hub's client: no test touches the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# One thread each: tests run side by side, and the models are too small to share out. What they start inherits it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import shutil
 import subprocess
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import accelerator
 import pytest
 import tiny
 import torch
@@ -19,6 +22,9 @@ import transformers
 from prunella import cli
 
 transformers.logging.set_verbosity_error()
+torch.set_num_threads(1)  # whatever had imported torch before
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined anywhere
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,6 +49,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_tokenizer(path)
     assert len(list(path.glob("*.safetensors"))) > 2
     return path
+
+
+@pytest.fixture
+def sim() -> Iterator[torch.device]:
+    """A device that is not the CPU, simulated."""
+    with accelerator.plugged_in() as device:
+        yield device
 
 
 @pytest.fixture(scope="session")

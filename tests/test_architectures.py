@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import prunella
+from prunella.layers import Slot, find_layers
 from prunella.load import load_model, read_header, wrap_model
-from prunella.stream import Slot, Stream, find_layers
+from prunella.stream import Stream
 
 RECIPES = {
     "unstructured": {"steps": ["sparsegpt"], "order": "layer"},

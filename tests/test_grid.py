@@ -9,9 +9,9 @@ import torch
 import prunella
 from prunella import InputError
 from prunella.allocate import allocations
+from prunella.layers import find_layers
 from prunella.load import wrap_model
 from prunella.registry import find, steps
-from prunella.stream import find_layers
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ import pytest
 import tiny
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -324,6 +326,71 @@ def test_code_of_a_packed_model_does_not_run_unless_trusted_either(plain: Path, 
     assert load_model(str(tmp_path / "out"), dtype="bfloat16", packed=True, remote_code=True).dtype == torch.bfloat16
 
 
+def hub(monkeypatch: pytest.MonkeyPatch, there: Path, here: Path) -> list[str]:
+    """A hub that has the files of one directory, and a cache in another; the names of what is fetched."""
+    fetched: list[str] = []
+
+    def download(
+        name: str,
+        revision: str | None = None,
+        allow_patterns: list[str] | None = None,
+        ignore_patterns: list[str] | None = None,
+        local_files_only: bool = False,
+    ) -> str:
+        assert (name, revision) == ("somebody/model", None)
+        files = [str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()]
+        wanted = filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        if local_files_only and not here.is_dir():
+            raise LocalEntryNotFoundError("nothing is here")
+        for file in () if local_files_only else wanted:
+            if not (here / file).exists():
+                (here / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(there / file, here / file)
+                fetched.append(file)
+        return str(here)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    return fetched
+
+
+@pytest.mark.parametrize("kind", ["shards", "single", "pickle"])
+def test_of_a_hubs_model_only_what_transformers_reads_is_fetched(
+    llama: Path, pickled: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    there = shutil.copytree({"shards": llama, "single": plain, "pickle": pickled}[kind], tmp_path / "there")
+    before = {str(path.relative_to(there)) for path in there.iterdir()}
+    belongs = {"LICENSE", "tokenizer.model.v3", "additional_chat_templates/tool_use.jinja"}
+    others = {"original/model.safetensors", "original/tokenizer.model", "onnx/config.json", "metal/model.bin"}
+    others |= {
+        "consolidated.safetensors",
+        "tf_model.h5",
+        "training_args.bin",
+        "events.out",
+        "adapter_model.safetensors",
+    }
+    for name in belongs | others:
+        (there / name).parent.mkdir(exist_ok=True)
+        (there / name).write_bytes(b"")
+    fetched = hub(monkeypatch, there, tmp_path / "here")
+    found = find_directory("somebody/model", pickles=kind == "pickle")
+    assert set(fetched) == before | belongs
+    assert Checkpoint(found).where
+
+
+def test_a_revision_is_asked_of_the_hub_and_stays_in_the_name(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **options: asked.append((name, options)) or str(llama)
+    )
+    assert load_model("somebody/model", revision="v2").name == "somebody/model@v2"
+    find_directory("somebody/model@v2")
+    assert {(name, options["revision"]) for name, options in asked} == {("somebody/model", "v2")}
+    with pytest.raises(prunella.InputError, match="is no model of the hub: it has no revision 'v2'"):
+        load_model(str(llama), revision="v2")
+
+
 @pytest.mark.parametrize("left", ["config and tokenizer", "one shard"])
 def test_a_model_of_which_the_cache_holds_a_part_is_downloaded(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
@@ -334,19 +401,13 @@ def test_a_model_of_which_the_cache_holds_a_part_is_downloaded(
         path.unlink()
     if left == "config and tokenizer":
         (here / "model.safetensors.index.json").unlink()
-    asked: list[list[str]] = []
-
-    def download(name: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
-        asked.append(allow_patterns)
-        return str(here if local_files_only else llama)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert find_directory("somebody/model") == llama
-    assert not {"*.bin", "*.pt"} & {glob for globs in asked for glob in globs}
-    find_directory("somebody/model", pickles=True)
-    assert {"*.bin", "*.pt"} < set(asked[-1])
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(llama))
-    assert find_directory("somebody/model") == llama
+    fetched = hub(monkeypatch, llama, here)
+    assert find_directory("somebody/model") == here
+    assert fetched
+    assert weights_of(here).keys() == weights_of(llama).keys()
+    fetched.clear()
+    assert find_directory("somebody/model") == here
+    assert not fetched
 
 
 # ---------------------------------------------------------------------------------------------------------

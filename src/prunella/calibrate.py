@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .errors import InputError, say
-from .load import cache_directory
+from .load import cache_directory, fork_random
 from .texts import Split, documents, endless, lead
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def sample_self(model: Model, count: int, length: int, seed: int, *, bos: bool =
             return have[:count]
     say(f"sampling {count} windows of {length} tokens from the dense model")
     parts = []
-    with model.whole() as network, torch.no_grad(), torch.random.fork_rng():
+    with model.whole() as network, torch.no_grad(), fork_random(model.device):
         for number in range(-(-count // batch)):
             torch.manual_seed(seed + number)
             start = torch.tensor(first).expand(batch, -1)

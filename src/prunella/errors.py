@@ -25,6 +25,14 @@ class StatisticError(PrunellaError):
     """A step asked for a statistic that it did not declare in `needs`."""
 
 
+class DefectError(Exception):
+    """Something that Prunella took for true of a model is not: a defect of ours, exit code 1."""
+
+
+class StepError(PrunellaError):
+    """A step that does not come with Prunella raised an error, or did not do what a step must."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """A message for an unknown name: the nearest known one if there is any, and all that exist."""
     names = sorted(known)

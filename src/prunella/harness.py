@@ -46,7 +46,7 @@ class PrunellaLM(HFLM):  # type: ignore[misc]
     ):
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):  # the harness's default
             device = "auto"
-        trust = {"remote_code": trust_remote_code, "pickles": allow_pickle}
+        trust: dict[str, Any] = {"remote_code": trust_remote_code, "pickles": allow_pickle}
         opened = load_model(pretrained, dtype=dtype, device=device, packed=True, **trust)
         if opened.tokenizer is None:
             raise InputError(f"model '{pretrained}' has no tokenizer, so it cannot read questions.")

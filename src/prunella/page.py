@@ -112,11 +112,13 @@ def sentence(report: Report) -> str:
         spread = " and ".join(name for name in recipe["allocate"] if name != "uniform")
         text += (
             f", pruned by {title_of_steps(recipe['steps'])} in {touched} of {len(report.layers)} layers (pattern"
-            f" {recipe['pattern']}"
-            + (f", spread by {spread}" if spread else "")
-            + f"), calibrated on {calibration['samples']} windows of {calibration['length']} tokens of"
-            f" {Path(calibration['source']).name}"
+            f" {recipe['pattern']}" + (f", spread by {spread}" if spread else "") + ")"
         )
+        if any(la.tokens for la in report.layers):
+            text += (
+                f", calibrated on {calibration['samples']} windows of {calibration['length']} tokens of"
+                f" {Path(calibration['source']).name}"
+            )
     text += "." + _moved(report.dense, report.pruned)
     did = report.healing
     if did:

@@ -144,6 +144,12 @@ class Report:
         base = self.model["name"]
         front = f"base_model: {base}\n" if "/" in base and not Path(base).exists() else ""
         calibration = self.recipe["calibration"]
+        text = "which reads no text"
+        if any(layer.tokens for layer in self.layers):
+            text = (
+                f"calibrated on {calibration['samples']} windows of\n{calibration['length']} tokens of"
+                f" `{Path(calibration['source']).name}`"
+            )
         if self.recipe.get("format") == "packed":
             load = (
                 "Load it with `AutoModelForCausalLM.from_pretrained` after `import prunella`. Its zeros are not stored"
@@ -160,8 +166,7 @@ tags:
 # {Path(base).name or base}, pruned
 
 {self.sparsity:.1%} of the block weights of `{Path(base).name or base}` are zero: pruned in one shot with
-`{steps}` (pattern `{self.recipe["pattern"]}`), calibrated on {calibration["samples"]} windows of
-{calibration["length"]} tokens of `{Path(calibration["source"]).name}`.
+`{steps}` (pattern `{self.recipe["pattern"]}`), {text}.
 
 | | dense | pruned |
 | --- | --- | --- |

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, NumericalError
+from ..layers import Slot, find_layers
 from ..load import Model
 from ..pattern import pack, unpack
-from ..stream import Slot, find_layers
 from ..tensors import MASKS, mask_shapes, read_masks
 
 DENSE = 0.001  # fewer zeros than this do not make a layer a pruned one

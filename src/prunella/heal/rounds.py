@@ -35,6 +35,7 @@ def prune_and_heal(
     recipe: Recipe,
     path: Path,
     *,
+    tokenizer: Any,
     resume: bool,
     remote_code: bool,
     pickles: bool,
@@ -102,7 +103,8 @@ def prune_and_heal(
         begun = goes_on(pruned)
         if team.is_main_process:
             if not pruned.exists():
-                prune(source, plain, output=pruned, resume=begun, **options)
+                own = tokenizer if source == model else None  # what was written has it
+                prune(source, plain, output=pruned, resume=begun, tokenizer=own, **options)
             write_text(aside / RECIPE, json.dumps(said, indent=1) + "\n")
             told = Report.read(pruned)
             if k:  # what was pruned is the model of the first round

@@ -19,13 +19,14 @@ from torch import Tensor
 from ..calibrate import check_windows, context, text_tokens, up_to, windows
 from ..errors import InputError, ModelError, NumericalError, PrunellaError
 from ..evaluate import fingerprint, joined
-from ..load import Model, load_model, pick_device, wrap_model
+from ..layers import Slot, find_layers
+from ..load import Model, fork_random, load_model, pick_device, wrap_model
 from ..measure import digest, held_out_windows, measure, window_length
 from ..pattern import pack
 from ..recipe import Healing, Recipe
 from ..report import Report, peak_memory
 from ..save import REPORT, Output, check_output, disk_error, disk_full, identity, partial_of, unfinished
-from ..stream import BlockResult, LayerResult, Slot, Track, Watcher, find_layers, no_track
+from ..stream import BlockResult, LayerResult, Track, Watcher, no_track
 from ..texts import same_text
 from .biases import LIST, add_biases
 from .lora import save_adapter
@@ -83,7 +84,7 @@ def heal(
     if not Path(directory).is_dir():
         raise ModelError(f"'{directory}' is not a directory: prune a model first, prunella prune MODEL -o {directory}.")
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(fork_random(pick_device(recipe.device)))
         sharded = stack.enter_context(asked())
         run = _Run(Path(directory), recipe, path, resume, track, watch, remote_code, pickles, portion, sharded=sharded)
         return run.all()
