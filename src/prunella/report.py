@@ -187,7 +187,10 @@ class Report:
                 f" `{Path(calibration['source']).name}`"
             )
         if self.recipe.get("format") == "packed":
-            load = "Load it with `AutoModelForCausalLM.from_pretrained` where Prunella is installed. Its zeros are not stored"
+            load = (
+                "Load it with `AutoModelForCausalLM.from_pretrained` where Prunella is installed."
+                " Its zeros are not stored"
+            )
         else:
             load = "Load it with `AutoModelForCausalLM.from_pretrained`. The masks are in `prunella.masks` (bit-packed)"
         return f"""---
