@@ -19,6 +19,7 @@ import tiny
 import torch
 import transformers
 
+import prunella.heal  # noqa: F401  (registers every step: tests are parametrized over the registries)
 from prunella import cli, registry
 from prunella.allocate import allocations
 from prunella.heal import groups
@@ -94,6 +95,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["prunella", *map(str, arguments)])
+        monkeypatch.setattr(cli.console, "EVERY", float("inf"))  # no lines of progress, however slow the machine
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             cli.main()

@@ -1,6 +1,7 @@
 """What users are told: errors, each naming the thing, what is wrong with it and what to do about it; and asides."""
 
 import difflib
+import shlex
 import sys
 from collections.abc import Iterable
 
@@ -39,6 +40,11 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return f"unknown {kind} '{name}'.{hint} Available: {', '.join(names)}."
+
+
+def command(*words: object) -> str:
+    """A command of Prunella that a shell takes as it is printed, whatever the names in it."""
+    return shlex.join(["prunella", *map(str, words)])
 
 
 def first_line(error: BaseException) -> str:

@@ -34,7 +34,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import InputError, ModelError, PrunellaError, first_line, say, unknown
+from .errors import InputError, ModelError, PrunellaError, command, first_line, say, unknown
 from .fast import use_fast_attention
 from .gguf import GgufHeader
 from .layers import learn
@@ -830,7 +830,7 @@ def load_model(
     if method == "prunella" and packed:
         return _load_packed(directory, name, dtype, device, remote_code, tokenizer)
     if method == "prunella":
-        raise ModelError(f"'{name}' is packed: prunella unpack '{name}' -o OUT makes a plain model of it.")
+        raise ModelError(f"'{name}' is packed: {command('unpack', name)} -o OUT makes a plain model of it.")
     kind = foreign(checkpoint.where)
     if kind or (checkpoint.quantization and method not in READ):
         raise ModelError(f"'{name}' is quantized ({method or kind}): dequantize it before pruning.")
@@ -969,7 +969,9 @@ def _load_packed(
     except Exception as error:
         raise ModelError(f"the packed model '{name}' cannot be loaded: {first_line(error)}") from None
     own = _given_tokenizer(tokenizer, remote_code) or _load_tokenizer(directory, name, remote_code)
-    return wrap_model(network.to(pick_device(device)), own, name)
+    network.to(pick_device(device))
+    network.tie_weights()  # to some devices torch moves each name of a tensor by itself
+    return wrap_model(network, own, name)
 
 
 def wrap_model(network: Any, tokenizer: Any = None, name: str = "") -> Model:

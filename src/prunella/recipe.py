@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -192,6 +193,10 @@ class Recipe(_Part):
     @field_validator("sparsity", mode="before")
     @classmethod
     def _sparsity(cls, value: Any) -> Any:
+        for name, share in value.items() if isinstance(value, Mapping) else [("*", value)]:
+            if isinstance(share, str) and re.fullmatch(r"\s*\d+(\.\d*)?\s*%\s*", share):
+                meant = float(share.strip().rstrip("% ")) / 100
+                raise ValueError(f"sparsity {share} for layers '{name}' is written as a share: did you mean {meant:g}?")
         return {"*": value} if isinstance(value, int | float) else value or {}
 
     @field_validator("sparsity")
@@ -199,8 +204,9 @@ class Recipe(_Part):
     def _range(cls, value: dict[str, float]) -> dict[str, float]:
         for name, share in value.items():
             if not 0 <= share < 1:
+                meant = f"; did you mean {share / 100:g}?" if 1 < share < 100 else ""
                 raise ValueError(
-                    f"sparsity {share:g} for layers '{name}' is out of range: 0 (dense) up to, not including, 1"
+                    f"sparsity {share:g} for layers '{name}' is out of range: 0 (dense) up to, not including, 1{meant}"
                 )
         return value
 
@@ -381,4 +387,4 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
     shown = first.get("input")
     value = f" (got {shown!r})" if isinstance(shown, str | int | float) else ""
     where = f"recipe key '{'.'.join(path)}': " if path and first["type"] != "value_error" else ""
-    return f"{where}{message}{value if where else ''}."
+    return f"{where}{message}{value if where else ''}" + ("" if message.endswith("?") and not where else ".")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..calibrate import check_windows, context, text_tokens, up_to, windows
-from ..errors import InputError, ModelError, NumericalError, PrunellaError
+from ..errors import InputError, ModelError, NumericalError, PrunellaError, command
 from ..evaluate import fingerprint, joined
 from ..layers import Slot, find_layers, survey
 from ..load import Model, fork_random, load_model, pick_device, wrap_model
@@ -82,7 +82,9 @@ def heal(
     path = Path(output)
     check_output(path)
     if not Path(directory).is_dir():
-        raise ModelError(f"'{directory}' is not a directory: prune a model first, prunella prune MODEL -o {directory}.")
+        raise ModelError(
+            f"'{directory}' is not a directory: prune a model first, {command('prune', 'MODEL', '-o', directory)}."
+        )
     with ExitStack() as stack:
         stack.enter_context(fork_random(pick_device(recipe.device)))
         sharded = stack.enter_context(asked())
