@@ -138,9 +138,7 @@ class Report:
         front = f"base_model: {base}\n" if "/" in base and not Path(base).exists() else ""
         calibration = self.recipe["calibration"]
         if self.recipe.get("format") == "packed":
-            load = (
-                "Load it with `AutoModelForCausalLM.from_pretrained` where Prunella is installed. Its zeros are not stored"
-            )
+            load = "`AutoModelForCausalLM.from_pretrained` loads it where Prunella is installed. Its zeros are not stored"
         else:
             load = "Load it with `AutoModelForCausalLM.from_pretrained`. The masks are in `prunella.masks` (bit-packed)"
         return f"""---
