@@ -243,10 +243,10 @@ def test_another_recipe_does_not_continue_a_run(
     changes: dict[str, Any], what: str, unfinished: Path, llama: Path
 ) -> None:
     partial = unfinished.with_name("out.partial")
-    before = {path.name: path.read_bytes() for path in partial.iterdir()}
+    before = {path: path.read_bytes() for path in partial.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match=f"was another one: {what} differ"):
         prunella.prune(llama, recipe_of("layer") | changes, output=unfinished, resume=True)
-    assert {path.name: path.read_bytes() for path in partial.iterdir()} == before
+    assert {path: path.read_bytes() for path in partial.rglob("*") if path.is_file()} == before
     assert prunella.prune(llama, recipe_of("layer"), output=unfinished, resume=True).run["resumed_after_blocks"] == 1
 
 

@@ -232,14 +232,27 @@ def test_a_name_pattern_matches_whole_parts_of_a_name(glob: str, yes: bool) -> N
 # Which order
 
 
-def test_auto_takes_layer_order_only_where_it_fits_and_helps(ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_layer_order_by_sizes_alone(ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = wrap_model(tiny.build("llama"))
     assert pick_order("auto", [make("wanda")], ids, model) == "layer"
     assert pick_order("auto", [make("magnitude")], ids, model) == "block"
     assert pick_order("layer", [make("magnitude")], ids, model) == "layer"
+    many = torch.zeros(1, 1, dtype=torch.int64).expand(1 << 14, 1 << 10)
+    assert pick_order("auto", [make("wanda")], many, model) == "block"
+    assert pick_order("layer", [make("wanda")], many, model) == "layer"
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 10))
-    assert pick_order("auto", [make("wanda")], ids, model) == "block"
-    assert pick_order("layer", [make("wanda")], ids, model) == "layer"
+    assert pick_order("auto", [make("wanda")], ids, model) == "layer"
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 50))
+    assert pick_order("auto", [make("wanda")], many, model) == "block"
+
+
+def test_the_built_in_model_is_pruned_in_layer_order_on_the_default_windows_and_on_128() -> None:
+    """Its figures in the log were made so."""
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    network = tiny.build("llama", num_hidden_layers=1, head_dim=64, dtype=torch.bfloat16, **sizes)
+    windows_NL = torch.zeros(1, 1, dtype=torch.int64).expand(128, 2048)
+    for steps in (["sparsegpt"], ["wanda"], ["align", "wanda", "update"]):
+        assert pick_order("auto", [make(step) for step in steps], windows_NL, wrap_model(network)) == "layer"
 
 
 def test_a_layer_that_is_used_is_visited_once_in_its_order_of_use(ids: Tensor) -> None:

@@ -254,6 +254,13 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def named(name: str) -> dict[str, str | None]:
+    """What a report says of a model's name: `name` as it was given and, of a directory or a file, its whole `path`."""
+    path = Path(name)
+    local = path.is_dir() or (name not in BUILT_IN and path.is_file())
+    return {"name": name, "path": str(path.absolute()) if local else None}
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Checkpoints: tensors in safetensors files
 
@@ -360,7 +367,10 @@ class Model:
     tokenizer:   its tokenizer, or None
     blocks:      names of its decoder blocks, in order
     checkpoint:  where its weights come from, or None if the model is in memory
+    scratch:     where hidden states go that do not fit into memory; None: the cache
     """
+
+    scratch: Path | None = None
 
     def __init__(self, network: Any, tokenizer: Any, checkpoint: Checkpoint | None, device: torch.device, name: str):
         self._training = network.training

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from .evaluate import perplexity
 from .load import Checkpoint, Model, free_memory
 from .recipe import Recipe
 from .stream import Track
+
+if TYPE_CHECKING:
+    from .save import Output
 
 PROMPT = "The most important thing about a garden is"
 
@@ -55,6 +58,25 @@ def measure(
     result = perplexity(model, ids_NL, checkpoint=checkpoint, track=track).as_dict()
     said = {"source": recipe.evaluate.source, "text": digest(ids_NL)}
     return {**said, **result, "sample": _sample(model, checkpoint)}
+
+
+def measure_once(
+    out: Output | None,
+    side: str,
+    model: Model,
+    recipe: Recipe,
+    ids_NL: Tensor | None,
+    checkpoint: Checkpoint | None,
+    track: Track,
+) -> dict[str, Any]:
+    """As `measure`; a run that resumes does not measure the same side (dense, pruned, …) on the same windows again."""
+    key = side if ids_NL is None else f"{side} on {digest(ids_NL)}"
+    found = out.notes.get(key) if out else None
+    if found is None:
+        found = measure(model, recipe, ids_NL, checkpoint, track)
+        if out and ids_NL is not None:
+            out.note(key, found)
+    return dict(found)
 
 
 def digest(ids_NL: Tensor) -> str:
