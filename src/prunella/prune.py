@@ -181,7 +181,7 @@ def _prune(
         if shares is None:
             free = free_layers(targets, recipe)
             shares = allocation(Budget(opened, ids_NL, targets, free, recipe.default_sparsity, shared, track))
-            if out and shares:
+            if out and "uniform" not in recipe.allocate:  # which takes no work
                 out.note("shares", shares)
         targets = [[replace(t, sparsity=shares.get(t.slot.name, t.sparsity)) for t in block] for block in targets]
         seconds["allocate"] = time.perf_counter() - clock

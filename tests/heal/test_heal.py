@@ -63,8 +63,9 @@ def test_what_the_pruning_measured_is_not_measured_again(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[Any] = []
-    real = run.measure
-    monkeypatch.setattr(run, "measure", lambda *arguments: measured.append(0) or real(*arguments))
+    module = sys.modules["prunella.measure"]
+    real = module.measure
+    monkeypatch.setattr(module, "measure", lambda *arguments: measured.append(0) or real(*arguments))
     recipe = settings(train=["norms"], tokens=256)
     both = {"evaluate": {"windows": 3}, "calibration": recipe["calibration"]}
     source = tmp_path / "pruned"
