@@ -199,7 +199,7 @@ def sample_self(model: Model, count: int, length: int, seed: int, *, batch: int 
     """
     key = hashlib.sha256(f"{_fingerprint(model)}|{length}|{seed}|{batch}".encode()).hexdigest()[:16]
     path = cache_directory() / "self" / f"{key}.safetensors"
-    with contextlib.suppress(FileNotFoundError, SafetensorError, KeyError):  # a damaged one is made again
+    with contextlib.suppress(OSError, SafetensorError, KeyError):  # a damaged one is made again
         have: Tensor = load_file(path)["windows"]
         if len(have) >= count:
             return have[:count]
@@ -226,10 +226,13 @@ def sample_self(model: Model, count: int, length: int, seed: int, *, batch: int 
             )
             parts.append(ids.cpu())
     out = torch.cat(parts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    save_file({"windows": out}, temporary)
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        save_file({"windows": out}, temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        say(f"the text is not kept for another run, since '{path.parent}' cannot be written ({first_line(error)})")
     return out[:count]
 
 

@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import InputError, ModelError, PrunellaError, first_line, say, unknown
+from .errors import InputError, ModelError, PrunellaError, disk_error, disk_full, first_line, say, unknown
 from .fast import use_fast_attention
 
 PICKLES = ("*.bin", "*.pt", "*.pth")
@@ -61,7 +61,10 @@ def cache_directory() -> Path:
     """Where converted models and sampled texts are kept: $PRUNELLA_CACHE, or prunella/ in the user's cache."""
     if path := os.environ.get("PRUNELLA_CACHE"):
         return Path(path)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunella"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunella"
+    except RuntimeError:
+        raise InputError("this user has no home directory for the cache: set PRUNELLA_CACHE to a directory.") from None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -211,8 +214,14 @@ def _converted(
 
     what = what or str(source)
     say(f"converting {Path(what).name} to safetensors, once")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise InputError(
+            f"'{target.parent}', the cache that '{what}' is to be converted into, cannot be written: {error.strerror}."
+            " Set PRUNELLA_CACHE to a directory that can."
+        ) from None
     try:
         with quiet_transformers():
             network = load(AutoModelForCausalLM)
@@ -232,6 +241,8 @@ def _converted(
         with contextlib.suppress(OSError):
             scratch.rename(target)  # another process may have been faster; its result is the same
     except Exception as error:
+        if disk_full(error):
+            raise disk_error(error, target.parent) from error
         raise ModelError(f"'{what}' cannot be read: {first_line(error)}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -329,11 +340,18 @@ class Checkpoint:
             slices = {}
             for name in names:
                 file = self.where[name]
-                if file not in handles:
-                    path = self.directory / file
-                    handles[file] = stack.enter_context(safe_open(path, framework="pt", device="cpu", backend="pread"))
-                slices[name] = handles[file].get_slice(name)
-            yield slices
+                try:
+                    if file not in handles:
+                        path = self.directory / file
+                        opened = safe_open(path, framework="pt", device="cpu", backend="pread")
+                        handles[file] = stack.enter_context(opened)
+                    slices[name] = handles[file].get_slice(name)
+                except OSError as error:
+                    raise ModelError(f"'{self.directory / file}' cannot be read: {error}.") from None
+            try:
+                yield slices
+            except SafetensorError as error:
+                raise ModelError(f"a tensor in '{self.directory}' cannot be read: {error}.") from None
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int, int]], dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +44,17 @@ def held_out_windows(model: Model, recipe: Recipe, used: int) -> Tensor | None:
 
 def same_text(source: str, other: str) -> bool:
     """Are two sources the same text, maybe a file by two names?"""
-    if source == other:
-        return True
-    return Path(source).is_file() and Path(other).is_file() and Path(source).samefile(other)
+    return source == other or same_file(source, other)
+
+
+def same_file(name: str, other: str) -> bool:
+    """Are these two names of one file or directory?"""
+    return Path(name).exists() and Path(other).exists() and Path(name).samefile(other)
+
+
+def whole_name(source: str) -> str:
+    """A source as it can be found from anywhere."""
+    return os.path.abspath(source) if Path(source).is_file() else source
 
 
 def measure(

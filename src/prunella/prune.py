@@ -16,7 +16,7 @@ from .calibrate import check_windows, windows
 from .errors import InputError, ModelError, PrunellaError, kept
 from .evaluate import fingerprint
 from .load import Model, load_model, named, wrap_model
-from .measure import held_out_windows, measure_once, window_length
+from .measure import held_out_windows, measure_once, whole_name, window_length
 from .recipe import Recipe
 from .registry import BESIDE
 from .report import Report, peak_memory
@@ -162,7 +162,11 @@ def _prune(
                 "dtype": str(opened.dtype).removeprefix("torch."),
                 "device": str(opened.device),
                 "calibration": recipe.calibration.model_copy(
-                    update={"samples": len(ids_NL), "length": ids_NL.shape[1]}
+                    update={
+                        "source": whole_name(recipe.calibration.source),
+                        "samples": len(ids_NL),
+                        "length": ids_NL.shape[1],
+                    }
                 ),
             }
         )
