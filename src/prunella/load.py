@@ -23,7 +23,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -32,6 +32,9 @@ from torch import Tensor, nn
 
 from .errors import InputError, ModelError, PrunellaError, disk_error, disk_full, first_line, say, unknown
 from .fast import use_fast_attention
+
+if TYPE_CHECKING:
+    from .calls import Interface
 
 PICKLES = ("*.bin", "*.pt", "*.pth")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -398,6 +401,7 @@ class Model:
         self.device = device
         self.name = name
         self.blocks = find_blocks(network)
+        self.interface: Interface | None = None  # how its blocks are called, once that was examined
         self._plan: dict[str, tuple[str, bool]] | None = None
         self._attention = network.config._attn_implementation
         self._experts = None

@@ -75,12 +75,11 @@ def teacher_streamed(model: Model, windows_NL: Tensor, track: Track = no_track) 
     """The dense model is streamed once, block by block, over all windows; what stays is its last hidden states (in
     memory, or on disk where they do not fit) and its head."""
     stream = through(model, windows_NL, track=track, what="teacher")
-    size = len(stream.batches[0])
     with model.outside():
 
         def logits(index_B: Tensor, ids_BL: Tensor) -> Tensor:
-            rows = [stream.hidden[n // size][n % size] for n in index_B.tolist()]
-            return stream.calls.logits(ids_BL, torch.stack(rows))
+            rows = [stream.window(n) for n in index_B.tolist()]
+            return stream.calls.logits(ids_BL, torch.cat(rows, stream.calls.interface.batch))
 
         yield logits
 
