@@ -45,7 +45,7 @@ class Workshop:
         try:
             names = sorted(os.listdir(directory)) if os.path.lexists(directory) else []
             if directory.is_symlink() or (names and MARK not in names):
-                holds = f"with '{names[0]}' in it" if names else "a link"
+                holds = "a link" if directory.is_symlink() else f"with '{names[0]}' in it"
                 raise InputError(
                     f"'{directory}' is in the way: it is not an unfinished run of Prunella ({holds}). Move it away, or"
                     " choose another -o."
