@@ -387,7 +387,7 @@ def test_a_model_that_changed_meanwhile_does_not_continue_a_run(
 
 
 def test_an_unfinished_run_is_neither_overwritten_nor_finished_by_accident(unfinished: Path, llama: Path) -> None:
-    with pytest.raises(InputError, match=r"holds an unfinished run: continue it with --resume, or delete"):
+    with pytest.raises(InputError, match=r"holds an unfinished run: repeat its command with --resume, or delete"):
         prunella.prune(llama, recipe_of("layer"), output=unfinished)
     prunella.prune(llama, recipe_of("layer"), output=unfinished, resume=True)
     with pytest.raises(InputError, match="exists and is not empty"):

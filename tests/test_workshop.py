@@ -88,7 +88,7 @@ def test_a_workshop_is_held_by_one(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="another run is writing to"):
             Workshop(shop.directory, resume)
     shop.close()
-    with pytest.raises(InputError, match=r"holds an unfinished run: continue it with --resume"):
+    with pytest.raises(InputError, match=r"holds an unfinished run: repeat its command with --resume"):
         Workshop(shop.directory, resume=False)
     assert Workshop(shop.directory, resume=True).resumed
 
