@@ -197,8 +197,8 @@ class Rows:
 def _same(settings: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
     """Are these the same settings, the model maybe by another of its names?"""
     one, other = ({key: value for key, value in said.items() if key != "model"} for said in (settings, others))
-    names = settings["model"], others["model"]
-    return one == other and (names[0] == names[1] or same_file(*names))
+    name, same = settings.get("model"), others.get("model")
+    return one == other and (name == same or same_file(str(name), str(same)))
 
 
 # ---------------------------------------------------------------------------------------------------------

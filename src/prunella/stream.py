@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, Literal
 
 import torch
@@ -204,13 +205,11 @@ class Hidden:
         if not self.on_disk:
             self._items[index] = value.to(self.place)
             return
-        import tempfile
-
         old = self._items[index]
         if old is None or old.shape != value.shape or old.dtype != value.dtype:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.NamedTemporaryFile(prefix=".hidden-", dir=self.folder) as file:
+                with NamedTemporaryFile(prefix=".hidden-", dir=self.folder) as file:
                     claim(file.fileno(), value.numel() * value.element_size())
                     flat = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
             except OSError as error:

@@ -160,7 +160,9 @@ def partial_of(path: Path) -> Path:
 
 def unfinished(partial: Path) -> InputError:
     """What to say where an earlier run was interrupted."""
-    return InputError(f"'{partial}' holds an unfinished run: repeat its command with --resume, or delete that directory.")
+    return InputError(
+        f"'{partial}' holds an unfinished run: repeat its command with --resume, or delete that directory."
+    )
 
 
 def check_output(path: Path) -> None:
