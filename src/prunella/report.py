@@ -187,7 +187,9 @@ class Report:
                 f" `{Path(calibration['source']).name}`"
             )
         if self.recipe.get("format") == "packed":
-            load = "`AutoModelForCausalLM.from_pretrained` loads it where Prunella is installed. Its zeros are not stored"
+            load = (
+                "`AutoModelForCausalLM.from_pretrained` loads it where Prunella is installed. Its zeros are not stored"
+            )
         else:
             load = "Load it with `AutoModelForCausalLM.from_pretrained`. The masks are in `prunella.masks` (bit-packed)"
         return f"""---
