@@ -679,8 +679,14 @@ def wrap_model(network: Any, tokenizer: Any = None, name: str = "") -> Model:
     """A model object that is already in memory, on whatever device it is.
 
     It is put into evaluation mode and runs its attention and experts as the stream wants them, until
-    `Model.give_back`.
+    `Model.give_back`. Raises ModelError if it is spread over several devices.
     """
+    places = sorted({str(parameter.device) for parameter in network.parameters()})
+    if len(places) > 1 or places == ["meta"]:
+        raise ModelError(
+            f"the weights of this {type(network).__name__} lie on {' and '.join(places)}: load all of them on one"
+            " device, or give the model's name or directory; of that one block at a time is loaded."
+        )
     return Model(network, tokenizer, None, network.device, name or network.config._name_or_path or "in memory")
 
 
