@@ -17,6 +17,7 @@ from healing import SETTINGS, settings
 from test_resume import killed_run
 from test_steps import NAMES, apply_or_refuse, check_zeros, toy_block
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import prunella
 from prunella import InputError, ModelError, cells, make
@@ -25,6 +26,7 @@ from prunella.load import fork_random, free_memory, load_model, pick_device
 from prunella.registry import find
 from prunella.save import Output
 from prunella.sparse.bench import bench
+from prunella.sparse.format import pack
 from prunella.stream import Hidden
 
 pytestmark = pytest.mark.usefixtures("sim")
@@ -364,6 +366,29 @@ def test_a_packed_model_runs_there_without_the_cpus_kernels(ids: Tensor, tmp_pat
         with torch.no_grad():
             logits[device] = model.network(ids.to(model.device)).logits.cpu()
     torch.testing.assert_close(logits["sim"], logits["cpu"])
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_weights_are_packed_where_they_lie_into_parts_on_the_host(bits: int | None, sim: torch.device) -> None:
+    torch.manual_seed(0)
+    weight_OI = torch.randn(24, 200)
+    mask_OI = prunella.keep(weight_OI.abs(), 0.5)
+    weight_OI *= mask_OI
+    here, there = pack(weight_OI, mask_OI, bits), pack(weight_OI.to(sim), mask_OI.to(sim), bits)
+    for name, part in there.parts().items():
+        assert part.device.type == "cpu"
+        assert torch.equal(part, here.parts()[name])
+
+
+def test_transformers_loads_a_packed_model_onto_the_device(sim: torch.device, ids: Tensor, tmp_path: Path) -> None:
+    recipe = {"steps": ["magnitude"], "format": "packed", "bits": 8, "round_head": True}
+    network = tiny.build(tie_word_embeddings=True)
+    prunella.prune(network, recipe, output=tmp_path / "packed", calibration=ids)
+    here = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    there = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", device_map=sim)
+    assert {tensor.device for tensor in (*there.parameters(), *there.buffers())} == {sim}
+    with torch.no_grad():
+        torch.testing.assert_close(there(ids.to(sim)).logits.cpu(), here(ids).logits)
 
 
 def test_a_sweep_there_finds_what_it_finds_on_the_cpu(source: Path, tmp_path: Path) -> None:
