@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import prunella
-from prunella import InputError, ModelError, cells, make
+from prunella import InputError, ModelError, cells, make, stream
 from prunella.allocate import allocations
 from prunella.load import fork_random, free_memory, load_model, pick_device
 from prunella.registry import find
@@ -148,12 +148,29 @@ def test_a_device_is_taken_by_its_name(sim: torch.device) -> None:
             pick_device(name)
 
 
-def test_hidden_states_that_do_not_fit_beside_the_weights_wait_in_main_memory(sim: torch.device) -> None:
-    for nbytes, place in ((accelerator.MEMORY // 8, "sim"), (accelerator.MEMORY // 2, "cpu")):
-        hidden = Hidden(1, nbytes, sim)
-        assert hidden.place.type == place
-        hidden[0] = torch.ones(2, 3, device=sim)
-        assert hidden[0].device == sim
+def test_hidden_states_wait_where_there_is_room(monkeypatch: pytest.MonkeyPatch, sim: torch.device) -> None:
+    """On the device, in main memory, or on disk; the blocks compute on the device from wherever they come."""
+    recipe = {"steps": ["wanda", "reconstruct"], "allocate": "probe", "order": "block"}
+    expected = pruned("cpu", recipe)
+    places: set[Any] = set()
+    keep = Hidden.__setitem__
+
+    def spy(hidden: Hidden, index: int, value: Tensor) -> None:
+        keep(hidden, index, value)
+        places.add((hidden.place.type, hidden.on_disk))
+
+    monkeypatch.setattr(Hidden, "__setitem__", spy)
+    free = {"sim": 1 << 40, "cpu": 1 << 40}
+    monkeypatch.setattr(stream, "free_memory", lambda device: free[device.type])
+    for device, size, place in (
+        ("cpu", 1 << 40, ("sim", False)),
+        ("sim", 0, ("cpu", False)),
+        ("cpu", 0, ("cpu", True)),
+    ):
+        free[device] = size
+        places.clear()
+        assert pruned(sim, recipe) == expected
+        assert places == {place}
 
 
 def test_other_gpus_are_not_opened_for_their_random_numbers(monkeypatch: pytest.MonkeyPatch, sim: torch.device) -> None:
