@@ -13,16 +13,27 @@ from torch import Tensor
 
 from .allocate import Budget
 from .calibrate import check_windows, windows
-from .errors import InputError, ModelError, NumericalError, PrunellaError
-from .evaluate import fingerprint
+from .errors import InputError, ModelError, PrunellaError, kept
+from .evaluate import fingerprint, joined
 from .layers import LeftOut, Slot, left_out, matches, survey
-from .load import Model, load_model, wrap_model
-from .measure import held_out_windows, measure, window_length
+from .load import (
+    Model,
+    at_revision,
+    check_plain,
+    check_saveable,
+    fork_random,
+    load_model,
+    most_memory,
+    named,
+    wrap_model,
+)
+from .measure import held_out_windows, measure_once, whole_name, window_length
 from .recipe import Recipe
 from .registry import BESIDE
-from .report import Report, peak_memory
-from .save import Output, check_output, identity
+from .report import Report, peak_memory, seen
+from .save import Output, begun_as, identity
 from .stream import TOKENS, LayerResult, Stream, Target, Track, Watcher, no_track, pick_order
+from .workshop import check_output, finished, workshop
 
 
 @torch.inference_mode(False)  # whatever the caller's mode: the stream changes weights, and some steps train
@@ -33,6 +44,7 @@ def prune(
     output: str | Path | None = None,
     resume: bool = False,
     tokenizer: Any = None,
+    revision: str | None = None,
     calibration: Tensor | None = None,
     shared: dict[Any, Any] | None = None,
     track: Track = no_track,
@@ -48,8 +60,10 @@ def prune(
         recipe: a `Recipe` or its plain data; its `model` gives way to the argument.
         output: directory for the result; it appears when it is whole. A name needs one, a model in memory
             does not.
-        resume: continue the run that was interrupted while it wrote `output`.
-        tokenizer: of a model in memory; not needed if `calibration` is given and nothing is evaluated.
+        resume: continue the run that was interrupted while it wrote `output`, or begin it.
+        tokenizer: of a model in memory, or in place of a named model's own: a tokenizer, or the directory or hub id
+            of one; not needed if `calibration` is given, or no step reads text, and nothing is evaluated.
+        revision: of a hub's model: a branch, tag or commit.
         calibration: windows of token ids, (N, L), in place of the recipe's text.
         shared: a dictionary in which runs on the same dense weights and the same calibration windows leave each
             other what they have in common: statistics of the dense model that allocations look at.
@@ -71,8 +85,19 @@ def prune(
     in_memory = not isinstance(model, str | Path)
     if output is None and not in_memory:
         raise InputError("a model given by name needs an output directory (-o).")
+    if in_memory and isinstance(tokenizer, str | Path):
+        raise InputError(f"the tokenizer of a model in memory is an object, not a name ('{tokenizer}').")
+    if not in_memory:
+        model = at_revision(str(model), revision)
     path = None if output is None else Path(output)
     if path is not None:
+        done = finished(path)
+        if recipe.heal.train:
+            from .heal.rounds import ended
+
+            done = ended(path) or done
+        if done and resume:
+            return Report.read(path)
         check_output(path)
     if recipe.heal.train:
         if in_memory or path is None or calibration is not None:
@@ -83,9 +108,10 @@ def prune(
 
         return prune_and_heal(
             prune,
-            str(model),
+            model,
             recipe,
             path,
+            tokenizer=tokenizer,
             resume=resume,
             track=track,
             watch=watch,
@@ -94,11 +120,20 @@ def prune(
         )
     if not in_memory:
         opened = load_model(
-            str(model), dtype=recipe.dtype, device=recipe.device, remote_code=remote_code, pickles=pickles
+            model,
+            dtype=recipe.dtype,
+            device=recipe.device,
+            remote_code=remote_code,
+            pickles=pickles,
+            tokenizer=tokenizer,
         )
     else:
         if resume:
             raise InputError("a model in memory cannot be resumed: give its directory instead.")
+        network = model.network if isinstance(model, Model) else model
+        check_plain(network)
+        if path is not None:
+            check_saveable(network)
         opened = model if isinstance(model, Model) else wrap_model(model, tokenizer)
         if any(parameter.is_inference() for parameter in opened.network.parameters()):
             raise InputError(
@@ -106,11 +141,12 @@ def prune(
                 " torch.no_grad instead, or give its directory."
             )
     try:
-        with torch.random.fork_rng():
+        with fork_random(opened.device):
             return _prune(opened, recipe, path, resume, calibration, {} if shared is None else shared, track)
     finally:
         if opened is not model:
             opened.give_back()
+        opened.scratch = None
 
 
 def _prune(
@@ -128,63 +164,78 @@ def _prune(
     allocation = recipe.make_allocation()
     targets = choose_targets(opened, recipe)
     ids_NL = calibration
-    if ids_NL is None:
-        wanted = recipe.calibration
+    wanted = recipe.calibration
+    blind = ids_NL is None and opened.tokenizer is None and not reads_text(recipe)
+    if blind:  # something has to pass through the blocks, and nobody looks at it
+        ids_NL = torch.zeros(1, 2, dtype=torch.int64)
+    elif ids_NL is None:
         length = window_length(opened, wanted.length)
-        ids_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed)
+        ids_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed, bos=recipe.bos)
     check_windows(opened, ids_NL)
     held_out = held_out_windows(opened, recipe, ids_NL.numel())
-    order = pick_order(recipe.order, steps, ids_NL, opened)
-    recipe = recipe.model_copy(
-        update={
-            "model": opened.name,
-            "order": order,
-            "dtype": str(opened.dtype).removeprefix("torch."),
-            "device": str(opened.device),
-            "calibration": recipe.calibration.model_copy(update={"samples": len(ids_NL), "length": ids_NL.shape[1]}),
-        }
-    )
-    slots = [target.slot for block in targets for target in block if target.sparsity > 0]
-    if not slots:
-        raise InputError("nothing is left to prune: every layer is skipped or has sparsity 0.")
+    shop = None if path is None else workshop(path, resume)
     out = None
-    if path is not None:
-        out = Output(path, opened, slots, identity(opened.checkpoint, recipe.plain(), ids_NL), resume, recipe.packing)
     seconds: dict[str, float] = {}
     try:
-        dense = out.notes.get("dense") if out else None
-        if dense is None:
-            clock = time.perf_counter()
-            dense = measure(opened, recipe, held_out, None, track)
-            seconds["dense evaluation"] = time.perf_counter() - clock
-            if out:
-                out.note("dense", dense)
+        begun = begun_as(shop) if shop else None
+        wanted_order = begun.get("order", "auto") if begun and recipe.order == "auto" else recipe.order
+        order = pick_order(wanted_order, steps, ids_NL, opened)
+        recipe = recipe.model_copy(
+            update={
+                "model": opened.name,
+                "order": order,
+                "dtype": str(opened.dtype).removeprefix("torch."),
+                "device": str(opened.device),
+                "calibration": wanted
+                if blind
+                else wanted.model_copy(
+                    update={
+                        "source": whole_name(wanted.source),
+                        "samples": len(ids_NL),
+                        "length": ids_NL.shape[1],
+                    }
+                ),
+            }
+        )
+        slots = [target.slot for block in targets for target in block if target.sparsity > 0]
+        if not slots:
+            raise InputError("nothing is left to prune: every layer is skipped or has sparsity 0.")
+        if path is not None and shop is not None:
+            run = identity(opened.checkpoint, recipe.plain(), [ids_NL])
+            out = Output(path, opened, slots, run, shop, recipe.packing)
+            opened.scratch = shop.directory
+        clock = time.perf_counter()
+        dense = measure_once(out, "dense", opened, recipe, held_out, None, track)
+        seconds["dense evaluation"] = time.perf_counter() - clock
         clock = time.perf_counter()
         shares = out.notes.get("shares") if out else None
         if shares is None:
             free = free_layers(targets, recipe)
             shares = allocation(Budget(opened, ids_NL, targets, free, recipe.default_sparsity, shared, track))
-            if out:
+            if out and "uniform" not in recipe.allocate:  # which takes no work
                 out.note("shares", shares)
         targets = [[replace(t, sparsity=shares.get(t.slot.name, t.sparsity)) for t in block] for block in targets]
         seconds["allocate"] = time.perf_counter() - clock
         clock = time.perf_counter()
         layers, left = _run(opened, recipe, targets, ids_NL, out, track)
+        if blind:
+            layers = [replace(layer, error=None, tokens=0) for layer in layers]
         seconds["prune"] = time.perf_counter() - clock
         if out:
             out.complete()
         clock = time.perf_counter()
         written = out.checkpoint if out else None
-        pruned = measure(opened, recipe, held_out, written if opened.checkpoint else None, track)
+        pruned = measure_once(out, "pruned", opened, recipe, held_out, written if opened.checkpoint else None, track)
         seconds["pruned evaluation"] = time.perf_counter() - clock
         seconds["all"] = time.perf_counter() - started
         if written:
             dense |= {"bytes": opened.parameters * opened.dtype.itemsize}
             pruned |= {"bytes": written.nbytes}
+        known = seen(opened.checkpoint.directory) if opened.checkpoint else ""
         report = Report(
             recipe=recipe.plain(),
             model={
-                "name": opened.name,
+                **named(opened.name),
                 "class": type(opened.network).__name__,
                 "dtype": str(opened.dtype).removeprefix("torch."),
                 "parameters": opened.parameters,
@@ -198,27 +249,28 @@ def _prune(
                 "seconds": seconds,
                 "cpu_seconds": time.process_time() - cpu,
                 "peak_memory": peak_memory(),
-                "gpu_memory": torch.cuda.max_memory_allocated(opened.device) if opened.device.type == "cuda" else 0,
+                "gpu_memory": most_memory(opened.device),
                 "threads": torch.get_num_threads(),
                 "resumed_after_blocks": len(out.finished) if out else 0,
             },
-            fingerprint=fingerprint(ids_NL),
+            fingerprint="" if blind else joined(fingerprint(ids_NL), known),
         )
         if out:
             out.finish(report.plain(), report.card())
         return report
-    except (ModelError, NumericalError):
-        if out:
-            out.discard()  # the same would happen again
-        raise
     except BaseException as error:
-        hopeless = isinstance(error, PrunellaError) and not (out and out.blocks)
-        if out and (hopeless or opened.checkpoint is None):  # a model in memory cannot be resumed
-            out.discard()
+        # What cannot be read now may be readable later: then what was measured before the first block counts too.
+        done = out is not None and (out.blocks > 0 or (out.notes and isinstance(error, ModelError)))
+        if out and (opened.checkpoint is None or (isinstance(error, PrunellaError) and not done)):
+            out.discard()  # a model in memory cannot be resumed
+        elif out and done and isinstance(error, PrunellaError):
+            kept(error)
         raise
     finally:
         if out:
             out.close()
+        elif shop:
+            shop.close()
 
 
 def choose_targets(model: Model, recipe: Recipe) -> list[list[Target]]:
@@ -248,6 +300,12 @@ def choose_targets(model: Model, recipe: Recipe) -> list[list[Target]]:
         return Target(slot, sparsity, recipe.shape)
 
     return [[target(slot) for slot in block] for block in slots]
+
+
+def reads_text(recipe: Recipe) -> bool:
+    """Does pruning look at the calibration text, beyond measuring what it did to it?"""
+    spread = any(name != "uniform" for name in recipe.allocate)
+    return spread or recipe.calibration.source == "self" or any(step.needs for step in recipe.make_steps())
 
 
 def free_layers(targets: list[list[Target]], recipe: Recipe) -> frozenset[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .errors import ModelError
+from .evaluate import joined
 from .layers import UNSEEN, LeftOut
 from .save import REPORT
 from .stream import LayerResult
@@ -32,7 +33,7 @@ class Report:
     versions: of what the result depends on
     fingerprint: of the calibration text, see `evaluate.fingerprint`
     healing:  what retraining did, if there was any: what trained and how, losses, tokens, seconds, perplexity before
-              and after
+              and after, fingerprint of the text
     """
 
     recipe: dict[str, Any]
@@ -74,6 +75,12 @@ class Report:
         ):
             out.setdefault(why, []).append(size)
         return out
+
+    @property
+    def seen(self) -> str:
+        """The fingerprint of all text that went into the weights: to calibrate, to heal, to train a teacher."""
+        taught = self.healing.get("taught", {})
+        return joined(self.fingerprint, self.healing.get("fingerprint", ""), taught.get("fingerprint", ""))
 
     def plain(self) -> dict[str, Any]:
         return {"sparsity": self.sparsity, **asdict(self)}
@@ -173,9 +180,15 @@ class Report:
         base = self.model["name"]
         front = f"base_model: {base}\n" if "/" in base and not Path(base).exists() else ""
         calibration = self.recipe["calibration"]
+        text = "which reads no text"
+        if any(layer.tokens for layer in self.layers):
+            text = (
+                f"calibrated on {calibration['samples']} windows of\n{calibration['length']} tokens of"
+                f" `{Path(calibration['source']).name}`"
+            )
         if self.recipe.get("format") == "packed":
             load = (
-                "Load it with `AutoModelForCausalLM.from_pretrained` after `import prunella`. Its zeros are not stored"
+                "`AutoModelForCausalLM.from_pretrained` loads it where Prunella is installed. Its zeros are not stored"
             )
         else:
             load = "Load it with `AutoModelForCausalLM.from_pretrained`. The masks are in `prunella.masks` (bit-packed)"
@@ -189,8 +202,7 @@ tags:
 # {Path(base).name or base}, pruned
 
 {self.sparsity:.1%} of the block weights of `{Path(base).name or base}` are zero: pruned in one shot with
-`{steps}` (pattern `{self.recipe["pattern"]}`), calibrated on {calibration["samples"]} windows of
-{calibration["length"]} tokens of `{Path(calibration["source"]).name}`.
+`{steps}` (pattern `{self.recipe["pattern"]}`), {text}.
 
 | | dense | pruned |
 | --- | --- | --- |
@@ -199,6 +211,14 @@ tags:
 {load}, and `prunella.json` holds the
 recipe, the versions and what happened to every layer. The license is that of the original model.
 """
+
+
+def seen(directory: str | Path) -> str:
+    """The fingerprint of all text that went into the model in a directory; empty where nothing is known."""
+    try:
+        return Report.read(directory).seen
+    except ModelError:
+        return ""
 
 
 def _size(layer: LayerResult) -> int:
@@ -212,7 +232,13 @@ def _perplexity(side: Mapping[str, Any]) -> str:
 def _perplexity_label(side: Mapping[str, Any]) -> str:
     if side.get("perplexity") is None:
         return "perplexity"
-    return f"perplexity ({Path(side['source']).name}, {side['windows']} windows of {side['length']})"
+    bos = f", {bos_words(side['bos'])}" if "bos" in side else ""  # older reports do not say
+    return f"perplexity ({Path(side['source']).name}, {side['windows']} windows of {side['length']}{bos})"
+
+
+def bos_words(bos: bool) -> str:
+    """How the windows of a perplexity begin."""
+    return "each with BOS" if bos else "without BOS"
 
 
 def versions() -> dict[str, str]:

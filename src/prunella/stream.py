@@ -2,10 +2,7 @@
 
     for each block: its layers -> statistics -> steps -> pruned weights -> outputs, the next block's inputs
 
-How a block is called is not hard-coded. `Calls` runs the model once with every block's `forward` replaced
-by a recorder that keeps the arguments (masks, rotary embeddings, …) and hands its input on unchanged; after
-that a block can be run on its own, exactly as the model would run it. All windows have one length, so one
-recording per batch size serves them all.
+How a block is called is not hard-coded but recorded, see calls.py.
 """
 
 from __future__ import annotations
@@ -13,21 +10,25 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .errors import DefectError, InputError, ModelError, NumericalError, StepError
+from .calls import Calls, Key, examine, first
+from .errors import DefectError, InputError, NumericalError, StepError, disk_error, say
 from .grid import Grid, fit
 from .histogram import histograms
 from .layers import Slot, find_layers, products, unpruned
-from .load import Checkpoint, Model, free_memory
+from .load import Checkpoint, Model, cache_directory, free_memory
 from .pattern import hold_zeros, pack
 from .registry import Step, make
+from .tensors import claim
 from .types import Block, Layer, Pattern, Stats
 
 TOKENS = 2048  # that go through a block at a time, in `block` order
@@ -55,108 +56,7 @@ class Target:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Calling blocks as the model does
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments of one block beside its input, and the length of the tuple that it returns (0: a tensor)."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    by_name: bool
-    outputs: int
-
-    def run(self, block: nn.Module, hidden_BLD: Tensor) -> Tensor:
-        if self.by_name:
-            out = block(*self.args, **self.kwargs, hidden_states=hidden_BLD)
-        else:
-            out = block(hidden_BLD, *self.args, **self.kwargs)
-        result: Tensor = out[0] if isinstance(out, tuple | list) else out
-        return result
-
-
-class Calls:
-    """Recordings of how the model calls its blocks, one per batch size, and what flows in and out.
-
-    The model's parameters outside its blocks must be loaded while `embed` and `logits` are used.
-    """
-
-    def __init__(self, model: Model):
-        self.model = model
-        self.recorded: dict[tuple[int, int], list[Call]] = {}
-        self._outputs: dict[type, int] = {}
-
-    def embed(self, ids_BL: Tensor) -> Tensor:
-        """The hidden state that enters the first block, (B, L, D); records the calls on the way."""
-        first: list[Tensor] = []
-        calls: list[Call] = []
-
-        def forward(index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            by_name = not args
-            hidden = kwargs.pop("hidden_states") if by_name else args[0]
-            rest = args[1:]
-            kind = type(self.model.module(self.model.blocks[index]))
-            if kind not in self._outputs:
-                with self.model.block(index):
-                    out = original(*args, **kwargs, **({"hidden_states": hidden} if by_name else {}))
-                self._outputs[kind] = len(out) if isinstance(out, tuple | list) else 0
-            call = Call(rest, kwargs, by_name, self._outputs[kind])
-            calls.append(call)
-            if index == 0:
-                first.append(hidden)
-            return self._wrap(hidden, call.outputs)
-
-        with self._replaced(forward), torch.no_grad():
-            self.model.network.base_model(input_ids=ids_BL.to(self.model.device), use_cache=False)
-        if len(calls) != len(self.model.blocks):
-            raise ModelError(
-                f"{type(self.model.network).__name__} has {len(self.model.blocks)} blocks but called {len(calls)} of"
-                " them: its blocks cannot be run one by one."
-            )
-        self.recorded.setdefault((ids_BL.shape[0], ids_BL.shape[1]), calls)
-        return first[0]
-
-    def of(self, index: int, hidden_BLD: Tensor) -> Call:
-        return self.recorded[hidden_BLD.shape[0], hidden_BLD.shape[1]][index]
-
-    def logits(self, ids_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
-        """What the model makes of the last block's output: its norm, its head and all, (B, L, vocabulary)."""
-
-        def forward(index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            kind = type(self.model.module(self.model.blocks[index]))
-            out = hidden_BLD if index == 0 else (args[0] if args else kwargs["hidden_states"])
-            return self._wrap(out, self._outputs[kind])
-
-        with self._replaced(forward), torch.no_grad():
-            result = self.model.network(input_ids=ids_BL.to(self.model.device), use_cache=False)
-        logits: Tensor = result.logits
-        return logits
-
-    @staticmethod
-    def _wrap(hidden: Tensor, outputs: int) -> Any:
-        return (hidden, *[None] * (outputs - 1)) if outputs else hidden
-
-    @contextlib.contextmanager
-    def _replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
-        """Every block's forward replaced by `forward(index, original, ...)`: the instance's, so that what the
-        model reads from a block's attributes (its attention type, say) stays."""
-
-        def replacement(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *args, **kwargs: forward(index, original, *args, **kwargs)
-
-        blocks = [self.model.module(name) for name in self.model.blocks]
-        before = [vars(block).get("forward") for block in blocks]
-        try:
-            for index, block in enumerate(blocks):
-                block.forward = replacement(index, block.forward)  # type: ignore[method-assign]
-            yield
-        finally:
-            for block, old in zip(blocks, before, strict=True):
-                if old is None:
-                    del block.forward
-                else:
-                    block.forward = old  # type: ignore[method-assign]
+# Watching
 
 
 class _Stop(Exception):
@@ -213,15 +113,18 @@ class Hidden:
     """The hidden states of all windows between two blocks, one tensor (B, L, D) a batch.
 
     They stay where they are computed while they fit; otherwise in main memory, and if they do not fit there
-    in files that disappear with the process.
+    in files of a folder, that disappear with the process. A file's space is claimed before it is written: where the
+    disk is too small it is said, as InputError.
     """
 
-    def __init__(self, batches: int, nbytes: int, device: torch.device):
+    def __init__(self, batches: int, nbytes: int, device: torch.device, folder: Path):
         self._items: list[Tensor | None] = [None] * batches
+        self.beside: list[dict[Key, Any]] = [{} for _ in range(batches)]  # what travels with each batch, see calls.py
         self.device = device
         main = torch.device("cpu")
-        self.place = main if device.type == "cuda" and nbytes >= free_memory(device) // 4 else device
+        self.place = main if device.type != "cpu" and nbytes >= free_memory(device) // 4 else device
         self.on_disk = self.place.type == "cpu" and nbytes > free_memory(main) // 2
+        self.folder = folder
 
     def __len__(self) -> int:
         return len(self._items)
@@ -230,6 +133,7 @@ class Hidden:
         """Another with the same states, which may go other ways."""
         other = copy.copy(self)
         other._items = [None] * len(self)
+        other.beside = list(self.beside)
         for index, item in enumerate(self._items):
             assert item is not None
             other[index] = item
@@ -244,13 +148,15 @@ class Hidden:
         if not self.on_disk:
             self._items[index] = value.to(self.place)
             return
-        import tempfile
-
         old = self._items[index]
         if old is None or old.shape != value.shape or old.dtype != value.dtype:
-            with tempfile.NamedTemporaryFile(prefix="prunella-hidden-") as file:
-                file.truncate(value.numel() * value.element_size())
-                flat = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with NamedTemporaryFile(prefix=".hidden-", dir=self.folder) as file:
+                    claim(file.fileno(), value.numel() * value.element_size())
+                    flat = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
+            except OSError as error:
+                raise disk_error(error, self.folder) from None
             self._items[index] = old = flat.view(value.shape)
         old.copy_(value)
 
@@ -341,17 +247,22 @@ class Stream:
         self.keep_zeros = keep_zeros
         self.windows_NL = windows_NL
         self.order = order
-        self.calls = Calls(model)
         count, length = windows_NL.shape
         batch = count if order == "layer" else min(count, max(1, TOKENS // length))
-        self.batches: tuple[Tensor, ...] = torch.split(windows_NL, batch)
         streams: list[Hidden] = []
         with torch.no_grad(), model.outside(head=False, checkpoint=checkpoint):
+            if model.interface is None:
+                model.interface = examine(model, windows_NL)
+            self.calls = Calls(model, model.interface)
+            if model.interface.stateful and order == "block":
+                batch = 1  # what travels beside a hidden state cannot be cut into windows
+            self.batches: tuple[Tensor, ...] = torch.split(windows_NL, batch)
             for index, ids in enumerate(self.batches):
                 state = self.calls.embed(ids)
                 if not streams:
                     size = state[0].numel() * state.element_size() * count
-                    streams = [Hidden(len(self.batches), size, model.device) for _ in range(1 + beside)]
+                    folder = model.scratch or cache_directory() / "hidden"
+                    streams = [Hidden(len(self.batches), size, model.device, folder) for _ in range(1 + beside)]
                 for hidden in streams:
                     hidden[index] = state
         self.hidden = streams[0]
@@ -363,10 +274,14 @@ class Stream:
         hidden = self.hidden if hidden is None else hidden
         with torch.no_grad():
             for b in range(len(hidden)):
-                hidden[b] = self._forward(index, block, hidden[b])
+                self.forward(index, block, hidden, b)
 
-    def _forward(self, index: int, block: nn.Module, state: Tensor) -> Tensor:
-        return self.calls.of(index, state).run(block, state)
+    def forward(self, index: int, block: nn.Module, hidden: Hidden, batch: int, *, keep: bool = True) -> Tensor:
+        """Run block `index` on one batch of the hidden states, which move on if `keep` says so; what it puts out."""
+        out, beside = self.calls.batches[batch][index].run(block, hidden[batch], hidden.beside[batch])
+        if keep:
+            hidden[batch], hidden.beside[batch] = out, beside
+        return out
 
     def logits(self, batch: int) -> Tensor:
         """The model's logits for one batch of windows, once the hidden states have passed the last block."""
@@ -472,7 +387,7 @@ class Stream:
             return inputs
         if "drift" not in needs:
             with torch.no_grad():
-                self.dense[batch] = self._forward(index, block, self.dense[batch])
+                self.forward(index, block, self.dense, batch)
             return inputs
 
         def see(layer_name: str, x_TI: Tensor, same: bool) -> None:
@@ -480,7 +395,7 @@ class Stream:
                 inputs[layer_name] = x_TI
 
         with torch.no_grad(), Watch(active, see):
-            self.dense[batch] = self._forward(index, block, self.dense[batch])
+            self.forward(index, block, self.dense, batch)
         return inputs
 
     def _prune_on_arrival(
@@ -508,7 +423,7 @@ class Stream:
 
         dense = self._dense_inputs(index, block, active, 0, needs)
         with torch.no_grad(), Watch(active, see):
-            self.hidden[0] = self._forward(index, block, self.hidden[0])
+            self.forward(index, block, self.hidden, 0)
         _check_seen(done, active)
         for layer_name, target in active.items():  # experts that no token reached
             if layer_name not in done:
@@ -556,7 +471,7 @@ class Stream:
             for batch in batches:
                 dense = self._dense_inputs(index, block, active, batch, needs)
                 with contextlib.suppress(_Stop), Watch(active, see):
-                    out = self._forward(index, block, self.hidden[batch])
+                    out = self.forward(index, block, self.hidden, batch, keep=False)
                     if keep_outputs and same:
                         outputs.append(out)
                 whole = len(order) == len(active) and all(t.slot.expert is None for t in active.values())
@@ -581,8 +496,8 @@ class Stream:
             layers,
             run=self._runner(index, block, active),
             windows=len(self.windows_NL),
-            targets=(lambda n: self._window(outputs if same else beside, n)) if keep_outputs else None,
-            dense=(lambda n: self._window(beside, n)) if "dense" in needs else None,
+            targets=(lambda n: self.window(n, outputs if same else beside)) if keep_outputs else None,
+            dense=(lambda n: self.window(n, beside)) if "dense" in needs else None,
             others={key: parameter.data for key, parameter in own.items()},
             fixed=unpruned(block, name, {target.slot.key for target in active.values()}),
         )
@@ -593,9 +508,11 @@ class Stream:
             own[key].data.copy_(value)
         return {la.name: _settle(la, active[la.name]) for la in result.layers}, changed
 
-    def _window(self, batches: Sequence[Tensor] | Hidden, n: int) -> Tensor:
+    def window(self, n: int, batches: Sequence[Tensor] | Hidden | None = None) -> Tensor:
+        """The hidden state of window n alone, or what another sequence of batches has for it."""
         size = len(self.batches[0])
-        return batches[n // size][n % size : n % size + 1]
+        batch = (self.hidden if batches is None else batches)[n // size]
+        return batch.narrow(self.calls.interface.batch, n % size, 1)
 
     def _runner(self, index: int, block: nn.Module, active: Mapping[str, Target]) -> Callable[..., Tensor]:
         """`Block.run`: the block on one window, with other weights in place of its own."""
@@ -620,13 +537,11 @@ class Stream:
                 whole = slot.matrices(parameter)
                 rows = torch.tensor([one.expert for one, _ in several], device=parameter.device)
                 replaced[key] = whole.index_copy(0, rows, torch.stack([w for _, w in several])).view(parameter.shape)
-            state = self._window(self.hidden, n)
-            if (1, state.shape[1]) not in self.calls.recorded:
+            if not self.calls.windows:
                 with self.model.outside(head=False):
-                    self.calls.embed(self.windows_NL[:1])
-            call = self.calls.of(index, state)
-            kwargs = dict(call.kwargs, hidden_states=state) if call.by_name else call.kwargs
-            args = call.args if call.by_name else (state, *call.args)
+                    self.calls.record_windows(self.windows_NL)
+            beside = self.hidden.beside[n // len(self.batches[0])]  # of this window alone, if there is anything
+            args, kwargs, _ = self.calls.windows[n][index].arguments(self.window(n), beside)
             out: Any = None
 
             def stop(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -637,8 +552,7 @@ class Stream:
             watched = contextlib.nullcontext() if at is None else block.get_submodule(at).register_forward_hook(stop)
             with contextlib.suppress(_Stop), watched:
                 out = torch.func.functional_call(block, replaced, args, kwargs)
-            result: Tensor = out[0] if isinstance(out, tuple | list) else out
-            return result
+            return first(out)
 
         return run
 
@@ -675,7 +589,8 @@ Settled = tuple[LayerResult, Tensor, Grid | None]
 
 
 def _settle(layer: Layer, target: Target) -> Settled:
-    """Write the weight into the network; keep what the report needs, the mask as bits and the grid, nothing large."""
+    """Write the weight into the network; keep what the report needs, the mask as bits and the grid, nothing large and
+    nothing on the device."""
     if layer.mask_OI is None:
         raise StepError(
             f"the steps chose no mask for layer '{layer.name}': the last one must end with layer.pruned(…)."
@@ -695,12 +610,16 @@ def _settle(layer: Layer, target: Target) -> Settled:
         _share(zero_OI),
     )
     target.slot.view().copy_(layer.weight_OI)
-    return result, pack(layer.mask_OI), layer.grid
+    return result, pack(layer.mask_OI), None if layer.grid is None else layer.grid.on(torch.device("cpu"))
+
+
+ACTIVATIONS = 8 << 30  # bytes of them that `layer` order may hold at once where nobody chose it
 
 
 def pick_order(order: Order, steps: Sequence[Step], windows_NL: Tensor, model: Model) -> Literal["layer", "block"]:
-    """`layer` where every step looks at one layer at a time and the activations of all windows fit in half
-    of the free memory; else `block`. Raises InputError where `layer` was asked for and cannot be."""
+    """`layer` where every step looks at one layer at a time and the activations of all windows are no more than
+    `ACTIVATIONS`; else `block`. Nothing but sizes decides, so that a command gives the same masks whatever memory is
+    free. Raises InputError where `layer` was asked for and cannot be."""
     whole_block = [step.name for step in steps if not step.per_layer]
     if order == "layer" and whole_block:
         raise InputError(f"step '{whole_block[0]}' works on whole blocks: use --order block.")
@@ -718,7 +637,14 @@ def pick_order(order: Order, steps: Sequence[Step], windows_NL: Tensor, model: M
         need += tokens * widest * size * 3  # the dense model's inputs of all layers of a block
     if getattr(config, "_attn_implementation", "") == "eager":
         need += 3 * 4 * tokens * windows_NL.shape[1] * getattr(config, "num_attention_heads", 1)
-    return "layer" if need < free_memory(model.device) // 2 else "block"
+    if need >= ACTIVATIONS:
+        return "block"
+    if need > (free := free_memory(model.device)):
+        say(
+            f"about {need / 1e9:.1f} GB of activations are held at once, and {free / 1e9:.1f} GB are free: if that is"
+            " too little, --order block holds fewer (and gives other masks)"
+        )
+    return "layer"
 
 
 def through(
