@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -85,6 +86,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next", "deepseek_v3", "granitemoe")
+# One of each kind: plain, transposed weights, fused projections, sliding windows and norms of its own, a recurrence,
+# experts.
+QUICK = ("llama", "gpt2", "phi3", "gemma3_text", "mamba", "qwen3_moe")
+
+
+def at_length(names: Iterable[str], quick: Iterable[str] = QUICK) -> list[Any]:
+    """Names as a test's parameters; those that are not quick are slow."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 
 def build(architecture: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
@@ -107,11 +116,12 @@ def token_windows(count: int = 5, length: int = 32, seed: int = 1) -> Tensor:
     return torch.randint(3, VOCABULARY, (count, length), generator=generator)
 
 
-def write_tokenizer(directory: Path) -> None:
-    """Train a byte-level tokenizer on Python's own documentation and save it, chat template and all."""
+def write_tokenizer(directory: Path, *, bos: bool = False) -> None:
+    """Train a byte-level tokenizer on Python's own documentation and save it, chat template and all. It knows a BOS,
+    and puts it before a text if `bos`."""
     from pydoc_data.topics import topics
 
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -124,6 +134,8 @@ def write_tokenizer(directory: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator([topics[key] for key in sorted(topics)[:20]], trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",

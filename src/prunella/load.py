@@ -22,21 +22,26 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import InputError, ModelError, PrunellaError, first_line, say, unknown
+from .errors import InputError, ModelError, PrunellaError, command, disk_error, disk_full, first_line, say, unknown
 from .fast import use_fast_attention
 from .gguf import GgufHeader
+from .layers import learn
 from .quantized import READ, Scaled, find_scales, foreign
+
+if TYPE_CHECKING:
+    from .calls import Interface
 
 SINGLE = "model.safetensors"
 PICKLED = "pytorch_model.bin"
@@ -84,7 +89,10 @@ def cache_directory() -> Path:
     """Where converted models and sampled texts are kept: $PRUNELLA_CACHE, or prunella/ in the user's cache."""
     if path := os.environ.get("PRUNELLA_CACHE"):
         return Path(path)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunella"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunella"
+    except RuntimeError:
+        raise InputError("this user has no home directory for the cache: set PRUNELLA_CACHE to a directory.") from None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -356,8 +364,14 @@ def _converted(
     from transformers import AutoModelForCausalLM
 
     say(f"converting {Path(what).name} to safetensors, once")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise InputError(
+            f"'{target.parent}', the cache that '{what}' is to be converted into, cannot be written: {error.strerror}."
+            " Set PRUNELLA_CACHE to a directory that can."
+        ) from None
     try:
         with quiet_transformers():
             network, info = load(AutoModelForCausalLM)
@@ -385,6 +399,8 @@ def _converted(
     except PrunellaError:
         raise
     except Exception as error:
+        if disk_full(error):
+            raise disk_error(error, target.parent) from error
         raise ModelError(f"'{what}' cannot be read: {first_line(error)}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -405,6 +421,13 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def named(name: str) -> dict[str, str | None]:
+    """What a report says of a model's name: `name` as it was given and, of a directory or a file, its whole `path`."""
+    path = Path(name)
+    local = path.is_dir() or (name not in BUILT_IN and path.is_file())
+    return {"name": name, "path": str(path.absolute()) if local else None}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -484,16 +507,22 @@ class Checkpoint:
             slices: dict[str, Any] = {}
 
             def lazy(name: str, file: str) -> Any:
-                if file not in handles:
-                    path = self.directory / file
-                    handles[file] = stack.enter_context(safe_open(path, framework="pt", device="cpu", backend="pread"))
-                return handles[file].get_slice(name)
+                try:
+                    if file not in handles:
+                        opened = safe_open(self.directory / file, framework="pt", device="cpu", backend="pread")
+                        handles[file] = stack.enter_context(opened)
+                    return handles[file].get_slice(name)
+                except OSError as error:
+                    raise ModelError(f"'{self.directory / file}' cannot be read: {error}.") from None
 
             for name in names:
                 slices[name] = lazy(name, self.where[name])
                 if name in self.scales:
                     slices[name] = Scaled(name, slices[name], lazy(*self.scales[name]), self._block)
-            yield slices
+            try:
+                yield slices
+            except SafetensorError as error:
+                raise ModelError(f"a tensor in '{self.directory}' cannot be read: {error}.") from None
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int, int]], dict[str, str]]:
@@ -527,7 +556,10 @@ class Model:
     tokenizer:   its tokenizer, or None
     blocks:      names of its decoder blocks, in order
     checkpoint:  where its weights come from, or None if the model is in memory
+    scratch:     where hidden states go that do not fit into memory; None: the cache
     """
+
+    scratch: Path | None = None
 
     def __init__(self, network: Any, tokenizer: Any, checkpoint: Checkpoint | None, device: torch.device, name: str):
         self.tokenizer_given = False  # it is not the one in the checkpoint's directory
@@ -538,12 +570,14 @@ class Model:
         self.device = device
         self.name = name
         self.blocks = find_blocks(network)
+        self.interface: Interface | None = None  # how its blocks are called, once that was examined
         self._plan: dict[str, tuple[str, bool]] | None = None
         self._attention = network.config._attn_implementation
         self._experts = None
         if getattr(network, "_can_set_experts_implementation", lambda: False)():
             self._experts = network.config._experts_implementation
             network.set_experts_implementation("eager")  # one product per expert, which the stream can watch
+        learn(network, self.blocks)
         if device.type == "cpu":
             use_fast_attention(network)
 
@@ -848,7 +882,7 @@ def load_model(
     if method == "prunella" and packed:
         return _load_packed(directory, name, dtype, device, remote_code, tokenizer)
     if method == "prunella":
-        raise ModelError(f"'{name}' is packed: prunella unpack '{name}' -o OUT makes a plain model of it.")
+        raise ModelError(f"'{name}' is packed: {command('unpack', name)} -o OUT makes a plain model of it.")
     kind = foreign(checkpoint.where)
     if kind or (checkpoint.quantization and method not in READ):
         raise ModelError(f"'{name}' is quantized ({method or kind}): dequantize it before pruning.")
@@ -993,7 +1027,9 @@ def _load_packed(
     except Exception as error:
         raise ModelError(f"the packed model '{name}' cannot be loaded: {first_line(error)}") from None
     own = _given_tokenizer(tokenizer, remote_code) or _load_tokenizer(directory, name, remote_code)
-    return wrap_model(network.to(pick_device(device)), own, name)
+    network.to(pick_device(device))
+    network.tie_weights()  # to some devices torch moves each name of a tensor by itself
+    return wrap_model(network, own, name)
 
 
 def wrap_model(network: Any, tokenizer: Any = None, name: str = "") -> Model:
@@ -1011,8 +1047,23 @@ def wrap_model(network: Any, tokenizer: Any = None, name: str = "") -> Model:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
-    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+    """Bytes that are free on a device; in main memory, where it has none of its own or does not say."""
+    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return int(psutil.virtual_memory().available if ask is None else ask(device)[0])
+
+
+def most_memory(device: torch.device) -> int:
+    """Bytes that were taken on a device at most; 0 where it has none of its own or does not say."""
+    ask = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    return 0 if ask is None else int(ask(device))
+
+
+def fork_random(device: torch.device) -> AbstractContextManager[None]:
+    """Random numbers that are drawn meanwhile, on the CPU and on this device, are not missing afterwards. Other devices
+    are not opened for it."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)
 
 
 def pick_device(name: str) -> torch.device:
@@ -1023,7 +1074,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("this PyTorch sees no CUDA device")
-        torch.empty(1, device=device)
-    except RuntimeError as error:
+        torch.zeros(1, device=device).item()  # `meta` is one too, but holds nothing
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for it
         raise InputError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}.") from None
     return device

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from . import charts
 from .errors import InputError, ModelError
 from .histogram import SPAN
-from .report import Report, layer_table
+from .report import Report, bos_words, layer_table
 from .save import REPORT
 from .stream import LayerResult
 
@@ -108,7 +108,7 @@ def sentence(report: Report) -> str:
     recipe, calibration = report.recipe, report.recipe["calibration"]
     text = f"{report.sparsity:.1%} of the block weights of {title_of_model(report)} are zero"
     if pruned_here(report):
-        touched = sum(la.sparsity > 0 for la in report.layers)
+        touched = sum(la.target > 0 for la in report.layers)
         spread = " and ".join(name for name in recipe["allocate"] if name != "uniform")
         text += (
             f", pruned by {title_of_steps(recipe['steps'])} in {touched} of {len(report.layers)} layers (pattern"
@@ -132,7 +132,8 @@ def _moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     if first is None or last is None:
         return ""
     way = "rose" if last > first else "fell"
-    return f" Perplexity on {Path(before['source']).name} {way} from {first:.2f} to {last:.2f}."
+    windows = f" ({bos_words(before['bos'])})" if "bos" in before else ""
+    return f" Perplexity on {Path(before['source']).name}{windows} {way} from {first:.2f} to {last:.2f}."
 
 
 def pruned_here(report: Report) -> bool:
