@@ -2,10 +2,12 @@
 
 A module of its own, outside of the package, so that it costs nothing: no torch, nothing of Prunella.
 
-    transformers   the quantizer that loads packed models, once `prunella` is imported
-    lm-eval        the model type `prunella`. The harness has a table of models and no plugins, so torch, which it
-                   imports, calls `register` (entry point torch.backends): `lm_eval --model prunella` works without
-                   anybody importing Prunella
+    transformers   how packed models are loaded; Prunella itself is imported when the first of them is
+    lm-eval        the model type `prunella`
+
+Both have tables and no plugins, so torch, which they import, calls `register` (entry point torch.backends): packed
+models load, and `lm_eval --model prunella` works, without anybody importing Prunella. Without the entry point (switched
+off, or Prunella not installed but on the path) `import prunella` does it.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 
 class _After(Loader):
@@ -28,6 +31,9 @@ class _After(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self.loader  # it knows the module's source, and more
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
         self.loader.exec_module(module)
         self.do()
 
@@ -58,8 +64,26 @@ def after_import(name: str, do: Callable[[], object]) -> None:
 
 
 def register() -> None:
-    """Make `lm_eval --model prunella` work."""
+    """Make packed models load, and `lm_eval --model prunella` work."""
+    table = sys.modules.get("transformers.quantizers.auto")
+    # If that very module is importing torch, its tables are to come, and so are the models that need them.
+    half = table is not None and not hasattr(table, "AUTO_QUANTIZATION_CONFIG_MAPPING")
+    after_import("transformers.modeling_utils" if half else "transformers.quantizers.auto", _quantizer)
     after_import("lm_eval.models", _model)
+
+
+class _Config:
+    """In transformers' table until the first packed model is loaded: to import Prunella takes a second."""
+
+    @staticmethod
+    def from_dict(*arguments: Any, **options: Any) -> Any:
+        from prunella.sparse.quantizer import PrunellaConfig  # which puts itself into the table
+
+        return PrunellaConfig.from_dict(*arguments, **options)
+
+
+def _quantizer() -> None:
+    sys.modules["transformers.quantizers.auto"].AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("prunella", _Config)
 
 
 def _model() -> None:

@@ -19,7 +19,10 @@ import tiny
 import torch
 import transformers
 
-from prunella import cli
+import prunella.heal  # noqa: F401  (registers every step: tests are parametrized over the registries)
+from prunella import cli, registry
+from prunella.allocate import allocations
+from prunella.heal import groups
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)  # whatever had imported torch before
@@ -34,6 +37,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRUNELLA_CACHE", str(path))
         yield path
+
+
+@pytest.fixture(autouse=True)
+def registries() -> Iterator[None]:
+    """What a test registers is gone afterwards."""
+    before = [(known, dict(known)) for known in (registry.steps, allocations, groups)]
+    yield
+    for known, methods in before:
+        known.clear()
+        known.update(methods)
 
 
 @pytest.fixture
@@ -82,6 +95,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["prunella", *map(str, arguments)])
+        monkeypatch.setattr(cli.console, "EVERY", float("inf"))  # no lines of progress, however slow the machine
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             cli.main()

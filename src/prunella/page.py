@@ -108,7 +108,7 @@ def sentence(report: Report) -> str:
     recipe, calibration = report.recipe, report.recipe["calibration"]
     text = f"{report.sparsity:.1%} of the block weights of {title_of_model(report)} are zero"
     if pruned_here(report):
-        touched = sum(la.sparsity > 0 for la in report.layers)
+        touched = sum(la.target > 0 for la in report.layers)
         spread = " and ".join(name for name in recipe["allocate"] if name != "uniform")
         text += (
             f", pruned by {title_of_steps(recipe['steps'])} in {touched} of {len(report.layers)} layers (pattern"

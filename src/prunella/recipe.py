@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -154,6 +155,8 @@ class Recipe(_Part):
     sparsity: {pattern of layer names: share of weights to prune}, the last match wins; a plain number is
               {"*": number}. `down_proj` matches every layer whose name ends so. An N:M pattern fixes it.
     skip:     patterns of layer names that stay dense
+    keep_zeros: zeros that the model comes with stay zero and count towards the sparsity: for a second pass over a
+              pruned model. Without it a second pass chooses anew, and may fill what the first one pruned
     allocate: how sparsity is spread over the other layers: a name, or {name: {option: value}}
     steps:    a list of names, or of {name: {option: value}}
     order:    `layer`, `block` or `auto`: see `prunella.stream.Stream`
@@ -173,6 +176,7 @@ class Recipe(_Part):
     pattern: str = "unstructured"
     sparsity: dict[str, float] = {}
     skip: tuple[str, ...] = ()
+    keep_zeros: bool = False
     allocate: dict[str, dict[str, Any]] = {"uniform": {}}
     steps: tuple[dict[str, dict[str, Any]], ...] = ({"sparsegpt": {}},)
     order: Literal["auto", "layer", "block"] = "auto"
@@ -189,6 +193,10 @@ class Recipe(_Part):
     @field_validator("sparsity", mode="before")
     @classmethod
     def _sparsity(cls, value: Any) -> Any:
+        for name, share in value.items() if isinstance(value, Mapping) else [("*", value)]:
+            if isinstance(share, str) and re.fullmatch(r"\s*\d+(\.\d*)?\s*%\s*", share):
+                meant = float(share.strip().rstrip("% ")) / 100
+                raise ValueError(f"sparsity {share} for layers '{name}' is written as a share: did you mean {meant:g}?")
         return {"*": value} if isinstance(value, int | float) else value or {}
 
     @field_validator("sparsity")
@@ -196,8 +204,9 @@ class Recipe(_Part):
     def _range(cls, value: dict[str, float]) -> dict[str, float]:
         for name, share in value.items():
             if not 0 <= share < 1:
+                meant = f"; did you mean {share / 100:g}?" if 1 < share < 100 else ""
                 raise ValueError(
-                    f"sparsity {share:g} for layers '{name}' is out of range: 0 (dense) up to, not including, 1"
+                    f"sparsity {share:g} for layers '{name}' is out of range: 0 (dense) up to, not including, 1{meant}"
                 )
         return value
 
@@ -378,4 +387,4 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
     shown = first.get("input")
     value = f" (got {shown!r})" if isinstance(shown, str | int | float) else ""
     where = f"recipe key '{'.'.join(path)}': " if path and first["type"] != "value_error" else ""
-    return f"{where}{message}{value if where else ''}."
+    return f"{where}{message}{value if where else ''}" + ("" if message.endswith("?") and not where else ".")

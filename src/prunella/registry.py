@@ -5,6 +5,7 @@ Third parties register their own: `@register("mine")` in a file of theirs, then 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import sys
@@ -103,6 +104,8 @@ def each_layer(function: Callable[[Layer], Layer]) -> Callable[[Block], Block]:
 
 def find(name: str) -> Method:
     """The registered step `name`, or the one that `path/to/file.py:name` registers."""
+    for package in ("steps", "heal"):  # where the built-in ones register themselves, importing this module
+        importlib.import_module(f"{__package__}.{package}")
     return lookup("step", steps, name)
 
 

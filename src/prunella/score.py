@@ -34,6 +34,7 @@ def score(
     bos: bool = True,
     dtype: str = "auto",
     device: str = "auto",
+    tokenizer: str | None = None,
     remote_code: bool = False,
     pickles: bool = False,
     track: Track = no_track,
@@ -47,13 +48,15 @@ def score(
         bos: every window, and every request of a task, begins with what the tokenizer puts before a text, if anything;
             else none does.
         beside: another model to measure on the same; differences are of `model` minus this one.
+        tokenizer: a directory or hub id with a tokenizer, in place of the models' own.
     Returns:
         Plain data: model, beside, dtype, texts and tasks (one entry each, with what `beside` got under that name), and
         warnings about what makes the figures doubtful. With one text its fields stand at the top as well.
     Raises:
         PrunellaError: anything about the input that the user can mend.
     """
-    options: dict[str, Any] = {"dtype": dtype, "device": device, "remote_code": remote_code, "pickles": pickles}
+    trust: dict[str, Any] = {"remote_code": remote_code, "pickles": pickles}
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "tokenizer": tokenizer, **trust}
     warnings: list[str] = []
     opened = load_model(model, packed=True, **options)
     result = {"model": model, "beside": beside, "dtype": str(opened.dtype)[6:]}

@@ -12,6 +12,8 @@ import copy
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, Literal
 
 import torch
@@ -19,13 +21,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .calls import Calls, Key, examine, first
-from .errors import DefectError, InputError, NumericalError, StepError
+from .errors import DefectError, InputError, NumericalError, StepError, disk_error, say
 from .grid import Grid, fit
 from .histogram import histograms
 from .layers import Slot, find_layers, products, unpruned
-from .load import Checkpoint, Model, free_memory
-from .pattern import pack
+from .load import Checkpoint, Model, cache_directory, free_memory
+from .pattern import hold_zeros, pack
 from .registry import Step, make
+from .tensors import claim
 from .types import Block, Layer, Pattern, Stats
 
 TOKENS = 2048  # that go through a block at a time, in `block` order
@@ -110,16 +113,18 @@ class Hidden:
     """The hidden states of all windows between two blocks, one tensor (B, L, D) a batch.
 
     They stay where they are computed while they fit; otherwise in main memory, and if they do not fit there
-    in files that disappear with the process.
+    in files of a folder, that disappear with the process. A file's space is claimed before it is written: where the
+    disk is too small it is said, as InputError.
     """
 
-    def __init__(self, batches: int, nbytes: int, device: torch.device):
+    def __init__(self, batches: int, nbytes: int, device: torch.device, folder: Path):
         self._items: list[Tensor | None] = [None] * batches
         self.beside: list[dict[Key, Any]] = [{} for _ in range(batches)]  # what travels with each batch, see calls.py
         self.device = device
         main = torch.device("cpu")
         self.place = main if device.type != "cpu" and nbytes >= free_memory(device) // 4 else device
         self.on_disk = self.place.type == "cpu" and nbytes > free_memory(main) // 2
+        self.folder = folder
 
     def __len__(self) -> int:
         return len(self._items)
@@ -143,13 +148,15 @@ class Hidden:
         if not self.on_disk:
             self._items[index] = value.to(self.place)
             return
-        import tempfile
-
         old = self._items[index]
         if old is None or old.shape != value.shape or old.dtype != value.dtype:
-            with tempfile.NamedTemporaryFile(prefix="prunella-hidden-") as file:
-                file.truncate(value.numel() * value.element_size())
-                flat = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with NamedTemporaryFile(prefix=".hidden-", dir=self.folder) as file:
+                    claim(file.fileno(), value.numel() * value.element_size())
+                    flat = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
+            except OSError as error:
+                raise disk_error(error, self.folder) from None
             self._items[index] = old = flat.view(value.shape)
         old.copy_(value)
 
@@ -160,7 +167,14 @@ class Hidden:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What happened to one layer; goes into the report. `bits` of a quantized one, else None."""
+    """What happened to one layer; goes into the report.
+
+    sparsity: share of its weights that are zero: those that its mask prunes, and those that came in as zeros and still
+              are (not those that rounding made zero)
+    target:   share that was to be pruned; 0: it stayed as it was
+    before:   share that came in as zeros
+    bits:     of a quantized one, else None
+    """
 
     name: str
     shape: tuple[int, int]
@@ -172,11 +186,13 @@ class LayerResult:
     notes: tuple[str, ...] = ()
     bits: int | None = None
     weights: dict[str, float | str] | None = None  # `histograms` of a pruned layer
+    before: float = 0.0
 
     @classmethod
     def dense(cls, target: Target) -> LayerResult:
-        """Of a layer that stays as it is."""
-        return cls(target.slot.name, target.slot.shape, 0.0, 0.0, str(target.pattern), None, 0)
+        """Of a layer, loaded, that stays as it is."""
+        zeros = _share(target.slot.view() == 0)
+        return cls(target.slot.name, target.slot.shape, zeros, 0.0, str(target.pattern), None, 0, before=zeros)
 
 
 @dataclass(frozen=True)
@@ -210,6 +226,7 @@ class Stream:
     what the pruned layers before it really produce, in half the passes, but the widest activation of all
     windows must fit in memory at once.
 
+    `keep_zeros`: zeros that the weights come with stay zero, and count towards the sparsity (`hold_zeros`).
     `rounding`: bits and group of the grid to which pruned layers are rounded that no step has quantized; layers after
     them see what that does.
     """
@@ -222,10 +239,12 @@ class Stream:
         order: Literal["layer", "block"] = "block",
         beside: bool = False,
         rounding: tuple[int, int] | None = None,
+        keep_zeros: bool = False,
         checkpoint: Checkpoint | None = None,
     ):
         self.model = model
         self.rounding = rounding
+        self.keep_zeros = keep_zeros
         self.windows_NL = windows_NL
         self.order = order
         count, length = windows_NL.shape
@@ -242,7 +261,8 @@ class Stream:
                 state = self.calls.embed(ids)
                 if not streams:
                     size = state[0].numel() * state.element_size() * count
-                    streams = [Hidden(len(self.batches), size, model.device) for _ in range(1 + beside)]
+                    folder = model.scratch or cache_directory() / "hidden"
+                    streams = [Hidden(len(self.batches), size, model.device, folder) for _ in range(1 + beside)]
                 for hidden in streams:
                     hidden[index] = state
         self.hidden = streams[0]
@@ -313,8 +333,19 @@ class Stream:
         weight_OI = target.slot.view()
         if target.slot.transposed:
             weight_OI = weight_OI.contiguous()
-        bias = target.slot.bias()
-        return Layer(target.slot.name, weight_OI, weight_OI, stats, target.sparsity, target.pattern, bias_O=bias)
+        notes: tuple[str, ...] = ()
+        if self.keep_zeros and (zeros := _share(weight_OI == 0)) > target.sparsity:
+            notes = (f"came with {zeros:.1%} zeros, more than the {target.sparsity:.1%} asked for: all stay",)
+        return Layer(
+            target.slot.name,
+            weight_OI,
+            weight_OI,
+            stats,
+            target.sparsity,
+            target.pattern,
+            bias_O=target.slot.bias(),
+            notes=notes,
+        )
 
     def _starved(self, layer: Layer, steps: Sequence[Step], min_tokens: int) -> bool:
         return any(step.needs for step in steps) and layer.stats.tokens < min_tokens
@@ -329,13 +360,16 @@ class Stream:
                 kept = {la.name: la.stats for la in fed.layers}
                 lent = tuple(replace(la, stats=allowed[la.name]) for la in fed.layers)
                 fed = step.apply(replace(fed, layers=lent))
-                fed = replace(fed, layers=tuple(replace(la, stats=kept[la.name]) for la in fed.layers))
+                fed = replace(fed, layers=tuple(replace(self._held(la), stats=kept[la.name]) for la in fed.layers))
         done = {la.name: la for la in fed.layers}
         for name, layer in starved.items():
             note = f"saw {layer.stats.tokens} tokens: pruned by magnitude"
             result = make("magnitude").apply(replace(block, layers=(layer,)))
-            done[name] = replace(result.layers[0], notes=(*layer.notes, note))
+            done[name] = replace(self._held(result.layers[0]), notes=(*layer.notes, note))
         return replace(fed, layers=tuple(self._rounded(done[la.name]) for la in block.layers))
+
+    def _held(self, layer: Layer) -> Layer:
+        return hold_zeros(layer) if self.keep_zeros else layer
 
     def _rounded(self, layer: Layer) -> Layer:
         if self.rounding is None or layer.grid is not None or layer.mask_OI is None:
@@ -547,6 +581,10 @@ def _only(stats: Stats, needs: frozenset[str]) -> Stats:
     )
 
 
+def _share(where: Tensor) -> float:
+    return where.count_nonzero().item() / where.numel()
+
+
 Settled = tuple[LayerResult, Tensor, Grid | None]
 
 
@@ -557,10 +595,11 @@ def _settle(layer: Layer, target: Target) -> Settled:
         raise StepError(
             f"the steps chose no mask for layer '{layer.name}': the last one must end with layer.pruned(…)."
         )
+    zero_OI = layer.dense_OI == 0
     result = LayerResult(
         layer.name,
         target.slot.shape,
-        1 - layer.mask_OI.count_nonzero().item() / layer.mask_OI.numel(),
+        _share(~layer.mask_OI | (zero_OI & (layer.weight_OI == 0))),
         target.sparsity,
         str(target.pattern),
         layer.error(),  # before the dense weight is overwritten: the two share their memory
@@ -568,14 +607,19 @@ def _settle(layer: Layer, target: Target) -> Settled:
         layer.notes,
         None if layer.grid is None else layer.grid.bits,
         histograms(layer.dense_OI, layer.weight_OI, layer.mask_OI),
+        _share(zero_OI),
     )
     target.slot.view().copy_(layer.weight_OI)
     return result, pack(layer.mask_OI), None if layer.grid is None else layer.grid.on(torch.device("cpu"))
 
 
+ACTIVATIONS = 8 << 30  # bytes of them that `layer` order may hold at once where nobody chose it
+
+
 def pick_order(order: Order, steps: Sequence[Step], windows_NL: Tensor, model: Model) -> Literal["layer", "block"]:
-    """`layer` where every step looks at one layer at a time and the activations of all windows fit in half
-    of the free memory; else `block`. Raises InputError where `layer` was asked for and cannot be."""
+    """`layer` where every step looks at one layer at a time and the activations of all windows are no more than
+    `ACTIVATIONS`; else `block`. Nothing but sizes decides, so that a command gives the same masks whatever memory is
+    free. Raises InputError where `layer` was asked for and cannot be."""
     whole_block = [step.name for step in steps if not step.per_layer]
     if order == "layer" and whole_block:
         raise InputError(f"step '{whole_block[0]}' works on whole blocks: use --order block.")
@@ -593,7 +637,14 @@ def pick_order(order: Order, steps: Sequence[Step], windows_NL: Tensor, model: M
         need += tokens * widest * size * 3  # the dense model's inputs of all layers of a block
     if getattr(config, "_attn_implementation", "") == "eager":
         need += 3 * 4 * tokens * windows_NL.shape[1] * getattr(config, "num_attention_heads", 1)
-    return "layer" if need < free_memory(model.device) // 2 else "block"
+    if need >= ACTIVATIONS:
+        return "block"
+    if need > (free := free_memory(model.device)):
+        say(
+            f"about {need / 1e9:.1f} GB of activations are held at once, and {free / 1e9:.1f} GB are free: if that is"
+            " too little, --order block holds fewer (and gives other masks)"
+        )
+    return "layer"
 
 
 def through(

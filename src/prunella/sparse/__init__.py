@@ -8,11 +8,10 @@ semi.py        2:4 weights on sparse tensor cores
 linear.py      the modules that hold packed weights
 quantizer.py   how transformers loads and saves them
 commands.py    whole models: pack, unpack, bench
-hook.py        registers quantizer.py once transformers is imported
 csrc/          the source of the compiled kernels, which native.py finds
 ```
 """
 
-from .hook import register as _register
+from prunella_hook import register as _register
 
-_register()
+_register()  # it has been, where torch calls what is installed beside it

@@ -21,6 +21,7 @@ from ..layers import Slot, find_layers
 from ..load import SINGLE, Checkpoint, Model, files_in
 from ..tensors import INDEX, save_tensors, write_text
 from .format import (
+    MARK,
     PARTS,
     SPAN,
     VERSION,
@@ -113,6 +114,7 @@ class PackedFiles:
                 about["transposed"] = True
             for module, content in zip(module_names(name, about), packed, strict=True):
                 tensors |= {f"{module}.{part}": tensor for part, tensor in content.parts().items()}
+            tensors |= self._mark(name, about, found)
             found.add(Contents({name: about}, [], nbytes, size))
         keys = [k for k, (p, _) in self.plan.items() if self.model.block_of(p) == block and p not in gone]
         tensors |= self._plain(keys)
@@ -147,6 +149,7 @@ class PackedFiles:
                 rounded = round_weight(weights[key], self.group)
                 tensors |= {f"{name}.{part}": tensor for part, tensor in rounded.parts().items()}
                 about = {"shape": list(weights[key].shape), "dense": True, "bits": 8, "group": rounded.group}
+                tensors |= self._mark(name, about, self.contents)
                 self.contents.add(Contents({name: about}))
             for key in keys:
                 del outside[key]
@@ -172,6 +175,14 @@ class PackedFiles:
         """What is written so far."""
         written = files_in(self.directory)
         return PackedCheckpoint(self.directory, self.contents.modules, self.bits, self.group, written)
+
+    def _mark(self, name: str, about: Mapping[str, Any], found: Contents) -> dict[str, Tensor]:
+        """What stops loaders that do not know the format, if this is the first weight that is packed. They would find
+        nothing under the names of packed weights, and go on with random ones after a warning; a tensor under such a
+        name with another shape is an error to all of them."""
+        if found.modules or self.contents.modules:
+            return {}
+        return {parameter_name(name, about): torch.empty(MARK, dtype=self.model.dtype)}
 
     def _inside(self, parameter: str) -> bool:
         return self.model.block_of(parameter) is not None
@@ -264,11 +275,13 @@ class PackedCheckpoint(Checkpoint):
     ):
         super().__init__(directory, names)
         self.modules, self.bits, self.group = modules, bits, group
+        for key, file in list(self.where.items()):
+            if self.files[file][key][1] == MARK:
+                del self.where[key], self.files[file][key]
 
     def fill(self, model: Model, wanted: Callable[[str], bool]) -> None:
         for name, about in self.modules.items():
-            key = name if "experts" in about else f"{name}.weight"
-            parameter = model.parameter_of(key)
+            parameter = model.parameter_of(parameter_name(name, about))
             if wanted(parameter):
                 owner, _, key = parameter.rpartition(".")
                 weight = self.weight(name, model.dtype).to(model.device)
@@ -312,6 +325,11 @@ class PackedCheckpoint(Checkpoint):
 def module_names(name: str, about: Mapping[str, Any]) -> list[str]:
     """The modules that an entry of quantization_config.modules stands for: itself, or a mixture's experts."""
     return [f"{name}.{e}" for e in range(about["experts"])] if "experts" in about else [name]
+
+
+def parameter_name(name: str, about: Mapping[str, Any]) -> str:
+    """The tensor that a plain model has in place of such an entry."""
+    return name if "experts" in about else f"{name}.weight"
 
 
 def write_index(directory: Path) -> None:

@@ -21,6 +21,7 @@ VERSION = 1
 PAD = 128  # zeros after the last value, so that a kernel may always read a whole vector
 SPAN = 128  # the groups of inputs with a scale of their own are multiples of this
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MARK = (0,)  # the shape of a tensor that says that a model is packed
 PARTS = ("weight_mask", "weight_offsets", "weight_values", "weight_scales")
 
 

@@ -1,9 +1,10 @@
 """The packed format in transformers' own registry: `from_pretrained` builds `SparseLinear` modules and fills them,
-`save_pretrained` writes the same format. Imported by hook.py once transformers is."""
+`save_pretrained` writes the same format. Imported when the first packed model is loaded (prunella_hook)."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,18 @@ import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import ModelError
 from ..load import read_header
 from .block import settle, slow_down
-from .format import FLOATS, PAD, PARTS, SPAN, VERSION, expected, rounded_shapes
+from .files import parameter_name
+from .format import FLOATS, MARK, PAD, PARTS, SPAN, VERSION, expected, rounded_shapes
 from .linear import DenseLinear, SparseExpert, SparseLinear
 from .rounded import RoundedEmbedding, RoundedLinear, TiedHead, empty_rounded, put
 
@@ -35,7 +40,6 @@ _DTYPES = {
 }
 
 
-@register_quantization_config(METHOD)
 class PrunellaConfig(QuantizationConfigMixin):
     """What config.json says of a packed model.
 
@@ -87,7 +91,6 @@ class PrunellaConfig(QuantizationConfigMixin):
         return about.get("bits", self.bits), about.get("group", self.group)
 
 
-@register_quantizer(METHOD)
 class PrunellaQuantizer(HfQuantizer):
     """Puts `SparseLinear` in place of the packed modules, and checks what was loaded into them."""
 
@@ -96,6 +99,15 @@ class PrunellaQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        """What `save_pretrained` writes: with the mark, as `PackedFiles` does."""
+        name = self.replaced[0]
+        if isinstance(model.get_submodule(name), SparseExpert):
+            parameter = name.rpartition(".")[0]
+        else:
+            parameter = f"{name}.weight"
+        return {**model.state_dict(), parameter: torch.empty(MARK, dtype=model.dtype)}, {}
 
     @property
     def is_trainable(self) -> bool:
@@ -114,6 +126,10 @@ class PrunellaQuantizer(HfQuantizer):
         for file in checkpoint_files:
             tensors, _ = read_header(Path(file))
             stored.update({name: entry[:2] for name, entry in tensors.items()})
+        if any(shape == MARK for _, shape in stored.values()):  # under whichever of these names, or an older one
+            keys = (parameter_name(*entry) for entry in self.quantization_config.modules.items())
+            keys = (re.escape(key.removeprefix(model.base_model_prefix + ".")) for key in keys)
+            model._keys_to_ignore_on_load_unexpected |= {rf"(^|\.){key}$" for key in keys}
         self.replaced: list[str] = []
         self.renamings: list[Any] | None = None
         self.renamed = False
@@ -302,6 +318,10 @@ class PrunellaQuantizer(HfQuantizer):
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
             model.tie_weights(recompute_mapping=False)
         return model
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = PrunellaConfig  # in place of what prunella_hook put there
+AUTO_QUANTIZER_MAPPING[METHOD] = PrunellaQuantizer
 
 
 def _check_stored(
