@@ -16,8 +16,8 @@ from rich.table import Table
 
 from prunella.calibrate import windows
 from prunella.cells import Cell, Key, Rows, Sweep
-from prunella.load import load_model
 from prunella.heap import keep_freed_memory
+from prunella.load import load_model
 from prunella.recipe import Recipe
 from prunella.texts import same_text
 
