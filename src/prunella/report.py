@@ -232,13 +232,13 @@ def _perplexity(side: Mapping[str, Any]) -> str:
 def _perplexity_label(side: Mapping[str, Any]) -> str:
     if side.get("perplexity") is None:
         return "perplexity"
-    bos = f", {bos_words(side['bos'])}" if "bos" in side else ""  # older reports do not say
-    return f"perplexity ({Path(side['source']).name}, {side['windows']} windows of {side['length']}{bos})"
+    said = f"{Path(side['source']).name}, {side['windows']} windows of {side['length']}"
+    return f"perplexity ({', '.join(filter(None, (said, bos_words(side.get('bos')))))})"
 
 
-def bos_words(bos: bool) -> str:
-    """How the windows of a perplexity begin."""
-    return "each with BOS" if bos else "without BOS"
+def bos_words(bos: bool | None) -> str:
+    """How the windows of a perplexity begin; nothing where an older report does not say."""
+    return "" if bos is None else "each with BOS" if bos else "without BOS"
 
 
 def versions() -> dict[str, str]:

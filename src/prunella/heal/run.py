@@ -244,12 +244,14 @@ class _Run:
         slots = [slot for slot in slots_of(model) if slot.name in masks]
         if self.settings.way == "reconstruct":
             ids_NL, held_NL = self._calibration(model), None
+            check_windows(model, ids_NL)
             seen = fingerprint(ids_NL)
         else:
             ids_NL, held_NL = self._text(model)
-            seen = fingerprint(ids_NL if held_NL is None else torch.cat([ids_NL, held_NL]))
+            all_NL = ids_NL if held_NL is None else torch.cat([ids_NL, held_NL])
+            check_windows(model, all_NL)
+            seen = fingerprint(all_NL)
             ids_NL = _portion(ids_NL, self.portion)
-        check_windows(model, ids_NL)
         if self.said is not None:  # it may have been healed before
             seen = joined(seen, self.said.healing.get("fingerprint", ""))
         recipe = self.recipe.model_copy(update={"model": str(self.directory), "dtype": str(model.dtype)[6:]})
