@@ -60,9 +60,10 @@ def say(message: str) -> None:
     print(f"prunella: {message}", file=sys.stderr, flush=True)
 
 
-def kept(error: PrunellaError) -> None:
+def kept(error: PrunellaError, where: Path) -> None:
     """Let an error say, too, that the work before it is not lost."""
-    error.args = (f"{str(error).rstrip('.')}. What is done is kept: the same command with --resume goes on.",)
+    said = str(error).rstrip(".")
+    error.args = (f"{said}. What is done is kept in '{where}': the same command with --resume goes on.",)
 
 
 def disk_full(error: Exception) -> bool:

@@ -206,7 +206,7 @@ class _Run:
             if self.shop and not self.shop.resumed and not self._done():
                 self.shop.remove()
             elif self._done():
-                kept(error)
+                kept(error, partial_of(self.path))
             raise
         finally:
             if self.out:
