@@ -40,7 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
 TABLE = ("norms", "new biases", "mask-lora", "scale-lora", "lora-prune", "reconstruct", "all")
 WORKER = """
 import json, sys, prunella
-from prunella.native import keep_freed_memory
+from prunella.heap import keep_freed_memory
 keep_freed_memory()
 job = json.loads(sys.argv[1])
 report = prunella.heal(job["source"], job["recipe"], output=job["output"])

@@ -17,7 +17,7 @@ from rich.table import Table
 from prunella.calibrate import windows
 from prunella.cells import Cell, Key, Rows, Sweep
 from prunella.load import load_model
-from prunella.native import keep_freed_memory
+from prunella.heap import keep_freed_memory
 from prunella.recipe import Recipe
 
 CELLS: dict[str, dict[str, Any]] = {

@@ -3,21 +3,31 @@ import os
 # Before anything imports the hub's client: no test touches the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# One thread each: tests run side by side, and the models are too small to share out. What they start inherits it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import accelerator
 import pytest
 import tiny
 import torch
 import transformers
 
-from prunella import cli
+import prunella.heal  # noqa: F401  (registers every step: tests are parametrized over the registries)
+from prunella import cli, registry
+from prunella.allocate import allocations
+from prunella.heal import groups
 
 transformers.logging.set_verbosity_error()
+torch.set_num_threads(1)  # whatever had imported torch before
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined anywhere
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,6 +37,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRUNELLA_CACHE", str(path))
         yield path
+
+
+@pytest.fixture(autouse=True)
+def registries() -> Iterator[None]:
+    """What a test registers is gone afterwards."""
+    before = [(known, dict(known)) for known in (registry.steps, allocations, groups)]
+    yield
+    for known, methods in before:
+        known.clear()
+        known.update(methods)
 
 
 @pytest.fixture
@@ -41,6 +61,22 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.build("llama", num_hidden_layers=3, max_position_embeddings=128).save_pretrained(path, max_shard_size="60KB")
     tiny.write_tokenizer(path)
     assert len(list(path.glob("*.safetensors"))) > 2
+    return path
+
+
+@pytest.fixture
+def sim() -> Iterator[torch.device]:
+    """A device that is not the CPU, simulated."""
+    with accelerator.plugged_in() as device:
+        yield device
+
+
+@pytest.fixture(scope="session")
+def bos(llama: Path) -> Path:
+    """That model with a tokenizer that puts a BOS, token 1, before a text. Read only."""
+    path = llama.with_name("bos")
+    shutil.copytree(llama, path)
+    tiny.write_tokenizer(path, bos=True)
     return path
 
 
@@ -59,6 +95,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["prunella", *map(str, arguments)])
+        monkeypatch.setattr(cli.console, "EVERY", float("inf"))  # no lines of progress, however slow the machine
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             cli.main()

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 import prunella
+from prunella.layers import find_layers
 from prunella.load import Model, wrap_model
-from prunella.stream import find_layers
 
 SETTINGS: dict[str, Any] = {
     "calibration": {"samples": 4, "length": 32},

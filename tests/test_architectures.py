@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import shutil
 from dataclasses import dataclass
@@ -16,14 +17,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import prunella
+from prunella.layers import Slot, find_layers
 from prunella.load import load_model, read_header, wrap_model
-from prunella.stream import Slot, Stream, find_layers
+from prunella.stream import Stream
 
 RECIPES = {
     "unstructured": {"steps": ["sparsegpt"], "order": "layer"},
     "2:4": {"steps": ["wanda"], "order": "block", "pattern": "2:4"},
 }
 DTYPES = {"unstructured": torch.float32, "2:4": torch.bfloat16}
+QUICK = [f"{architecture}-{pattern}" for architecture, pattern in zip(tiny.QUICK, itertools.cycle(RECIPES))]
 
 
 def slots_of(network: Any) -> dict[str, Slot]:
@@ -51,9 +54,9 @@ class Run:
         return AutoModelForCausalLM.from_pretrained(self.source, dtype="auto")
 
 
-@pytest.fixture(scope="module", params=[(a, p) for a in tiny.ARCHITECTURES for p in RECIPES], ids="-".join)
+@pytest.fixture(scope="module", params=tiny.at_length([f"{a}-{p}" for a in tiny.ARCHITECTURES for p in RECIPES], QUICK))
 def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    architecture, pattern = request.param
+    architecture, _, pattern = request.param.partition("-")
     directory = tmp_path_factory.mktemp(architecture)
     source, output = directory / "dense", directory / "pruned"
     network = tiny.build(architecture, dtype=DTYPES[pattern])

@@ -1,18 +1,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 import prunella
 from prunella import InputError, Model, load_model, read_masks
-from prunella.calibrate import all_windows, documents, sample_self, windows
+from prunella.calibrate import all_windows, check_windows, positions, sample_self, up_to, windows, with_bos
 from prunella.load import wrap_model
 from prunella.measure import held_out_windows
 from prunella.recipe import Recipe
@@ -94,46 +93,6 @@ def test_windows_longer_than_the_context_are_refused(model: Model) -> None:
     assert windows(model, "pydoc", 1, 128).shape == (1, 128)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b"", "is empty"),
-        ("a.txt", b" \n\t\n", "is empty"),
-        ("a.jsonl", b"\n\n", "is empty"),
-        ("a.txt", b"fine until \xff\xfe here", r"is not UTF-8 text \(byte 11\)"),
-        ("a.jsonl", b'{"text": "\xff"}', "is not UTF-8 text"),
-        ("a.jsonl", b'{"text": "one"}\n\n{"text": \n', "line 3: not a JSON object with a 'text' field"),
-        ("a.jsonl", b'{"text": "one"}\n{"txt": "two"}\n', "line 2: not a JSON object with a 'text' field"),
-        ("a.jsonl", b'["text"]\n', "line 1: not a JSON object with a 'text' field"),
-        ("a.jsonl", b'{"text": 3}\n', "line 1: 'text' is not a string"),
-    ],
-)
-def test_a_file_that_cannot_be_used_is_named_with_the_place(
-    model: Model, tmp_path: Path, name: str, content: bytes, message: str
-) -> None:
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=message) as error:
-        windows(model, str(path), 1, 8)
-    assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("nowhere.txt", "text file 'nowhere.txt' does not exist"),
-        ("nowhere.jsonl", "text file 'nowhere.jsonl' does not exist"),
-        ("wikitext", "unknown text 'wikitext'. Did you mean 'wikitext2'"),
-        ("notes.md", "unknown text 'notes.md'"),
-        ("", "unknown text ''"),
-    ],
-)
-def test_an_unknown_source_is_named(model: Model, source: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        windows(model, source, 1, 8)
-
-
 def test_a_model_without_a_tokenizer_says_so() -> None:
     model = wrap_model(tiny.build())
     for call in (lambda: windows(model, "pydoc", 1, 8), lambda: all_windows(model, "pydoc", 8)):
@@ -142,58 +101,105 @@ def test_a_model_without_a_tokenizer_says_so() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Data sets of the hub
+# The BOS
 
 
-@pytest.mark.parametrize(
-    ("source", "arguments"),
-    [
-        ("c4", ("allenai/c4", "en", "train")),
-        ("wikitext2", ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")),
-        ("hf:some/set", ("some/set", None, "train")),
-        ("hf:some/set:small", ("some/set", "small", "train")),
-        ("hf:some/set:small:dev", ("some/set", "small", "dev")),
-        ("hf:some/set::dev", ("some/set", None, "dev")),
-    ],
-)
-def test_a_data_set_is_asked_for_by_name_config_and_split_and_says_so(
-    source: str, arguments: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    datasets = pytest.importorskip("datasets")
-    asked: list[Any] = []
-
-    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> Iterator[dict[str, str]]:
-        asked.append((name, config, split))
-        assert streaming
-        return iter([{"text": "one"}, {"text": "two"}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert list(documents(source)) == ["one", "two"]
-    assert asked == [arguments]
-    assert arguments[0] in capsys.readouterr().err
+def test_every_window_begins_with_the_bos_that_the_tokenizer_puts_before_a_text(bos: Path, model: Model) -> None:
+    """And the text goes on behind it: no token of it is lost, none stands twice."""
+    found = windows(load_model(str(bos)), "pydoc", 5, 32)
+    assert found[:, 0].tolist() == [1] * 5
+    assert found[:, 1:].flatten().tolist() == windows(model, "pydoc", 5, 31).flatten().tolist()
 
 
-def test_a_local_data_set_is_read_like_one_of_the_hub(model: Model, jsonl: Path, txt: Path) -> None:
-    pytest.importorskip("datasets")
-    directory = jsonl.parent / "set"
-    directory.mkdir()
-    jsonl.rename(directory / "train.jsonl")
-    found = windows(model, f"hf:{directory}", 7, 16)
-    assert torch.equal(found, windows(model, str(txt), 7, 16))
+def test_without_bos_and_with_a_tokenizer_that_puts_none_windows_are_text_alone(bos: Path, model: Model) -> None:
+    expected = windows(model, "pydoc", 5, 32)
+    assert torch.equal(windows(load_model(str(bos)), "pydoc", 5, 32, bos=False), expected)
+    assert torch.equal(windows(model, "pydoc", 5, 32, bos=False), expected)
 
 
-def test_a_data_set_that_cannot_be_had_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
+def test_windows_with_bos_follow_each_other(bos: Path, txt: Path) -> None:
+    model = load_model(str(bos))
+    every = all_windows(model, str(txt), 16)
+    assert torch.equal(windows(model, str(txt), len(every) - 3, 16, skip=3), every[3:])
+    assert torch.equal(up_to(model, str(txt), 10**6, 16), every)
+    with pytest.raises(InputError, match=rf"but {len(every) + 1} windows of 16 take {15 * (len(every) + 1):,}\."):
+        windows(model, str(txt), len(every) + 1, 16)
 
-    def fail(*_: Any, **__: Any) -> Any:
-        raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(InputError, match=r"data set 'some/set' cannot be read: no route$"):
-        list(documents("hf:some/set"))
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([{"body": "x"}]))
-    with pytest.raises(InputError, match="data set 'some/set' has no 'text' column"):
-        list(documents("hf:some/set"))
+def test_all_that_the_tokenizer_puts_before_a_text_counts_and_what_it_puts_behind_does_not(bos: Path) -> None:
+    model = load_model(str(bos))
+    model.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<pad> <s> $A </s>", special_tokens=[("<pad>", 0), ("<s>", 1), ("</s>", 2)]
+    )
+    found = windows(model, "pydoc", 4, 16)
+    assert found[:, :2].tolist() == [[0, 1]] * 4
+    assert found[:, 2:].flatten().tolist() == windows(model, "pydoc", 4, 14, bos=False).flatten().tolist()
+    assert with_bos(model, found)
+    with pytest.raises(InputError, match="windows of 2 tokens have no room for text"):
+        windows(model, "pydoc", 4, 2)
+
+
+def test_whether_windows_begin_with_bos_is_read_from_them(bos: Path, model: Model) -> None:
+    opened = load_model(str(bos))
+    assert with_bos(opened, windows(opened, "pydoc", 3, 16))
+    assert not with_bos(opened, windows(opened, "pydoc", 3, 16, bos=False))
+    assert not with_bos(model, windows(model, "pydoc", 3, 16))
+    assert not with_bos(wrap_model(tiny.build()), tiny.token_windows())
+
+
+@pytest.mark.parametrize("length", [16, 24, 50])
+def test_evaluation_with_bos_sees_no_calibrated_text_and_little_is_left_out(bos: Path, txt: Path, length: int) -> None:
+    model = load_model(str(bos))
+    recipe = Recipe.of(
+        {
+            "calibration": {"source": str(txt), "samples": 5, "length": 32},
+            "evaluate": {"source": str(txt), "windows": 3, "length": length},
+        }
+    )
+    held_out = held_out_windows(model, recipe, 5 * 32)
+    assert held_out is not None
+    assert held_out[:, 0].tolist() == [1] * 3
+    text = ids_of(load_model(str(bos.with_name("llama"))), "\n\n".join(TEXTS))
+    flat = held_out[:, 1:].flatten().tolist()
+    start = next(i for i in range(len(text)) if text[i : i + len(flat)] == flat)
+    assert 5 * 31 <= start <= 5 * 32 + length
+
+
+def test_pruning_calibrates_and_measures_with_bos_unless_told_otherwise(bos: Path, tmp_path: Path) -> None:
+    masks = []
+    for name, more in (("with", {}), ("without", {"bos": False})):
+        recipe = {"steps": ["wanda"], "calibration": {"samples": 4, "length": 16}, "evaluate": {"windows": 2}, **more}
+        report = prunella.prune(bos, recipe, output=tmp_path / name)
+        assert report.dense["bos"] == report.pruned["bos"] == (name == "with")
+        assert f"2 windows of 128, {'each with' if name == 'with' else 'without'} BOS" in report.rows()[0][0]
+        masks.append(read_masks(tmp_path / name))
+    assert any(not torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tokens and positions that the model lacks
+
+
+def test_token_ids_that_the_model_lacks_are_refused_by_whatever_reads_them(ids: Tensor) -> None:
+    model = wrap_model(tiny.build())
+    for wrong in (tiny.VOCABULARY, -1):
+        ids[2, 5] = wrong
+        for call in (check_windows, prunella.perplexity):
+            with pytest.raises(InputError, match=f"token {wrong} lies outside the model's vocabulary of 320"):
+                call(model, ids)
+
+
+@pytest.mark.parametrize(("architecture", "learned"), [("gpt2", 64), ("opt", 64), ("llama", None), ("bloom", None)])
+def test_positions_that_are_learned_are_told_from_others(architecture: str, learned: int | None) -> None:
+    model = wrap_model(tiny.build(architecture))
+    assert positions(model) == learned
+    longer = tiny.token_windows(1, 65)
+    if learned is None:
+        check_windows(model, longer)
+    else:
+        with pytest.raises(InputError, match="65 tokens are longer than the 64 positions that the model has learned"):
+            check_windows(model, longer)
+        check_windows(model, longer[:, 1:])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -227,6 +233,13 @@ def test_self_depends_on_the_seed_and_on_nothing_else(model: Model, fresh_cache:
         path.unlink()
     torch.rand(7)
     assert torch.equal(sample_self(model, 3, 12, seed=0), first)
+
+
+def test_self_begins_with_no_bos_if_there_is_to_be_none(bos: Path, fresh_cache: Path) -> None:
+    model = load_model(str(bos))
+    plain = windows(model, "self", 16, 8, bos=False)
+    assert len(set(plain[:, 0].tolist())) > 1
+    assert windows(model, "self", 16, 8)[:, 0].tolist() == [1] * 16
 
 
 def test_more_windows_of_self_begin_with_the_same_ones(model: Model, fresh_cache: Path) -> None:

@@ -438,3 +438,15 @@ def test_layers_that_stay_dense_do_so_under_every_pattern() -> None:
     cells = cells_of({"sparsity": {"down_proj": 0, "up_proj": 0.3}}, {"pattern": ["2:4", "unstructured"]})
     assert [cell.recipe["sparsity"]["down_proj"] for cell in cells] == [0, 0]
     assert ["up_proj" in cell.recipe["sparsity"] for cell in cells] == [False, True]
+
+
+def test_packed_cells_are_measured_as_their_files_have_them(llama: Path, tmp_path: Path) -> None:
+    base = {**BASE, "steps": ["magnitude"], "format": "packed", "bits": 4}
+    results = sweep(str(llama), {**base, "grid": {"round_head": [False, True]}}, tmp_path / "out")
+    dense = results.rows[0]["perplexity"]["pydoc"]
+    for row, head in zip(results.done, (False, True), strict=True):
+        one = prunella.prune(str(llama), {**base, "round_head": head}, output=tmp_path / str(head))
+        packed = load_model(str(tmp_path / str(head)), packed=True)
+        held_out = windows(packed, "pydoc", 6, 32)[4:]  # after those of the calibration
+        assert row["perplexity"]["pydoc"] == prunella.perplexity(packed, held_out).perplexity != dense
+        assert row["size"] == one.pruned["bytes"]

@@ -155,7 +155,7 @@ def test_eval_measures_what_the_python_function_does(run: Run, llama: Path, tmp_
     assert everything["windows"] == len(ids) // 32
     shown = run("eval", llama, "--text", text, "--length", 32, "--windows", 3).out
     assert f"perplexity {expected.perplexity:.3f}" in shown
-    assert "3 windows of 32 tokens, float32" in shown
+    assert "3 windows of 32 tokens without BOS, float32" in shown
 
 
 def test_generate_continues_the_prompt_as_transformers_does(run: Run, llama: Path) -> None:
@@ -206,6 +206,35 @@ def test_methods_lists_every_step_and_allocation_with_its_options(run: Run) -> N
     assert sparsegpt["options"] == {"damping": 0.01, "tile": 128, "order": "natural"}
     shown = run("methods").out
     assert all(name in shown for name in (*steps, *allocations))
+
+
+@pytest.fixture
+def positioned(tmp_path: Path) -> Path:
+    """A tiny GPT-2, which has learned 16 positions and 64 tokens of the 320 that its tokenizer knows."""
+    tiny.build("gpt2", n_positions=16, max_position_embeddings=16, vocab_size=64).save_pretrained(tmp_path / "gpt2")
+    tiny.write_tokenizer(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+def test_generate_ends_where_the_learned_positions_do(run: Run, positioned: Path) -> None:
+    done = run("generate", positioned, "!!!!")  # 100 tokens, if there were room
+    assert done.code == 0, done.err
+
+
+def test_generate_refuses_a_prompt_that_the_model_has_no_positions_or_tokens_for(
+    refused: Run, positioned: Path
+) -> None:
+    said = refused("generate", positioned, "!" * 17)
+    assert "prompts of 17 tokens are longer than the 16 positions that the model has learned" in said
+    assert "lies outside the model's vocabulary of 64" in refused("generate", positioned, "Trees grow")
+
+
+def test_a_sample_of_text_is_left_out_where_the_model_cannot_read_its_prompt(run: Run, positioned: Path) -> None:
+    (positioned.parent / "a.txt").write_text("!" * 4000)
+    text = ("--calibration", positioned.parent / "a.txt", "--evaluate", positioned.parent / "a.txt")
+    done = run("prune", positioned, "-o", positioned.parent / "out", *text, "--samples", 2, "--windows", 1, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["pruned"]["sample"] is None
 
 
 @pytest.mark.parametrize("command", ["prune", "eval", "generate", "inspect", "methods"])
@@ -259,6 +288,11 @@ def prune(refused: Run, llama: Path, tmp_path: Path) -> Run:
         (("--sparsity", "1"), "sparsity 1 for layers '*' is out of range: 0 (dense) up to, not including, 1"),
         (("--sparsity=-0.1",), "sparsity -0.1 for layers '*' is out of range"),
         (("--sparsity", "down_proj=2"), "sparsity 2 for layers 'down_proj' is out of range"),
+        (("--sparsity", "50"), "sparsity 50 for layers '*' is out of range"),
+        (("--sparsity", "50"), "did you mean 0.5?"),
+        (("--sparsity", "50%"), "sparsity 50% for layers '*' is written as a share: did you mean 0.5?"),
+        (("--sparsity", "down_proj=62.5 %"), "did you mean 0.625?"),
+        (("--set", "sparsity=50%"), "did you mean 0.5?"),
         (("--sparsity", "much"), "recipe key 'sparsity.*'"),
         (("--sparsity", "nothing_like_it=0.5"), "'nothing_like_it' matches no layer"),
         (("--sparsity", "0"), "nothing is left to prune"),
@@ -523,6 +557,9 @@ def test_ctrl_c_leaves_a_run_that_resume_finishes(
         (("generate", "LLAMA", "x", "--temperature", -1), "--temperature"),
         (("inspect", "nothing"), "'nothing' is not a directory"),
         (("inspects", "nothing"), "inspects"),
+        (("sweep", "LLAMA", "-o", "out", "--sparsity", "50"), "did you mean 0.5?"),
+        (("sweep", "LLAMA", "-o", "out", "--sparsity", "50%"), "did you mean 0.5?"),
+        (("bench", "--random", "tiny", "--sparsity", "50%"), "did you mean 0.5?"),
         (("prune", "LLAMA"), "-o"),
         (("prune",), "MODEL"),
     ],

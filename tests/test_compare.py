@@ -28,7 +28,7 @@ def test_runs_stand_side_by_side_with_what_they_measured(pruned: list[Path]) -> 
     one, other = (Report.read(path) for path in pruned)
     assert rows["steps"] == ["", "magnitude", "wanda + update"]
     assert rows["calibration"] == ["", "pydoc, 4 x 32", "pydoc, 4 x 32"]
-    assert rows["perplexity (pydoc, 2 windows of 32)"] == [
+    assert rows["perplexity (pydoc, 2 windows of 32, without BOS)"] == [
         f"{one.dense['perplexity']:.2f}",
         f"{one.pruned['perplexity']:.2f}",
         f"{other.pruned['perplexity']:.2f}",
@@ -42,8 +42,8 @@ def test_what_was_measured_differently_is_not_put_into_one_row(pruned: list[Path
     changed = replace(other, dense={**other.dense, "windows": 3}, pruned={**other.pruned, "windows": 3})
     rows = Comparison(("a", "b"), (one, changed)).rows()
     by_name = {what: values for what, *values in rows}
-    assert by_name["perplexity (pydoc, 2 windows of 32)"][2] == ""
-    assert by_name["perplexity (pydoc, 3 windows of 32)"][1] == ""
+    assert by_name["perplexity (pydoc, 2 windows of 32, without BOS)"][2] == ""
+    assert by_name["perplexity (pydoc, 3 windows of 32, without BOS)"][1] == ""
     worse = replace(other, dense={**other.dense, "perplexity": 5.0})
     (row,) = (row for row in Comparison(("a", "b"), (one, worse)).rows() if row[0].startswith("perplexity"))
     assert row[1] == ""

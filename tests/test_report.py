@@ -67,7 +67,7 @@ def test_the_sparsity_of_the_whole_is_weighted_by_size(pruned: tuple[Path, Repor
 def test_the_table_puts_dense_beside_pruned(pruned: tuple[Path, Report]) -> None:
     _, report = pruned
     rows = {name: (dense, after) for name, dense, after in report.rows()}
-    assert rows["perplexity (pydoc, 2 windows of 32)"] == (
+    assert rows["perplexity (pydoc, 2 windows of 32, without BOS)"] == (
         f"{report.dense['perplexity']:.2f}",
         f"{report.pruned['perplexity']:.2f}",
     )

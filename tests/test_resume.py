@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from processes import CONTEXT
 from transformers import AutoModelForCausalLM
 
 import prunella
@@ -136,29 +135,27 @@ def test_killed_twice(order: str, expected: Any, llama: Path, tmp_path: Path, mo
     assert files_of(out) == expected[0]
 
 
+def _die_at_the_second_block(source: Path, out: Path, order: str) -> None:
+    write, done = Output.write, 0
+
+    def dying(self: Output, result: Any) -> None:
+        nonlocal done
+        if done == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(self, result)
+        done += 1
+
+    Output.write = dying  # type: ignore[method-assign]
+    prunella.prune(source, recipe_of(order), output=out)
+
+
 def test_killed_by_the_system(order: str, expected: Any, llama: Path, tmp_path: Path) -> None:
     """The real thing: SIGKILL, which nothing can clean up after."""
-    script = """
-        import os, signal, sys
-        import prunella
-        from prunella.save import Output
-        source, out, order = sys.argv[1:]
-        write, done = Output.write, 0
-        def dying(self, result):
-            global done
-            if done == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            write(self, result)
-            done += 1
-        Output.write = dying
-        recipe = {"steps": ["sparsegpt"], "order": order, "calibration": {"samples": 4, "length": 32},
-                  "evaluate": {"windows": 1}}
-        prunella.prune(source, recipe, output=out)
-    """
     out = tmp_path / "out"
-    command = [sys.executable, "-c", textwrap.dedent(script), str(llama), str(out), order]
-    killed = subprocess.run(command, capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = CONTEXT.Process(target=_die_at_the_second_block, args=(llama, out, order))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert not out.exists()
     report = prunella.prune(llama, recipe_of(order), output=out, resume=True)
     assert report.run["resumed_after_blocks"] == 1

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 import prunella
@@ -135,3 +136,56 @@ def test_the_command_line_always_says_how_many_windows(
     plain = json.loads(run("eval", pruned, "--windows", 3, "--length", 64, "--json").out)
     assert plain["windows"] == 3
     assert plain["texts"][0]["perplexity"] == plain["perplexity"]
+
+
+def test_every_figure_says_whether_windows_begin_with_bos(
+    run: Callable[..., Any], bos: Path, llama: Path, tmp_path: Path
+) -> None:
+    asked = ("eval", bos, "--windows", 3, "--length", 64)
+    done, without = run(*asked), run(*asked, "--no-bos")
+    assert "3 windows of 64 tokens each with BOS, float32" in done.out
+    assert "3 windows of 64 tokens without BOS, float32" in without.out
+    plain = score(str(llama), ["pydoc"], windows=3, length=64)
+    assert not plain["bos"]
+    assert score(str(bos), ["pydoc"], windows=3, length=64, bos=False)["nll"] == plain["nll"]
+    found = score(str(bos), ["pydoc"], windows=3, length=64)
+    assert found["bos"]
+    assert found["nll"] != plain["nll"]
+
+
+def test_bos_on_one_side_only_is_not_compared(bos: Path, llama: Path) -> None:
+    with pytest.raises(InputError, match="cut 'pydoc' into different tokens"):
+        score(str(bos), ["pydoc"], beside=str(llama), windows=2, length=32)
+    both = score(str(bos), ["pydoc"], beside=str(llama), windows=2, length=32, bos=False)
+    assert both["difference"]["difference"] == 0
+
+
+def test_text_that_a_model_was_healed_on_is_warned_of(pruned: Path, tmp_path: Path) -> None:
+    text = tmp_path / "healing.txt"
+    text.write_text("".join(f"Branch {i} has {i * i % 977} leaves, and {i * 31 % 997} buds.\n" for i in range(400)))
+    heal = {"train": ["norms"], "text": [str(text)], "tokens": 1024, "length": 64, "batch": 4, "held_out": 2}
+    recipe = {"heal": heal, "evaluate": {"source": None}}
+    prunella.heal(pruned, recipe, output=tmp_path / "healed")
+    options: dict[str, Any] = {"windows": 16, "length": 64}
+    assert not score(str(pruned), [str(text)], **options)["warnings"]
+    found = score(str(tmp_path / "healed"), [str(text)], **options)
+    assert found["overlap"] > 0.5
+    assert "was calibrated or healed on" in found["warnings"][0]
+    assert score(str(tmp_path / "healed"), ["pydoc"], windows=8, length=64)["overlap"] == 1
+    # and so are those that come of it: healed on something else, pruned once more
+    again = {**heal, "text": ["pydoc"], "tokens": 256}
+    prunella.heal(tmp_path / "healed", {**recipe, "heal": again}, output=tmp_path / "twice")
+    prunella.prune(tmp_path / "healed", {**SHORT, "sparsity": 0.7}, output=tmp_path / "sparser")
+    for name in ("twice", "sparser"):
+        assert score(str(tmp_path / name), [str(text)], **options)["overlap"] > 0.5
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_before_anything_is_measured(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.build("llama", vocab_size=64, max_position_embeddings=128).save_pretrained(tmp_path / "small")
+    tiny.write_tokenizer(tmp_path / "small")
+    (tmp_path / "a.txt").write_text("!!!!" * 500)  # tokens of the small vocabulary alone
+    monkeypatch.setattr("prunella.score.perplexity", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(InputError, match=r"token \d+ lies outside the model's vocabulary of 64"):
+        score(str(tmp_path / "small"), [str(tmp_path / "a.txt"), "pydoc"], windows=2, length=32)

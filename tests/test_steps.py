@@ -30,11 +30,13 @@ def toy_block(
     sparsity: float = 0.5,
     dtype: torch.dtype = torch.float32,
     windows: int = 4,
+    device: str | torch.device = "cpu",
 ) -> Block:
     """A block of two layers, with the statistics that the step declares and no others."""
     torch.manual_seed(0)
     dense = {"toy.up": torch.randn(64, 32).to(dtype) / 6, "toy.down": torch.randn(32, 64).to(dtype) / 8}
-    inputs_NLD = (torch.randn(windows, 40, 32) * (0.2 + torch.rand(32))).to(dtype)
+    dense = {name: weight_OI.to(device) for name, weight_OI in dense.items()}
+    inputs_NLD = (torch.randn(windows, 40, 32) * (0.2 + torch.rand(32))).to(device, dtype)
 
     def run(weights: Mapping[str, Tensor], n: int) -> Tensor:
         used = dense | dict(weights)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 import prunella
 from prunella import InputError, Layer, NumericalError, Pattern, keep, make, register
+from prunella.layers import find_layers, matches
 from prunella.load import wrap_model
 from prunella.pattern import unpack
 from prunella.registry import steps
-from prunella.stream import Stream, Target, find_layers, matches, pick_order, through
+from prunella.stream import Stream, Target, pick_order, through
 
 
 def targets_of(model: prunella.Model, index: int, sparsity: float = 0.5) -> list[Target]:

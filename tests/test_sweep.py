@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +30,58 @@ def problem(rows: int, columns: int) -> tuple[Tensor, InverseFactor, Tensor]:
     return torch.randn(rows, columns, generator=generator), factor, hessian_II
 
 
+def check_tile(
+    before_OB: Tensor,
+    given_OB: Tensor,
+    upper_BB: Tensor,
+    pattern: Pattern | None,
+    scale_O: Tensor | None,
+    bits: int | None,
+    w_OB: Tensor,
+    mask_OB: Tensor,
+    errors_BO: Tensor,
+) -> None:
+    """Every value follows, by the sweep's definition in float64, from the errors that the tile itself made before it.
+
+    Two sweeps need not agree: where a value lies in the middle between two of the grid, or two scores are the same up
+    to rounding, either choice is right, and all that follows in its row is then another.
+    """
+    before_OB, upper_BB, w_OB, errors_BO = (t.double() for t in (before_OB, upper_BB, w_OB, errors_BO))
+    diagonal_B, near = upper_BB.diagonal(), 1e-5 + 1e-5 * float(before_OB.abs().max())
+    reached_OB = before_OB - errors_BO.T @ upper_BB.triu(1)
+    if pattern is None:
+        assert torch.equal(mask_OB, given_OB)
+    else:
+        for start in range(0, len(upper_BB), pattern.second):
+            group = slice(start, start + pattern.second)
+            then_OM = before_OB[:, group] - errors_BO[:start].T @ upper_BB[:start, group]
+            score_OM, kept_OM = (then_OM / diagonal_B[group]).abs(), mask_OB[:, group]
+            assert (kept_OM.sum(1) == pattern.first).all()
+            least_O = score_OM.masked_fill(~kept_OM, torch.inf).amin(1)
+            assert (score_OM.masked_fill(kept_OM, 0).amax(1) <= least_O + near / diagonal_B.min()).all()
+    assert not w_OB[~mask_OB].any()
+    if scale_O is None or bits is None:
+        torch.testing.assert_close(w_OB, reached_OB * mask_OB, rtol=0, atol=near)
+    else:
+        scale_O1 = scale_O.double()[:, None].clamp(min=1e-38)  # of a row of zeros
+        code_OB = (w_OB / scale_O1).round()
+        torch.testing.assert_close(w_OB, code_OB * scale_O1, rtol=1e-6, atol=0)
+        assert code_OB.abs().max() <= limit(bits)
+        inside_OB = reached_OB.clamp(-limit(bits) * scale_O1, limit(bits) * scale_O1)
+        assert ((w_OB - inside_OB).abs() <= scale_O1 / 2 + near)[mask_OB].all()
+    torch.testing.assert_close(errors_BO.T * diagonal_B, reached_OB - w_OB, rtol=0, atol=near)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(params=[0, 1, 2], ids=["any", "avx2", "avx512"])
 def compiled(request: pytest.FixtureRequest) -> Iterator[None]:
     kernels = library()
@@ -43,7 +97,9 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("bits", [None, 8, 4, 3])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1:4", "2:3", "7:12"])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 12), (16, 24), (37, 60), (64, 132)])
-def test_compiled_tiles_are_those_of_torch(rows: int, columns: int, pattern: str, bits: int | None) -> None:
+def test_tiles_in_c_and_in_torch_are_what_their_definition_says(
+    rows: int, columns: int, pattern: str, bits: int | None
+) -> None:
     chosen = None if pattern == "unstructured" else Pattern.parse(pattern)
     if chosen is not None and columns % chosen.columns:
         return
@@ -52,41 +108,48 @@ def test_compiled_tiles_are_those_of_torch(rows: int, columns: int, pattern: str
     if scale_O is not None:
         scale_O[0] = 0  # a row whose kept weights were all zero
     mask_OI = torch.rand(rows, columns + 5) > 0.5
-    results = []
     for tile in (plain_tile, sweep_tile):
         w_OI, m_OI = whole_OI.clone(), mask_OI.clone()
         at = slice(3, 3 + columns)
-        errors_BO = tile(w_OI[:, at], factor.upper_II[at, at], m_OI[:, at], chosen, scale_O, bits)
-        results.append((w_OI, m_OI, errors_BO))
-    (plain_OI, plain_mask_OI, plain_errors_BO), (found_OI, found_mask_OI, errors_BO) = results
-    assert torch.equal(found_mask_OI, plain_mask_OI)
-    torch.testing.assert_close(found_OI, plain_OI, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(errors_BO, plain_errors_BO, rtol=1e-3, atol=1e-4)
-    assert torch.equal(found_OI[:, :3], whole_OI[:, :3])
-    assert torch.equal(found_OI[:, 3 + columns :], whole_OI[:, 3 + columns :])
+        upper_BB = factor.upper_II[at, at]
+        errors_BO = tile(w_OI[:, at], upper_BB, m_OI[:, at], chosen, scale_O, bits)
+        check_tile(
+            whole_OI[:, at], mask_OI[:, at], upper_BB, chosen, scale_O, bits, w_OI[:, at], m_OI[:, at], errors_BO
+        )
+        for after_OI, before_OI in ((w_OI, whole_OI), (m_OI, mask_OI)):
+            assert torch.equal(after_OI[:, :3], before_OI[:, :3])
+            assert torch.equal(after_OI[:, 3 + columns :], before_OI[:, 3 + columns :])
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4x1"])
-def test_compiled_sweeps_choose_the_masks_of_torch(
-    pattern: str, bits: int | None, threads: int, monkeypatch: pytest.MonkeyPatch
+def test_every_tile_of_a_sweep_is_what_its_definition_says_whatever_the_threads(
+    pattern: str, bits: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight_OI, factor, _ = problem(96, 200)
-    shape, before = Pattern.parse(pattern), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        found_OI, mask_OI, grid = sweep.sweep(weight_OI, factor, None, 0.6, shape, tile=48, bits=bits, group=128)
-    finally:
-        torch.set_num_threads(before)
-    monkeypatch.setattr(sweep, "tiles", {})
-    plain_OI, plain_mask_OI, plain_grid = sweep.sweep(
-        weight_OI, factor, None, 0.6, shape, tile=48, bits=bits, group=128
-    )
-    assert torch.equal(mask_OI, plain_mask_OI)
-    torch.testing.assert_close(found_OI, plain_OI, rtol=1e-3, atol=1e-4)
-    if grid is not None and plain_grid is not None:
-        assert torch.equal(grid.scale_OG, plain_grid.scale_OG)
+    widths: list[int] = []
+
+    def tile(w_OB: Tensor, upper_BB: Tensor, mask_OB: Tensor, *rest: Any) -> Tensor:
+        one_OB, chosen_OB = w_OB.clone(), mask_OB.clone()
+        with threads(1):
+            alone_BO = sweep_tile(one_OB, upper_BB, chosen_OB, *rest)
+        before_OB, given_OB = w_OB.clone(), mask_OB.clone()
+        with threads(2):
+            errors_BO = sweep_tile(w_OB, upper_BB, mask_OB, *rest)
+        check_tile(before_OB, given_OB, upper_BB, *rest, w_OB, mask_OB, errors_BO)
+        for two, one in ((w_OB, one_OB), (mask_OB, chosen_OB), (errors_BO, alone_BO)):
+            assert torch.equal(two, one)  # rows are dealt out whole
+        widths.append(w_OB.shape[1])
+        return errors_BO
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "sweep_tile", tile)
+        found_OI, mask_OI, grid = sweep.sweep(
+            weight_OI, factor, None, 0.6, Pattern.parse(pattern), tile=48, bits=bits, group=128
+        )
+    assert widths == ([48, 48, 48, 48, 8] if bits is None else [48, 48, 32, 48, 24])
+    assert not found_OI[~mask_OI].any()
+    assert (grid is None) == (bits is None)
 
 
 @pytest.mark.parametrize("bits", [None, 8, 3])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -83,6 +86,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next", "deepseek_v3", "granitemoe")
+# One of each kind: plain, transposed weights, fused projections, sliding windows and norms of its own, a recurrence,
+# experts.
+QUICK = ("llama", "gpt2", "phi3", "gemma3_text", "mamba", "qwen3_moe")
+
+
+def at_length(names: Iterable[str], quick: Iterable[str] = QUICK) -> list[Any]:
+    """Names as a test's parameters; those that are not quick are slow."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 
 def build(architecture: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
@@ -105,11 +116,12 @@ def token_windows(count: int = 5, length: int = 32, seed: int = 1) -> Tensor:
     return torch.randint(3, VOCABULARY, (count, length), generator=generator)
 
 
-def write_tokenizer(directory: Path) -> None:
-    """Train a byte-level tokenizer on Python's own documentation and save it, chat template and all."""
+def write_tokenizer(directory: Path, *, bos: bool = False) -> None:
+    """Train a byte-level tokenizer on Python's own documentation and save it, chat template and all. It knows a BOS,
+    and puts it before a text if `bos`."""
     from pydoc_data.topics import topics
 
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -122,6 +134,8 @@ def write_tokenizer(directory: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator([topics[key] for key in sorted(topics)[:20]], trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -130,3 +144,58 @@ def write_tokenizer(directory: Path) -> None:
         chat_template="{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:",
     )
     fast.save_pretrained(directory)
+
+
+def write_gguf(path: Path, source: Path, dtype: str = "float32", more: Callable[[Any], object] | None = None) -> None:
+    """A tiny LLaMA as a GGUF file, as llama.cpp's converter writes it; `more` adds to what the writer holds."""
+    from gguf import GGUFWriter
+
+    network = AutoModelForCausalLM.from_pretrained(source)
+    config, weights = network.config, network.state_dict()
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    tokenizer = json.loads((source / "tokenizer.json").read_text())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(sorted(tokenizer["vocab"], key=tokenizer["vocab"].get))
+    writer.add_token_types([3 if i < 3 else 1 for i in range(len(tokenizer["vocab"]))])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    short = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    for name, tensor in weights.items():
+        name = name.removesuffix(".weight")
+        if name.startswith("model.layers."):
+            _, _, number, rest = name.split(".", 3)
+            heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
+            if rest in heads:  # llama.cpp stores rotary pairs side by side
+                tensor = tensor.view(heads[rest], 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
+            name = f"blk.{number}.{short[rest]}"
+        else:
+            name = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}[name]
+        kind = torch.float32 if tensor.ndim == 1 else getattr(torch, dtype)
+        writer.add_tensor(f"{name}.weight", tensor.to(kind).numpy())
+    if more is not None:
+        more(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

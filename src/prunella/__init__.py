@@ -2,25 +2,31 @@
 
 >>> import prunella
 >>> report = prunella.prune("smollm2-135m", {"steps": ["wanda"]}, output="pruned")  # doctest: +SKIP
+
+Everything is imported when it is first asked for, so that the command line can explain itself without torch.
 """
 
-__version__ = "0.1.0.dev0"
+import importlib as _importlib
+import sys as _sys
+import types as _types
+import typing as _typing
 
 from . import sparse as _sparse  # registers the packed format with transformers
-from . import steps as _steps  # registers the built-in methods
-from .errors import InputError, ModelError, NumericalError, PrunellaError, StatisticError
-from .evaluate import Perplexity, perplexity
-from .heal.run import heal
-from .load import Model, find_directory, load_model, wrap_model
-from .pattern import keep
-from .prune import prune
-from .recipe import Recipe
-from .registry import Step, make, register
-from .report import Report
-from .tensors import read_masks
-from .types import Block, Layer, Pattern, Stats
 
-del _sparse, _steps
+if _typing.TYPE_CHECKING:
+    from .errors import InputError, ModelError, NumericalError, PrunellaError, StatisticError
+    from .evaluate import Perplexity, perplexity
+    from .heal.run import heal
+    from .load import Model, find_directory, load_model, wrap_model
+    from .pattern import keep
+    from .prune import prune
+    from .recipe import Recipe
+    from .registry import Step, make, register
+    from .report import Report
+    from .tensors import read_masks
+    from .types import Block, Layer, Pattern, Stats
+
+__version__ = "0.1.0.dev0"
 
 __all__ = [
     "Block",
@@ -48,3 +54,48 @@ __all__ = [
     "register",
     "wrap_model",
 ]
+
+_HOMES = {
+    "errors": ("InputError", "ModelError", "NumericalError", "PrunellaError", "StatisticError"),
+    "evaluate": ("Perplexity", "perplexity"),
+    "heal.run": ("heal",),
+    "load": ("Model", "find_directory", "load_model", "wrap_model"),
+    "pattern": ("keep",),
+    "prune": ("prune",),
+    "recipe": ("Recipe",),
+    "registry": ("Step", "make", "register"),
+    "report": ("Report",),
+    "tensors": ("read_masks",),
+    "types": ("Block", "Layer", "Pattern", "Stats"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+class _Package(_types.ModuleType):
+    """This package: a public name, or a module, is imported when it is first asked for."""
+
+    def __getattr__(self, name: str) -> _typing.Any:
+        if name in _HOME:
+            value = getattr(_importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+            vars(self)[name] = value
+            return value
+        if not name.startswith("_"):
+            try:
+                return _importlib.import_module(f"{__name__}.{name}")
+            except ModuleNotFoundError as error:
+                if error.name != f"{__name__}.{name}":
+                    raise
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # Importing the modules `prune` and `heal` would put them in the place of the functions of these names.
+        if not (name in _HOME and isinstance(value, _types.ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*vars(self), *__all__})
+
+
+_sys.modules[__name__].__class__ = _Package
+
+del _sparse

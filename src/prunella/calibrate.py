@@ -1,14 +1,8 @@
 """From a text to windows of tokens.
 
-A source is one of
-
-    notes.txt, corpus.jsonl      a file (`text` field in JSON lines, one document a line)
-    hf:DATASET[:CONFIG[:SPLIT]]  a data set of the hub, its `text` column
-    c4, wikitext2                two of them by their usual names
-    pydoc                        the documentation inside every Python; no network
-    self                         text that the dense model samples itself
-
-Documents are joined by an empty line, the text is tokenized once and cut into consecutive windows.
+The documents of a source (`prunella.texts`) are joined by an empty line, the text is tokenized once and cut into
+consecutive windows. Where the model's tokenizer puts a BOS before a text, each window begins with one: a model that was
+never without it in training is thrown off by text that lacks it. `self` is text that the dense model samples itself.
 """
 
 from __future__ import annotations
@@ -16,54 +10,117 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from .errors import InputError, first_line, say, unknown
-from .load import cache_directory
+from .errors import InputError, say
+from .load import cache_directory, fork_random
+from .texts import Split, documents, endless, lead
 
 if TYPE_CHECKING:
     from .load import Model
 
-NAMED = {
-    "c4": ("allenai/c4", "en", "train"),
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
-}
+MANY = 256  # windows of a data set that is too long to be evaluated as a whole
 
 
-def windows(model: Model, source: str, count: int, length: int, *, skip: int = 0, seed: int = 0) -> Tensor:
+def context(model: Model) -> int:
+    """The longest window that the model takes, in tokens."""
+    return getattr(model.network.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
+def windows(
+    model: Model,
+    source: str,
+    count: int,
+    length: int,
+    *,
+    skip: int = 0,
+    seed: int = 0,
+    bos: bool = True,
+    split: Split = "train",
+) -> Tensor:
     """`count` consecutive windows of `length` tokens, (N, L) int64, after the first `skip` windows.
 
-    Raises InputError if the source is unknown, unreadable, or too short; the error says how many tokens
-    there are.
+    Args:
+        seed: of `self`.
+        bos: each begins with what the tokenizer puts before a text, if anything; else none does.
+        split: what a data set that goes by its usual name is wanted for.
+
+    Raises InputError if the source is unknown, unreadable, or too short; the error says how many tokens there are.
     """
-    if count < 1 or length < 2:
-        raise InputError(f"{count} windows of {length} tokens: at least 1 window of 2 tokens is needed.")
-    limit = getattr(model.network.config, "max_position_embeddings", None) or length
-    if length > limit:
-        raise InputError(f"windows of {length} tokens are longer than the model's context of {limit}.")
-    needed = (skip + count) * length
-    if source == "self":
-        return sample_self(model, skip + count, length, seed)[skip:]
-    if model.tokenizer is None:
-        raise InputError(f"model '{model.name}' has no tokenizer, so the text of '{source}' cannot be used.")
-    ids = _tokenize(model.tokenizer, documents(source), needed)
-    if len(ids) < needed:
+    found, tokens = _cut(model, source, skip + count if count > 0 else count, length, seed, bos, split)
+    if len(found) < skip + count:
+        needed = (skip + count) * text_tokens(model, length, bos)
         raise InputError(
-            f"'{source}' holds {len(ids):,} tokens, but {skip + count} windows of {length} take {needed:,}"
+            f"'{source}' holds {tokens:,} tokens, but {skip + count} windows of {length} take {needed:,}"
             + (f" ({skip} of them held out for calibration)" if skip else "")
             + ". Ask for fewer (--samples, --windows) or shorter (--length) windows, or give a longer text."
         )
-    return torch.tensor(ids[skip * length : needed]).view(count, length)
+    return found[skip:]
+
+
+def all_windows(model: Model, source: str, length: int, *, bos: bool = True, split: Split = "train") -> Tensor:
+    """The whole source in windows of `length` tokens, (N, L); what is left over at the end is dropped. Of a data set
+    of the hub that may have no end in sight, the first 256."""
+    if source == "self":
+        raise InputError("the text that a model writes itself has no end: say how many windows (--windows).")
+    found, _ = _cut(model, source, MANY if endless(source) else None, length, 0, bos, split)
+    return found if len(found) else windows(model, source, 1, length, bos=bos, split=split)  # says what is missing
+
+
+def up_to(model: Model, source: str, count: int, length: int, seed: int = 0, *, bos: bool = True) -> Tensor:
+    """The first `count` windows of `length` tokens, (N, L), or as many as the source holds: maybe none."""
+    return _cut(model, source, count, length, seed, bos, "train")[0]
+
+
+def text_tokens(model: Model, length: int, bos: bool) -> int:
+    """How many tokens of a text are in a window of this length: those that are not its BOS."""
+    return length - len(lead(model.tokenizer)) if bos and model.tokenizer is not None else length
+
+
+def with_bos(model: Model, windows_NL: Tensor) -> bool:
+    """Does every window begin with the model's BOS?"""
+    start = _opening(model.tokenizer)
+    return bool(start) and bool((windows_NL[:, : len(start)].cpu() == torch.tensor(start)).all())
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text or, if that is nothing, the BOS that it has all the same."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return (lead(tokenizer) if tokenizer is not None else []) or ([] if bos is None else [bos])
+
+
+def _cut(
+    model: Model, source: str, count: int | None, length: int, seed: int, bos: bool, split: Split
+) -> tuple[Tensor, int]:
+    """The first `count` windows of a source, or as many as there are, and how many tokens of text were read."""
+    if length < 2 or (count is not None and count < 1):
+        shown = "all" if count is None else count
+        raise InputError(f"{shown} windows of {length} tokens: at least 1 window of 2 tokens is needed.")
+    limit = context(model)
+    if length > limit:
+        raise InputError(f"windows of {length} tokens are longer than the model's context of {limit}.")
+    if source == "self":
+        assert count is not None
+        return sample_self(model, count, length, seed, bos=bos), count * length
+    if model.tokenizer is None:
+        raise InputError(f"model '{model.name}' has no tokenizer, so the text of '{source}' cannot be used.")
+    start = lead(model.tokenizer) if bos else []
+    own = length - len(start)
+    if own < 1:
+        raise InputError(f"windows of {length} tokens have no room for text: the tokenizer begins with {len(start)}.")
+    needed = None if count is None else count * own
+    ids = _tokenize(model.tokenizer, documents(source, model.tokenizer, split), needed)
+    found = len(ids) // own if count is None else min(count, len(ids) // own)
+    text_NT = torch.tensor(ids[: found * own], dtype=torch.int64).view(found, own)
+    return torch.cat([torch.tensor(start, dtype=torch.int64).expand(found, -1), text_NT], 1), len(ids)
 
 
 def check_windows(model: Model, windows_NL: Tensor) -> None:
@@ -73,31 +130,34 @@ def check_windows(model: Model, windows_NL: Tensor) -> None:
             f"calibration windows are {str(windows_NL.dtype)[6:]} of shape {tuple(windows_NL.shape)}, expected token"
             " ids as integers of shape (N, L)."
         )
-    size = model.network.get_input_embeddings().weight.shape[0]
-    low, high = int(windows_NL.min()), int(windows_NL.max())
+    check_tokens(model, windows_NL, "windows")
+
+
+def check_tokens(model: Model, ids: Tensor, what: str) -> None:
+    """Raises InputError for token ids, (N, L), that the model has no embedding or no position for."""
+    embedding = model.network.get_input_embeddings()
+    size = getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
+    low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= size:
-        raise InputError(f"token {low if low < 0 else high} lies outside the model's vocabulary of {size:,}.")
+        raise InputError(
+            f"token {low if low < 0 else high} lies outside the model's vocabulary of {size:,}: the tokenizer or the"
+            " token ids are those of another model."
+        )
+    limit = positions(model)
+    if limit is not None and ids.shape[1] > limit:
+        raise InputError(
+            f"{what} of {ids.shape[1]} tokens are longer than the {limit} positions that the model has learned: use"
+            " fewer tokens."
+        )
 
 
-def all_windows(model: Model, source: str, length: int) -> Tensor:
-    """The whole source in windows of `length` tokens, (N, L); what is left over at the end is dropped."""
-    if source == "self":
-        raise InputError("the text that a model writes itself has no end: say how many windows (--windows).")
-    if model.tokenizer is None:
-        raise InputError(f"model '{model.name}' has no tokenizer, so the text of '{source}' cannot be used.")
-    ids = _tokenize(model.tokenizer, documents(source), None)
-    return windows(model, source, max(1, len(ids) // length), length)
-
-
-def up_to(model: Model, source: str, count: int, length: int, seed: int = 0) -> Tensor:
-    """The first `count` windows of `length` tokens, (N, L), or as many as the source holds: maybe none."""
-    if source == "self":
-        return windows(model, source, count, length, seed=seed)
-    if model.tokenizer is None:
-        raise InputError(f"model '{model.name}' has no tokenizer, so the text of '{source}' cannot be used.")
-    ids = _tokenize(model.tokenizer, documents(source), count * length)
-    found = min(count, len(ids) // length)
-    return torch.tensor(ids[: found * length], dtype=torch.int64).view(found, length)
+def positions(model: Model) -> int | None:
+    """How many tokens a model can place that has learned an embedding for every position; None for any other."""
+    size, words = context(model), model.network.get_input_embeddings()
+    for module in model.network.modules():  # the table may begin with a few rows for padding
+        if isinstance(module, nn.Embedding) and module is not words and 0 <= module.num_embeddings - size < 8:
+            return size
+    return None
 
 
 def _tokenize(tokenizer: Any, docs: Iterator[str], needed: int | None) -> list[int]:
@@ -119,98 +179,34 @@ def _tokenize(tokenizer: Any, docs: Iterator[str], needed: int | None) -> list[i
             exhausted = True
         text = "\n\n".join(parts)
         whole = exhausted and len(text) <= chars
-        ids: list[int] = tokenizer(text if whole else text[:chars], verbose=False)["input_ids"]
+        ids: list[int] = tokenizer(text if whole else text[:chars], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
         if whole or needed is None or len(ids) >= needed + 64:
             return ids
         chars *= 2
 
 
-def documents(source: str) -> Iterator[str]:
-    """The documents of a source that is text, one by one. Raises InputError."""
-    if source == "pydoc":
-        from pydoc_data import topics
-
-        return iter([topics.topics[key] for key in sorted(topics.topics)])
-    if source in NAMED:
-        return _dataset(*NAMED[source])
-    if source.startswith("hf:"):
-        name, _, rest = source[3:].partition(":")
-        config, _, split = rest.partition(":")
-        return _dataset(name, config or None, split or "train")
-    path = Path(source)
-    if path.suffix in (".txt", ".jsonl"):
-        if not path.is_file():
-            raise InputError(f"text file '{source}' does not exist.")
-        return _file(path)
-    known = [*NAMED, "pydoc", "self"]
-    raise InputError(unknown("text", source, known) + " Or give a .txt or .jsonl file, or hf:DATASET[:CONFIG[:SPLIT]].")
-
-
-def _file(path: Path) -> Iterator[str]:
-    try:
-        if path.suffix == ".txt":
-            text = path.read_text(encoding="utf-8")
-            if not text.strip():
-                raise InputError(f"text file '{path}' is empty.")
-            yield text
-            return
-        found = False
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    text = json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    raise InputError(f"'{path}', line {number}: not a JSON object with a 'text' field.") from None
-                if not isinstance(text, str):
-                    raise InputError(f"'{path}', line {number}: 'text' is not a string.")
-                found = True
-                yield text
-        if not found:
-            raise InputError(f"text file '{path}' is empty.")
-    except UnicodeDecodeError as error:
-        raise InputError(f"'{path}' is not UTF-8 text (byte {error.start}): convert it first.") from None
-    except OSError as error:
-        raise InputError(f"text file '{path}' cannot be read: {error.strerror}.") from None
-
-
-def _dataset(name: str, config: str | None, split: str) -> Iterator[str]:
-    try:
-        import datasets
-    except ImportError:
-        raise InputError("data sets of the hub need the package datasets: pip install 'prunella[data]'.") from None
-    say(f"reading the data set {name} ({config or 'default'}, {split}) from the hub")
-    try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=True)
-        for row in rows:
-            yield row["text"]
-    except KeyError:
-        raise InputError(f"data set '{name}' has no 'text' column.") from None
-    except Exception as error:
-        raise InputError(f"data set '{name}' cannot be read: {first_line(error)}") from None
-
-
-def sample_self(model: Model, count: int, length: int, seed: int, *, batch: int = 16) -> Tensor:
-    """Windows that the dense model writes itself, (N, L): each starts from the beginning-of-text token (or,
-    without one, a random token) and every further token is drawn from the model's own distribution.
+def sample_self(model: Model, count: int, length: int, seed: int, *, bos: bool = True, batch: int = 16) -> Tensor:
+    """Windows that the dense model writes itself, (N, L): each starts from the beginning-of-text token (without one,
+    or with `bos` false, from a random token) and every further one is drawn from the model's own distribution.
 
     Batch b is drawn with seed + b, so that more windows begin with the same ones. Kept in the cache.
     """
-    key = hashlib.sha256(f"{_fingerprint(model)}|{length}|{seed}|{batch}".encode()).hexdigest()[:16]
+    first = _opening(model.tokenizer) if bos else []
+    key = hashlib.sha256(f"{_fingerprint(model)}|{length}|{seed}|{batch}|{first}".encode()).hexdigest()[:16]
     path = cache_directory() / "self" / f"{key}.safetensors"
     with contextlib.suppress(FileNotFoundError, SafetensorError, KeyError):  # a damaged one is made again
         have: Tensor = load_file(path)["windows"]
         if len(have) >= count:
             return have[:count]
     say(f"sampling {count} windows of {length} tokens from the dense model")
-    first = getattr(model.tokenizer, "bos_token_id", None)
     parts = []
-    with model.whole() as network, torch.no_grad(), torch.random.fork_rng():
+    with model.whole() as network, torch.no_grad(), fork_random(model.device):
         for number in range(-(-count // batch)):
             torch.manual_seed(seed + number)
-            start = torch.full((batch, 1), first or 0)
-            if first is None:
+            start = torch.tensor(first).expand(batch, -1)
+            if not first:
                 start = torch.randint(network.config.vocab_size, (batch, 1))
             ids = network.generate(
                 start.to(model.device),
@@ -220,8 +216,8 @@ def sample_self(model: Model, count: int, length: int, seed: int, *, batch: int 
                 top_p=1.0,
                 temperature=1.0,
                 repetition_penalty=1.0,
-                min_new_tokens=length - 1,
-                max_new_tokens=length - 1,
+                min_new_tokens=length - start.shape[1],
+                max_new_tokens=length - start.shape[1],
                 pad_token_id=0,
             )
             parts.append(ids.cpu())

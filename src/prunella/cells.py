@@ -26,20 +26,21 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from .calibrate import windows
+from .calibrate import windows, with_bos
 from .errors import InputError, PrunellaError, unknown
 from .evaluate import perplexity
 from .load import Model, free_memory, load_model, wrap_model
-from .measure import held_out_windows, same_text, window_length
+from .measure import held_out_windows, window_length
 from .prune import prune
 from .recipe import Evaluation, Healing, Recipe, only_dense, override
 from .results import Results, Row
 from .sparse.format import SPAN, expected
 from .stream import LayerResult, Track, no_track
+from .texts import same_text
 
 Key = tuple[str, str]
 DENSE: Key = ("dense", "")
-SHARED = ("model", "calibration", "evaluate", "dtype", "device")  # recipe keys that all cells have in common
+SHARED = ("model", "calibration", "bos", "evaluate", "dtype", "device")  # recipe keys that all cells have in common
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ class Sweep:
         held_out: the windows to measure perplexity on, {text: (N, L)}.
         rows: where finished cells are and go.
         speed: measure how fast each cell decodes when it is packed, too.
-        remote_code, pickles: as for `load_model`, where a cell has to open the model again.
+        tokenizer, remote_code, pickles: as for `load_model`, where a cell has to open the model again.
     """
 
     def __init__(
@@ -220,9 +221,11 @@ class Sweep:
         rows: Rows,
         *,
         speed: bool = False,
+        tokenizer: str | None = None,
         remote_code: bool = False,
         pickles: bool = False,
     ):
+        self.tokenizer = tokenizer
         self.trust: dict[str, Any] = {"remote_code": remote_code, "pickles": pickles}
         self.model = model
         self.calibration_NL = calibration_NL
@@ -277,24 +280,23 @@ class Sweep:
 
     def _make(self, cell: Cell, network: Any, track: Track) -> Row:
         # Measured below, on windows that all cells share; only healing has to know them, to keep away from them.
-        heals = bool(Recipe.of(cell.recipe).heal.train)
+        wanted = Recipe.of(cell.recipe)
+        heals, packs = bool(wanted.heal.train), wanted.packing is not None
         recipe = cell.recipe if heals else {**cell.recipe, "evaluate": {"source": None}}
         with contextlib.ExitStack() as stack:
             output = None
-            source: Any = self.model
-            if network is None or heals:
+            source: Any = self.model.name if heals else self.model
+            if network is None or heals or packs:  # what is rounded for packing is measured as its files have it
                 self.rows.path.parent.mkdir(parents=True, exist_ok=True)
                 scratch = tempfile.TemporaryDirectory(prefix=".sweep-", dir=self.rows.path.parent)
                 output = Path(stack.enter_context(scratch)) / "model"
-            else:
-                source = self._wrapped(copy.deepcopy(network))
+            if network is not None:  # the open model holds the dense weights, for all cells
+                source = self._wrapped(copy.deepcopy(network)) if output is None else self.model.name
             cpu = time.process_time()
-            if heals:
-                report = prune(self.model.name, recipe, output=output, track=track, **self.trust)
-            else:
-                report = prune(
-                    source, recipe, output=output, calibration=self.calibration_NL, shared=self._shared, track=track
-                )
+            of_sweep: dict[str, Any] = {} if heals else {"calibration": self.calibration_NL, "shared": self._shared}
+            if isinstance(source, str):
+                of_sweep["tokenizer"] = self.tokenizer
+            report = prune(source, recipe, output=output, track=track, **of_sweep, **self.trust)
             cpu = time.process_time() - cpu
             # A directory may hold more than the model's own tensors, or hold them packed: it is opened as it is.
             device = str(self.model.device)
@@ -303,12 +305,13 @@ class Sweep:
             errors = [(layer.error or 0.0) * n for layer, n in zip(report.layers, weights, strict=True)]
             itemsize = self.model.dtype.itemsize
             healing, spent = report.healing, report.run["seconds"]
+            size = (self.model.parameters - sum(weights)) * itemsize
+            size += sum(packed_bytes(layer, itemsize) for layer in report.layers)
             row = {
                 "recipe": {**report.recipe, "heal": healing["recipe"]} if healing else report.recipe,
                 "sparsity": report.sparsity,
                 "perplexity": self._perplexities(model, track),
-                "size": (self.model.parameters - sum(weights)) * itemsize
-                + sum(packed_bytes(layer, itemsize) for layer in report.layers),
+                "size": report.pruned["bytes"] if packs else size,
                 "seconds": spent["allocate"] + spent["prune"] + healing.get("seconds", 0),
                 "cpu_seconds": cpu,
                 "error": sum(errors) / sum(weights),
@@ -335,7 +338,7 @@ def packed_bytes(layer: LayerResult, itemsize: int) -> int:
     width = {"weight_mask": 1, "weight_offsets": 4, "weight_values": 1 if bits else itemsize, "weight_scales": 2}
     shapes = expected(rows, columns, kept, bits, SPAN)
     packed = sum(math.prod(shape) * width[part] for part, shape in shapes.items())
-    return min(packed, rows * columns * itemsize) if layer.sparsity or bits else rows * columns * itemsize
+    return min(packed, rows * columns * itemsize) if layer.target or bits else rows * columns * itemsize
 
 
 def sweep(
@@ -347,6 +350,7 @@ def sweep(
     speed: bool = False,
     say: Callable[[str], None] = lambda message: None,
     track: Track = no_track,
+    tokenizer: str | None = None,
     remote_code: bool = False,
     pickles: bool = False,
 ) -> Results:
@@ -361,16 +365,18 @@ def sweep(
         texts: to measure perplexity on, in place of the recipe's one.
         speed: measure how fast each cell decodes packed, too.
         say: is told of each finished cell.
+        tokenizer: a directory or hub id with a tokenizer, in place of the model's own.
     Raises:
         PrunellaError: anything about the input that the user can mend. Cells that fail do not raise.
     """
     base = {key: value for key, value in plan.items() if key != "grid"}
     cells = cells_of(base, plan.get("grid") or {})
     recipe = Recipe.of({**base, "model": model})
-    opened = load_model(model, dtype=recipe.dtype, device=recipe.device, remote_code=remote_code, pickles=pickles)
+    again: dict[str, Any] = {"tokenizer": tokenizer, "remote_code": remote_code, "pickles": pickles}
+    opened = load_model(model, dtype=recipe.dtype, device=recipe.device, **again)
     wanted = recipe.calibration
     length = window_length(opened, wanted.length)
-    calibration_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed)
+    calibration_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed, bos=recipe.bos)
     held_out: dict[str, Tensor] = {}
     texts = texts or [text for text in [recipe.evaluate.source] if text]
     for text in texts:
@@ -395,11 +401,12 @@ def sweep(
         "dtype": str(opened.dtype).removeprefix("torch."),
         "text": list(held_out),
         "tokens": tokens.hexdigest()[:16],
+        **({"bos": True} if all(with_bos(opened, ids) for ids in held_out.values()) else {}),
         "recipe": {key: value for key, value in recipe.plain().items() if key not in named},
     }
     directory = Path(directory)
     rows = Rows(directory / "cells.jsonl", settings)
-    sweep = Sweep(opened, calibration_NL, held_out, rows, speed=speed, remote_code=remote_code, pickles=pickles)
+    sweep = Sweep(opened, calibration_NL, held_out, rows, speed=speed, **again)
     found_rows = sweep.run(cells, say=say, track=track)
     results = Results(rows.settings, tuple(found_rows.values()))
     results.write(directory)
@@ -410,7 +417,7 @@ def _kept_apart(cell: Cell, evaluation: Evaluation, texts: Sequence[str]) -> Cel
     """The cell, healed on no window that it is measured on: its recipe evaluates on the text that it trains on."""
     heal = cell.recipe["heal"]
     sources = heal["text"] or [cell.recipe["calibration"]["source"]]
-    near = [text for text in texts if any(same_text(text, source) for source in sources)]
+    near = [text for text in texts if any(same_text(source, text) for source in sources)]
     if heal["train"] and len(near) > 1:
         raise InputError(f"cell '{cell.label}' would train on more than one of the texts that it is measured on.")
     source = [*near, *texts][0]

@@ -1,6 +1,7 @@
 """What users are told: errors, each naming the thing, what is wrong with it and what to do about it; and asides."""
 
 import difflib
+import shlex
 import sys
 from collections.abc import Iterable
 
@@ -25,12 +26,25 @@ class StatisticError(PrunellaError):
     """A step asked for a statistic that it did not declare in `needs`."""
 
 
+class DefectError(Exception):
+    """Something that Prunella took for true of a model is not: a defect of ours, exit code 1."""
+
+
+class StepError(PrunellaError):
+    """A step that does not come with Prunella raised an error, or did not do what a step must."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """A message for an unknown name: the nearest known one if there is any, and all that exist."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return f"unknown {kind} '{name}'.{hint} Available: {', '.join(names)}."
+
+
+def command(*words: object) -> str:
+    """A command of Prunella that a shell takes as it is printed, whatever the names in it."""
+    return shlex.join(["prunella", *map(str, words)])
 
 
 def first_line(error: BaseException) -> str:

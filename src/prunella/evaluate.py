@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .calibrate import check_windows
 from .errors import NumericalError
 from .load import Checkpoint, Model
 from .stream import Stream, Track, no_track, through
@@ -41,8 +42,10 @@ def perplexity(
     Args:
         checkpoint: read the weights from here in place of the model's own (its pruned version, say).
     Raises:
+        InputError: the windows are not of the model's tokens, or longer than it has positions.
         NumericalError: the model gives NaN or infinity.
     """
+    check_windows(model, windows_NL)
     stream = through(model, windows_NL, checkpoint=checkpoint, track=track, what="perplexity")
     every = losses(stream, checkpoint)
     mean = sum(every) / len(every)
@@ -104,6 +107,12 @@ def fingerprint(windows_NL: Tensor) -> str:
     """Hashes of a sample of all runs of 13 tokens in the windows, 4 bytes each, base64: about a twelfth of a byte for a
     token. The sample depends on the runs alone, so that two texts sample what they share alike."""
     return base64.b64encode(_grams(windows_NL).astype("<u4").tobytes()).decode()
+
+
+def joined(*known: str) -> str:
+    """The fingerprint of several texts together."""
+    grams = [np.frombuffer(base64.b64decode(one), dtype="<u4") for one in known]
+    return base64.b64encode(np.unique(np.concatenate(grams)).tobytes()).decode() if any(known) else ""
 
 
 def overlap(known: str, windows_NL: Tensor) -> float | None:

@@ -26,6 +26,10 @@ class Grid:
     group: int
     scale_OG: Tensor
 
+    def on(self, device: torch.device) -> Grid:
+        """The same grid, there."""
+        return Grid(self.bits, self.group, self.scale_OG.to(device))
+
     def spread(self, columns: int) -> Tensor:
         """Each weight's scale, float32 (O, I)."""
         return self.scale_OG.float().repeat_interleave(self.group or columns, 1)[:, :columns]

@@ -22,8 +22,10 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from .calibrate import check_tokens
 from .errors import InputError, first_line, unknown
 from .load import load_model
+from .texts import lead
 
 
 class PrunellaLM(HFLM):  # type: ignore[misc]
@@ -37,6 +39,7 @@ class PrunellaLM(HFLM):  # type: ignore[misc]
         pretrained: str,
         dtype: str = "auto",
         device: str | None = None,
+        tokenizer: str | None = None,
         batch_size: int | str | None = None,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
@@ -44,15 +47,24 @@ class PrunellaLM(HFLM):  # type: ignore[misc]
     ):
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):  # the harness's default
             device = "auto"
-        trust = {"remote_code": trust_remote_code, "pickles": allow_pickle}
-        opened = load_model(pretrained, dtype=dtype, device=device, packed=True, **trust)
+        trust: dict[str, Any] = {"remote_code": trust_remote_code, "pickles": allow_pickle}
+        opened = load_model(pretrained, dtype=dtype, device=device, tokenizer=tokenizer, packed=True, **trust)
         if opened.tokenizer is None:
             raise InputError(f"model '{pretrained}' has no tokenizer, so it cannot read questions.")
+        self._opened = opened
         opened.load(lambda name: True)
         with _quiet():
             super().__init__(
                 pretrained=opened.network, tokenizer=opened.tokenizer, batch_size=batch_size or 16, **options
             )
+
+    def _model_call(self, inps: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        check_tokens(self._opened, inps, "requests")
+        return super()._model_call(inps, *arguments, **options)
+
+    def _model_generate(self, context: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        check_tokens(self._opened, context, "requests")
+        return super()._model_generate(context, *arguments, **options)
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
         return super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
@@ -69,12 +81,13 @@ class Accuracy:
 
     task: str
     questions: int
+    bos: bool  # does each request begin with one?
     metrics: dict[str, tuple[float, float | None]]
     answers: tuple[Any, ...]
 
     def plain(self) -> dict[str, Any]:
         metrics = {name: {"value": value, "stderr": error} for name, (value, error) in self.metrics.items()}
-        return {"task": self.task, "questions": self.questions, "metrics": metrics}
+        return {"task": self.task, "questions": self.questions, "bos": self.bos, "metrics": metrics}
 
     def changed(self, other: Accuracy) -> float:
         """The share of questions that another model answered differently."""
@@ -88,8 +101,10 @@ def accuracies(
     files: Sequence[str | Path] = (),
     *,
     limit: int | None = None,
+    bos: bool = True,
     dtype: str = "auto",
     device: str = "auto",
+    tokenizer: str | None = None,
     remote_code: bool = False,
     pickles: bool = False,
 ) -> list[Accuracy]:
@@ -100,6 +115,7 @@ def accuracies(
         files: JSON lines with `query`, `choices` and `gold` (the number of the right choice, from 0). A query that asks
             a `Question:` is followed by `Answer:`, as in the harness's own tasks; any other is simply continued.
         limit: the first so many questions of each.
+        bos: what the tokenizer puts before a text stands before each request; else nothing does.
     Raises:
         InputError: unknown tasks, tasks whose data cannot be had, damaged files.
     """
@@ -125,9 +141,18 @@ def accuracies(
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=1234)
-        lm = PrunellaLM(model, dtype=dtype, device=device, trust_remote_code=remote_code, allow_pickle=pickles)
+        lm = PrunellaLM(
+            model,
+            dtype=dtype,
+            device=device,
+            tokenizer=tokenizer,
+            trust_remote_code=remote_code,
+            allow_pickle=pickles,
+            add_bos_token=None if bos else False,
+        )
+        begins = bos and bool(lead(lm.tokenizer))
         found = evaluate(lm, loaded, limit=limit, bootstrap_iters=1000)
-    return [_accuracy(name, found["results"][name], samples) for name, samples in found["samples"].items()]
+    return [_accuracy(name, begins, found["results"][name], samples) for name, samples in found["samples"].items()]
 
 
 @functools.cache
@@ -136,7 +161,7 @@ def _manager(everything: bool) -> Any:
     return TaskManager(include_defaults=everything)
 
 
-def _accuracy(name: str, result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Accuracy:
+def _accuracy(name: str, bos: bool, result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Accuracy:
     metrics: dict[str, tuple[float, float | None]] = {}
     for key, value in result.items():
         metric, comma, which = key.partition(",")
@@ -144,7 +169,7 @@ def _accuracy(name: str, result: Mapping[str, Any], samples: Sequence[Mapping[st
             error = result.get(f"{metric}_stderr,{which}")
             metrics.setdefault(metric, (float(value), float(error) if isinstance(error, int | float) else None))
     ordered = sorted({sample["doc_id"]: sample for sample in samples}.items())
-    return Accuracy(name, len(ordered), metrics, tuple(_answer(sample) for _, sample in ordered))
+    return Accuracy(name, len(ordered), bos, metrics, tuple(_answer(sample) for _, sample in ordered))
 
 
 def _answer(sample: Mapping[str, Any]) -> Any:

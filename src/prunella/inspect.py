@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,31 +11,35 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import ModelError
+from .layers import find_layers, left_out
 from .load import load_model
 from .report import Report
 from .save import REPORT
 from .sparse.format import mask_of
 from .sparse.linear import SparseLinear
-from .stream import find_layers
 
 _GROUPS = ((1, 2), (2, 4), (4, 8), (8, 16), (1, 4), (2, 8), (3, 4), (1, 8))  # the strictest of each sparsity first
 
 
+DENSE = 0.001  # a smaller share of zeros is none
+
+
 @dataclass(frozen=True)
 class Inspected:
-    """One layer as it is stored."""
+    """One layer, or another matrix of a block, as it is stored; of the latter, `why` it is no layer to prune."""
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     zeros: int
     pattern: str
     nbytes: int
     error: float | None
     notes: tuple[str, ...]
+    why: str = ""
 
     @property
     def weights(self) -> int:
-        return self.shape[0] * self.shape[1]
+        return math.prod(self.shape)
 
     def plain(self) -> dict[str, Any]:
         return {**asdict(self), "sparsity": self.zeros / self.weights}
@@ -42,19 +47,19 @@ class Inspected:
     def cells(self) -> tuple[str, ...]:
         return (
             self.name,
-            f"{self.shape[0]}x{self.shape[1]}",
+            "x".join(map(str, self.shape)),
             f"{self.zeros / self.weights:.2%}",
             self.pattern,
             f"{self.nbytes / 1e6:.2f}",
             "" if self.error is None else f"{self.error:.4f}",
-            "; ".join(self.notes),
+            "; ".join((*self.notes, *([f"no layer to prune: {self.why}"] if self.why else ()))),
         )
 
 
 def inspect(directory: str) -> list[Inspected]:
-    """Every prunable layer: its zeros counted, its N:M pattern recognized; of a packed model what is left out counts
-    as zero. Reconstruction errors and notes come from prunella.json where there is one. Raises ModelError for a
-    directory that is no model."""
+    """Every matrix of the blocks, a block's layers first and then what is no layer to prune: its zeros counted, its N:M
+    pattern recognized; of a packed model what is left out counts as zero. Reconstruction errors and notes come from
+    prunella.json where there is one. Raises ModelError for a directory that is no model."""
     if not Path(directory).is_dir():
         raise ModelError(f"'{directory}' is not a directory.")
     said = {}
@@ -70,6 +75,12 @@ def inspect(directory: str) -> list[Inspected]:
                 rows, columns = zero_OI.shape
                 found.append(
                     Inspected(layer, (rows, columns), int(zero_OI.sum()), _pattern(zero_OI), nbytes, error, notes)
+                )
+            for item in left_out(block, name):
+                parameter = block.get_parameter(item.name.removeprefix(f"{name}."))
+                pattern = "dense" if item.zeros < item.weights * DENSE else "unstructured"
+                found.append(
+                    Inspected(item.name, item.shape, item.zeros, pattern, parameter.nbytes, None, (), item.why)
                 )
     return found
 
@@ -88,7 +99,7 @@ def _stored(block: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, int]]:
 def _pattern(zero_OI: Tensor) -> str:
     """The N:M pattern that the zeros keep, `unstructured`, or `dense`."""
     zeros, total = int(zero_OI.sum()), zero_OI.numel()
-    if zeros < total * 0.001:
+    if zeros < total * DENSE:
         return "dense"
     for n, m in _GROUPS:
         if zero_OI.shape[1] % m == 0 and abs(zeros / total - (m - n) / m) < 0.01:  # a kept weight may be zero

@@ -15,25 +15,53 @@ import copy
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import InputError, ModelError, PrunellaError, first_line, say, unknown
+from .errors import InputError, ModelError, PrunellaError, command, first_line, say, unknown
 from .fast import use_fast_attention
+from .gguf import GgufHeader
+from .layers import learn
+from .quantized import READ, Scaled, find_scales, foreign
 
+if TYPE_CHECKING:
+    from .calls import Interface
+
+SINGLE = "model.safetensors"
+PICKLED = "pytorch_model.bin"
 PICKLES = ("*.bin", "*.pt", "*.pth")
+# The files beside a model's weights that belong to it: configs, tokenizer, chat templates, code, license.
+COMPANIONS = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.py",
+    "*.tiktoken",
+    "*.spm",
+    "*.vocab",
+    "*.codes",
+    "*tokenizer*",
+    "*LICENSE*",
+    "*NOTICE*",
+)
+TEMPLATES = "additional_chat_templates"  # the one folder that belongs to them
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -68,12 +96,14 @@ def cache_directory() -> Path:
 # Names to directories
 
 
-def find_directory(name: str, *, remote_code: bool = False, pickles: bool = False) -> Path:
+def find_directory(name: str, *, remote_code: bool = False, pickles: bool = False, revision: str | None = None) -> Path:
     """The local directory with the safetensors, config and tokenizer of `name`.
 
     A GGUF file and a built-in model are dequantized once into the cache; a hub id is downloaded, and says
-    so. Raises ModelError for a name that is none of these, and for weights that only come as pickles.
+    so; HUB-ID@REVISION is one of its branches, tags or commits, as `revision` is. Raises ModelError for a name
+    that is none of these, and for weights that only come as pickles.
     """
+    name = at_revision(name, revision)
     path = Path(name)
     if path.is_dir():
         return _checked(path, pickles, remote_code)
@@ -82,53 +112,178 @@ def find_directory(name: str, *, remote_code: bool = False, pickles: bool = Fals
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"GGUF file '{name}' does not exist.")
-        stat = path.stat()
-        key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
-        return _from_gguf(path, cache_directory() / "gguf" / f"{path.stem}-{key}")
+        return _from_gguf(path, cache_directory() / "gguf" / f"{path.stem}-{_key(path, [path])}")
     if path.exists():
         raise ModelError(f"'{name}' is a file, but not a .gguf one. Give a model directory instead.")
     return _checked(_from_hub(name, pickles), pickles, remote_code)
 
 
+def at_revision(name: str, revision: str | None) -> str:
+    """The name of a revision of a hub's model. Raises InputError where there are none."""
+    if revision is None:
+        return name
+    if Path(name).exists() or name in BUILT_IN or name.endswith(".gguf"):
+        raise InputError(f"'{name}' is no model of the hub: it has no revision '{revision}'.")
+    return f"{name}@{revision}"
+
+
+def weight_files(directory: Path) -> list[str]:
+    """The safetensors files that hold a directory's weights, chosen as transformers chooses: what config.json names,
+    `model.safetensors`, what an index names. Where there is neither, which transformers would refuse: all parts of
+    one name, or the only file. None if transformers would read a pickle. Raises ModelError, naming the file, for a
+    damaged index, a missing part, and where it is not clear which files are the model."""
+    named = read_json(directory / "config.json").get("transformers_weights")
+    if isinstance(named, str) and not named.endswith(".index.json"):
+        return [named]
+    if named is None and (directory / SINGLE).is_file():
+        return [SINGLE]
+    index = directory / (named or f"{SINGLE}.index.json")
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"'{index}' is damaged: {error}.") from None
+        for name in names:
+            if not (directory / name).is_file():
+                raise ModelError(f"'{index}' names '{name}', which is missing.")
+        return names
+    if (directory / PICKLED).is_file() or (directory / f"{PICKLED}.index.json").is_file():
+        return []
+    found = sorted(p.name for p in directory.glob("*.safetensors") if not p.name.startswith("adapter_"))
+    parts = {name: match.groups() for name in found if (match := re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.\w+", name))}
+    sets = {(stem, count) for stem, _, count in parts.values()}
+    if len(sets) == 1:
+        ((stem, count),) = sets
+        whole = [f"{stem}-{k + 1:0{len(count)}d}-of-{count}.safetensors" for k in range(int(count))]
+        for name in whole:
+            if name not in parts:
+                raise ModelError(f"'{directory / name}' is missing: the directory holds {len(parts)} of {count} parts.")
+        return whole
+    if len(found) > 1:
+        raise ModelError(
+            f"directory '{directory}' holds {len(found)} .safetensors files ({', '.join(found[:3])} …) and neither"
+            f" {SINGLE} nor an index of parts ({SINGLE}.index.json): leave only those of one model there."
+        )
+    return found
+
+
+def files_in(directory: Path) -> list[str]:
+    """All the safetensors files of a directory in the making, where an index may not be written yet."""
+    return sorted(path.name for path in directory.glob("*.safetensors"))
+
+
+def companions(directory: Path) -> list[Path]:
+    """The files beside a model's weights that belong to it, those of `additional_chat_templates/` too; not an adapter,
+    nor indexes of weights."""
+    places = [path for path in (directory, directory / TEMPLATES) if path.is_dir()]
+    files = (path for place in places for path in sorted(place.iterdir()) if path.is_file())
+    return [
+        path
+        for path in files
+        if any(fnmatchcase(path.name, glob) for glob in COMPANIONS)
+        and not path.name.startswith("adapter_")
+        and not path.name.endswith(".index.json")
+        and path.suffix not in (".safetensors", ".bin", ".gguf")
+    ]
+
+
+def copy_companions(source: Path, target: Path, but: Collection[str] = ()) -> None:
+    """Copy a model's companions, except those of these names."""
+    for path in companions(source):
+        if path.name not in but:
+            (target / path.relative_to(source)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target / path.relative_to(source))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; nothing of a file that holds none, of which others tell."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _key(what: Path, files: Iterable[Path]) -> str:
+    """The same as long as none of the files changes."""
+    stats = [(path.name, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in sorted(files)]
+    return hashlib.sha256(f"{what.resolve()}|{stats}".encode()).hexdigest()[:16]
+
+
 def _checked(directory: Path, pickles: bool, remote_code: bool) -> Path:
+    adapter = directory / "adapter_config.json"
     if not (directory / "config.json").is_file():
+        if adapter.is_file():
+            raise _adapter(directory)
         raise ModelError(f"directory '{directory}' holds no model: config.json is missing.")
-    if any(directory.glob("*.safetensors")):
+    if weight_files(directory):
+        if adapter.is_file():
+            say(f"'{directory}' holds an adapter beside the model ({adapter.name}): it is left out; merge it first.")
         return directory
-    found = [path for glob in PICKLES for path in directory.glob(glob)]
+    found = [path for glob in PICKLES for path in sorted(directory.glob(glob)) if not path.name.startswith("adapter_")]
     if not found:
+        if adapter.is_file():
+            raise _adapter(directory)
         raise ModelError(f"directory '{directory}' holds no weights: no .safetensors file is there.")
     if not pickles:
+        named = next((path for path in found if path.name.startswith("pytorch_model")), found[0])
         raise ModelError(
-            f"the weights in '{directory}' are pickles ({found[0].name}), which can run code when they are read."
+            f"the weights in '{directory}' are pickles ({named.name}), which can run code when they are read."
             " Use a safetensors copy, or pass --allow-pickle if you trust them."
         )
-    stat = found[0].stat()
-    key = hashlib.sha256(f"{directory.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
     return _converted(
-        cache_directory() / "pickle" / f"{directory.name}-{key}",
-        lambda auto: auto.from_pretrained(directory, dtype="auto", trust_remote_code=remote_code),
-        directory,
-        {},
+        cache_directory() / "pickle" / f"{directory.name}-{_key(directory, [*found, directory / 'config.json'])}",
+        lambda auto: auto.from_pretrained(
+            directory, dtype="auto", trust_remote_code=remote_code, output_loading_info=True
+        ),
+        str(directory),
+        lambda: _load_tokenizer(directory, str(directory), remote_code),
+        beside=directory,
     )
 
 
-def _from_hub(name: str, pickles: bool) -> Path:
+def _adapter(directory: Path) -> ModelError:
+    base = read_json(directory / "adapter_config.json").get("base_model_name_or_path") or "its base model"
+    return ModelError(
+        f"'{directory}' is an adapter on '{base}', not a model: merge it first"
+        " (PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(DIR)) and give DIR."
+    )
+
+
+def _from_hub(name: str, pickles: bool, weights: bool = True) -> Path:
+    """The hub's snapshot: what belongs to a model and, with `weights`, those files of weights that transformers reads,
+    and no others."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    weights = ["*.safetensors", *(PICKLES if pickles else ())]
-    wanted = [*weights, "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
+    repository, _, revision = name.partition("@")
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    wanted = [*COMPANIONS, f"{TEMPLATES}/*", *([SINGLE] if weights else ())]
+    below = [f"*/{glob}" for glob in COMPANIONS if glob != "*.jinja"]  # other folders hold other models' files
     hint = f" Built-in models: {', '.join(BUILT_IN)}. Otherwise give a directory, a .gguf file or a hub id."
     near = unknown("model", name, BUILT_IN)
     suggestion = near[near.index(".") + 1 : near.index(" Available")] if "Did you mean" in near else ""
+
+    def missing(here: Path) -> list[str]:
+        """What is to be fetched of the weights."""
+        if not weights or (here / SINGLE).is_file():
+            return []
+        for index in [SINGLE, PICKLED] if pickles else [SINGLE]:
+            if named := read_json(here / f"{index}.index.json").get("weight_map"):
+                return sorted({file for file in named.values() if not (here / file).is_file()})
+        return [PICKLED] if pickles and not (here / PICKLED).is_file() else []
+
     try:
         with contextlib.suppress(LocalEntryNotFoundError):
-            here = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
-            if _whole(here, weights):
+            here = Path(snapshot_download(repository, allow_patterns=wanted, local_files_only=True, **options))
+            complete = (here / "config.json").is_file() if weights else any(here.glob("*token*"))
+            if complete and not missing(here) and (not weights or _has_weights(here, pickles)):
                 return here
         say(f"downloading {name} from the hub")
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        here = Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=below, **options))
+        if rest := missing(here):
+            here = Path(snapshot_download(repository, allow_patterns=rest, **options))
+        return here
     except HFValidationError:
         raise ModelError(f"model '{name}' does not exist.{suggestion}{hint}") from None
     except Exception as error:
@@ -138,18 +293,12 @@ def _from_hub(name: str, pickles: bool) -> Path:
         ) from None
 
 
-def _whole(directory: Path, weights: Sequence[str]) -> bool:
-    """Are all the weights in a directory of the hub's cache? Whoever loaded only a tokenizer left no more than that."""
+def _has_weights(directory: Path, pickles: bool) -> bool:
+    """Is a model in a directory of the hub's cache? Whoever loaded only a tokenizer left no more than that."""
     try:
-        indexes = [json.loads(path.read_text()) for glob in weights for path in directory.glob(f"{glob}.index.json")]
-        named = {name for index in indexes for name in index["weight_map"].values()}
-    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return bool(weight_files(directory)) or (pickles and any(directory.glob(f"{PICKLED.partition('.')[0]}*.bin")))
+    except ModelError:
         return False
-    return (
-        (directory / "config.json").is_file()
-        and any(next(directory.glob(glob), None) for glob in weights)
-        and all((directory / name).is_file() for name in named)
-    )
 
 
 def _built_in(name: str) -> Path:
@@ -180,43 +329,46 @@ def _from_gguf(path: Path, target: Path) -> Path:
         magic = file.read(4)
     if magic != b"GGUF":
         raise ModelError(f"'{path}' is not a GGUF file, or it is damaged: it does not start with 'GGUF'.")
-    from transformers import GgufConfig
+    from transformers import AutoTokenizer, GgufConfig
 
-    options: dict[str, Any] = {"gguf_file": path.name}
-    return _converted(
-        target,
-        lambda auto: auto.from_pretrained(
+    def load(auto: Any) -> tuple[Any, dict[str, Any]]:
+        header = GgufHeader.read(path)
+        network, info = auto.from_pretrained(
             path.parent,
             dtype=torch.bfloat16,
+            gguf_file=path.name,
             quantization_config=GgufConfig(gguf_file=path.name, dequantize=True),
-            **options,
-        ),
-        path.parent,
-        options,
-        what=str(path),
-    )
+            output_loading_info=True,
+        )
+        header.complete(network)
+        return network, info
+
+    return _converted(target, load, str(path), lambda: AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name))
 
 
 def _converted(
     target: Path,
-    load: Callable[[Any], Any],
-    source: Path,
-    tokenizer_options: dict[str, Any],
-    what: str = "",
+    load: Callable[[Any], tuple[Any, dict[str, Any]]],
+    what: str,
+    load_tokenizer: Callable[[], Any],
+    beside: Path | None = None,
 ) -> Path:
-    """Load a whole model, write it to `target` as safetensors; the directory appears when it is whole."""
+    """Load a whole model, write it to `target` as safetensors with the files that lie beside it; the directory appears
+    when it is whole. Raises ModelError, naming the tensor, where one is missing: transformers would draw it."""
     if (target / "config.json").is_file():
         return target
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    what = what or str(source)
     say(f"converting {Path(what).name} to safetensors, once")
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         with quiet_transformers():
-            network = load(AutoModelForCausalLM)
-            tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
+            network, info = load(AutoModelForCausalLM)
+            if missing := sorted(info["missing_keys"]):
+                more = f" ({len(missing)} are missing in all)" if len(missing) > 1 else ""
+                raise ModelError(f"tensor '{missing[0]}' is missing from '{what}'{more}.")
+            tokenizer = load_tokenizer()
             # A dequantized GGUF model still carries the quantizer that read it, and would refuse to be saved.
             for holder, attribute in (
                 (network.config, "quantization_config"),
@@ -228,9 +380,14 @@ def _converted(
             network.is_quantized = False
             network.config._name_or_path = ""
             network.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(scratch)
+        if beside is not None:
+            copy_companions(beside, scratch, but=[path.name for path in scratch.iterdir()])
         with contextlib.suppress(OSError):
             scratch.rename(target)  # another process may have been faster; its result is the same
+    except PrunellaError:
+        raise
     except Exception as error:
         raise ModelError(f"'{what}' cannot be read: {first_line(error)}") from error
     finally:
@@ -259,38 +416,47 @@ def quiet_transformers() -> Iterator[None]:
 
 
 class Checkpoint:
-    """The safetensors files of a directory, read tensor by tensor.
+    """The safetensors files of a directory, read tensor by tensor: those that transformers would read, or those of
+    these `names`. FP8 weights are read times their scales, and stand here as what they are read as, bfloat16.
 
-    files: file name -> {tensor name: (dtype, shape, first byte, last byte + 1)}
-    where: tensor name -> file name
+    files:  file name -> {tensor name: (dtype, shape, first byte, last byte + 1)}
+    where:  tensor name -> file name
+    scales: FP8 tensor -> (its scale, the file of that)
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, names: Iterable[str] | None = None):
         self.directory = directory
         self.files: dict[str, dict[str, tuple[str, tuple[int, ...], int, int]]] = {}
         self.metadata: dict[str, dict[str, str]] = {}
         self.where: dict[str, str] = {}
-        for name in self._file_names():
+        for name in weight_files(directory) if names is None else names:
             self.files[name], self.metadata[name] = read_header(directory / name)
             self.where.update(dict.fromkeys(self.files[name], name))
+        if not self.files:
+            raise ModelError(f"directory '{directory}' holds no .safetensors file.")
+        codes = {name: tensor[0] for tensors in self.files.values() for name, tensor in tensors.items()}
+        scales, beside = find_scales(codes)
+        self.scales = {name: (scale, self.where[scale]) for name, scale in scales.items()}
+        self.altered = {self.where[name] for name in (*scales, *beside)}  # files that are not read as they are
+        block = self.quantization.get("weight_block_size")
+        self._block = (int(block[0]), int(block[1])) if isinstance(block, list) and len(block) == 2 else None
+        for name in scales:
+            tensors = self.files[self.where[name]]
+            tensors[name] = ("BF16", *tensors[name][1:])
+        for name in beside:
+            del self.files[self.where.pop(name)][name]
+        for name, code in codes.items():
+            if code.startswith(("F8_", "F4", "F6")) and name in self.where and name not in scales:
+                raise ModelError(
+                    f"tensor '{name}' in '{directory}' is stored as {code} without a scale (…_scale_inv or …_scale):"
+                    " only F32, BF16 and F16 can be pruned. Dequantize the model first."
+                )
 
-    def _file_names(self) -> list[str]:
-        index = self.directory / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ModelError(f"'{index}' is damaged: {error}.") from None
-            for name in names:
-                if not (self.directory / name).is_file():
-                    raise ModelError(f"'{index}' names '{name}', which is missing.")
-            return names
-        if (self.directory / "model.safetensors").is_file():
-            return ["model.safetensors"]
-        names = sorted(path.name for path in self.directory.glob("*.safetensors"))
-        if not names:
-            raise ModelError(f"directory '{self.directory}' holds no .safetensors file.")
-        return names
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """What config.json says of how the weights are quantized; nothing if they are not."""
+        said = read_json(self.directory / "config.json").get("quantization_config")
+        return said if isinstance(said, dict) else {}
 
     @property
     def nbytes(self) -> int:
@@ -319,13 +485,18 @@ class Checkpoint:
         """Lazy slices of the named tensors. Read by pread, not mmap, so that resident memory stays small."""
         with contextlib.ExitStack() as stack:
             handles: dict[str, Any] = {}
-            slices = {}
-            for name in names:
-                file = self.where[name]
+            slices: dict[str, Any] = {}
+
+            def lazy(name: str, file: str) -> Any:
                 if file not in handles:
                     path = self.directory / file
                     handles[file] = stack.enter_context(safe_open(path, framework="pt", device="cpu", backend="pread"))
-                slices[name] = handles[file].get_slice(name)
+                return handles[file].get_slice(name)
+
+            for name in names:
+                slices[name] = lazy(name, self.where[name])
+                if name in self.scales:
+                    slices[name] = Scaled(name, slices[name], lazy(*self.scales[name]), self._block)
             yield slices
 
 
@@ -363,6 +534,7 @@ class Model:
     """
 
     def __init__(self, network: Any, tokenizer: Any, checkpoint: Checkpoint | None, device: torch.device, name: str):
+        self.tokenizer_given = False  # it is not the one in the checkpoint's directory
         self._training = network.training
         self.network = network.eval()
         self.tokenizer = tokenizer
@@ -370,12 +542,14 @@ class Model:
         self.device = device
         self.name = name
         self.blocks = find_blocks(network)
+        self.interface: Interface | None = None  # how its blocks are called, once that was examined
         self._plan: dict[str, tuple[str, bool]] | None = None
         self._attention = network.config._attn_implementation
         self._experts = None
         if getattr(network, "_can_set_experts_implementation", lambda: False)():
             self._experts = network.config._experts_implementation
             network.set_experts_implementation("eager")  # one product per expert, which the stream can watch
+        learn(network, self.blocks)
         if device.type == "cpu":
             use_fast_attention(network)
 
@@ -428,6 +602,39 @@ class Model:
                     name, pattern = rename_source_key(key, [], [], prefix, parameters)
                 self._plan[key] = (name, pattern is not None)
         return self._plan
+
+    def parameter_of(self, key: str) -> str:
+        """The parameter of the network that a tensor in the files becomes, or one of a name that is spelled as in the
+        files."""
+        from transformers.core_model_loading import rename_source_key
+
+        if key in self.plan():
+            return self.plan()[key][0]
+        state = self.network.state_dict()
+        return str(rename_source_key(key, self._conversions()[0], [], self.network.base_model_prefix, state)[0])
+
+    def check_complete(self) -> None:
+        """Raises ModelError, naming the tensor, for one that the network needs and the checkpoint lacks, or has in
+        integers: before any weight is read."""
+        assert self.checkpoint is not None
+        state = self.network.state_dict()  # persistent buffers are weights too
+        found = {name for name, _ in self.plan().values()}
+        for key, (name, _) in self.plan().items():
+            code = self.checkpoint.files[self.checkpoint.where[key]][key][0]
+            if name in state and state[name].is_floating_point() and code not in ("F32", "BF16", "F16", "F64"):
+                raise ModelError(
+                    f"tensor '{key}' in '{self.checkpoint.directory}' is stored as {code}: only F32, BF16 and F16 can"
+                    " be pruned. Dequantize the model first."
+                )
+        for pair in self.network.all_tied_weights_keys.items():
+            if found & set(pair):
+                found |= set(pair)
+        _, converters = self._conversions()
+        split = [re.compile(p) for c in converters if len(c.target_patterns) > 1 for p in c.target_patterns]
+        free = [re.compile(p) for p in self.network._keys_to_ignore_on_load_missing or ()]
+        for name in state:
+            if name not in found and not any(pattern.search(name) for pattern in (*split, *free)):
+                raise ModelError(f"tensor '{name}' is missing from the checkpoint in '{self.checkpoint.directory}'.")
 
     def _conversions(self) -> tuple[list[Any], list[Any]]:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -584,6 +791,8 @@ def load_model(
     remote_code: bool = False,
     pickles: bool = False,
     packed: bool = False,
+    revision: str | None = None,
+    tokenizer: Any = None,
 ) -> Model:
     """Open a model without reading its weights.
 
@@ -594,12 +803,16 @@ def load_model(
         remote_code: run Python that comes with the model.
         pickles: read weights that only come as pickles.
         packed: take a packed model as well; it is read into memory, packed as it is, and cannot be pruned.
+        revision: of a hub's model: a branch, tag or commit.
+        tokenizer: in place of the model's own: a tokenizer, or the directory or hub id of one.
     Raises:
-        ModelError: no such model, or one that cannot be read or pruned.
+        ModelError: no such model, or one that cannot be read or pruned: a tensor is missing, it is quantized, it is no
+            causal language model.
     """
     import accelerate
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+    name = at_revision(name, revision)
     directory = find_directory(name, remote_code=remote_code, pickles=pickles)
     checkpoint = Checkpoint(directory)
     if dtype not in DTYPES and dtype != "auto":
@@ -613,14 +826,25 @@ def load_model(
                 " --trust-remote-code if you trust it."
             ) from None
         raise ModelError(f"the config.json of '{name}' cannot be used: {first_line(error)}") from None
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        if method == "prunella" and packed:
-            return _load_packed(directory, name, dtype, device, remote_code)
-        if method == "prunella":
-            raise ModelError(f"'{name}' is packed: prunella unpack '{name}' -o OUT makes a plain model of it.")
-        raise ModelError(f"'{name}' is quantized ({method}): dequantize it before pruning.")
+    method = checkpoint.quantization.get("quant_method")
+    if method == "prunella" and packed:
+        return _load_packed(directory, name, dtype, device, remote_code, tokenizer)
+    if method == "prunella":
+        raise ModelError(f"'{name}' is packed: {command('unpack', name)} -o OUT makes a plain model of it.")
+    kind = foreign(checkpoint.where)
+    if kind or (checkpoint.quantization and method not in READ):
+        raise ModelError(f"'{name}' is quantized ({method or kind}): dequantize it before pruning.")
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights are read as plain ones
+    if config.is_encoder_decoder:
+        raise _no_decoder(name, f"{config.model_type} is an encoder and a decoder")
+    try:
+        with quiet_transformers(), contextlib.suppress(OSError):  # none, or no JSON: transformers does without
+            GenerationConfig.from_pretrained(directory)
+    except Exception as error:
+        raise ModelError(
+            f"the generation_config.json of '{name}' is invalid: {first_line(error)} Mend or delete it."
+        ) from None
     wanted = checkpoint.dtype() if dtype == "auto" else DTYPES[dtype]
     try:
         with accelerate.init_empty_weights(include_buffers=False), quiet_transformers():
@@ -630,13 +854,86 @@ def load_model(
             f"'{name}' is no causal language model that transformers can build: {first_line(error)}"
         ) from None
     network.requires_grad_(False)
-    tokenizer = _load_tokenizer(directory, name, remote_code)
-    model = Model(network, tokenizer, checkpoint, pick_device(device), name)
+    own = _given_tokenizer(tokenizer, remote_code) or _load_tokenizer(directory, name, remote_code)
+    model = Model(network, own, checkpoint, pick_device(device), name)
+    check_causal(model)
+    model.check_complete()
+    model.tokenizer_given = tokenizer is not None
     for buffer_owner in network.modules():  # buffers are real from the start: bring them where the blocks compute
         for key, buffer in buffer_owner._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 buffer_owner._buffers[key] = buffer.to(model.device)
     return model
+
+
+_BOTH_WAYS = ("cpmant", "flaubert", "xlm", "xlnet")  # see tokens that come later, and have no switch that says so
+
+
+def check_causal(model: Model) -> None:
+    """Raises ModelError for what would see the answer: encoders, and decoders that attend to an encoder."""
+    config = model.network.config
+    if config.is_encoder_decoder:
+        raise _no_decoder(model.name, f"{config.model_type} is an encoder and a decoder")
+    modules = [m for block in model.blocks for m in model.module(block).modules()]
+    flags = {bool(m.is_causal) for m in modules if isinstance(getattr(m, "is_causal", None), bool)}
+    declared = getattr(config, "is_decoder", None)  # of families that are both
+    if declared is None:
+        causal = config.model_type not in _BOTH_WAYS or bool(getattr(config, "causal", False))
+    else:
+        causal = flags == {True} or (not flags and bool(declared))
+    if not causal:
+        raise _no_decoder(model.name, f"{config.model_type} is an encoder, whose predictions see the word to predict")
+
+
+def _no_decoder(name: str, why: str) -> ModelError:
+    return ModelError(f"'{name}' is no causal language model: {why}. Only decoders can be pruned yet.")
+
+
+def check_plain(network: Any) -> None:
+    """Raises ModelError for a network in memory whose weights are made of others: a PeftModel, or one under
+    torch.nn.utils.prune or parametrize."""
+    from torch.nn.utils import parametrize
+    from torch.nn.utils import prune as reparametrization
+
+    kind = type(network).__name__
+    if (
+        kind.startswith("Peft")
+        or getattr(network, "peft_config", None)
+        or any(hasattr(module, "base_layer") for module in network.modules())
+    ):
+        raise ModelError(f"the {kind} carries an adapter: merge it first (model.merge_and_unload()).")
+    if reparametrization.is_pruned(network):
+        raise ModelError(
+            f"the {kind} is under torch.nn.utils.prune: call prune.remove first, on each module and parameter."
+        )
+    if parametrize.is_parametrized(network):
+        raise ModelError(
+            f"the {kind} is under torch.nn.utils.parametrize: call parametrize.remove_parametrizations first."
+        )
+
+
+def check_saveable(network: Any) -> None:
+    """Raises ModelError for a network in memory that transformers would not save: its generation config is invalid."""
+    if network.can_generate():
+        try:
+            with quiet_transformers():
+                network.generation_config.validate(strict=True)
+        except ValueError as error:
+            raise ModelError(
+                f"the generation config of the {type(network).__name__} is invalid, and cannot be saved:"
+                f" {' '.join(str(error).split())} Mend model.generation_config first."
+            ) from None
+
+
+def _given_tokenizer(given: Any, remote_code: bool) -> Any:
+    """A tokenizer, or the one of a directory or hub id."""
+    if not isinstance(given, str | Path):
+        return given
+    directory = Path(given) if Path(given).is_dir() else _from_hub(str(given), False, weights=False)
+    found = _load_tokenizer(directory, str(given), remote_code)
+    if found is None:
+        raise ModelError(f"'{given}' holds no tokenizer.")
+    return found
 
 
 def _load_tokenizer(directory: Path, name: str, remote_code: bool) -> Any:
@@ -646,12 +943,20 @@ def _load_tokenizer(directory: Path, name: str, remote_code: bool) -> Any:
     if not any(next(directory.glob(pattern), None) for pattern in ("token*", "vocab*", "*.model")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code)
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code)
     except Exception as error:
+        pieces = next((path for path in sorted(directory.glob("*.model"))), None)
+        if pieces and not (directory / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
+            raise ModelError(
+                f"the tokenizer of '{name}' ({pieces.name}) needs the package sentencepiece: pip install sentencepiece."
+            ) from None
         raise ModelError(f"the tokenizer of '{name}' cannot be read: {first_line(error)}") from None
 
 
-def _load_packed(directory: Path, name: str, dtype: str, device: str, remote_code: bool) -> Model:
+def _load_packed(
+    directory: Path, name: str, dtype: str, device: str, remote_code: bool, tokenizer: Any = None
+) -> Model:
     """A model whose weights stay packed, in memory."""
     from transformers import AutoModelForCausalLM
 
@@ -663,21 +968,44 @@ def _load_packed(directory: Path, name: str, dtype: str, device: str, remote_cod
         raise
     except Exception as error:
         raise ModelError(f"the packed model '{name}' cannot be loaded: {first_line(error)}") from None
-    return wrap_model(network.to(pick_device(device)), _load_tokenizer(directory, name, remote_code), name)
+    own = _given_tokenizer(tokenizer, remote_code) or _load_tokenizer(directory, name, remote_code)
+    network.to(pick_device(device))
+    network.tie_weights()  # to some devices torch moves each name of a tensor by itself
+    return wrap_model(network, own, name)
 
 
 def wrap_model(network: Any, tokenizer: Any = None, name: str = "") -> Model:
     """A model object that is already in memory, on whatever device it is.
 
     It is put into evaluation mode and runs its attention and experts as the stream wants them, until
-    `Model.give_back`.
+    `Model.give_back`. Raises ModelError for what is no causal language model.
     """
-    return Model(network, tokenizer, None, network.device, name or network.config._name_or_path or "in memory")
+    if config := getattr(network, "config", None):
+        if config.is_encoder_decoder:
+            raise _no_decoder(name or "in memory", f"{config.model_type} is an encoder and a decoder")
+    model = Model(network, tokenizer, None, network.device, name or network.config._name_or_path or "in memory")
+    check_causal(model)
+    return model
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
-    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+    """Bytes that are free on a device; in main memory, where it has none of its own or does not say."""
+    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return int(psutil.virtual_memory().available if ask is None else ask(device)[0])
+
+
+def most_memory(device: torch.device) -> int:
+    """Bytes that were taken on a device at most; 0 where it has none of its own or does not say."""
+    ask = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    return 0 if ask is None else int(ask(device))
+
+
+def fork_random(device: torch.device) -> AbstractContextManager[None]:
+    """Random numbers that are drawn meanwhile, on the CPU and on this device, are not missing afterwards. Other devices
+    are not opened for it."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)
 
 
 def pick_device(name: str) -> torch.device:
@@ -688,7 +1016,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("this PyTorch sees no CUDA device")
-        torch.empty(1, device=device)
-    except RuntimeError as error:
+        torch.zeros(1, device=device).item()  # `meta` is one too, but holds nothing
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for it
         raise InputError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}.") from None
     return device

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .calibrate import windows
+from .calibrate import check_tokens, context, positions, text_tokens, windows, with_bos
+from .errors import InputError
 from .evaluate import perplexity
 from .load import Checkpoint, Model, free_memory
 from .recipe import Recipe
 from .stream import Track
+from .texts import same_text
 
 PROMPT = "The most important thing about a garden is"
-
-
-def context(model: Model) -> int:
-    """The longest window that the model takes, in tokens."""
-    return getattr(model.network.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
 def window_length(model: Model, length: int | None) -> int:
@@ -29,31 +25,28 @@ def window_length(model: Model, length: int | None) -> int:
 
 
 def held_out_windows(model: Model, recipe: Recipe, used: int) -> Tensor | None:
-    """The windows to evaluate on: never the `used` tokens of the calibration."""
+    """The windows to evaluate on: none that holds text of the calibration, which is at most `used` tokens."""
     wanted = recipe.evaluate
     if wanted.source is None or model.tokenizer is None:
         return None
-    own = window_length(model, wanted.length)
-    skip = -(-used // own) if same_text(wanted.source, recipe.calibration.source) else 0
-    return windows(model, wanted.source, wanted.windows, own, skip=skip, seed=recipe.seed)
-
-
-def same_text(source: str, other: str) -> bool:
-    """Are two sources the same text, maybe a file by two names?"""
-    if source == other:
-        return True
-    return Path(source).is_file() and Path(other).is_file() and Path(source).samefile(other)
+    length = window_length(model, wanted.length)
+    skip = 0
+    if same_text(recipe.calibration.source, wanted.source):
+        skip = -(-used // text_tokens(model, length, recipe.bos))
+    return windows(
+        model, wanted.source, wanted.windows, length, skip=skip, seed=recipe.seed, bos=recipe.bos, split="test"
+    )
 
 
 def measure(
     model: Model, recipe: Recipe, ids_NL: Tensor | None, checkpoint: Checkpoint | None, track: Track
 ) -> dict[str, Any]:
     """Perplexity on held-out windows and a sample of text; of the weights in `checkpoint`, if one is given. `text` says
-    which windows they were."""
+    which windows they were, `bos` whether each begins with a BOS."""
     if ids_NL is None:
         return {"perplexity": None, "sample": None}
     result = perplexity(model, ids_NL, checkpoint=checkpoint, track=track).as_dict()
-    said = {"source": recipe.evaluate.source, "text": digest(ids_NL)}
+    said = {"source": recipe.evaluate.source, "text": digest(ids_NL), "bos": with_bos(model, ids_NL)}
     return {**said, **result, "sample": _sample(model, checkpoint)}
 
 
@@ -62,12 +55,23 @@ def digest(ids_NL: Tensor) -> str:
     return hashlib.sha256(f"{tuple(ids_NL.shape)}".encode() + ids_NL.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
+def room(model: Model, prompt_BL: Tensor, tokens: int) -> int:
+    """How many of `tokens` the model can put behind a prompt. Raises InputError where it cannot read even that."""
+    check_tokens(model, prompt_BL, "prompts")
+    limit = positions(model)  # the last token is written, but not read
+    return tokens if limit is None else min(tokens, limit - prompt_BL.shape[1] + 1)
+
+
 def _sample(model: Model, checkpoint: Checkpoint | None, tokens: int = 24) -> str | None:
     """A greedy continuation of a fixed prompt, where the whole model fits comfortably in memory."""
     size = model.parameters * model.dtype.itemsize
     if model.checkpoint is not None and size > free_memory(model.device) // 3:
         return None
     inputs = model.tokenizer(PROMPT, return_tensors="pt").to(model.device)
+    try:
+        tokens = room(model, inputs.input_ids, tokens)
+    except InputError:  # a prompt that this model cannot read
+        return None
     with model.whole(checkpoint) as network, torch.no_grad():
         ids = network.generate(
             inputs.input_ids,

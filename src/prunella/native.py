@@ -1,11 +1,9 @@
-"""The compiled kernels (sparse/csrc), loaded once; and what is asked of the C library."""
+"""The compiled kernels (sparse/csrc), loaded once."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -61,6 +59,7 @@ def call(function: Any, *arguments: Tensor | ctypes.Array[Any] | int | float | b
 
     def convert(value: Tensor | ctypes.Array[Any] | int | float | bool | None) -> Any:
         if isinstance(value, Tensor):
+            assert value.device.type == "cpu", value.device
             return ctypes.c_void_p(value.data_ptr())
         if isinstance(value, float):
             return ctypes.c_float(value)
@@ -70,16 +69,3 @@ def call(function: Any, *arguments: Tensor | ctypes.Array[Any] | int | float | b
     if code == -2:
         raise MemoryError("no memory for a kernel's scratch space")
     assert code == 0, code
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep up to 256 MB of freed memory for the next tensor of up to 64 MB, in this whole process.
-
-    It would give them back to the system and take them anew, page by page: a sixth of the time of pruning. Larger ones,
-    such as the weights of a large model, are given back as before. Other C libraries are left alone.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-3, 64 << 20)  # M_MMAP_THRESHOLD
-            mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from . import charts
 from .errors import InputError, ModelError
 from .histogram import SPAN
-from .report import Report, layer_table
+from .report import Report, bos_words, layer_table
 from .save import REPORT
 from .stream import LayerResult
 
@@ -108,15 +108,17 @@ def sentence(report: Report) -> str:
     recipe, calibration = report.recipe, report.recipe["calibration"]
     text = f"{report.sparsity:.1%} of the block weights of {title_of_model(report)} are zero"
     if pruned_here(report):
-        touched = sum(la.sparsity > 0 for la in report.layers)
+        touched = sum(la.target > 0 for la in report.layers)
         spread = " and ".join(name for name in recipe["allocate"] if name != "uniform")
         text += (
             f", pruned by {title_of_steps(recipe['steps'])} in {touched} of {len(report.layers)} layers (pattern"
-            f" {recipe['pattern']}"
-            + (f", spread by {spread}" if spread else "")
-            + f"), calibrated on {calibration['samples']} windows of {calibration['length']} tokens of"
-            f" {Path(calibration['source']).name}"
+            f" {recipe['pattern']}" + (f", spread by {spread}" if spread else "") + ")"
         )
+        if any(la.tokens for la in report.layers):
+            text += (
+                f", calibrated on {calibration['samples']} windows of {calibration['length']} tokens of"
+                f" {Path(calibration['source']).name}"
+            )
     text += "." + _moved(report.dense, report.pruned)
     did = report.healing
     if did:
@@ -130,7 +132,8 @@ def _moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     if first is None or last is None:
         return ""
     way = "rose" if last > first else "fell"
-    return f" Perplexity on {Path(before['source']).name} {way} from {first:.2f} to {last:.2f}."
+    windows = f" ({bos_words(before['bos'])})" if "bos" in before else ""
+    return f" Perplexity on {Path(before['source']).name}{windows} {way} from {first:.2f} to {last:.2f}."
 
 
 def pruned_here(report: Report) -> bool:

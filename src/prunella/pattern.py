@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .types import Pattern
+from .types import Layer, Pattern
 
 
 def keep(score_OI: Tensor, sparsity: float, pattern: Pattern = Pattern(), group: str = "layer") -> Tensor:
@@ -33,6 +33,32 @@ def keep(score_OI: Tensor, sparsity: float, pattern: Pattern = Pattern(), group:
     groups = score_OI if group == "row" else score_OI.reshape(1, -1)
     count = min(round(groups.shape[1] * sparsity), groups.shape[1] - 1)
     return ~_lowest(groups, count).view(rows, columns)
+
+
+def hold_zeros(layer: Layer) -> Layer:
+    """The layer with a mask that prunes all weights that came in as zeros, and no more weights than before.
+
+    Where the step kept some of them, others that it pruned stay instead, the largest first, with their dense values.
+    Under a pattern as many as it leaves room for: of an N:M group that came with more zeros all stay zero, and in a
+    block of weights that is kept so do its single zeros. Without a mask the layer is as it was.
+    """
+    if layer.mask_OI is None:
+        return layer
+    zero_OI = layer.dense_OI == 0
+    if not (zero_OI & layer.mask_OI).any():
+        return layer
+    first_OI = zero_OI
+    if layer.pattern.kind == "block":  # only blocks that are zero all over can be pruned for their zeros
+        r, c = layer.pattern.first, layer.pattern.second
+        blocks = zero_OI.view(len(zero_OI) // r, r, -1, c).all(3).all(1)
+        first_OI = blocks.repeat_interleave(r, 0).repeat_interleave(c, 1)
+    size_OI = layer.dense_OI.float().abs()
+    score_OI = size_OI / size_OI.max().clamp_min(1e-30) + 2.0 * layer.mask_OI
+    share = 1 - layer.mask_OI.count_nonzero().item() / layer.mask_OI.numel()
+    mask_OI = keep(score_OI.masked_fill(first_OI, -1.0), share, layer.pattern)
+    dense_OI = layer.dense_OI if layer.grid is None else layer.grid.round(layer.dense_OI)
+    weight_OI = torch.where(layer.mask_OI, layer.weight_OI, dense_OI)
+    return layer.pruned(weight_OI, mask_OI & ~zero_OI, grid=layer.grid)
 
 
 def _lowest(score_GK: Tensor, count: int) -> Tensor:

@@ -14,28 +14,18 @@ from torch import Tensor
 from .allocate import Budget
 from .calibrate import check_windows, windows
 from .errors import InputError, ModelError, NumericalError, PrunellaError
-from .evaluate import fingerprint
-from .load import Model, load_model, wrap_model
+from .evaluate import fingerprint, joined
+from .layers import LeftOut, Slot, left_out, matches, survey
+from .load import Model, at_revision, check_plain, check_saveable, fork_random, load_model, most_memory, wrap_model
 from .measure import held_out_windows, measure, window_length
 from .recipe import Recipe
 from .registry import BESIDE
-from .report import Report, peak_memory
+from .report import Report, peak_memory, seen
 from .save import Output, check_output, identity
-from .stream import (
-    TOKENS,
-    LayerResult,
-    Slot,
-    Stream,
-    Target,
-    Track,
-    Watcher,
-    find_layers,
-    matches,
-    no_track,
-    pick_order,
-)
+from .stream import TOKENS, LayerResult, Stream, Target, Track, Watcher, no_track, pick_order
 
 
+@torch.inference_mode(False)  # whatever the caller's mode: the stream changes weights, and some steps train
 def prune(
     model: Any,
     recipe: Recipe | Mapping[str, Any] | None = None,
@@ -43,6 +33,7 @@ def prune(
     output: str | Path | None = None,
     resume: bool = False,
     tokenizer: Any = None,
+    revision: str | None = None,
     calibration: Tensor | None = None,
     shared: dict[Any, Any] | None = None,
     track: Track = no_track,
@@ -59,7 +50,9 @@ def prune(
         output: directory for the result; it appears when it is whole. A name needs one, a model in memory
             does not.
         resume: continue the run that was interrupted while it wrote `output`.
-        tokenizer: of a model in memory; not needed if `calibration` is given and nothing is evaluated.
+        tokenizer: of a model in memory, or in place of a named model's own: a tokenizer, or the directory or hub id
+            of one; not needed if `calibration` is given, or no step reads text, and nothing is evaluated.
+        revision: of a hub's model: a branch, tag or commit.
         calibration: windows of token ids, (N, L), in place of the recipe's text.
         shared: a dictionary in which runs on the same dense weights and the same calibration windows leave each
             other what they have in common: statistics of the dense model that allocations look at.
@@ -81,6 +74,10 @@ def prune(
     in_memory = not isinstance(model, str | Path)
     if output is None and not in_memory:
         raise InputError("a model given by name needs an output directory (-o).")
+    if in_memory and isinstance(tokenizer, str | Path):
+        raise InputError(f"the tokenizer of a model in memory is an object, not a name ('{tokenizer}').")
+    if not in_memory:
+        model = at_revision(str(model), revision)
     path = None if output is None else Path(output)
     if path is not None:
         check_output(path)
@@ -93,9 +90,10 @@ def prune(
 
         return prune_and_heal(
             prune,
-            str(model),
+            model,
             recipe,
             path,
+            tokenizer=tokenizer,
             resume=resume,
             track=track,
             watch=watch,
@@ -104,14 +102,28 @@ def prune(
         )
     if not in_memory:
         opened = load_model(
-            str(model), dtype=recipe.dtype, device=recipe.device, remote_code=remote_code, pickles=pickles
+            model,
+            dtype=recipe.dtype,
+            device=recipe.device,
+            remote_code=remote_code,
+            pickles=pickles,
+            tokenizer=tokenizer,
         )
     else:
         if resume:
             raise InputError("a model in memory cannot be resumed: give its directory instead.")
+        network = model.network if isinstance(model, Model) else model
+        check_plain(network)
+        if path is not None:
+            check_saveable(network)
         opened = model if isinstance(model, Model) else wrap_model(model, tokenizer)
+        if any(parameter.is_inference() for parameter in opened.network.parameters()):
+            raise InputError(
+                "the model was made under torch.inference_mode, and its weights can never change: load it under"
+                " torch.no_grad instead, or give its directory."
+            )
     try:
-        with torch.random.fork_rng():
+        with fork_random(opened.device):
             return _prune(opened, recipe, path, resume, calibration, {} if shared is None else shared, track)
     finally:
         if opened is not model:
@@ -133,10 +145,13 @@ def _prune(
     allocation = recipe.make_allocation()
     targets = choose_targets(opened, recipe)
     ids_NL = calibration
-    if ids_NL is None:
-        wanted = recipe.calibration
+    wanted = recipe.calibration
+    blind = ids_NL is None and opened.tokenizer is None and not reads_text(recipe)
+    if blind:  # something has to pass through the blocks, and nobody looks at it
+        ids_NL = torch.zeros(1, 2, dtype=torch.int64)
+    elif ids_NL is None:
         length = window_length(opened, wanted.length)
-        ids_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed)
+        ids_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed, bos=recipe.bos)
     check_windows(opened, ids_NL)
     held_out = held_out_windows(opened, recipe, ids_NL.numel())
     order = pick_order(recipe.order, steps, ids_NL, opened)
@@ -146,7 +161,9 @@ def _prune(
             "order": order,
             "dtype": str(opened.dtype).removeprefix("torch."),
             "device": str(opened.device),
-            "calibration": recipe.calibration.model_copy(update={"samples": len(ids_NL), "length": ids_NL.shape[1]}),
+            "calibration": wanted
+            if blind
+            else wanted.model_copy(update={"samples": len(ids_NL), "length": ids_NL.shape[1]}),
         }
     )
     slots = [target.slot for block in targets for target in block if target.sparsity > 0]
@@ -174,7 +191,9 @@ def _prune(
         targets = [[replace(t, sparsity=shares.get(t.slot.name, t.sparsity)) for t in block] for block in targets]
         seconds["allocate"] = time.perf_counter() - clock
         clock = time.perf_counter()
-        layers = _run(opened, recipe, targets, ids_NL, out, track)
+        layers, left = _run(opened, recipe, targets, ids_NL, out, track)
+        if blind:
+            layers = [replace(layer, error=None, tokens=0) for layer in layers]
         seconds["prune"] = time.perf_counter() - clock
         if out:
             out.complete()
@@ -186,6 +205,7 @@ def _prune(
         if written:
             dense |= {"bytes": opened.parameters * opened.dtype.itemsize}
             pruned |= {"bytes": written.nbytes}
+        known = seen(opened.checkpoint.directory) if opened.checkpoint else ""
         report = Report(
             recipe=recipe.plain(),
             model={
@@ -198,15 +218,16 @@ def _prune(
             dense=dense,
             pruned=pruned,
             layers=tuple(layers),
+            left_out=tuple(left),
             run={
                 "seconds": seconds,
                 "cpu_seconds": time.process_time() - cpu,
                 "peak_memory": peak_memory(),
-                "gpu_memory": torch.cuda.max_memory_allocated(opened.device) if opened.device.type == "cuda" else 0,
+                "gpu_memory": most_memory(opened.device),
                 "threads": torch.get_num_threads(),
                 "resumed_after_blocks": len(out.finished) if out else 0,
             },
-            fingerprint=fingerprint(ids_NL),
+            fingerprint="" if blind else joined(fingerprint(ids_NL), known),
         )
         if out:
             out.finish(report.plain(), report.card())
@@ -228,13 +249,17 @@ def _prune(
 def choose_targets(model: Model, recipe: Recipe) -> list[list[Target]]:
     """For each block its layers with their sparsities, before any allocation. Raises InputError for a pattern
     that does not divide a layer's shape and for name patterns that match no layer."""
-    slots = [find_layers(model.module(name), name) for name in model.blocks]
+    found = [survey(model.module(name), name) for name in model.blocks]
+    slots = [layers for layers, _ in found]
     flat = [slot for block in slots for slot in block]
     if not flat:
         raise InputError(f"no layer that can be pruned was found in '{model.name}'.")
     for glob in (*recipe.skip, *recipe.sparsity):
-        if not any(matches(slot.name, glob) for slot in flat):
-            raise InputError(f"'{glob}' matches no layer; names look like '{flat[0].name}'. See prunella inspect.")
+        if any(matches(slot.name, glob) for slot in flat):
+            continue
+        names = [(item.name.removesuffix(".weight"), item.why) for _, left in found for item in left]
+        why = next((f": '{name}' stays dense by itself ({why})" for name, why in names if matches(name, glob)), "")
+        raise InputError(f"'{glob}' matches no layer{why}; names look like '{flat[0].name}'. See prunella inspect.")
 
     def target(slot: Slot) -> Target:
         sparsity = recipe.default_sparsity
@@ -250,6 +275,12 @@ def choose_targets(model: Model, recipe: Recipe) -> list[list[Target]]:
     return [[target(slot) for slot in block] for block in slots]
 
 
+def reads_text(recipe: Recipe) -> bool:
+    """Does pruning look at the calibration text, beyond measuring what it did to it?"""
+    spread = any(name != "uniform" for name in recipe.allocate)
+    return spread or recipe.calibration.source == "self" or any(step.needs for step in recipe.make_steps())
+
+
 def free_layers(targets: list[list[Target]], recipe: Recipe) -> frozenset[str]:
     """The layers that an allocation decides on: those for which the recipe has no word of its own."""
     fixed = [*recipe.skip, *(glob for glob in recipe.sparsity if glob != "*")]
@@ -259,38 +290,44 @@ def free_layers(targets: list[list[Target]], recipe: Recipe) -> frozenset[str]:
 
 def _run(
     model: Model, recipe: Recipe, targets: list[list[Target]], ids_NL: Tensor, out: Output | None, track: Track
-) -> list[LayerResult]:
+) -> tuple[list[LayerResult], list[LeftOut]]:
     """Stream the calibration windows through the blocks, pruning each; blocks that an interrupted run left on
-    disk are only passed through."""
+    disk are only passed through. What became of each layer, and what is left out."""
     steps = recipe.make_steps()
     order: Literal["layer", "block"] = "layer" if recipe.order == "layer" else "block"
     if order == "block" and not any(step.needs for step in steps):  # errors are measured on the first batch alone
         ids_NL = ids_NL[: max(1, TOKENS // ids_NL.shape[1])]
     beside = any(step.needs & BESIDE for step in steps)
-    stream = Stream(model, ids_NL, order=order, beside=beside, rounding=recipe.rounding)
+    stream = Stream(model, ids_NL, order=order, beside=beside, rounding=recipe.rounding, keep_zeros=recipe.keep_zeros)
     layers: list[LayerResult] = []
+    left: list[LeftOut] = []
     done = out.finished if out else []
     written = out.checkpoint if out and done else None
     last = max(index for index, block in enumerate(targets) if any(target.sparsity > 0 for target in block))
     for index in track(range(len(model.blocks)), "pruning", len(model.blocks)):
+        name = model.blocks[index]
         if index > last:  # all that follows stays dense: nothing has to flow through it
-            layers += [LayerResult.dense(target) for target in targets[index]]
+            with model.block(index) as block:
+                layers += [LayerResult.dense(target) for target in targets[index]]
+                left += left_out(block, name)
             continue
         if index < len(done):
             layers += done[index]
-            if index < last:
-                with model.block(index, written) as block:
+            with model.block(index, written) as block:
+                left += left_out(block, name)
+                if index < last:
                     stream.advance(index, block)
-                if stream.dense is not None:
-                    with model.block(index) as block:
-                        stream.advance(index, block, stream.dense)
+            if index < last and stream.dense is not None:
+                with model.block(index) as block:
+                    stream.advance(index, block, stream.dense)
             continue
         torch.manual_seed(recipe.seed + index)  # a resumed run draws what an uninterrupted one does
-        with model.block(index):
+        with model.block(index) as block:
+            left += left_out(block, name)
             result = stream.prune(
                 index, targets[index], steps, min_tokens=recipe.calibration.min_tokens, last=index == last
             )
             if out:
                 out.write(result)
         layers += result.layers
-    return layers
+    return layers, left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -28,7 +29,7 @@ class _Part(BaseModel):
 class Calibration(_Part):
     """The text that statistics are made from.
 
-    source:     see `prunella.calibrate`
+    source:     see `prunella.texts`
     samples:    how many windows
     length:     tokens in a window; None: 2048, or the model's context if that is shorter
     min_tokens: a layer that fewer tokens reach (an expert, say) is pruned by magnitude
@@ -154,6 +155,8 @@ class Recipe(_Part):
     sparsity: {pattern of layer names: share of weights to prune}, the last match wins; a plain number is
               {"*": number}. `down_proj` matches every layer whose name ends so. An N:M pattern fixes it.
     skip:     patterns of layer names that stay dense
+    keep_zeros: zeros that the model comes with stay zero and count towards the sparsity: for a second pass over a
+              pruned model. Without it a second pass chooses anew, and may fill what the first one pruned
     allocate: how sparsity is spread over the other layers: a name, or {name: {option: value}}
     steps:    a list of names, or of {name: {option: value}}
     order:    `layer`, `block` or `auto`: see `prunella.stream.Stream`
@@ -162,14 +165,18 @@ class Recipe(_Part):
     group:    inputs that share a scale, a multiple of 128; 0: whole rows
     round_head: a packed model's embedding and output head are rounded to 8 bits
     dtype:    compute and save in this dtype; `auto` keeps the checkpoint's
+    bos:      every window of calibration, healing and evaluation begins with what the tokenizer puts before a text, if
+              it does (a BOS); false: none does
     heal:     retraining of what was pruned
     """
 
     model: str = "smollm2-135m"
     calibration: Calibration = Calibration()
+    bos: bool = True
     pattern: str = "unstructured"
     sparsity: dict[str, float] = {}
     skip: tuple[str, ...] = ()
+    keep_zeros: bool = False
     allocate: dict[str, dict[str, Any]] = {"uniform": {}}
     steps: tuple[dict[str, dict[str, Any]], ...] = ({"sparsegpt": {}},)
     order: Literal["auto", "layer", "block"] = "auto"
@@ -186,6 +193,10 @@ class Recipe(_Part):
     @field_validator("sparsity", mode="before")
     @classmethod
     def _sparsity(cls, value: Any) -> Any:
+        for name, share in value.items() if isinstance(value, Mapping) else [("*", value)]:
+            if isinstance(share, str) and re.fullmatch(r"\s*\d+(\.\d*)?\s*%\s*", share):
+                meant = float(share.strip().rstrip("% ")) / 100
+                raise ValueError(f"sparsity {share} for layers '{name}' is written as a share: did you mean {meant:g}?")
         return {"*": value} if isinstance(value, int | float) else value or {}
 
     @field_validator("sparsity")
@@ -193,8 +204,9 @@ class Recipe(_Part):
     def _range(cls, value: dict[str, float]) -> dict[str, float]:
         for name, share in value.items():
             if not 0 <= share < 1:
+                meant = f"; did you mean {share / 100:g}?" if 1 < share < 100 else ""
                 raise ValueError(
-                    f"sparsity {share:g} for layers '{name}' is out of range: 0 (dense) up to, not including, 1"
+                    f"sparsity {share:g} for layers '{name}' is out of range: 0 (dense) up to, not including, 1{meant}"
                 )
         return value
 
@@ -375,4 +387,4 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
     shown = first.get("input")
     value = f" (got {shown!r})" if isinstance(shown, str | int | float) else ""
     where = f"recipe key '{'.'.join(path)}': " if path and first["type"] != "value_error" else ""
-    return f"{where}{message}{value if where else ''}."
+    return f"{where}{message}{value if where else ''}" + ("" if message.endswith("?") and not where else ".")

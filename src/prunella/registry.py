@@ -5,9 +5,11 @@ Third parties register their own: `@register("mine")` in a file of theirs, then 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -15,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
+import torch
 
-from .errors import InputError, unknown
+from .errors import InputError, PrunellaError, StepError, first_line, unknown
 from .types import Block, Layer
 
 NEEDS = frozenset({"norm", "moments", "gram", "drift", "targets", "dense"})
@@ -101,6 +104,8 @@ def each_layer(function: Callable[[Layer], Layer]) -> Callable[[Block], Block]:
 
 def find(name: str) -> Method:
     """The registered step `name`, or the one that `path/to/file.py:name` registers."""
+    for package in ("steps", "heal"):  # where the built-in ones register themselves, importing this module
+        importlib.import_module(f"{__package__}.{package}")
     return lookup("step", steps, name)
 
 
@@ -108,13 +113,38 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Step:
     """A step ready to apply. Raises InputError for an unknown name, an unknown option or a wrong value."""
     method = find(name)
     chosen = checked("step", method, options or {})
+    own = method.function.__module__.partition(".")[0] == __package__.partition(".")[0]
 
     def bound(thing: Any) -> Any:
-        return method.function(thing, **chosen)
+        return method.function(thing, **chosen) if own else _guarded(name, method, thing, chosen)
 
     defaults = {k: p.default for k, p in method.options.items()}
     apply = each_layer(bound) if method.per_layer else bound
     return Step(name, method.needs, apply, method.per_layer, method.prunes, defaults | chosen)
+
+
+def _guarded(name: str, method: Method, thing: Layer | Block, options: Mapping[str, Any]) -> Any:
+    """What a step that does not come with Prunella makes of a layer or a block. Raises StepError, naming both, if it
+    fails or gives back something else; a PrunellaError, which it raises on purpose, passes, as does a full memory."""
+    where = f"step '{name}' at {'layer' if method.per_layer else 'block'} '{thing.name}'"
+    try:
+        result = method.function(thing, **options)
+    except (PrunellaError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == _file(method)]
+        line = f", line {frames[-1].lineno} of {_file(method)}" if frames else ""
+        raise StepError(
+            f"{where}: {type(error).__name__}: {first_line(error)}; the defect is in the step{line}."
+        ) from error
+    if not isinstance(result, type(thing)):
+        due = type(thing).__name__
+        raise StepError(f"{where} returned {type(result).__name__}, not {due}; the defect is in the step.")
+    return result
+
+
+def _file(method: Method) -> str:
+    return inspect.getsourcefile(method.function) or ""
 
 
 def lookup(kind: str, methods: Mapping[str, Method], name: str) -> Method:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from .errors import ModelError
+from .evaluate import joined
+from .layers import UNSEEN, LeftOut
 from .save import REPORT
 from .stream import LayerResult
 
@@ -26,11 +28,12 @@ class Report:
     model:    name, class, dtype, parameters (all), prunable (weights in layers that could be pruned)
     dense, pruned: perplexity (None if not measured), its windows and length, a sample of text, bytes of the files
     layers:   one LayerResult a layer, in order
+    left_out: the matrices of the blocks that are no layers to prune (routers, convolutions, …), and why
     run:      seconds by phase, cpu_seconds, peak memory in bytes (resident, and of the GPU), device, order
     versions: of what the result depends on
     fingerprint: of the calibration text, see `evaluate.fingerprint`
     healing:  what retraining did, if there was any: what trained and how, losses, tokens, seconds, perplexity before
-              and after
+              and after, fingerprint of the text
     """
 
     recipe: dict[str, Any]
@@ -42,12 +45,42 @@ class Report:
     versions: dict[str, str] = field(default_factory=lambda: versions())
     fingerprint: str = ""
     healing: dict[str, Any] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def weights(self) -> int:
+        """Of all matrices of the blocks, pruned or not."""
+        return sum(map(_size, self.layers)) + sum(item.weights for item in self.left_out)
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros over all prunable weights."""
-        total = sum(la.shape[0] * la.shape[1] for la in self.layers)
-        return sum(la.sparsity * la.shape[0] * la.shape[1] for la in self.layers) / total if total else 0.0
+        """Share of zeros over all matrices of the blocks."""
+        return self._zeros([la.sparsity for la in self.layers])
+
+    @property
+    def before(self) -> float:
+        """The same of the model that came in."""
+        return self._zeros([la.before for la in self.layers])
+
+    def _zeros(self, shares: Sequence[float]) -> float:
+        zeros = sum(share * _size(la) for share, la in zip(shares, self.layers, strict=True))
+        return (zeros + sum(item.zeros for item in self.left_out)) / self.weights if self.weights else 0.0
+
+    def _left(self) -> dict[str, list[int]]:
+        """{why: sizes} of all matrices that stayed as they were."""
+        out: dict[str, list[int]] = {}
+        for why, size in (
+            *((item.why, item.weights) for item in self.left_out),
+            *(("skipped", _size(la)) for la in self.layers if not la.target),
+        ):
+            out.setdefault(why, []).append(size)
+        return out
+
+    @property
+    def seen(self) -> str:
+        """The fingerprint of all text that went into the weights: to calibrate, to heal, to train a teacher."""
+        taught = self.healing.get("taught", {})
+        return joined(self.fingerprint, self.healing.get("fingerprint", ""), taught.get("fingerprint", ""))
 
     def plain(self) -> dict[str, Any]:
         return {"sparsity": self.sparsity, **asdict(self)}
@@ -68,7 +101,8 @@ class Report:
                 LayerResult(**{**la, "shape": tuple(la["shape"]), "notes": tuple(la["notes"])})
                 for la in data.pop("layers")
             )
-            return cls(layers=layers, **data)
+            left = tuple(LeftOut(**{**item, "shape": tuple(item["shape"])}) for item in data.pop("left_out", ()))
+            return cls(layers=layers, left_out=left, **data)
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"'{path}' is damaged: {error}.") from None
 
@@ -78,10 +112,15 @@ class Report:
         def size(side: Mapping[str, Any]) -> str:
             return f"{side['bytes'] / 1e6:,.1f} MB" if "bytes" in side else "not saved"
 
+        before, after = self._active_sparsity()
         rows = [
             (_perplexity_label(self.dense), _perplexity(self.dense), _perplexity(self.pruned)),
-            ("sparsity of the pruned layers", "0.0%", f"{self._active_sparsity():.1%}"),
-            ("sparsity of all block weights", "0.0%", f"{self.sparsity:.1%}"),
+            ("sparsity of the pruned layers", f"{before:.1%}", f"{after:.1%}"),
+            ("sparsity of all block weights", f"{self.before:.1%}", f"{self.sparsity:.1%}"),
+            *(
+                (f"stayed dense: {why}", "", f"{len(sizes)} matrices, {sum(sizes) / self.weights:.2%} of the weights")
+                for why, sizes in self._left().items()
+            ),
             ("size of the weights", size(self.dense), size(self.pruned)),
             ("seconds to prune", "", f"{self.run['seconds'].get('prune', 0):.1f}"),
             ("seconds in all, evaluation too", "", f"{self.run['seconds'].get('all', 0):.1f}"),
@@ -121,14 +160,18 @@ class Report:
             rows.append(("sample of text", did["before"]["sample"], did["after"]["sample"]))
         return rows
 
-    def _active_sparsity(self) -> float:
-        active = [la for la in self.layers if la.sparsity > 0]
-        total = sum(la.shape[0] * la.shape[1] for la in active)
-        return sum(la.sparsity * la.shape[0] * la.shape[1] for la in active) / total if total else 0.0
+    def _active_sparsity(self) -> tuple[float, float]:
+        """Of the layers that were pruned: the share of zeros before and after."""
+        active = [la for la in self.layers if la.target]
+        total = sum(map(_size, active)) or 1
+        return sum(la.before * _size(la) for la in active) / total, sum(
+            la.sparsity * _size(la) for la in active
+        ) / total
 
     def notes(self) -> list[str]:
         """What happened to single layers that a user should know."""
-        return [f"{la.name}: {note}" for la in self.layers for note in la.notes]
+        unknown = [f"{item.name}: stays dense; {item.why}" for item in self.left_out if item.why == UNSEEN]
+        return unknown + [f"{la.name}: {note}" for la in self.layers for note in la.notes]
 
     def card(self) -> str:
         """A model card that says what was done."""
@@ -137,6 +180,12 @@ class Report:
         base = self.model["name"]
         front = f"base_model: {base}\n" if "/" in base and not Path(base).exists() else ""
         calibration = self.recipe["calibration"]
+        text = "which reads no text"
+        if any(layer.tokens for layer in self.layers):
+            text = (
+                f"calibrated on {calibration['samples']} windows of\n{calibration['length']} tokens of"
+                f" `{Path(calibration['source']).name}`"
+            )
         if self.recipe.get("format") == "packed":
             load = "`AutoModelForCausalLM.from_pretrained` loads it where Prunella is installed. Its zeros are not stored"
         else:
@@ -151,8 +200,7 @@ tags:
 # {Path(base).name or base}, pruned
 
 {self.sparsity:.1%} of the block weights of `{Path(base).name or base}` are zero: pruned in one shot with
-`{steps}` (pattern `{self.recipe["pattern"]}`), calibrated on {calibration["samples"]} windows of
-{calibration["length"]} tokens of `{Path(calibration["source"]).name}`.
+`{steps}` (pattern `{self.recipe["pattern"]}`), {text}.
 
 | | dense | pruned |
 | --- | --- | --- |
@@ -163,6 +211,18 @@ recipe, the versions and what happened to every layer. The license is that of th
 """
 
 
+def seen(directory: str | Path) -> str:
+    """The fingerprint of all text that went into the model in a directory; empty where nothing is known."""
+    try:
+        return Report.read(directory).seen
+    except ModelError:
+        return ""
+
+
+def _size(layer: LayerResult) -> int:
+    return layer.shape[0] * layer.shape[1]
+
+
 def _perplexity(side: Mapping[str, Any]) -> str:
     return f"{side['perplexity']:.2f}" if side.get("perplexity") is not None else "not measured"
 
@@ -170,7 +230,13 @@ def _perplexity(side: Mapping[str, Any]) -> str:
 def _perplexity_label(side: Mapping[str, Any]) -> str:
     if side.get("perplexity") is None:
         return "perplexity"
-    return f"perplexity ({Path(side['source']).name}, {side['windows']} windows of {side['length']})"
+    bos = f", {bos_words(side['bos'])}" if "bos" in side else ""  # older reports do not say
+    return f"perplexity ({Path(side['source']).name}, {side['windows']} windows of {side['length']}{bos})"
+
+
+def bos_words(bos: bool) -> str:
+    """How the windows of a perplexity begin."""
+    return "each with BOS" if bos else "without BOS"
 
 
 def versions() -> dict[str, str]:
@@ -203,7 +269,7 @@ def layer_table(layers: Sequence[LayerResult]) -> list[tuple[str, ...]]:
             la.name,
             f"{la.shape[0]}x{la.shape[1]}",
             f"{la.sparsity:.2%}",
-            la.pattern if la.sparsity else "dense",
+            la.pattern if la.target else "dense",
             "" if la.error is None else f"{la.error:.4f}",
             "; ".join(la.notes),
         )

@@ -29,10 +29,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import InputError
-from .load import Checkpoint, Model, quiet_transformers
+from .layers import Slot
+from .load import SINGLE, Checkpoint, Model, copy_companions, files_in, quiet_transformers, read_json
 from .pattern import unpack
-from .sparse.files import PackedFiles
-from .stream import BlockResult, LayerResult, Slot
+from .sparse.files import PackedFiles, write_index
+from .stream import BlockResult, LayerResult
 from .tensors import (
     CODES,
     FLOATS,
@@ -66,11 +67,11 @@ class _DenseFiles:
             keep = self.model.dtype == checkpoint.dtype()
             code = CODES[self.model.dtype]
             for name, tensors in checkpoint.files.items():
-                if keep:
+                if keep and name not in checkpoint.altered:
                     TensorFile.like(self.partial / name, checkpoint.directory / name).close()
                 else:
                     ordered = sorted(tensors.items(), key=lambda item: item[1][2])
-                    layout = {key: (code if t[0] in FLOATS else t[0], t[1]) for key, t in ordered}
+                    layout = {key: (t[0] if keep or t[0] not in FLOATS else code, t[1]) for key, t in ordered}
                     TensorFile.create(self.partial / name, layout, checkpoint.metadata[name]).close()
         sizes = {slot.name: ("U8", [-(-slot.shape[0] * slot.shape[1] // 8)]) for slot in slots}
         shapes = json.dumps({slot.name: list(slot.shape) for slot in slots})
@@ -120,7 +121,7 @@ class _DenseFiles:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        return Checkpoint(self.partial)
+        return Checkpoint(self.partial, files_in(self.partial))
 
     def complete(self) -> None:
         """Copy what no block holds."""
@@ -141,7 +142,7 @@ class _DenseFiles:
         assert checkpoint is not None
         file = checkpoint.where[name]
         code, _, start, end = checkpoint.files[file][name]
-        if self.files[file].tensors[name][0] == code:
+        if self.files[file].tensors[name][0] == code and name not in checkpoint.scales:
             self.files[file].copy(name, checkpoint.directory / file, start, end)
         else:
             with checkpoint.open([name]) as slices:
@@ -150,10 +151,16 @@ class _DenseFiles:
     def finish(self) -> None:
         """Bring what lies beside the weights into its last form."""
         checkpoint, index = self.model.checkpoint, self.partial / INDEX
-        if checkpoint is not None and self.model.dtype != checkpoint.dtype() and index.is_file():
-            content = json.loads(index.read_text())
-            content.setdefault("metadata", {})["total_size"] = self.checkpoint.nbytes
-            write_text(index, json.dumps(content, indent=2) + "\n")
+        if checkpoint is not None and list(checkpoint.files) != [SINGLE]:
+            content = read_json(checkpoint.directory / INDEX)
+            same = set(content.get("weight_map", {}).values()) == checkpoint.files.keys()
+            if checkpoint.altered or not same or "metadata" not in content:  # without which transformers reads none
+                write_index(self.partial)
+            elif self.model.dtype != checkpoint.dtype():
+                content["metadata"]["total_size"] = self.checkpoint.nbytes
+                write_text(index, json.dumps(content, indent=2) + "\n")
+            else:
+                shutil.copyfile(checkpoint.directory / INDEX, index)
         _merge_grids(self.partial)
 
 
@@ -200,7 +207,7 @@ class _PackedFiles:
             network.config.save_pretrained(self.partial)
             if network.can_generate():
                 network.generation_config.save_pretrained(self.partial)
-        config = json.loads((self.partial / "config.json").read_text())
+        config = _read_config(self.partial)
         if self.model.checkpoint is None:
             config |= {"architectures": [type(network).__name__], "dtype": str(self.model.dtype)[6:]}
         self.files.finish(config)
@@ -391,12 +398,13 @@ class Output:
             if self.model.tokenizer is not None:
                 self.model.tokenizer.save_pretrained(self.partial)
             return
-        others = {REPORT, RUN, INDEX} if isinstance(self.weights, _PackedFiles) else {REPORT, RUN}
-        for path in companions(checkpoint.directory):
-            if path.name not in others:
-                shutil.copyfile(path, self.partial / path.name)
-        if self.model.dtype != checkpoint.dtype():
-            config = json.loads((self.partial / "config.json").read_text())
+        copy_companions(checkpoint.directory, self.partial, but=(REPORT, RUN))
+        if self.model.tokenizer_given:
+            self.model.tokenizer.save_pretrained(self.partial)
+        config = _read_config(self.partial)
+        if self.model.dtype != checkpoint.dtype() or {"quantization_config", "transformers_weights"} & config.keys():
+            config.pop("quantization_config", None)
+            config.pop("transformers_weights", None)  # the index says it
             config.pop("torch_dtype", None)
             config["dtype"] = str(self.model.dtype).removeprefix("torch.")
             write_text(self.partial / "config.json", json.dumps(config, indent=2) + "\n")
@@ -413,11 +421,9 @@ class Output:
         self._release()
 
 
-def companions(directory: Path) -> list[Path]:
-    """The files beside a model's weights that belong to it: configs, tokenizer, chat template, code, license."""
-    suffixes = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
-    files = (path for path in sorted(directory.iterdir()) if path.is_file())
-    return [path for path in files if path.suffix in suffixes or "LICENSE" in path.name]
+def _read_config(directory: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return config
 
 
 def lock(partial: Path) -> IO[str]:

@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calibrate import all_windows
+from .calibrate import all_windows, check_windows, context, with_bos
 from .calibrate import windows as take
-from .errors import InputError, ModelError
+from .errors import InputError
 from .evaluate import difference, overlap, perplexity
 from .load import Model, load_model
-from .measure import context
-from .report import Report
-from .save import REPORT
+from .report import seen
 from .stream import Track, no_track
 
 SHARED = 0.05  # of a text's 13-grams in the calibration text: more than two texts have in common by chance
@@ -33,8 +31,10 @@ def score(
     length: int | None = None,
     windows: int | None = None,
     limit: int | None = None,
+    bos: bool = True,
     dtype: str = "auto",
     device: str = "auto",
+    tokenizer: str | None = None,
     remote_code: bool = False,
     pickles: bool = False,
     track: Track = no_track,
@@ -42,41 +42,56 @@ def score(
     """Measure a model by any name, a packed one in packed form.
 
     Args:
-        texts: sources of text (`prunella.calibrate`) for the perplexity, in windows of `length` tokens: the first
-            `windows` of each, or all.
+        texts: sources of text (`prunella.texts`) for the perplexity, in windows of `length` tokens: the first
+            `windows` of each, or all (of `c4` and other long data sets of the hub the first 256).
         tasks, files, limit: for the accuracies, see `prunella.harness.accuracies`.
+        bos: every window, and every request of a task, begins with what the tokenizer puts before a text, if anything;
+            else none does.
         beside: another model to measure on the same; differences are of `model` minus this one.
+        tokenizer: a directory or hub id with a tokenizer, in place of the models' own.
     Returns:
         Plain data: model, beside, dtype, texts and tasks (one entry each, with what `beside` got under that name), and
         warnings about what makes the figures doubtful. With one text its fields stand at the top as well.
     Raises:
         PrunellaError: anything about the input that the user can mend.
     """
-    options: dict[str, Any] = {"dtype": dtype, "device": device, "remote_code": remote_code, "pickles": pickles}
+    trust: dict[str, Any] = {"remote_code": remote_code, "pickles": pickles}
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "tokenizer": tokenizer, **trust}
     warnings: list[str] = []
     opened = load_model(model, packed=True, **options)
     result = {"model": model, "beside": beside, "dtype": str(opened.dtype)[6:]}
     other = load_model(beside, packed=True, **options) if beside and texts else None
     length = length or min(2048, *(context(m) for m in (opened, other) if m is not None))
-    known = {name: _fingerprint(name) for name in (model, beside) if name}
-    found_texts = []
-    for text in texts:
-        ids_NL = _windows(opened, text, windows, length)
-        ours = perplexity(opened, ids_NL, track=track)
-        shared = {name: overlap(grams, ids_NL) for name, grams in known.items() if grams}
-        warnings += [
-            f"{share:.0%} of the 13-grams of '{text}' stand in the text that '{name}' was calibrated on as well: its"
-            " perplexity there flatters it."
-            for name, share in shared.items()
-            if share is not None and share >= SHARED
-        ]
-        entry: dict[str, Any] = {"text": text, **ours.as_dict(), "overlap": shared.get(model)}
+    known = {name: seen(name) for name in (model, beside) if name}
+    cut: list[tuple[str, Tensor]] = []
+    for text in texts:  # all of them, before the first is measured
+        ids_NL = _windows(opened, text, windows, length, bos)
+        check_windows(opened, ids_NL)
         if other is not None:
-            if text != "self" and not torch.equal(ids_NL, _windows(other, text, windows, length)):
+            if text != "self" and not torch.equal(ids_NL, _windows(other, text, windows, length, bos)):
                 raise InputError(
                     f"'{model}' and '{beside}' cut '{text}' into different tokens: their perplexities cannot be"
                     " compared."
                 )
+            check_windows(other, ids_NL)
+        cut.append((text, ids_NL))
+    found_texts = []
+    for text, ids_NL in cut:
+        ours = perplexity(opened, ids_NL, track=track)
+        shared = {name: overlap(grams, ids_NL) for name, grams in known.items() if grams}
+        warnings += [
+            f"{share:.0%} of the 13-grams of '{text}' stand in the text that '{name}' was calibrated or healed on as"
+            " well: its perplexity there flatters it."
+            for name, share in shared.items()
+            if share is not None and share >= SHARED
+        ]
+        entry: dict[str, Any] = {
+            "text": text,
+            **ours.as_dict(),
+            "bos": with_bos(opened, ids_NL),
+            "overlap": shared.get(model),
+        }
+        if other is not None:
             theirs = perplexity(other, ids_NL, track=track)
             entry |= {"beside": theirs.as_dict(), "difference": asdict(difference(ours, theirs))}
         found_texts.append(entry)
@@ -89,26 +104,18 @@ def score(
             if error.name is None or error.name.partition(".")[0] not in ("lm_eval", "datasets"):
                 raise
             raise InputError("accuracies on tasks need the package lm-eval: pip install 'prunella[eval]'.") from None
-        mine = accuracies(model, tasks, files, limit=limit, **options)
+        mine = accuracies(model, tasks, files, limit=limit, bos=bos, **options)
         found_tasks = [accuracy.plain() for accuracy in mine]
         if beside:
             for entry, one, two in zip(
-                found_tasks, mine, accuracies(beside, tasks, files, limit=limit, **options), strict=True
+                found_tasks, mine, accuracies(beside, tasks, files, limit=limit, bos=bos, **options), strict=True
             ):
                 entry |= {"beside": two.plain(), "changed": one.changed(two)}
     top = found_texts[0] if len(found_texts) == 1 else {}
     return {**top, **result, "texts": found_texts, "tasks": found_tasks, "warnings": warnings}
 
 
-def _windows(model: Model, text: str, count: int | None, length: int) -> Tensor:
-    return take(model, text, count, length) if count else all_windows(model, text, length)
-
-
-def _fingerprint(model: str) -> str:
-    """Of the text that a model was calibrated on; empty where nothing is known."""
-    if not (Path(model) / REPORT).is_file():
-        return ""
-    try:
-        return Report.read(model).fingerprint
-    except ModelError:
-        return ""
+def _windows(model: Model, text: str, count: int | None, length: int, bos: bool) -> Tensor:
+    if count is None:
+        return all_windows(model, text, length, bos=bos, split="test")
+    return take(model, text, count, length, bos=bos, split="test")

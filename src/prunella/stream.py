@@ -2,32 +2,29 @@
 
     for each block: its layers -> statistics -> steps -> pruned weights -> outputs, the next block's inputs
 
-How a block is called is not hard-coded. `Calls` runs the model once with every block's `forward` replaced
-by a recorder that keeps the arguments (masks, rotary embeddings, …) and hands its input on unchanged; after
-that a block can be run on its own, exactly as the model would run it. All windows have one length, so one
-recording per batch size serves them all.
+How a block is called is not hard-coded but recorded, see calls.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .errors import InputError, ModelError, NumericalError
+from .calls import Calls, Key, examine, first
+from .errors import DefectError, InputError, NumericalError, StepError
 from .grid import Grid, fit
 from .histogram import histograms
+from .layers import Slot, find_layers, products, unpruned
 from .load import Checkpoint, Model, free_memory
-from .pattern import pack
+from .pattern import hold_zeros, pack
 from .registry import Step, make
 from .types import Block, Layer, Pattern, Stats
 
@@ -43,68 +40,7 @@ def no_track(items: Iterable[int], description: str, total: int) -> Iterable[int
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Layers of a block
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where a layer's weight lives in the network.
-
-    transposed: stored as (I, O): GPT-2's Conv1D, some experts
-    expert:     index into the first dimension of a mixture's 3-D parameter, or None
-    """
-
-    name: str
-    module: nn.Module
-    parameter: str
-    transposed: bool
-    expert: int | None = None
-
-    def view(self) -> Tensor:
-        """The weight as (O, I), sharing memory with the network's parameter."""
-        weight: Tensor = getattr(self.module, self.parameter).data
-        if self.expert is not None:
-            weight = weight[self.expert]
-        return weight.T if self.transposed else weight
-
-    def bias(self) -> Tensor | None:
-        name = "bias" if self.expert is None else f"{self.parameter}_bias"
-        bias = getattr(self.module, name, None)
-        return bias if bias is None or self.expert is None else bias[self.expert]
-
-    @property
-    def key(self) -> str:
-        """The name of the network's parameter that holds the weight."""
-        return f"{self.name}.{self.parameter}" if self.expert is None else self.name.rpartition(".")[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, columns = tuple(getattr(self.module, self.parameter).shape)[-2:]
-        return (columns, rows) if self.transposed else (rows, columns)
-
-
-_ROUTER = re.compile(r"(^|_)(router|gate)$")
-
-
-def find_layers(module: nn.Module, prefix: str) -> list[Slot]:
-    """The prunable weights of a block: linear layers (subclasses and GPT-2's transposed Conv1D too) and
-    each expert of a mixture. Routers, gates with one output, norms and convolutions are left out."""
-    slots = []
-    for path, child in module.named_modules():
-        name = f"{prefix}.{path}" if path else prefix
-        if _ROUTER.search(path.rpartition(".")[2]):
-            continue
-        weight = getattr(child, "weight", None)
-        linear = isinstance(child, nn.Linear)
-        if (linear or type(child).__name__ == "Conv1D") and isinstance(weight, nn.Parameter) and weight.ndim == 2:
-            if min(weight.shape) > 1:
-                slots.append(Slot(name, child, "weight", transposed=not linear))
-        elif "expert" in type(child).__name__.lower():
-            transposed = bool(getattr(child, "is_transposed", False))
-            for key, parameter in child.named_parameters(recurse=False):
-                if parameter.ndim == 3:
-                    slots += [Slot(f"{name}.{key}.{e}", child, key, transposed, e) for e in range(len(parameter))]
-    return slots
+# What is wanted
 
 
 @dataclass(frozen=True)
@@ -116,115 +52,8 @@ class Target:
     pattern: Pattern
 
 
-def matches(name: str, glob: str) -> bool:
-    """Does a layer's name match a user's pattern? `*` and `?` as in a shell; any run of whole parts of the name is
-    enough (`down_proj`, `self_attn`, `model.layers.1`)."""
-    return fnmatchcase(f".{name}.", f"*.{glob}.*")
-
-
 # ---------------------------------------------------------------------------------------------------------
-# Calling blocks as the model does
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments of one block beside its input, and the length of the tuple that it returns (0: a tensor)."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    by_name: bool
-    outputs: int
-
-    def run(self, block: nn.Module, hidden_BLD: Tensor) -> Tensor:
-        if self.by_name:
-            out = block(*self.args, **self.kwargs, hidden_states=hidden_BLD)
-        else:
-            out = block(hidden_BLD, *self.args, **self.kwargs)
-        result: Tensor = out[0] if isinstance(out, tuple | list) else out
-        return result
-
-
-class Calls:
-    """Recordings of how the model calls its blocks, one per batch size, and what flows in and out.
-
-    The model's parameters outside its blocks must be loaded while `embed` and `logits` are used.
-    """
-
-    def __init__(self, model: Model):
-        self.model = model
-        self.recorded: dict[tuple[int, int], list[Call]] = {}
-        self._outputs: dict[type, int] = {}
-
-    def embed(self, ids_BL: Tensor) -> Tensor:
-        """The hidden state that enters the first block, (B, L, D); records the calls on the way."""
-        first: list[Tensor] = []
-        calls: list[Call] = []
-
-        def forward(index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            by_name = not args
-            hidden = kwargs.pop("hidden_states") if by_name else args[0]
-            rest = args[1:]
-            kind = type(self.model.module(self.model.blocks[index]))
-            if kind not in self._outputs:
-                with self.model.block(index):
-                    out = original(*args, **kwargs, **({"hidden_states": hidden} if by_name else {}))
-                self._outputs[kind] = len(out) if isinstance(out, tuple | list) else 0
-            call = Call(rest, kwargs, by_name, self._outputs[kind])
-            calls.append(call)
-            if index == 0:
-                first.append(hidden)
-            return self._wrap(hidden, call.outputs)
-
-        with self._replaced(forward), torch.no_grad():
-            self.model.network.base_model(input_ids=ids_BL.to(self.model.device), use_cache=False)
-        if len(calls) != len(self.model.blocks):
-            raise ModelError(
-                f"{type(self.model.network).__name__} has {len(self.model.blocks)} blocks but called {len(calls)} of"
-                " them: its blocks cannot be run one by one."
-            )
-        self.recorded.setdefault((ids_BL.shape[0], ids_BL.shape[1]), calls)
-        return first[0]
-
-    def of(self, index: int, hidden_BLD: Tensor) -> Call:
-        return self.recorded[hidden_BLD.shape[0], hidden_BLD.shape[1]][index]
-
-    def logits(self, ids_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
-        """What the model makes of the last block's output: its norm, its head and all, (B, L, vocabulary)."""
-
-        def forward(index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            kind = type(self.model.module(self.model.blocks[index]))
-            out = hidden_BLD if index == 0 else (args[0] if args else kwargs["hidden_states"])
-            return self._wrap(out, self._outputs[kind])
-
-        with self._replaced(forward), torch.no_grad():
-            result = self.model.network(input_ids=ids_BL.to(self.model.device), use_cache=False)
-        logits: Tensor = result.logits
-        return logits
-
-    @staticmethod
-    def _wrap(hidden: Tensor, outputs: int) -> Any:
-        return (hidden, *[None] * (outputs - 1)) if outputs else hidden
-
-    @contextlib.contextmanager
-    def _replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
-        """Every block's forward replaced by `forward(index, original, ...)`: the instance's, so that what the
-        model reads from a block's attributes (its attention type, say) stays."""
-
-        def replacement(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *args, **kwargs: forward(index, original, *args, **kwargs)
-
-        blocks = [self.model.module(name) for name in self.model.blocks]
-        before = [vars(block).get("forward") for block in blocks]
-        try:
-            for index, block in enumerate(blocks):
-                block.forward = replacement(index, block.forward)  # type: ignore[method-assign]
-            yield
-        finally:
-            for block, old in zip(blocks, before, strict=True):
-                if old is None:
-                    del block.forward
-                else:
-                    block.forward = old  # type: ignore[method-assign]
+# Watching
 
 
 class _Stop(Exception):
@@ -235,31 +64,42 @@ class Watch(TorchFunctionMode):
     """Sees every product of a block's inputs with one of its layers' weights, before it is made.
 
     `see(layer name, input (T, I), is it the same tensor as at the layer before)`. Watching the products and
-    not the modules makes linear layers, transposed ones and the experts of a mixture one case.
+    not the modules makes linear layers, transposed ones and the experts of a mixture one case. A product that meets
+    a layer's weight in another shape, or along its other side, is a defect.
     """
-
-    _PRODUCTS = frozenset(
-        {nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, torch.addmm}
-    )
 
     def __init__(self, targets: Mapping[str, Target], see: Callable[[str, Tensor, bool], None]):
         super().__init__()
-        self.by_address = {t.slot.view().data_ptr(): name for name, t in targets.items()}
+        views = {name: target.slot.view() for name, target in targets.items()}
+        self.by_address = {view.data_ptr(): (name, view) for name, view in views.items()}
+        self.storages = {view.untyped_storage().data_ptr() for view in views.values()}
         self.see = see
         self.last: tuple[Tensor, int] | None = None
 
+    def _known(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self.storages
+
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in self._PRODUCTS and len(args) >= 2:
-            x, weight = (args[1], args[2]) if function is torch.addmm else (args[0], args[1])
-            name = self.by_address.get(weight.data_ptr()) if isinstance(weight, Tensor) else None
-            if name is None and function is not torch.addmm:  # weight times columns of inputs (Mamba's dt_proj)
-                name = self.by_address.get(x.data_ptr())
-                x = weight if name is None else weight.transpose(-1, -2)
-            if name is not None and x.numel():
-                same = self.last is not None and x is self.last[0] and x._version == self.last[1]
-                self.last = (x, x._version)
-                self.see(name, x.detach().reshape(-1, x.shape[-1]), same)
-        return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        for found in products(function, args, kwargs, self._known):
+            weight_OI = found.weight_OI
+            name, layer_OI = self.by_address.get(weight_OI.data_ptr(), ("", weight_OI))
+            if not name:
+                continue
+            if (weight_OI.shape, weight_OI.stride()) != (layer_OI.shape, layer_OI.stride()):
+                raise DefectError(
+                    f"layer '{name}' was taken for a matrix {tuple(layer_OI.shape)} (outputs, inputs), but the model"
+                    f" multiplies by {tuple(weight_OI.shape)} of its weights: leave it out with --skip '{name}'"
+                )
+            source, x_TI = found.source, found.x().detach()
+            if found.batched:  # the tokens of other experts come as zeros
+                x_TI = x_TI[x_TI.any(1)]
+            if x_TI.numel():
+                same = not found.batched and self.last is not None and source is self.last[0]
+                same = same and self.last is not None and source._version == self.last[1]
+                self.last = (source, source._version)
+                self.see(name, x_TI, same)
+        return function(*args, **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -275,9 +115,10 @@ class Hidden:
 
     def __init__(self, batches: int, nbytes: int, device: torch.device):
         self._items: list[Tensor | None] = [None] * batches
+        self.beside: list[dict[Key, Any]] = [{} for _ in range(batches)]  # what travels with each batch, see calls.py
         self.device = device
         main = torch.device("cpu")
-        self.place = main if device.type == "cuda" and nbytes >= free_memory(device) // 4 else device
+        self.place = main if device.type != "cpu" and nbytes >= free_memory(device) // 4 else device
         self.on_disk = self.place.type == "cpu" and nbytes > free_memory(main) // 2
 
     def __len__(self) -> int:
@@ -287,6 +128,7 @@ class Hidden:
         """Another with the same states, which may go other ways."""
         other = copy.copy(self)
         other._items = [None] * len(self)
+        other.beside = list(self.beside)
         for index, item in enumerate(self._items):
             assert item is not None
             other[index] = item
@@ -318,7 +160,14 @@ class Hidden:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What happened to one layer; goes into the report. `bits` of a quantized one, else None."""
+    """What happened to one layer; goes into the report.
+
+    sparsity: share of its weights that are zero: those that its mask prunes, and those that came in as zeros and still
+              are (not those that rounding made zero)
+    target:   share that was to be pruned; 0: it stayed as it was
+    before:   share that came in as zeros
+    bits:     of a quantized one, else None
+    """
 
     name: str
     shape: tuple[int, int]
@@ -330,11 +179,13 @@ class LayerResult:
     notes: tuple[str, ...] = ()
     bits: int | None = None
     weights: dict[str, float | str] | None = None  # `histograms` of a pruned layer
+    before: float = 0.0
 
     @classmethod
     def dense(cls, target: Target) -> LayerResult:
-        """Of a layer that stays as it is."""
-        return cls(target.slot.name, target.slot.shape, 0.0, 0.0, str(target.pattern), None, 0)
+        """Of a layer, loaded, that stays as it is."""
+        zeros = _share(target.slot.view() == 0)
+        return cls(target.slot.name, target.slot.shape, zeros, 0.0, str(target.pattern), None, 0, before=zeros)
 
 
 @dataclass(frozen=True)
@@ -368,6 +219,7 @@ class Stream:
     what the pruned layers before it really produce, in half the passes, but the widest activation of all
     windows must fit in memory at once.
 
+    `keep_zeros`: zeros that the weights come with stay zero, and count towards the sparsity (`hold_zeros`).
     `rounding`: bits and group of the grid to which pruned layers are rounded that no step has quantized; layers after
     them see what that does.
     """
@@ -380,18 +232,24 @@ class Stream:
         order: Literal["layer", "block"] = "block",
         beside: bool = False,
         rounding: tuple[int, int] | None = None,
+        keep_zeros: bool = False,
         checkpoint: Checkpoint | None = None,
     ):
         self.model = model
         self.rounding = rounding
+        self.keep_zeros = keep_zeros
         self.windows_NL = windows_NL
         self.order = order
-        self.calls = Calls(model)
         count, length = windows_NL.shape
         batch = count if order == "layer" else min(count, max(1, TOKENS // length))
-        self.batches: tuple[Tensor, ...] = torch.split(windows_NL, batch)
         streams: list[Hidden] = []
         with torch.no_grad(), model.outside(head=False, checkpoint=checkpoint):
+            if model.interface is None:
+                model.interface = examine(model, windows_NL)
+            self.calls = Calls(model, model.interface)
+            if model.interface.stateful and order == "block":
+                batch = 1  # what travels beside a hidden state cannot be cut into windows
+            self.batches: tuple[Tensor, ...] = torch.split(windows_NL, batch)
             for index, ids in enumerate(self.batches):
                 state = self.calls.embed(ids)
                 if not streams:
@@ -408,10 +266,14 @@ class Stream:
         hidden = self.hidden if hidden is None else hidden
         with torch.no_grad():
             for b in range(len(hidden)):
-                hidden[b] = self._forward(index, block, hidden[b])
+                self.forward(index, block, hidden, b)
 
-    def _forward(self, index: int, block: nn.Module, state: Tensor) -> Tensor:
-        return self.calls.of(index, state).run(block, state)
+    def forward(self, index: int, block: nn.Module, hidden: Hidden, batch: int, *, keep: bool = True) -> Tensor:
+        """Run block `index` on one batch of the hidden states, which move on if `keep` says so; what it puts out."""
+        out, beside = self.calls.batches[batch][index].run(block, hidden[batch], hidden.beside[batch])
+        if keep:
+            hidden[batch], hidden.beside[batch] = out, beside
+        return out
 
     def logits(self, batch: int) -> Tensor:
         """The model's logits for one batch of windows, once the hidden states have passed the last block."""
@@ -463,8 +325,19 @@ class Stream:
         weight_OI = target.slot.view()
         if target.slot.transposed:
             weight_OI = weight_OI.contiguous()
-        bias = target.slot.bias()
-        return Layer(target.slot.name, weight_OI, weight_OI, stats, target.sparsity, target.pattern, bias_O=bias)
+        notes: tuple[str, ...] = ()
+        if self.keep_zeros and (zeros := _share(weight_OI == 0)) > target.sparsity:
+            notes = (f"came with {zeros:.1%} zeros, more than the {target.sparsity:.1%} asked for: all stay",)
+        return Layer(
+            target.slot.name,
+            weight_OI,
+            weight_OI,
+            stats,
+            target.sparsity,
+            target.pattern,
+            bias_O=target.slot.bias(),
+            notes=notes,
+        )
 
     def _starved(self, layer: Layer, steps: Sequence[Step], min_tokens: int) -> bool:
         return any(step.needs for step in steps) and layer.stats.tokens < min_tokens
@@ -479,13 +352,16 @@ class Stream:
                 kept = {la.name: la.stats for la in fed.layers}
                 lent = tuple(replace(la, stats=allowed[la.name]) for la in fed.layers)
                 fed = step.apply(replace(fed, layers=lent))
-                fed = replace(fed, layers=tuple(replace(la, stats=kept[la.name]) for la in fed.layers))
+                fed = replace(fed, layers=tuple(replace(self._held(la), stats=kept[la.name]) for la in fed.layers))
         done = {la.name: la for la in fed.layers}
         for name, layer in starved.items():
             note = f"saw {layer.stats.tokens} tokens: pruned by magnitude"
             result = make("magnitude").apply(replace(block, layers=(layer,)))
-            done[name] = replace(result.layers[0], notes=(*layer.notes, note))
+            done[name] = replace(self._held(result.layers[0]), notes=(*layer.notes, note))
         return replace(fed, layers=tuple(self._rounded(done[la.name]) for la in block.layers))
+
+    def _held(self, layer: Layer) -> Layer:
+        return hold_zeros(layer) if self.keep_zeros else layer
 
     def _rounded(self, layer: Layer) -> Layer:
         if self.rounding is None or layer.grid is not None or layer.mask_OI is None:
@@ -503,7 +379,7 @@ class Stream:
             return inputs
         if "drift" not in needs:
             with torch.no_grad():
-                self.dense[batch] = self._forward(index, block, self.dense[batch])
+                self.forward(index, block, self.dense, batch)
             return inputs
 
         def see(layer_name: str, x_TI: Tensor, same: bool) -> None:
@@ -511,7 +387,7 @@ class Stream:
                 inputs[layer_name] = x_TI
 
         with torch.no_grad(), Watch(active, see):
-            self.dense[batch] = self._forward(index, block, self.dense[batch])
+            self.forward(index, block, self.dense, batch)
         return inputs
 
     def _prune_on_arrival(
@@ -539,7 +415,8 @@ class Stream:
 
         dense = self._dense_inputs(index, block, active, 0, needs)
         with torch.no_grad(), Watch(active, see):
-            self.hidden[0] = self._forward(index, block, self.hidden[0])
+            self.forward(index, block, self.hidden, 0)
+        _check_seen(done, active)
         for layer_name, target in active.items():  # experts that no token reached
             if layer_name not in done:
                 layer = self._layer(target, Stats())
@@ -586,10 +463,11 @@ class Stream:
             for batch in batches:
                 dense = self._dense_inputs(index, block, active, batch, needs)
                 with contextlib.suppress(_Stop), Watch(active, see):
-                    out = self._forward(index, block, self.hidden[batch])
+                    out = self.forward(index, block, self.hidden, batch, keep=False)
                     if keep_outputs and same:
                         outputs.append(out)
                 whole = len(order) == len(active) and all(t.slot.expert is None for t in active.values())
+        _check_seen(leader, active)
         if all(step.per_layer for step in steps):  # one layer at a time: its new weight and statistics can go
             done: dict[str, Settled] = {}
             waiting = [leader.get(layer_name, layer_name) for layer_name in active]
@@ -610,9 +488,10 @@ class Stream:
             layers,
             run=self._runner(index, block, active),
             windows=len(self.windows_NL),
-            targets=(lambda n: self._window(outputs if same else beside, n)) if keep_outputs else None,
-            dense=(lambda n: self._window(beside, n)) if "dense" in needs else None,
+            targets=(lambda n: self.window(n, outputs if same else beside)) if keep_outputs else None,
+            dense=(lambda n: self.window(n, beside)) if "dense" in needs else None,
             others={key: parameter.data for key, parameter in own.items()},
+            fixed=unpruned(block, name, {target.slot.key for target in active.values()}),
         )
         with torch.no_grad():
             result = self._apply(whole_block, steps, min_tokens)
@@ -621,9 +500,11 @@ class Stream:
             own[key].data.copy_(value)
         return {la.name: _settle(la, active[la.name]) for la in result.layers}, changed
 
-    def _window(self, batches: Sequence[Tensor] | Hidden, n: int) -> Tensor:
+    def window(self, n: int, batches: Sequence[Tensor] | Hidden | None = None) -> Tensor:
+        """The hidden state of window n alone, or what another sequence of batches has for it."""
         size = len(self.batches[0])
-        return batches[n // size][n % size : n % size + 1]
+        batch = (self.hidden if batches is None else batches)[n // size]
+        return batch.narrow(self.calls.interface.batch, n % size, 1)
 
     def _runner(self, index: int, block: nn.Module, active: Mapping[str, Target]) -> Callable[..., Tensor]:
         """`Block.run`: the block on one window, with other weights in place of its own."""
@@ -632,6 +513,7 @@ class Stream:
 
         def run(weights: Mapping[str, Tensor], n: int, at: str | None = None) -> Tensor:
             replaced: dict[str, Tensor] = {}
+            parts: dict[str, list[tuple[Slot, Tensor]]] = {}  # of one parameter each, which is copied once
             for name, weight in weights.items():
                 slot = slots.get(name)
                 if slot is None:
@@ -639,19 +521,19 @@ class Stream:
                     continue
                 weight = weight.T if slot.transposed else weight
                 if slot.expert is None:
-                    replaced[f"{name}.weight".removeprefix(prefix)] = weight
+                    replaced[slot.key.removeprefix(prefix)] = weight
                 else:
-                    key = name.rpartition(".")[0].removeprefix(prefix)
-                    whole = replaced.get(key, getattr(slot.module, slot.parameter))
-                    row = torch.tensor([slot.expert], device=weight.device)
-                    replaced[key] = whole.index_copy(0, row, weight[None])
-            state = self._window(self.hidden, n)
-            if (1, state.shape[1]) not in self.calls.recorded:
+                    parts.setdefault(slot.key.removeprefix(prefix), []).append((slot, weight))
+            for key, several in parts.items():
+                slot, parameter = several[0][0], block.get_parameter(key)
+                whole = slot.matrices(parameter)
+                rows = torch.tensor([one.expert for one, _ in several], device=parameter.device)
+                replaced[key] = whole.index_copy(0, rows, torch.stack([w for _, w in several])).view(parameter.shape)
+            if not self.calls.windows:
                 with self.model.outside(head=False):
-                    self.calls.embed(self.windows_NL[:1])
-            call = self.calls.of(index, state)
-            kwargs = dict(call.kwargs, hidden_states=state) if call.by_name else call.kwargs
-            args = call.args if call.by_name else (state, *call.args)
+                    self.calls.record_windows(self.windows_NL)
+            beside = self.hidden.beside[n // len(self.batches[0])]  # of this window alone, if there is anything
+            args, kwargs, _ = self.calls.windows[n][index].arguments(self.window(n), beside)
             out: Any = None
 
             def stop(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -662,10 +544,22 @@ class Stream:
             watched = contextlib.nullcontext() if at is None else block.get_submodule(at).register_forward_hook(stop)
             with contextlib.suppress(_Stop), watched:
                 out = torch.func.functional_call(block, replaced, args, kwargs)
-            result: Tensor = out[0] if isinstance(out, tuple | list) else out
-            return result
+            return first(out)
 
         return run
+
+
+def _check_seen(seen: Collection[str], active: Mapping[str, Target]) -> None:
+    """Raises DefectError for a layer of whose product nothing was seen; of a parameter with several matrices, such as
+    the experts of a mixture, one is enough: the router need not pick them all."""
+    reached = {active[name].slot.key for name in seen}
+    unseen = [name for name, target in active.items() if target.slot.key not in reached]
+    if unseen:
+        raise DefectError(
+            f"layer '{unseen[0]}' was not seen at work while its block ran, so nothing is known of its inputs"
+            + (f" (nor of {len(unseen) - 1} more layers of the block)" if unseen[1:] else "")
+            + f": leave it out with --skip '{unseen[0]}'"
+        )
 
 
 def _only(stats: Stats, needs: frozenset[str]) -> Stats:
@@ -679,16 +573,25 @@ def _only(stats: Stats, needs: frozenset[str]) -> Stats:
     )
 
 
+def _share(where: Tensor) -> float:
+    return where.count_nonzero().item() / where.numel()
+
+
 Settled = tuple[LayerResult, Tensor, Grid | None]
 
 
 def _settle(layer: Layer, target: Target) -> Settled:
-    """Write the weight into the network; keep what the report needs, the mask as bits and the grid, nothing large."""
-    assert layer.mask_OI is not None, f"the steps chose no mask for '{layer.name}'"
+    """Write the weight into the network; keep what the report needs, the mask as bits and the grid, nothing large and
+    nothing on the device."""
+    if layer.mask_OI is None:
+        raise StepError(
+            f"the steps chose no mask for layer '{layer.name}': the last one must end with layer.pruned(…)."
+        )
+    zero_OI = layer.dense_OI == 0
     result = LayerResult(
         layer.name,
         target.slot.shape,
-        1 - layer.mask_OI.count_nonzero().item() / layer.mask_OI.numel(),
+        _share(~layer.mask_OI | (zero_OI & (layer.weight_OI == 0))),
         target.sparsity,
         str(target.pattern),
         layer.error(),  # before the dense weight is overwritten: the two share their memory
@@ -696,9 +599,10 @@ def _settle(layer: Layer, target: Target) -> Settled:
         layer.notes,
         None if layer.grid is None else layer.grid.bits,
         histograms(layer.dense_OI, layer.weight_OI, layer.mask_OI),
+        _share(zero_OI),
     )
     target.slot.view().copy_(layer.weight_OI)
-    return result, pack(layer.mask_OI), layer.grid
+    return result, pack(layer.mask_OI), None if layer.grid is None else layer.grid.on(torch.device("cpu"))
 
 
 def pick_order(order: Order, steps: Sequence[Step], windows_NL: Tensor, model: Model) -> Literal["layer", "block"]:

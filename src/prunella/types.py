@@ -264,6 +264,7 @@ class Block:
     dense:      dense(n) is what the dense model puts out here on window n, its own inputs given. None unless a step
                 needs `dense`
     others:     the block's other parameters by name (norms, biases, …), which a step on blocks may replace
+    fixed:      those of `others` that it should leave as they are: routers, and layers that stay dense
     """
 
     index: int
@@ -274,3 +275,4 @@ class Block:
     targets: Callable[[int], Tensor] | None = None
     dense: Callable[[int], Tensor] | None = None
     others: Mapping[str, Tensor] = field(default_factory=dict)
+    fixed: frozenset[str] = frozenset()

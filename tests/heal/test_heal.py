@@ -17,6 +17,7 @@ import pytest
 import tiny
 import torch
 from healing import settings, zeros_of
+from processes import together
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -31,6 +32,21 @@ from prunella.tensors import MASKS
 
 def _interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
+
+
+NEXT_TOKEN_LOSS = retrain.next_token_loss
+
+
+def climb(monkeypatch: pytest.MonkeyPatch, after: int = 0) -> None:
+    """After so many backward passes training goes uphill, so that it only makes worse what is held out."""
+    calls = 0
+
+    def loss(logits: Tensor, *args: Any, **options: Any) -> Tensor:
+        nonlocal calls
+        calls += logits.requires_grad
+        return NEXT_TOKEN_LOSS(logits, *args, **options) * (-1 if logits.requires_grad and calls > after else 1)
+
+    monkeypatch.setattr(retrain, "next_token_loss", loss)
 
 
 def weights(directory: Path) -> dict[str, Tensor]:
@@ -142,27 +158,6 @@ def test_a_run_that_was_killed_and_resumed_ends_like_one_that_was_not(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.fixture
-def in_two(tmp_path: Path, python: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Prunes or heals in two processes, as `torchrun` starts them; they die after step `dies`."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    script = tmp_path / "two.py"
-
-    def start(what: str, source: Path, recipe: Any, output: Path, *, dies: int = 0, resume: bool = False) -> Any:
-        script.write_text(
-            "import os, prunella\n"
-            "def watch(step, steps, loss):\n"
-            f"    if step == {dies}:\n        os._exit(1)\n"
-            "if __name__ == '__main__':\n"
-            f"    prunella.{what}({str(source)!r}, {recipe!r}, output={str(output)!r}, resume={resume}, watch=watch)\n"
-        )
-        return python(
-            f"from torch.distributed.run import main; main(['--standalone', '--nproc-per-node=2', {str(script)!r}])"
-        )
-
-    return start
-
-
 @pytest.mark.parametrize(
     ("train", "options", "sharded"),
     [
@@ -177,14 +172,13 @@ def test_two_processes_have_the_loss_curve_of_one(
     sharded: bool,
     pruned: Path,
     tmp_path: Path,
-    in_two: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = settings(train=train, **options)
     one = prunella.heal(pruned, recipe, output=tmp_path / "one")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", str(sharded).lower())
-    done = in_two("heal", pruned, recipe, tmp_path / "two")
-    assert done.returncode == 0, done.stderr
+    log = tmp_path / "log"
+    assert together(log, "heal", pruned, recipe, output=tmp_path / "two") == 0, log.read_text()
     two = Report.read(tmp_path / "two")
     assert two.healing["losses"] == pytest.approx(one.healing["losses"], rel=1e-4)
     for step, loss in one.healing["held_out"].items():
@@ -201,31 +195,40 @@ def test_two_processes_have_the_loss_curve_of_one(
 
 
 def test_a_sharded_run_goes_on_where_it_was_killed(
-    pruned: Path, tmp_path: Path, in_two: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It holds shares of the weights and of the moments; its checkpoints hold whole ones."""
     recipe = settings(train=["mask-lora", "norms", "head"], rate=3e-3, evaluations=4)
     one = prunella.heal(pruned, recipe, output=tmp_path / "one")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert in_two("heal", pruned, recipe, tmp_path / "two", dies=5).returncode != 0
+    log = tmp_path / "log"
+    assert together(log, "heal", pruned, recipe, output=tmp_path / "two", dies=5) != 0
     assert (tmp_path / "two.partial" / "training" / "checkpoint-4").is_dir()
     shutil.copytree(tmp_path / "two.partial", tmp_path / "three.partial")
-    done = in_two("heal", pruned, recipe, tmp_path / "two", resume=True)
-    assert done.returncode == 0, done.stderr
+    assert together(log, "heal", pruned, recipe, output=tmp_path / "two", resume=True) == 0, log.read_text()
     three = prunella.heal(pruned, recipe, output=tmp_path / "three", resume=True)  # and in one process
     for other in (Report.read(tmp_path / "two"), three):
         assert other.healing["losses"] == pytest.approx(one.healing["losses"], rel=1e-4)
         assert other.healing["best_step"] == one.healing["best_step"]
 
 
+@pytest.mark.parametrize("by", ["fork", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_the_first_of_two_processes_prunes_and_both_heal(
-    dense: Path, tmp_path: Path, in_two: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    by: str, dense: Path, tmp_path: Path, python: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = settings(train=["mask-lora"], tokens=512, distill=0.5, adapt=256, rounds=2) | {"steps": ["magnitude"]}
     one = prunella.prune(str(dense), recipe, output=tmp_path / "one")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    done = in_two("prune", dense, recipe, tmp_path / "two")
-    assert done.returncode == 0, done.stderr
+    log, script = tmp_path / "log", tmp_path / "two.py"
+    if by == "fork":
+        assert together(log, "prune", str(dense), recipe, output=tmp_path / "two") == 0, log.read_text()
+    else:
+        script.write_text(
+            f"import prunella\nprunella.prune({str(dense)!r}, {recipe}, output={str(tmp_path / 'two')!r})\n"
+        )
+        start = "from torch.distributed.run import main; main(['--standalone', '--nproc-per-node=2', sys.argv[1]])"
+        done = python(f"import sys; {start}", script)
+        assert done.returncode == 0, done.stderr
     two = Report.read(tmp_path / "two")
     assert two.healing["losses"] == pytest.approx(one.healing["losses"], rel=1e-4)
     assert two.layers == one.layers
@@ -261,17 +264,22 @@ def test_a_loss_that_is_not_finite_ends_it_and_the_best_checkpoint_stays(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_best_checkpoint_is_the_result(pruned: Path, tmp_path: Path) -> None:
-    """A rate so high that it only gets worse: the first checkpoint wins, and patience ends the run."""
-    recipe = settings(train=["all"], rate=0.5, tokens=4096, evaluations=8, patience=2, clip=1e9)
+def test_the_best_checkpoint_is_the_result(pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes uphill after the eighth of 32 steps: one of the first checkpoints wins, and patience ends the run."""
+    climb(monkeypatch, after=16)
+    recipe = settings(train=["all"], rate=3e-3, tokens=4096, evaluations=8, patience=2)
     did = prunella.heal(pruned, recipe, output=tmp_path / "out").healing
     best = int(min(did["held_out"], key=lambda step: did["held_out"][step]))
     assert did["best_step"] == best
-    assert did["steps"] == min(32, best + 2 * 4)
+    assert 0 < best < 24
+    assert did["steps"] == best + 2 * 4
 
 
-def test_what_training_only_makes_worse_stays_as_it_was(pruned: Path, tmp_path: Path) -> None:
-    report = prunella.heal(pruned, settings(train=["all"], rate=0.9, clip=1e-3), output=tmp_path / "out")
+def test_what_training_only_makes_worse_stays_as_it_was(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    climb(monkeypatch)
+    report = prunella.heal(pruned, settings(train=["all"], rate=0.03), output=tmp_path / "out")
     held = report.healing["held_out"]
     assert report.healing["best_step"] == 0
     assert held["0"] < min(loss for step, loss in held.items() if step != "0")
@@ -306,7 +314,7 @@ def test_checkpointing_changes_memory_and_nothing_else(pruned: Path, tmp_path: P
 
 def test_new_biases_start_from_the_mean_output_error(dense: Path, pruned: Path, tmp_path: Path) -> None:
     """One step of almost no rate, so that the start is what is saved."""
-    recipe = settings(train=["new-biases"], rate=1e-30, tokens=1, held_out=0)
+    recipe = settings(train=["new-biases"], rate=1e-30, tokens=128, held_out=0)
     prunella.heal(pruned, recipe, output=tmp_path / "out")
     biased = weights(tmp_path / "out")
     names = [name for name in biased if name.endswith(".bias")]
@@ -459,9 +467,11 @@ def test_without_another_word_the_text_is_that_of_the_pruning(dense: Path, tmp_p
 def test_a_run_that_had_stopped_early_does_not_train_on(
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = settings(train=["all"], rate=0.5, tokens=4096, evaluations=16, patience=2)
+    recipe = settings(train=["all"], rate=3e-3, tokens=4096, evaluations=16, patience=2)
+    climb(monkeypatch, after=16)
     whole = prunella.heal(pruned, recipe, output=tmp_path / "whole")
     assert whole.healing["steps"] < 32
+    climb(monkeypatch, after=16)
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["prunella.heal.run"], "_write", _interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -666,3 +676,63 @@ def test_what_was_trained_first_is_what_is_pruned_and_the_report_is_of_the_model
     one, two = weights(tmp_path / "out"), weights(tmp_path / "whole")
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["once", "out", "whole"]
+
+
+def test_every_window_to_train_on_begins_with_bos(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(pruned, tmp_path / "in")
+    tiny.write_tokenizer(source, bos=True)
+    seen: list[Tensor] = []
+    real = retrain.retrain
+
+    def spy(model: Any, chosen: Any, windows_NL: Tensor, held_NL: Tensor, *rest: Any, **options: Any) -> Any:
+        seen.extend((windows_NL, held_NL))
+        return real(model, chosen, windows_NL, held_NL, *rest, **options)
+
+    monkeypatch.setattr(retrain, "retrain", spy)
+    recipe = settings(train=["norms"], tokens=128) | {"evaluate": {"windows": 2, "length": 48}}
+    report = prunella.heal(source, recipe, output=tmp_path / "out")
+    assert all((ids_NL[:, 0] == 1).all() for ids_NL in seen)
+    assert report.healing["before"]["bos"]
+    assert report.healing["after"]["bos"]
+    tested = prunella.calibrate.windows(prunella.load_model(str(source)), "pydoc", 2, 48, skip=3)  # type: ignore[attr-defined]
+    assert report.healing["before"]["text"] == run.digest(tested)
+    text = torch.cat([ids_NL[:, 1:] for ids_NL in seen])
+    tested_runs = tested[:, 1:].flatten().unfold(0, 31, 1)
+    assert not any((tested_runs == row).all(1).any() for row in text)  # whole windows of it, wherever they lie
+    prunella.heal(source, recipe | {"bos": False}, output=tmp_path / "plain")
+    assert not (seen[-2][:, 0] == 1).any()
+
+
+def test_bos_is_as_in_the_pruning_if_nothing_else_is_said(dense: Path, tmp_path: Path) -> None:
+    recipe = settings() | {"steps": ["magnitude"], "heal": {}, "bos": False}
+    prunella.prune(str(dense), recipe, output=tmp_path / "pruned")
+    assert run.calibrated(tmp_path / "pruned", {})["bos"] is False
+    assert run.calibrated(tmp_path / "pruned", {"bos": True})["bos"] is True
+
+
+@pytest.mark.parametrize(
+    ("heal", "message"),
+    [
+        (
+            {"tokens": 10},
+            r"10 tokens to train on are less than a single step takes, 4 windows of 32: give at least 128",
+        ),
+        ({"tokens": 300, "rounds": 3}, r"100 tokens to train on in each of 3 rounds .* give at least 384"),
+        ({"adapt": 10, "distill": 0.5}, r"10 tokens to train on .*heal\.adapt=128"),
+        ({"text": ["nowhere.txt"]}, "text file 'nowhere.txt' does not exist"),
+    ],
+)
+def test_what_cannot_be_healed_on_is_refused_before_anything_is_pruned(
+    heal: dict[str, Any], message: str, dense: Path, tmp_path: Path
+) -> None:
+    recipe = settings(train=["norms"], **heal) | {"steps": ["magnitude"]}
+    with pytest.raises(InputError, match=message):
+        prunella.prune(str(dense), recipe, output=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_more_tokens_are_trained_on_than_asked_for(pruned: Path, tmp_path: Path) -> None:
+    report = prunella.heal(pruned, settings(train=["norms"], tokens=250), output=tmp_path / "out")
+    assert (report.healing["steps"], report.healing["tokens"]) == (1, 128)

@@ -13,8 +13,8 @@ from torch import Tensor
 from prunella import InputError
 from prunella.heal import Change, Part, groups, make_group, trains
 from prunella.heal.parts import Chosen, LowRank, attach, choose, detach, parts_of
+from prunella.layers import find_layers
 from prunella.load import Model
-from prunella.stream import find_layers
 
 NEEDS_BIAS = {"biases", "new-biases"}
 

@@ -65,7 +65,7 @@ def tensors(directory: Path) -> dict[str, Tensor]:
     return {k: v for path in directory.glob("*.safetensors") for k, v in load_file(path).items()}
 
 
-@pytest.mark.parametrize("architecture", SIMPLE)
+@pytest.mark.parametrize("architecture", tiny.at_length(SIMPLE))
 def test_a_packed_model_says_what_the_pruned_one_says_and_unpacks_to_its_bytes(
     architecture: str, tmp_path: Path
 ) -> None:

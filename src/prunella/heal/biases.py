@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..load import Checkpoint, Model, quiet_transformers
-from ..save import companions
-from ..stream import Stream, Target, Track, Watch, find_layers, no_track
+from ..layers import find_layers
+from ..load import Checkpoint, Model, copy_companions, quiet_transformers
+from ..stream import Stream, Target, Track, Watch, no_track
 from ..tensors import MASKS
 from ..types import Pattern
 from .parts import Change, Master, Part, trains
@@ -90,8 +90,7 @@ def mean_errors(
 
             with torch.no_grad(), Watch({key: Target(s, 0.0, Pattern()) for key, s in slots.items()}, see):
                 for batch in range(len(stream.hidden)):
-                    state = stream.hidden[batch]
-                    stream.calls.of(index, state).run(block, state)
+                    stream.forward(index, block, stream.hidden, batch, keep=False)
             for key, slot in slots.items():
                 mean_I = sums[key] / windows_NL.numel()
                 bias_O = ((weights[key].float() - slot.view().float()) @ mean_I).to(slot.view().dtype)
@@ -109,7 +108,8 @@ def write_biased(source: Path, folder: Path, flags: Mapping[str, list[str]], val
     folder.mkdir(parents=True)
     checkpoint = Checkpoint(source)
     names = {file: "model-weights.safetensors" if file == "model.safetensors" else file for file in checkpoint.files}
-    for path in (*companions(source), *(source / file for file in names), source / MASKS):
+    copy_companions(source, folder)
+    for path in (*(source / file for file in names), source / MASKS):
         target = folder / names.get(path.name, path.name)
         if path.suffix == ".safetensors":
             try:

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import InputError, NumericalError
+from ..errors import InputError, NumericalError, command
+from ..layers import Slot, find_layers
 from ..load import Model
 from ..pattern import pack, unpack
-from ..stream import Slot, find_layers
 from ..tensors import MASKS, mask_shapes, read_masks
 
 DENSE = 0.001  # fewer zeros than this do not make a layer a pruned one
@@ -52,7 +52,9 @@ def masks_of(model: Model, directory: Path) -> Masks:
     else:
         masks = Masks(_zeros(model))
     if not masks:
-        raise InputError(f"nothing to heal: '{directory}' is dense. Prune it first: prunella prune {directory} -o OUT.")
+        raise InputError(
+            f"nothing to heal: '{directory}' is dense. Prune it first: {command('prune', directory)} -o OUT."
+        )
     return masks
 
 

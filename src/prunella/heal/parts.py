@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import InputError, NumericalError
+from ..layers import find_layers
 from ..load import Model
 from ..pattern import pack, unpack
 from ..registry import Method, checked, lookup
-from ..stream import find_layers
 
 
 @dataclass(frozen=True)
@@ -239,16 +239,11 @@ def parts_of(
     for block in (name for name in model.blocks if name in within):
         for slot in find_layers(model.module(block), block):
             parameter = getattr(slot.module, slot.parameter)
-            mask = masks.get(slot.name)
-            if mask is not None and slot.transposed:
-                mask = mask.T
-            if slot.expert is not None:
-                whole = found.get(id(parameter), (None, False))[0]
-                if mask is not None:
-                    whole = torch.ones(parameter.shape, dtype=torch.bool) if whole is None else whole
-                    whole[slot.expert] = mask
-                mask = whole
-            found[id(parameter)] = (mask, slot.transposed)
+            mask, whole = masks.get(slot.name), found.get(id(parameter), (None, False))[0]
+            if mask is not None:
+                whole = torch.ones(parameter.shape, dtype=torch.bool) if whole is None else whole
+                slot.part(whole).copy_(mask)
+            found[id(parameter)] = (whole, slot.transposed)
     head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
     parts = []
     for name, parameter in tensors.items():

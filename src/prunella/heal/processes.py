@@ -26,13 +26,28 @@ from .parts import Chosen, Group, attach, check_idle, parts_of, pick
 
 ASKED = "ACCELERATE_USE_FSDP"  # `accelerate launch --use_fsdp` sets it
 OFFLOAD = "FSDP_OFFLOAD_PARAMS"
+DEVICE = "ACCELERATE_TORCH_DEVICE"
 
 
 def world(device: torch.device) -> Any:
     """The processes that train together, as accelerate sees them."""
     from accelerate import PartialState
 
-    return PartialState(cpu=device.type == "cpu", timeout=timedelta(days=1))  # others wait while one process measures
+    with told(device):
+        return PartialState(cpu=device.type == "cpu", timeout=timedelta(days=1))  # others wait while one measures
+
+
+@contextlib.contextmanager
+def told(device: torch.device) -> Iterator[None]:
+    """Accelerate and transformers hear of this device meanwhile, unless they find it by themselves."""
+    if device.type in ("cpu", "cuda") or DEVICE in os.environ:
+        yield
+        return
+    os.environ[DEVICE] = str(device)
+    try:
+        yield
+    finally:
+        del os.environ[DEVICE]
 
 
 def check_way(way: str, team: Any) -> None:

@@ -58,7 +58,8 @@ def reconstruct(
         rate: learning rate of everything that trains; None: each method's own.
         warmup: share of the steps.
 
-    The whole model is never in the optimizer. Layers without a mask get Wanda's first.
+    The whole model is never in the optimizer. Layers without a mask get Wanda's first; layers that stay dense, and
+    routers, are left as they are.
 
     Zimmer et al., "PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs", 2023; sub-blocks: "A Free Lunch
     in LLM Compression", 2025.
@@ -86,8 +87,12 @@ def fit(
     if not active:
         return block, [], 0
     layers = [Part(la.name, frozenset({"linear"}), la.weight_OI.contiguous(), la.mask_OI) for la in active]
-    others = [Part(name, kinds_of(name, block.others), value, new=name in new) for name, value in block.others.items()]
-    now = {item.name: item.value for item in (*layers, *others)}
+    others = [
+        Part(name, kinds_of(name, block.others), value, new=name in new)
+        for name, value in block.others.items()
+        if name not in block.fixed
+    ]
+    now = {**block.others, **{item.name: item.value for item in layers}}
     chosen = choose([*layers, *others], groups)
     losses: list[float] = []
     trained = 0
@@ -233,7 +238,8 @@ def reconstruct_blocks(
 ) -> dict[str, Any]:
     """Stream the windows through the pruned model, fitting each block to the dense one; blocks that an interrupted
     run left on disk are only passed through. What happened, for the report."""
-    from ..stream import Stream, Target, find_layers
+    from ..layers import find_layers
+    from ..stream import Stream, Target
 
     assert dense.checkpoint is not None
     strange = sorted(set(model.plan()) - set(dense.checkpoint.where))

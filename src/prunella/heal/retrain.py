@@ -23,7 +23,7 @@ from ..load import Model, quiet_transformers
 from ..stream import Track, Watcher, no_track, through
 from .loss import next_token_loss
 from .parts import Chosen, trained
-from .processes import gather, is_sharded, scatter, shard, share_optimizer, world
+from .processes import gather, is_sharded, scatter, shard, share_optimizer, told, world
 
 WEIGHTS = "model.safetensors"
 _RECOMPUTE = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"  # newer, older name
@@ -75,12 +75,11 @@ def teacher_streamed(model: Model, windows_NL: Tensor, track: Track = no_track) 
     """The dense model is streamed once, block by block, over all windows; what stays is its last hidden states (in
     memory, or on disk where they do not fit) and its head."""
     stream = through(model, windows_NL, track=track, what="teacher")
-    size = len(stream.batches[0])
     with model.outside():
 
         def logits(index_B: Tensor, ids_BL: Tensor) -> Tensor:
-            rows = [stream.hidden[n // size][n % size] for n in index_B.tolist()]
-            return stream.calls.logits(ids_BL, torch.stack(rows))
+            rows = [stream.window(n) for n in index_B.tolist()]
+            return stream.calls.logits(ids_BL, torch.cat(rows, stream.calls.interface.batch))
 
         yield logits
 
@@ -133,45 +132,46 @@ def retrain(
         )
     every = max(1, math.ceil(plan.steps / plan.evaluations)) if held_out_NL is not None else max(1, plan.steps // 4)
     checkpoint = _last_checkpoint(folder) if resume else None
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=micro,
-        per_device_eval_batch_size=plan.micro,
-        gradient_accumulation_steps=plan.batch // (micro * processes),
-        max_steps=plan.steps,
-        learning_rate=max(item.group.rate for item in chosen),
-        lr_scheduler_type="linear",
-        warmup_steps=math.ceil(plan.warmup * plan.steps),
-        weight_decay=0.0,
-        max_grad_norm=plan.clip,
-        bf16=bf16,
-        **({f"{_RECOMPUTE}_checkpointing": True} if checkpointing else {}),
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        eval_strategy="no" if held_out_NL is None else "steps",
-        eval_on_start=held_out_NL is not None and checkpoint is None,
-        eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,
-        load_best_model_at_end=held_out_NL is not None,
-        metric_for_best_model="eval_loss" if held_out_NL is not None else None,
-        greater_is_better=False,
-        prediction_loss_only=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        train_sampling_strategy="sequential",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=model.device.type == "cpu",
-        seed=plan.seed,
-        dataloader_pin_memory=model.device.type == "cuda",
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # the masks are the same everywhere
-        restore_callback_states_from_checkpoint=True,
-        log_level="error",
-    )
+    with told(model.device):
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=micro,
+            per_device_eval_batch_size=plan.micro,
+            gradient_accumulation_steps=plan.batch // (micro * processes),
+            max_steps=plan.steps,
+            learning_rate=max(item.group.rate for item in chosen),
+            lr_scheduler_type="linear",
+            warmup_steps=math.ceil(plan.warmup * plan.steps),
+            weight_decay=0.0,
+            max_grad_norm=plan.clip,
+            bf16=bf16,
+            **({f"{_RECOMPUTE}_checkpointing": True} if checkpointing else {}),
+            logging_strategy="steps",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            eval_strategy="no" if held_out_NL is None else "steps",
+            eval_on_start=held_out_NL is not None and checkpoint is None,
+            eval_steps=every,
+            save_strategy="steps",
+            save_steps=every,
+            save_total_limit=2,
+            load_best_model_at_end=held_out_NL is not None,
+            metric_for_best_model="eval_loss" if held_out_NL is not None else None,
+            greater_is_better=False,
+            prediction_loss_only=True,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            train_sampling_strategy="sequential",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=model.device.type == "cpu",
+            seed=plan.seed,
+            dataloader_pin_memory=model.device.type == "cuda",
+            ddp_find_unused_parameters=False,
+            ddp_broadcast_buffers=False,  # the masks are the same everywhere
+            restore_callback_states_from_checkpoint=True,
+            log_level="error",
+        )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # several GPUs in one process would be DataParallel, which a Change does not survive
     if model.device.index not in (None, arguments.device.index):  # `cuda` without a number is any of them
@@ -374,4 +374,4 @@ def _fast_bfloat16(device: torch.device) -> bool:
     """Does bfloat16 pay on this processor?"""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.cpu._is_avx512_bf16_supported())
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())

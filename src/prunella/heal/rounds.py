@@ -16,7 +16,7 @@ from ..report import Report
 from ..save import REPORT, partial_of, unfinished
 from ..tensors import write_text
 from .processes import asked, check_way, world
-from .run import adapt, check_dtype, heal
+from .run import adapt, check_dtype, check_text, heal
 
 RECIPE = "recipe.json"
 
@@ -35,6 +35,7 @@ def prune_and_heal(
     recipe: Recipe,
     path: Path,
     *,
+    tokenizer: Any,
     resume: bool,
     remote_code: bool,
     pickles: bool,
@@ -68,7 +69,9 @@ def prune_and_heal(
         glob: schedule(share, rounds) for glob, share in {"*": recipe.default_sparsity, **recipe.sparsity}.items()
     }
     opened = load_model(model, dtype=recipe.dtype, device=recipe.device, remote_code=remote_code, pickles=pickles)
+    part = recipe.heal.model_copy(update={"tokens": recipe.heal.tokens // rounds, "adapt": 0})
     check_dtype(opened.dtype, recipe.heal.way)  # now, not when the model has been pruned
+    check_text(opened, recipe.model_copy(update={"heal": part}), rounds)
     dense = find_directory(recipe.heal.dense or model, remote_code=remote_code, pickles=pickles)
     options |= {"remote_code": remote_code, "pickles": pickles}
     source, report = model, None
@@ -100,7 +103,8 @@ def prune_and_heal(
         begun = goes_on(pruned)
         if team.is_main_process:
             if not pruned.exists():
-                prune(source, plain, output=pruned, resume=begun, **options)
+                own = tokenizer if source == model else None  # what was written has it
+                prune(source, plain, output=pruned, resume=begun, tokenizer=own, **options)
             write_text(aside / RECIPE, json.dumps(said, indent=1) + "\n")
             told = Report.read(pruned)
             if k:  # what was pruned is the model of the first round
@@ -112,9 +116,8 @@ def prune_and_heal(
             told = replace(told, recipe={**told.recipe, "model": model})
             write_text(pruned / REPORT, json.dumps(told.plain(), indent=1) + "\n")
         team.wait_for_everyone()
-        part = recipe.heal.model_copy(update={"dense": str(dense), "tokens": recipe.heal.tokens // rounds, "adapt": 0})
         if not healed.exists() or healed == path:
-            heals = recipe.model_copy(update={"heal": part})
+            heals = recipe.model_copy(update={"heal": part.model_copy(update={"dense": str(dense)})})
             report = heal(pruned, heals, output=healed, resume=goes_on(healed), portion=(k, rounds), **options)
         source = str(healed)
     if team.is_main_process:

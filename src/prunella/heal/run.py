@@ -16,15 +16,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..calibrate import check_windows, up_to, windows
-from ..errors import InputError, ModelError, NumericalError, PrunellaError
-from ..load import Model, load_model, pick_device, wrap_model
-from ..measure import context, digest, held_out_windows, measure, same_text, window_length
+from ..calibrate import check_windows, context, text_tokens, up_to, windows
+from ..errors import InputError, ModelError, NumericalError, PrunellaError, command
+from ..evaluate import fingerprint, joined
+from ..layers import Slot, find_layers, survey
+from ..load import Model, fork_random, load_model, pick_device, wrap_model
+from ..measure import digest, held_out_windows, measure, window_length
 from ..pattern import pack
 from ..recipe import Healing, Recipe
 from ..report import Report, peak_memory
 from ..save import REPORT, Output, check_output, disk_error, disk_full, identity, partial_of, unfinished
-from ..stream import BlockResult, LayerResult, Slot, Track, Watcher, find_layers, no_track
+from ..stream import BlockResult, LayerResult, Track, Watcher, no_track
+from ..texts import same_text
 from .biases import LIST, add_biases
 from .lora import save_adapter
 from .masks import full, masks_of, slots_of, verify
@@ -79,9 +82,11 @@ def heal(
     path = Path(output)
     check_output(path)
     if not Path(directory).is_dir():
-        raise ModelError(f"'{directory}' is not a directory: prune a model first, prunella prune MODEL -o {directory}.")
+        raise ModelError(
+            f"'{directory}' is not a directory: prune a model first, {command('prune', 'MODEL', '-o', directory)}."
+        )
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(fork_random(pick_device(recipe.device)))
         sharded = stack.enter_context(asked())
         run = _Run(Path(directory), recipe, path, resume, track, watch, remote_code, pickles, portion, sharded=sharded)
         return run.all()
@@ -91,7 +96,8 @@ def calibrated(directory: str | Path, values: Mapping[str, Any]) -> dict[str, An
     """Plain recipe data; what it does not say of the calibration is that of the pruning."""
     said = Report.read(Path(directory)).recipe if (Path(directory) / REPORT).is_file() else {}
     own = values.get("calibration") or {}
-    return {**values, "calibration": {**said.get("calibration", {}), **own}}
+    bos = {"bos": said["bos"]} if "bos" in said else {}
+    return {**bos, **values, "calibration": {**said.get("calibration", {}), **own}}
 
 
 def adapt(
@@ -141,6 +147,20 @@ def check_dtype(dtype: torch.dtype, way: str) -> None:
         )
 
 
+def check_text(model: Model, recipe: Recipe, portions: int) -> None:
+    """Raises InputError if there is too little text to heal on, or to measure on, or it cannot be read; what a model
+    that is not there yet will write is not looked at."""
+    run = _Run(Path(), recipe, Path(), False, no_track, None, False, False, (0, portions))
+    run.check_text(model)
+
+
+def _portion(ids_NL: Tensor, portion: tuple[int, int]) -> Tensor:
+    """The k-th of n portions, from 0, or all of it where there are too few windows."""
+    at, portions = portion
+    own_NL = ids_NL.tensor_split(portions)[at]
+    return own_NL if len(own_NL) else ids_NL
+
+
 @dataclass
 class _Run:
     directory: Path
@@ -174,6 +194,7 @@ class _Run:
         check_way(self.settings.way, team)
         names = [name for item in self.settings.train for name in item]
         if self.settings.adapt:
+            self.check_text(self._open(source))
             self._adapt()
         dense = None
         if self.settings.way == "reconstruct" or self.settings.distill or "new-biases" in names:
@@ -191,9 +212,14 @@ class _Run:
         slots = [slot for slot in slots_of(model) if slot.name in masks]
         if self.settings.way == "reconstruct":
             ids_NL, held_NL = self._calibration(model), None
+            seen = fingerprint(ids_NL)
         else:
             ids_NL, held_NL = self._text(model)
+            seen = fingerprint(ids_NL if held_NL is None else torch.cat([ids_NL, held_NL]))
+            ids_NL = _portion(ids_NL, self.portion)
         check_windows(model, ids_NL)
+        if self.said is not None:  # it may have been healed before
+            seen = joined(seen, self.said.healing.get("fingerprint", ""))
         recipe = self.recipe.model_copy(update={"model": str(self.directory), "dtype": str(model.dtype)[6:]})
         author = self._author(model, recipe.evaluate.source)
         test_NL = held_out_windows(author, recipe, self._calibrated(model))
@@ -237,6 +263,7 @@ class _Run:
                 "sharded": self.sharded,
                 "before": before,
                 "after": after,
+                "fingerprint": seen,
                 "seconds": seconds,
                 "cpu_seconds": time.process_time() - cpu,
                 "seconds in all": time.perf_counter() - started,
@@ -295,7 +322,7 @@ class _Run:
         pruned = self._open(self.directory)
         check_dtype(pruned.dtype, self.settings.way)
         if self.settings.way == "retrain":
-            self._text(pruned)  # too little of it is said now, not when the biases have been computed
+            self.check_text(pruned)  # too little of it is said now, not when the biases have been computed
         if team.is_main_process and not (self.resume and finished.is_file()):
             add_biases(pruned, dense, self._calibration(pruned), self._biased, self.track)
         team.wait_for_everyone()
@@ -368,19 +395,41 @@ class _Run:
     def _calibration(self, model: Model) -> Tensor:
         wanted = self.recipe.calibration
         author = self._author(model, wanted.source)
-        return windows(author, wanted.source, wanted.samples, self._length(model), seed=self.recipe.seed)
+        length = self._length(model)
+        return windows(author, wanted.source, wanted.samples, length, seed=self.recipe.seed, bos=self.recipe.bos)
 
     def _calibrated(self, model: Model) -> int:
-        """Tokens of the calibration text that come before those to evaluate on, if they are of one text."""
+        """At most so many tokens of the calibration come before those to evaluate on, if they are of one text."""
         return self.recipe.calibration.samples * self._length(model)
 
+    def _check_step(self, length: int) -> None:
+        """Raises InputError if the tokens to train on are not enough for a step of windows of this length."""
+        settings, (_, rounds) = self.settings, self.portion
+        step, key = settings.batch * length, "adapt" if self.whole else "tokens"
+        if settings.tokens < step:
+            each = f" in each of {rounds} rounds" if rounds > 1 else ""
+            raise InputError(
+                f"{settings.tokens:,} tokens to train on{each} are less than a single step takes, {settings.batch}"
+                f" windows of {length}: give at least {step * rounds} (--set heal.{key}={step * rounds}), shorter"
+                " windows (--set heal.length=…) or fewer of them a step (--set heal.batch=…)."
+            )
+
+    def check_text(self, model: Model) -> None:
+        """What `_text` and the evaluation have to say against the text, before any work is done."""
+        sources = self.settings.text or (self.recipe.calibration.source,)
+        if self.settings.way == "retrain" and "self" not in sources:
+            self._text(model)
+        if self.recipe.evaluate.source != "self":
+            held_out_windows(model, self.recipe, self._calibrated(model))
+
     def _text(self, model: Model) -> tuple[Tensor, Tensor | None]:
-        """Windows to train on, shuffled, and those that are held out; never those to evaluate on."""
-        settings, test = self.settings, self.recipe.evaluate
+        """Windows to train on in all portions, shuffled, and those that are held out; never those to evaluate on."""
+        settings, test, bos = self.settings, self.recipe.evaluate, self.recipe.bos
         length = min(settings.length, context(model))
+        self._check_step(length)
         sources = list(settings.text) or [self.recipe.calibration.source]
-        portion, portions = self.portion
-        wanted = portions * max(1, settings.tokens // length) + settings.held_out
+        _, portions = self.portion
+        wanted = portions * (settings.tokens // length) + settings.held_out
         missing = self.skip + wanted
         parts: list[Tensor] = []
         for source in sources:
@@ -388,11 +437,13 @@ class _Run:
                 break
             first = last = 0  # windows that hold tokens to evaluate on
             if test.source is not None and same_text(source, test.source):
-                own = window_length(model, test.length)
-                same = same_text(test.source, self.recipe.calibration.source)
-                skip = -(-self._calibrated(model) // own) if same else 0
-                first, last = skip * own // length, -(-(skip + test.windows) * own // length)
-            found_NL = up_to(self._author(model, source), source, missing + last - first, length, self.recipe.seed)
+                theirs = text_tokens(model, window_length(model, test.length), bos)
+                ours = text_tokens(model, length, bos)
+                same = same_text(self.recipe.calibration.source, test.source)
+                skip = -(-self._calibrated(model) // theirs) if same else 0
+                first, last = skip * theirs // ours, -(-(skip + test.windows) * theirs // ours)
+            author, count = self._author(model, source), missing + last - first
+            found_NL = up_to(author, source, count, length, self.recipe.seed, bos=bos)
             parts.append(torch.cat([found_NL[:first], found_NL[last:]])[:missing])
             missing -= len(parts[-1])
         all_NL = torch.cat(parts)
@@ -404,8 +455,7 @@ class _Run:
             )
         order = torch.randperm(len(all_NL), generator=torch.Generator().manual_seed(self.recipe.seed))
         shuffled_NL, held = all_NL[order], settings.held_out
-        ours_NL = shuffled_NL[held:].tensor_split(portions)[portion]
-        return ours_NL if len(ours_NL) else shuffled_NL[held:], shuffled_NL[:held] if held else None
+        return shuffled_NL[held:], shuffled_NL[:held] if held else None
 
     def _retrain(
         self,
@@ -450,7 +500,7 @@ class _Run:
                 teacher = stack.enter_context(teacher_in_memory(dense, self.sharded))
             elif dense is not None:
                 teacher = stack.enter_context(teacher_streamed(dense, ids_NL, self.track))
-            steps = max(1, round(settings.tokens / (settings.batch * ids_NL.shape[1])))
+            steps = settings.tokens // (settings.batch * ids_NL.shape[1])
             plan = Plan(
                 steps=steps,
                 share=settings.distill,
@@ -535,7 +585,7 @@ def _taught(dense: Model | None) -> dict[str, Any]:
     if dense is None or dense.checkpoint is None or not (dense.checkpoint.directory / REPORT).is_file():
         return {}
     did = Report.read(dense.checkpoint.directory).healing
-    return {key: did[key] for key in ("tokens", "seconds", "held_out") if key in did}
+    return {key: did[key] for key in ("tokens", "seconds", "held_out", "fingerprint") if key in did}
 
 
 def _report(
@@ -558,5 +608,6 @@ def _report(
         }
         run = {"seconds": {}, "cpu_seconds": 0.0, "peak_memory": peak_memory()}
         unknown = {"perplexity": None, "sample": None}
-        said = Report(recipe.plain(), about, unknown, before, _results(None, slots, masks), run)
+        left = tuple(item for name in model.blocks for item in survey(model.module(name), name)[1])
+        said = Report(recipe.plain(), about, unknown, before, _results(None, slots, masks), run, left_out=left)
     return replace(said, healing=healing)

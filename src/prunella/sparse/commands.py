@@ -16,12 +16,11 @@ from torch import Tensor
 from .. import pattern
 from ..errors import InputError, ModelError
 from ..grid import Grid
-from ..load import find_directory, load_model, quiet_transformers
-from ..save import LOCK, RUN, check_output, companions, disk_error, lock, partial_of, unfinished
-from ..stream import Slot, find_layers
+from ..layers import Slot, find_layers
+from ..load import copy_companions, find_directory, load_model, quiet_transformers
+from ..save import LOCK, RUN, check_output, disk_error, lock, partial_of, unfinished
 from ..tensors import (
     GRIDS,
-    INDEX,
     MASKS,
     mask_shapes,
     read_grids,
@@ -77,9 +76,9 @@ def _directory(out: Path) -> Iterator[Path]:
 
 
 def _copy_companions(source: Path, out: Path) -> None:
-    for path in (*companions(source), *source.glob("*.md")):
-        if path.name not in (INDEX, "config.json"):
-            shutil.copyfile(path, out / path.name)
+    copy_companions(source, out, but=["config.json"])
+    for path in source.glob("*.md"):
+        shutil.copyfile(path, out / path.name)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

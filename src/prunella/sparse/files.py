@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..grid import Grid
-from ..load import Checkpoint, Model
-from ..stream import Slot, find_layers
+from ..layers import Slot, find_layers
+from ..load import SINGLE, Checkpoint, Model, files_in
 from ..tensors import INDEX, save_tensors, write_text
 from .format import (
     MARK,
@@ -74,12 +74,14 @@ class PackedFiles:
         self.head = heads(model.network) if head else {}
         self.contents = Contents()
         self.done: set[int] = set()
+        self.untied = False  # a head that is another than the embedding, though the config says they are one
         self.plan: Mapping[str, tuple[str, bool]]
         if model.checkpoint is not None:
             self.plan = model.plan()
         else:
-            tied = model.network.all_tied_weights_keys
-            self.plan = {name: (name, False) for name in model.network.state_dict() if name not in tied}
+            get, tied = model.network.get_parameter, model.network.all_tied_weights_keys
+            same = {target for target, source in tied.items() if get(target) is get(source)}
+            self.plan = {name: (name, False) for name in model.network.state_dict() if name not in same}
 
     def write(self, index: int, masks: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> dict[str, Any]:
         """Put block `index` on disk, those of its layers packed whose masks (bool, (O, I)) are given, on their grids
@@ -138,15 +140,19 @@ class PackedFiles:
         for source, names in self.head.items():
             # where it is tied, the files may have it under either name, or both
             keys = sorted((k for k, p in outside.items() if p in names), key=lambda key: outside[key] != source)
+            weights = self._plain(keys)
+            self.untied = any(not torch.equal(weights[key], weights[keys[0]]) for key in keys[1:])
+            for key in keys if self.untied else keys[:1]:
+                parameter = source if key == keys[0] else outside[key]
+                name = self._plain_name(key, parameter) if outside[key] == parameter else parameter
+                name = name.removesuffix(".weight")
+                rounded = round_weight(weights[key], self.group)
+                tensors |= {f"{name}.{part}": tensor for part, tensor in rounded.parts().items()}
+                about = {"shape": list(weights[key].shape), "dense": True, "bits": 8, "group": rounded.group}
+                tensors |= self._mark(name, about, self.contents)
+                self.contents.add(Contents({name: about}))
             for key in keys:
                 del outside[key]
-            weight = self._plain(keys[:1])[keys[0]]
-            rounded = round_weight(weight, self.group)
-            name = source.removesuffix(".weight")
-            tensors |= {f"{name}.{part}": tensor for part, tensor in rounded.parts().items()}
-            about = {"shape": list(weight.shape), "dense": True, "bits": 8, "group": rounded.group}
-            tensors |= self._mark(name, about, self.contents)
-            self.contents.add(Contents({name: about}))
         self._save(len(self.model.blocks), {**tensors, **self._plain(list(outside))})
 
     def finish(self, config: Mapping[str, Any]) -> None:
@@ -159,12 +165,16 @@ class PackedFiles:
             "group": self.group,
             "modules": self.contents.modules,
         }
-        write_json(self.directory / "config.json", {**config, "quantization_config": settings})
+        own: dict[str, Any] = {"tie_word_embeddings": False} if self.untied else {}
+        if own and "text_config" in config:
+            own["text_config"] = {**config["text_config"], **own}
+        write_json(self.directory / "config.json", {**config, **own, "quantization_config": settings})
 
     @property
     def checkpoint(self) -> Checkpoint:
         """What is written so far."""
-        return PackedCheckpoint(self.directory, self.contents.modules, self.bits, self.group)
+        written = files_in(self.directory)
+        return PackedCheckpoint(self.directory, self.contents.modules, self.bits, self.group, written)
 
     def _mark(self, name: str, about: Mapping[str, Any], found: Contents) -> dict[str, Tensor]:
         """What stops loaders that do not know the format, if this is the first weight that is packed. They would find
@@ -178,20 +188,41 @@ class PackedFiles:
         return self.model.block_of(parameter) is not None
 
     def _name(self, block: str, slot: Slot) -> str | None:
-        """The name under which a parameter is stored when it is packed; None if it cannot be: transformers makes it
-        of tensors that other parameters are made of too, knows its module by another name, or it has a dtype of its
-        own."""
+        """The name under which a parameter is stored when it is packed: the network's, or that of the files where
+        transformers only renames (a vision-language model's text, say). None if it cannot be: no module for packed
+        weights can take its place, transformers makes it of tensors that other parameters are made of too, or it has a
+        dtype of its own."""
         parameter = slot.key
+        if slot.expert is None:
+            takes = isinstance(slot.module, nn.Linear) or type(slot.module).__name__ == "Conv1D"
+        else:  # a list of packed experts: the model must ask for one after the other
+            takes = slot.alone and getattr(slot.module, slot.parameter).ndim == 3
+        if not takes:
+            return None
         keys = {key: converted for key, (p, converted) in self.plan.items() if p == parameter}
         if not keys or any(self._code(key) not in (None, self.model.dtype) for key in keys):
             return None
         if slot.expert is not None:
             names = {name for name, _ in self.plan.values()}
             whole = (f"{block}.{name}" for name, _ in self.model.module(block).named_parameters())
-            return parameter if not any(keys.values()) or all(name in names for name in whole) else None
-        key, prefix = next(iter(keys)), f"{self.model.network.base_model_prefix}."
-        same = key.removeprefix(prefix) == parameter.removeprefix(prefix)
-        return key.removesuffix(".weight") if same and not keys[key] else None
+            if not any(keys.values()):
+                return self._plain_name(next(iter(keys)), parameter)
+            return self._spelled(block, parameter) if all(name in names for name in whole) else None
+        key = next(iter(keys))
+        return key.removesuffix(".weight") if key.endswith(".weight") and not keys[key] else None
+
+    def _spelled(self, block: str, parameter: str) -> str:
+        """The name of a parameter that is made of several tensors, its block spelled as in the files."""
+        for key, (other, converted) in self.plan.items():
+            inside = other.removeprefix(block)
+            if other.startswith(f"{block}.") and not converted and key.endswith(inside):
+                return self._plain_name(key.removesuffix(inside) + parameter.removeprefix(block), parameter)
+        return parameter
+
+    def _plain_name(self, key: str, parameter: str) -> str:
+        """The parameter's name or, where it differs by more than the base model's prefix, that of the files."""
+        prefix = f"{self.model.network.base_model_prefix}."
+        return parameter if key.removeprefix(prefix) == parameter.removeprefix(prefix) else key
 
     def _code(self, key: str) -> torch.dtype | None:
         """The dtype of a stored tensor if it differs from that of most others, and is kept."""
@@ -234,8 +265,15 @@ class PackedFiles:
 class PackedCheckpoint(Checkpoint):
     """A packed model's files, for a network that is not packed: its weights are unpacked as they are loaded."""
 
-    def __init__(self, directory: Path, modules: Mapping[str, Mapping[str, Any]], bits: int | None, group: int):
-        super().__init__(directory)
+    def __init__(
+        self,
+        directory: Path,
+        modules: Mapping[str, Mapping[str, Any]],
+        bits: int | None,
+        group: int,
+        names: Sequence[str] | None = None,
+    ):
+        super().__init__(directory, names)
         self.modules, self.bits, self.group = modules, bits, group
         for key, file in list(self.where.items()):
             if self.files[file][key][1] == MARK:
@@ -243,7 +281,7 @@ class PackedCheckpoint(Checkpoint):
 
     def fill(self, model: Model, wanted: Callable[[str], bool]) -> None:
         for name, about in self.modules.items():
-            parameter = name if "experts" in about else model.plan()[parameter_name(name, about)][0]
+            parameter = model.parameter_of(parameter_name(name, about))
             if wanted(parameter):
                 owner, _, key = parameter.rpartition(".")
                 weight = self.weight(name, model.dtype).to(model.device)
@@ -296,8 +334,8 @@ def parameter_name(name: str, about: Mapping[str, Any]) -> str:
 
 def write_index(directory: Path) -> None:
     """Say which tensor is in which file, where there are several files."""
-    checkpoint = Checkpoint(directory)
-    if len(checkpoint.files) > 1:
+    checkpoint = Checkpoint(directory, files_in(directory))
+    if list(checkpoint.files) != [SINGLE]:
         index = {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": dict(sorted(checkpoint.where.items()))}
         write_json(directory / INDEX, index)
 

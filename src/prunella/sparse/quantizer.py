@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import WeightConverter, WeightRenaming
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -127,6 +131,8 @@ class PrunellaQuantizer(HfQuantizer):
             keys = (re.escape(key.removeprefix(model.base_model_prefix + ".")) for key in keys)
             model._keys_to_ignore_on_load_unexpected |= {rf"(^|\.){key}$" for key in keys}
         self.replaced: list[str] = []
+        self.renamings: list[Any] | None = None
+        self.renamed = False
         for name, about in self.quantization_config.modules.items():
             if "experts" in about:
                 self._replace_experts(model, name, about, stored)
@@ -134,7 +140,7 @@ class PrunellaQuantizer(HfQuantizer):
             if about.get("dense"):
                 self._replace_rounded(model, name, about, stored)
                 continue
-            module_name, module = _find(model, name)
+            module_name, module = self._find(model, name)
             columns, rows = _shape(module)
             _check_shape(name, about, (rows, columns))
             sizes = self._sizes(name, stored, rows, columns, module.weight.dtype, *self.quantization_config.of(name))
@@ -146,11 +152,39 @@ class PrunellaQuantizer(HfQuantizer):
                 module.__class__ = DenseLinear  # the same parameters, whatever is tied to them
         return model
 
+    def _find(self, model: Any, name: str) -> tuple[str, Any]:
+        """The module of this name."""
+        for candidate in self._candidates(model, name, ".weight"):
+            with contextlib.suppress(AttributeError):
+                module = model.get_submodule(candidate)
+                if getattr(module, "weight", None) is not None and module.weight.ndim == 2:
+                    return candidate, module
+        raise ModelError(f"config.json names a packed module '{name}' that the model does not have.")
+
+    def _find_parameter(self, model: Any, name: str) -> tuple[str, Any, str]:
+        """The module that holds a 3-D parameter, its name, and the name of the parameter in it."""
+        for candidate in self._candidates(model, name):
+            owner, _, key = candidate.rpartition(".")
+            with contextlib.suppress(AttributeError):
+                if model.get_parameter(candidate).ndim == 3:
+                    return owner, model.get_submodule(owner), key
+        raise ModelError(f"config.json names packed experts '{name}' that the model does not have.")
+
+    def _candidates(self, model: Any, name: str, suffix: str = "") -> Iterator[str]:
+        """What the network may call it: the same, or what transformers renames tensors of the files to."""
+        yield from _names(model, name)
+        if self.renamings is None:
+            self.renamings = [e for e in get_model_conversion_mapping(model) if isinstance(e, WeightRenaming)]
+        own = rename_source_key(name + suffix, self.renamings, [])[0].removesuffix(suffix)
+        if own != name:
+            self.renamed = True
+            yield from _names(model, own)
+
     def _replace_experts(
         self, model: Any, name: str, about: Mapping[str, Any], stored: dict[str, tuple[str, tuple[int, ...]]]
     ) -> None:
         """Put a list of packed experts in place of a mixture's 3-D parameter."""
-        owner_name, owner, key = _find_parameter(model, name)
+        owner_name, owner, key = self._find_parameter(model, name)
         parameter = getattr(owner, key)
         transposed = bool(about.get("transposed"))
         experts, rows, columns = parameter.transpose(1, 2).shape if transposed else parameter.shape
@@ -171,7 +205,7 @@ class PrunellaQuantizer(HfQuantizer):
         """Put a rounded embedding or output head in its place."""
         head = model.get_output_embeddings()
         try:
-            module_name, module = _find(model, name)
+            module_name, module = self._find(model, name)
         except ModelError:
             if head is None:
                 return  # a base model needs no head
@@ -189,14 +223,15 @@ class PrunellaQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Packed tensors have the network's own names: what renames tensors, puts a mixture's experts together or, when
-        a model is saved, takes them apart, leaves them alone."""
+        a model is saved, takes them apart, leaves them alone. Where they have those of the files, they are renamed as
+        plain tensors are."""
 
         def but(patterns: list[str]) -> list[str]:
             return [p + (r"(?!\w)" if p[-1].isalnum() else "") + _NOT_PACKED for p in patterns]
 
         out = []
         for entry in super().update_weight_conversions(weight_conversions, model):
-            if type(entry) in (WeightRenaming, WeightConverter):
+            if type(entry) is WeightConverter or (type(entry) is WeightRenaming and not self.renamed):
                 patterns = but(entry._original_source_patterns), but(entry._original_target_patterns)
                 out.append(
                     entry.copy(*patterns, **({"operations": entry.operations} if hasattr(entry, "operations") else {}))
@@ -307,26 +342,6 @@ def _check_stored(
 def _check_bits(bits: Any, group: Any) -> None:
     if bits not in (None, 4, 8) or not isinstance(group, int) or group < 0 or group % SPAN:
         raise ModelError(f"config.json: bits {bits} and group {group} are no packed format.")
-
-
-def _find(model: Any, name: str) -> tuple[str, Any]:
-    """The module of this name."""
-    for candidate in _names(model, name):
-        with contextlib.suppress(AttributeError):
-            module = model.get_submodule(candidate)
-            if getattr(module, "weight", None) is not None and module.weight.ndim == 2:
-                return candidate, module
-    raise ModelError(f"config.json names a packed module '{name}' that the model does not have.")
-
-
-def _find_parameter(model: Any, name: str) -> tuple[str, Any, str]:
-    """The module that holds a 3-D parameter, its name, and the name of the parameter in it."""
-    for candidate in _names(model, name):
-        owner, _, key = candidate.rpartition(".")
-        with contextlib.suppress(AttributeError):
-            if model.get_parameter(candidate).ndim == 3:
-                return owner, model.get_submodule(owner), key
-    raise ModelError(f"config.json names packed experts '{name}' that the model does not have.")
 
 
 def _names(model: Any, name: str) -> tuple[str, ...]:

@@ -7,10 +7,10 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
+from ..layers import matches
 from ..native import call, library
 from ..pattern import best
 from ..registry import register
-from ..stream import matches
 from ..types import Layer
 from .wanda import wanda
 

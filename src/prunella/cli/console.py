@@ -1,0 +1,139 @@
+"""What the commands print through: two consoles, and progress on blocks and on training."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import say
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+# Names of files, layers and methods are printed as they are: `[b]` is no markup and `:key:` no emoji.
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+EVERY = 10.0  # seconds between lines of progress, at least
+_CONTROL = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}, "\N{REPLACEMENT CHARACTER}")
+
+
+def never_fail_to_encode() -> None:
+    """Print what the terminal's encoding cannot hold as `?`, and names that are not text as their bytes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            unicode = stream.encoding.lower().replace("-", "").startswith("utf")
+            stream.reconfigure(errors="surrogateescape" if unicode else "replace")
+
+
+def print_table(
+    columns: Collection[str], rows: Iterable[Iterable[str]], title: str = "", right: Collection[str] = ()
+) -> None:
+    """A table; `right` names the columns that are aligned there. Long cells are folded, never cut.
+
+    A model's text and a file's name may hold what a terminal would obey: control characters are shown, not sent.
+    """
+    table = Table(title=title or None)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell.translate(_CONTROL) for cell in row))
+    out.print(table)
+
+
+def track(items: Iterable[int], description: str, total: int) -> Iterator[int]:
+    """Progress over blocks: a bar with the time left in a terminal, else a line now and then."""
+    if err.is_interactive:
+        with _bar("blocks") as progress:
+            yield from progress.track(items, total=total, description=f"{description:<12}")
+        return
+    lines = Lines(description, "blocks", first=0)
+    for done, item in enumerate(items, 1):
+        yield item
+        lines.at(done, total)
+
+
+@contextlib.contextmanager
+def watcher() -> Iterator[Callable[[int, int, float | None], None]]:
+    """Progress of training steps, with the loss; it begins with the first step."""
+    if not err.is_interactive:
+        lines = Lines("healing", "steps")
+        yield lambda step, steps, loss: lines.at(step, steps, "" if loss is None else f", loss {loss:.3f}")
+        return
+    bar: Progress | None = None
+
+    def watch(step: int, steps: int, loss: float | None) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = _bar("steps, loss {task.fields[loss]}")
+            bar.add_task(f"{'healing':<12}", total=steps, loss="")
+            bar.start()
+        bar.update(bar.task_ids[0], completed=step, total=steps, loss="" if loss is None else f"{loss:.3f}")
+        if step == steps:  # what follows may have a bar of its own
+            bar.stop()
+            bar = None
+
+    try:
+        yield watch
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+class Lines:
+    """Progress where nothing can be drawn over, in a log or a pipe: plain lines, ten seconds apart or more.
+
+    first: what is done when the clock starts; None: it starts when it is first told what is done
+    """
+
+    def __init__(self, what: str, units: str, first: int | None = None):
+        self.what, self.units, self.first = what, units, first
+        self.start = self.last = time.monotonic()
+
+    def at(self, done: int, total: int, about: str = "") -> None:
+        """So much is done."""
+        now = time.monotonic()
+        if self.first is None or done <= self.first:
+            self.first, self.start, self.last = done, now, now
+        if now - self.last < EVERY or os.environ.get("RANK", "0") != "0":  # one process speaks for all
+            return
+        self.last, spent = now, now - self.start
+        left = spent / (done - self.first) * (total - done)
+        say(f"{self.what}: {done} of {total} {self.units}{about}, {clock(spent)} elapsed, {clock(left)} left")
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 0:07, 12:05 or 3:00:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _bar(units: str) -> Progress:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        *([BarColumn()] if err.width >= 80 else []),  # the time left goes before it
+        MofNCompleteColumn(),
+        TextColumn(f"{units}, elapsed", markup=False),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=err,
+    )

@@ -1,0 +1,358 @@
+"""All of it on a device that is not the CPU: simulated, so that mixing the two is an error and the numbers are the
+CPU's (accelerator.py)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import accelerator
+import pytest
+import tiny
+import torch
+from healing import SETTINGS, settings
+from test_resume import killed_run
+from test_steps import NAMES, apply_or_refuse, check_zeros, toy_block
+from torch import Tensor, nn
+
+import prunella
+from prunella import InputError, make, sweep
+from prunella.allocate import allocations
+from prunella.load import fork_random, free_memory, load_model, pick_device
+from prunella.registry import find
+from prunella.save import Output
+from prunella.stream import Hidden
+
+pytestmark = pytest.mark.usefixtures("sim")
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU computes as any device does: in torch, and what it is given in the precision it is given in."""
+    dsnot: Any = importlib.import_module("prunella.steps.dsnot")
+    monkeypatch.setitem(sweep.tiles, "cpu", sweep.plain_tile)
+    monkeypatch.setitem(dsnot.swaps, "cpu", dsnot.plain_swap)
+    monkeypatch.setattr(importlib.import_module("prunella.heal.retrain"), "_fast_bfloat16", lambda device: False)
+
+
+def everything(directory: Path) -> dict[str, bytes]:
+    """The files of a model, without what is said of the run."""
+    paths = [path for path in directory.rglob("*") if path.is_file()]
+    said = ("README.md", "prunella.json", "adapter_config.json")
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths if path.name not in said}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The device itself
+
+
+def test_it_refuses_what_a_gpu_refuses(sim: torch.device) -> None:
+    here_44, there_44 = torch.ones(4, 4), torch.ones(4, 4, device=sim)
+    refused: list[Callable[[], Any]] = [
+        lambda: there_44 + here_44,
+        lambda: here_44 + there_44,
+        lambda: here_44.add_(there_44),
+        lambda: there_44 @ here_44,
+        lambda: there_44 @ torch.ones(4),
+        lambda: torch.cat([there_44, here_44]),
+        lambda: there_44.index_select(0, torch.tensor([1])),
+        lambda: here_44[there_44 > 0],
+        lambda: torch.tensor(1.0).mul_(there_44[0, 0]),
+        lambda: nn.functional.embedding(torch.tensor([1]), there_44),
+        lambda: torch.rand(4, device=sim, generator=torch.Generator()),
+    ]
+    for mixing in refused:
+        with pytest.raises(RuntimeError, match=r"Expected (all tensors to be on the same|a 'sim') device"):
+            mixing()
+    with pytest.raises(TypeError, match="convert sim"):
+        there_44.numpy()
+    # What a GPU lets in: numbers, and where to look.
+    assert (there_44 + torch.tensor(1.0) == 2).all()
+    assert torch.where(torch.tensor(True), there_44, 0).device == sim
+    assert there_44[torch.tensor([0, 2])].shape == (2, 4)
+    there_44[torch.tensor([1])] = 5.0
+    there_44[0] = torch.tensor(3.0)
+    assert there_44.sum(1).tolist() == [12, 20, 4, 4]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "falcon", "mamba"])
+def test_it_computes_what_the_cpu_computes(architecture: str, sim: torch.device, ids: Tensor) -> None:
+    network, moved = tiny.build(architecture), tiny.build(architecture).to(sim)
+    moved.tie_weights()  # torch moves each name of a tensor by itself to devices that it does not know
+    here = network(ids, labels=ids)
+    there = moved(ids.to(sim), labels=ids.to(sim))
+    assert there.logits.device == sim
+    assert torch.equal(here.logits, there.logits.cpu())
+    here.loss.backward()
+    there.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    for name, parameter in moved.named_parameters():
+        assert torch.equal(parameter.grad.cpu(), gradients[name]), name
+
+
+def test_views_share_memory_and_tensors_grow(sim: torch.device) -> None:
+    x_34 = torch.zeros(3, 4, device=sim)
+    x_34[1:, 2:].fill_(1)
+    x_34.diagonal().add_(2)
+    assert x_34.tolist() == [[2, 0, 0, 0], [0, 2, 1, 1], [0, 0, 3, 1]]
+    out = torch.empty(0, device=sim)
+    torch.mul(x_34, 2, out=out)
+    assert torch.equal(out.cpu(), 2 * x_34.cpu())
+    out.resize_(20)
+    assert out[:12].tolist() == [4, 0, 0, 0, 0, 4, 2, 2, 0, 0, 6, 2]
+
+
+def test_its_random_numbers_are_its_own(sim: torch.device) -> None:
+    torch.manual_seed(3)
+    here, there = torch.rand(4), torch.rand(4, device=sim)
+    assert torch.equal(here, there.cpu())  # both are seeded, and neither draws from the other
+    with fork_random(sim):
+        torch.manual_seed(3)
+        assert torch.equal(torch.rand(4), here)
+        assert torch.equal(torch.rand(4, device=sim), there)
+    assert not torch.equal(torch.rand(4), here)
+    assert torch.equal(torch.rand(4, device=sim).cpu(), torch.rand(8, generator=torch.Generator().manual_seed(3))[4:])
+
+
+def test_what_crosses_over_is_counted(sim: torch.device) -> None:
+    x = torch.ones(6)
+    with accelerator.count() as traffic:
+        there = x.to(sim)
+        there += 1
+        assert not traffic.waits
+        there.sum().item()
+        bool((there > 0).all())
+        there.half().cpu()
+    there.cpu()
+    assert (traffic.to_device, traffic.to_host) == (24, 12)
+    assert traffic.waits == {"_local_scalar_dense": 2, "copy to the host": 1}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Which device, and what it has
+
+
+def test_a_device_is_taken_by_its_name(sim: torch.device) -> None:
+    assert pick_device("sim").type == "sim"
+    assert pick_device("sim:0") == sim
+    assert free_memory(sim) == accelerator.MEMORY
+    for name in ("simm", "xpu", "cuda:99", "meta"):
+        with pytest.raises(InputError, match=f"device '{name}' cannot be used"):
+            pick_device(name)
+
+
+def test_hidden_states_that_do_not_fit_beside_the_weights_wait_in_main_memory(sim: torch.device) -> None:
+    for nbytes, place in ((accelerator.MEMORY // 8, "sim"), (accelerator.MEMORY // 2, "cpu")):
+        hidden = Hidden(1, nbytes, sim)
+        assert hidden.place.type == place
+        hidden[0] = torch.ones(2, 3, device=sim)
+        assert hidden[0].device == sim
+
+
+def test_other_gpus_are_not_opened_for_their_random_numbers(monkeypatch: pytest.MonkeyPatch, sim: torch.device) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: asked.append(device) or torch.get_rng_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerator.module, "here", False)  # else torch takes this one for granted
+        with fork_random(torch.device("cpu")):
+            assert asked == []
+        with fork_random(torch.device("cuda:3")):
+            assert asked == [torch.device("cuda:3")]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Steps, allocations, architectures
+
+
+def on(device: str | torch.device, work: Callable[[str | torch.device], Any]) -> Any:
+    """What comes of it there; the message, if it is refused."""
+    torch.manual_seed(3)
+    try:
+        return work(device)
+    except InputError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4x1"])
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_keep_their_contract(name: str, pattern: str, dtype: torch.dtype, sim: torch.device) -> None:
+    after = {}
+    for device in ("cpu", sim):
+        torch.manual_seed(3)
+        block = toy_block(make(name), pattern, dtype=dtype, device=device)
+        torch.manual_seed(3)
+        after[device] = apply_or_refuse(make(name), block)
+    here, there = after["cpu"], after[sim]
+    assert (here is None) == (there is None)
+    if here is None or there is None:
+        return
+    check_zeros(there, 0.5)
+    for one, other in zip(here.layers, there.layers, strict=True):
+        for field in fields(other):
+            value = getattr(other, field.name)
+            assert not isinstance(value, Tensor) or value.device == sim, field.name
+        if dtype == torch.float32:  # of bfloat16 the CPU makes other products
+            assert torch.equal(one.weight_OI, other.weight_OI.cpu())
+            assert torch.equal(one.mask_OI, other.mask_OI.cpu())
+
+
+def pruned(device: str | torch.device, recipe: dict[str, Any], architecture: str = "llama") -> Any:
+    """The weights of a tiny network, pruned there, and the report's errors."""
+    network = tiny.build(architecture).to(device)
+    report = prunella.prune(network, recipe, calibration=tiny.token_windows(4, 24))
+    assert report.recipe["device"] == str(device)
+    assert network.device == torch.device(device)
+    weights = {name: tensor.tolist() for name, tensor in network.state_dict().items()}
+    return weights, [layer.error for layer in report.layers]
+
+
+GRID: list[dict[str, Any]] = [
+    *({"steps": [name], "order": "layer" if find(name).per_layer else "block"} for name in NAMES),
+    *({"steps": ["wanda"], "allocate": name, "order": "block"} for name in sorted(allocations)),
+    {"steps": ["sparsegpt", "gptq", "update"], "pattern": "2:4", "order": "block"},
+    {"steps": ["wanda", "dsnot", "align", "reconstruct"], "pattern": "2:4"},
+]
+
+
+@pytest.mark.parametrize(
+    "recipe", GRID, ids=lambda recipe: "-".join(map(str, [*recipe["steps"], recipe.get("allocate")]))
+)
+def test_every_step_and_allocation_gives_the_weights_of_the_cpu(recipe: dict[str, Any], sim: torch.device) -> None:
+    here, there = (on(device, lambda device: pruned(device, recipe)) for device in ("cpu", sim))
+    assert there == here
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "mixtral", "qwen3_next"])
+def test_transposed_layers_experts_and_convolutions_are_pruned_there(architecture: str, sim: torch.device) -> None:
+    recipe = {"steps": ["wanda", "reconstruct"]}
+    here, there = (on(device, lambda device: pruned(device, recipe, architecture)) for device in ("cpu", sim))
+    assert there == here
+
+
+def test_pruning_in_bfloat16_leaves_weights_on_the_device(sim: torch.device, ids: Tensor) -> None:
+    network = tiny.build(dtype=torch.bfloat16).to(sim)
+    report = prunella.prune(network, {"steps": ["sparsegpt", "update"]}, calibration=ids)
+    assert report.sparsity == 0.5
+    assert {parameter.device for parameter in network.parameters()} == {sim}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# From file to file
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaMA with a tokenizer, its head tied. Read only."""
+    path = tmp_path_factory.mktemp("accelerator") / "dense"
+    tiny.build(max_position_embeddings=128, tie_word_embeddings=True).save_pretrained(path)
+    tiny.write_tokenizer(path)
+    return path
+
+
+def both(tmp_path: Path, work: Callable[[str, Path], Any]) -> Path:
+    """Run it on the CPU and on the device: the same files come of it. Returns the device's."""
+    for device in ("cpu", "sim"):
+        work(device, tmp_path / device)
+    here, there = everything(tmp_path / "cpu"), everything(tmp_path / "sim")
+    assert here.keys() == there.keys()
+    assert [name for name in here if here[name] != there[name]] == []
+    return tmp_path / "sim"
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"steps": ["wanda"], "evaluate": {"source": "pydoc", "length": 32, "windows": 2}},
+        {"steps": ["sparsegpt", "gptq"], "dtype": "bfloat16"},
+        {"steps": ["wanda"], "format": "packed", "bits": 8},
+        {"steps": ["magnitude"], "format": "packed", "bits": 4, "round_head": True},
+        {"steps": ["sparsegpt", "gptq"], "pattern": "2:4", "format": "packed"},
+    ],
+    ids=["plain", "gptq", "packed", "packed-head", "packed-gptq"],
+)
+def test_the_files_are_those_of_the_cpu(recipe: dict[str, Any], source: Path, tmp_path: Path) -> None:
+    def work(device: str, output: Path) -> None:
+        prunella.prune(source, {**SETTINGS, "heal": {}, **recipe, "device": device}, output=output)
+
+    both(tmp_path, work)
+
+
+@pytest.mark.parametrize("packing", [{}, {"format": "packed"}, {"format": "packed", "bits": 8, "round_head": True}])
+def test_a_model_in_memory_is_saved_from_there(packing: dict[str, Any], ids: Tensor, tmp_path: Path) -> None:
+    def work(device: str, output: Path) -> None:
+        network = tiny.build("mixtral").to(device)
+        prunella.prune(network, {"steps": ["gptq"], **packing}, output=output, calibration=ids)
+
+    both(tmp_path, work)
+
+
+def test_a_run_that_is_killed_goes_on_there(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = {**SETTINGS, "heal": {}, "steps": ["sparsegpt"], "order": "block", "device": "sim"}
+    prunella.prune(source, recipe, output=tmp_path / "whole")
+    out = tmp_path / "out"
+    killed_run(monkeypatch, Output, "write", 1, lambda: prunella.prune(source, recipe, output=out))
+    report = prunella.prune(source, recipe, output=out, resume=True)
+    assert report.run["resumed_after_blocks"] == 1
+    assert everything(out) == everything(tmp_path / "whole")
+
+
+HEALED: list[dict[str, Any]] = [
+    {"train": ["mask-lora"]},
+    {"train": ["mask-lora", "new-biases"], "distill": 0.5},
+    {"train": ["all"], "checkpointing": True},
+    {"train": ["scale-lora", "norms"]},
+    {"train": ["lora-prune"]},
+    {"train": ["lora"]},
+    {"train": ["all"], "way": "reconstruct"},
+    {"train": ["mask-lora", "norms"], "way": "reconstruct"},
+]
+
+
+@pytest.mark.parametrize("healing", HEALED, ids=lambda healing: "-".join([*healing["train"], *map(str, healing)][:3]))
+def test_healing_there_gives_the_weights_of_the_cpu(healing: dict[str, Any], source: Path, tmp_path: Path) -> None:
+    plain = {**SETTINGS, "heal": {}, "steps": ["magnitude"]}
+    prunella.prune(source, plain, output=tmp_path / "pruned")
+
+    def work(device: str, output: Path) -> None:
+        prunella.heal(tmp_path / "pruned", {**settings(tokens=256, **healing), "device": device}, output=output)
+
+    assert everything(both(tmp_path, work)) != everything(tmp_path / "pruned")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Running
+
+
+@pytest.mark.parametrize("options", [(), ("--bits", 8), ("--bits", 4, "--round-head")], ids=str)
+def test_commands_take_the_device_by_name(
+    options: tuple[Any, ...], source: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    short = ("--calibration", "pydoc", "--samples", 2, "--length", 32, "--evaluate", "none")
+    assert run("prune", source, "-o", tmp_path / "p", "--step", "wanda", "--device", "sim", *short).code == 0
+    assert run("pack", tmp_path / "p", "-o", tmp_path / "packed", *options).code == 0
+    asked = ("eval", tmp_path / "packed", "--text", "pydoc", "--length", 32, "--windows", 3, "--json", "--device")
+    here, there = run(*asked, "cpu"), run(*asked, "sim")
+    assert (here.code, there.code) == (0, 0)
+    assert there.out == here.out
+    write = ("generate", tmp_path / "packed", "Trees are", "--tokens", 8, "--device")
+    assert run(*write, "sim").out == run(*write, "cpu").out
+
+
+def test_a_packed_model_runs_there_without_the_cpus_kernels(ids: Tensor, tmp_path: Path) -> None:
+    recipe = {"steps": ["magnitude"], "format": "packed", "bits": 8}
+    network = tiny.build("mixtral", tie_word_embeddings=True)
+    prunella.prune(network, recipe, output=tmp_path / "packed", calibration=ids)
+    logits = {}
+    network = load_model(str(tmp_path / "packed"), device="sim", packed=True).network
+    assert network.lm_head.weight is network.model.embed_tokens.weight
+    for device in ("cpu", "sim"):
+        model = load_model(str(tmp_path / "packed"), device=device, packed=True)
+        with torch.no_grad():
+            logits[device] = model.network(ids.to(model.device)).logits.cpu()
+    torch.testing.assert_close(logits["sim"], logits["cpu"])
