@@ -436,6 +436,10 @@ def test_cells_are_healed_on_other_windows_than_they_are_measured_on(llama: Path
     (tmp_path / "other.txt").write_text("A garden is green and a forest is greener. " * 100)
     texts = ["pydoc", str(tmp_path / "other.txt")]
     both = {**BASE, "grid": {"steps": ["magnitude"], "heal": [{**heal, "text": texts}]}}
+    apart = {**BASE, "grid": {"steps": ["magnitude"], "heal": [{**heal, "train": ["lora"]}]}}
+    with pytest.raises(InputError, match="stays in an adapter"):
+        sweep(str(llama), apart, tmp_path / "adapter", texts=["pydoc"])
+    assert not (tmp_path / "adapter").exists()
     with pytest.raises(InputError, match="would train on more than one"):
         sweep(str(llama), both, tmp_path / "two", texts=texts)
     with pytest.raises(InputError, match="two texts are called 'pydoc'"):

@@ -162,7 +162,7 @@ def facts(report: Report) -> list[tuple[str, str, str]]:
     out.append(("zeros in the blocks", f"{report.sparsity:.1%}", ""))
     healed = report.healing.get("after", {}).get("perplexity")
     if healed is not None:
-        out.append(("perplexity, healed", f"{healed:.2f}", ""))
+        out.append(("perplexity, healed", f"{healed:.2f}", "with the adapter" if report.apart else ""))
     if pruned_here(report):
         out.append(("time to prune", duration(run["seconds"]["prune"]), f"on {report.recipe['device']}"))
     out.append(("peak memory", f"{run['peak_memory'] / 1e9:.2f} GB", ""))
