@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import prunella
 from prunella import InputError, make, read_masks
+from prunella.allocate import allocations
+from prunella.heal import groups
 from prunella.registry import steps
 
 MINE = '''
@@ -116,3 +118,53 @@ def test_the_files_of_two_steps_of_one_name_do_not_mix(mine: Path, tmp_path: Pat
     assert make(f"{mine}:mine").options["power"] == 1.0
     assert make(f"{other}:mine").options["power"] == 3.0
     assert make(f"{mine}:mine").options["power"] == 1.0
+
+
+THREE = '''
+from prunella import Layer, register
+from prunella.allocate import register_allocation
+from prunella.heal import Part, trains
+
+
+@register("mine")
+def step(layer: Layer) -> Layer:
+    """Mine."""
+    FAIL
+
+
+@register_allocation("mine")
+def allocation(budget):
+    """Mine."""
+    FAIL
+
+
+@trains("mine")
+def healing(part: Part, *, rate: float = 1e-3):
+    """Mine."""
+    FAIL
+'''
+
+
+@pytest.mark.parametrize(
+    ("flag", "where"),
+    [
+        ("--step", "step 'FILE:mine' at layer 'model.layers.0.self_attn.q_proj'"),
+        ("--allocate", "allocation 'FILE:mine'"),
+        ("--heal", "healing method 'FILE:mine' at 'model."),
+    ],
+)
+def test_a_method_of_ones_own_that_fails_is_named(
+    tmp_path: Path, llama: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, flag: str, where: str
+) -> None:
+    for registry in (steps, allocations, groups):
+        monkeypatch.setitem(registry, "mine", next(iter(registry.values())))  # what is registered goes again
+    for body, message in {"1 / 0": "ZeroDivisionError: division by zero", "return 3": "returned int"}.items():
+        path = tmp_path / f"{len(body)}.py"
+        path.write_text(THREE.replace("FAIL", body))
+        step = () if flag == "--step" else ("--step", "magnitude")
+        words = (flag, f"{path}:mine", *step, "--evaluate", "none", *SHORT[:-2])
+        said = run("prune", llama, "-o", tmp_path / f"out{len(body)}", *words)
+        assert said.code == 2
+        (line,) = said.err.splitlines()
+        assert where.replace("FILE", str(path)) in line
+        assert message in line

@@ -41,7 +41,7 @@ def pack(
     round_head: Head = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Store a pruned model without its zeros; transformers loads it after `import prunella`."""
+    """Store a pruned model without its zeros; transformers loads it where Prunella is installed."""
     from ..sparse.commands import pack_model
 
     result = pack_model(model, output, bits, group, head=round_head, remote_code=trust_remote_code)
