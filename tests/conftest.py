@@ -20,7 +20,9 @@ import torch
 import transformers
 
 import prunella.heal  # noqa: F401  (registers every step: tests are parametrized over the registries)
-from prunella import cli
+from prunella import cli, registry
+from prunella.allocate import allocations
+from prunella.heal import groups
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)  # whatever had imported torch before
@@ -35,6 +37,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRUNELLA_CACHE", str(path))
         yield path
+
+
+@pytest.fixture(autouse=True)
+def registries() -> Iterator[None]:
+    """What a test registers is gone afterwards."""
+    before = [(known, dict(known)) for known in (registry.steps, allocations, groups)]
+    yield
+    for known, methods in before:
+        known.clear()
+        known.update(methods)
 
 
 @pytest.fixture

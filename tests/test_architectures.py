@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import shutil
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ RECIPES = {
     "2:4": {"steps": ["wanda"], "order": "block", "pattern": "2:4"},
 }
 DTYPES = {"unstructured": torch.float32, "2:4": torch.bfloat16}
+QUICK = [f"{architecture}-{pattern}" for architecture, pattern in zip(tiny.QUICK, itertools.cycle(RECIPES))]
 
 
 def slots_of(network: Any) -> dict[str, Slot]:
@@ -52,9 +54,9 @@ class Run:
         return AutoModelForCausalLM.from_pretrained(self.source, dtype="auto")
 
 
-@pytest.fixture(scope="module", params=[(a, p) for a in tiny.ARCHITECTURES for p in RECIPES], ids="-".join)
+@pytest.fixture(scope="module", params=tiny.at_length([f"{a}-{p}" for a in tiny.ARCHITECTURES for p in RECIPES], QUICK))
 def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    architecture, pattern = request.param
+    architecture, _, pattern = request.param.partition("-")
     directory = tmp_path_factory.mktemp(architecture)
     source, output = directory / "dense", directory / "pruned"
     network = tiny.build(architecture, dtype=DTYPES[pattern])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,19 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow
 FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("[!_]*.py")))
+def test_every_benchmark_says_what_it_takes(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.syspath_prepend(str(FOLDER))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(FOLDER / name), run_name="__main__")
+    assert stop.value.code == 0
+    assert "usage: " in capsys.readouterr().out
 
 
 def bench(name: str, *arguments: object) -> str:
@@ -26,6 +38,7 @@ def rows(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_methods(llama: Path, tmp_path: Path) -> None:
     short = ("--model", llama, "--samples", 4, "--length", 64, "--windows", 2, "--json", tmp_path / "rows.jsonl")
     chosen = ("--methods", "wanda", "besa, rows", "recipe best", "--cells", "50%", "2:4")
@@ -44,6 +57,7 @@ def test_methods(llama: Path, tmp_path: Path) -> None:
     assert rows(tmp_path / "rows.jsonl") == found
 
 
+@pytest.mark.slow
 def test_heal(llama: Path, tmp_path: Path) -> None:
     short = ("--model", llama, "--samples", 4, "--calibration-length", 32, "--windows", 1, "--tokens", 512)
     where = ("--length", 32, "--folder", tmp_path / "models", "--json", tmp_path / "rows.jsonl")

@@ -79,15 +79,11 @@ def built_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def room(built_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory to run a page in. What a page registers is gone afterwards."""
+def room(built_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory to run a page in."""
     monkeypatch.setenv("PRUNELLA_CACHE", str(built_in))
     monkeypatch.chdir(tmp_path)
-    before = [(known, dict(known)) for known in (registry.steps, allocations)]
-    yield tmp_path
-    for known, methods in before:
-        known.clear()
-        known.update(methods)
+    return tmp_path
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(True for _ in blocks(page))])

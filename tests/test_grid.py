@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import tiny
 import torch
@@ -13,16 +17,24 @@ from prunella.layers import find_layers
 from prunella.load import wrap_model
 from prunella.registry import find, steps
 
+PATTERNS = ["unstructured", "2:4", "4x1"]
+
 
 @pytest.fixture(scope="module")
 def ids() -> torch.Tensor:
     return tiny.token_windows(4, 24)
 
 
-@pytest.mark.parametrize("order", ["layer", "block"])
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4x1"])
-@pytest.mark.parametrize("step", sorted(name for name, step in steps.items() if step.prunes))
-@pytest.mark.parametrize("allocation", sorted(allocations))
+def combinations() -> Iterator[Any]:
+    """All of them. Every step with every pattern and order is quick where the allocation is uniform, and every
+    allocation with every pattern and order where the step is Wanda; the others are slow."""
+    names = sorted(name for name, step in steps.items() if step.prunes)
+    for allocation, step, pattern, order in itertools.product(sorted(allocations), names, PATTERNS, ["layer", "block"]):
+        quick = allocation == "uniform" or step == "wanda"
+        yield pytest.param(allocation, step, pattern, order, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("allocation", "step", "pattern", "order"), combinations())
 def test_every_combination_prunes_end_to_end(
     allocation: str, step: str, pattern: str, order: str, ids: torch.Tensor
 ) -> None:

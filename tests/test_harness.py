@@ -183,13 +183,18 @@ def test_files_of_questions_have_names_of_their_own_and_any_characters(llama: Pa
 
 
 @pytest.mark.usefixtures("lm_eval")
-def test_tasks_that_cannot_be_had_say_why(llama: Path, tmp_path: Path) -> None:
+def test_a_file_of_questions_that_is_not_there_is_named(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        score(str(llama), files=[tmp_path / "nowhere.jsonl"])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("lm_eval")
+def test_tasks_that_cannot_be_had_say_why(llama: Path) -> None:
     with pytest.raises(InputError, match=r"unknown task 'arc_eazy'\. Did you mean 'arc_easy'"):
         score(str(llama), tasks=["arc_eazy"])
     with pytest.raises(InputError, match=r"data of 'arc_easy' cannot be had.*--tasks-file"):
         score(str(llama), tasks=["arc_easy"])
-    with pytest.raises(InputError, match="cannot be read"):
-        score(str(llama), files=[tmp_path / "nowhere.jsonl"])
 
 
 def test_without_the_harness_it_says_what_to_install(

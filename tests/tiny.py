@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -85,6 +86,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next", "deepseek_v3", "granitemoe")
+# One of each kind: plain, transposed weights, fused projections, sliding windows and norms of its own, a recurrence,
+# experts.
+QUICK = ("llama", "gpt2", "phi3", "gemma3_text", "mamba", "qwen3_moe")
+
+
+def at_length(names: Iterable[str], quick: Iterable[str] = QUICK) -> list[Any]:
+    """Names as a test's parameters; those that are not quick are slow."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 
 def build(architecture: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:

@@ -59,6 +59,7 @@ def call(function: Any, *arguments: Tensor | ctypes.Array[Any] | int | float | b
 
     def convert(value: Tensor | ctypes.Array[Any] | int | float | bool | None) -> Any:
         if isinstance(value, Tensor):
+            assert value.device.type == "cpu", value.device
             return ctypes.c_void_p(value.data_ptr())
         if isinstance(value, float):
             return ctypes.c_float(value)

@@ -188,7 +188,7 @@ class Report:
             )
         if self.recipe.get("format") == "packed":
             load = (
-                "Load it with `AutoModelForCausalLM.from_pretrained` after `import prunella`. Its zeros are not stored"
+                "`AutoModelForCausalLM.from_pretrained` loads it where Prunella is installed. Its zeros are not stored"
             )
         else:
             load = "Load it with `AutoModelForCausalLM.from_pretrained`. The masks are in `prunella.masks` (bit-packed)"

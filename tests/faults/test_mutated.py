@@ -30,7 +30,6 @@ from prunella.load import Model, load_model
 from prunella.sparse.commands import pack_model
 from prunella.tensors import GRIDS, MASKS, read_grids, read_masks
 
-pytestmark = pytest.mark.slow
 Edit = tuple[str, float, bytes]
 
 
@@ -140,6 +139,7 @@ def packed(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @many(400)
 @given(changes=edits())
 def test_weights(changes: list[Edit], dense: Path) -> None:
@@ -151,6 +151,7 @@ def test_weights(changes: list[Edit], dense: Path) -> None:
         assert differ(whole, found) <= touched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "generation_config.json"])
 @many(150)
 @given(changes=edits())
@@ -159,6 +160,7 @@ def test_companions_of_weights(name: str, changes: list[Edit], dense: Path) -> N
         read(lambda: tensors_of(load_model(str(dense), device="cpu")))
 
 
+@pytest.mark.slow
 @many(100)
 @given(changes=edits())
 def test_tokenizer(changes: list[Edit], dense: Path) -> None:
@@ -166,6 +168,7 @@ def test_tokenizer(changes: list[Edit], dense: Path) -> None:
         read(lambda: windows(load_model(str(dense), device="cpu"), "pydoc", 1, 32))
 
 
+@pytest.mark.slow
 @many(400)
 @given(changes=edits())
 def test_packed_weights(changes: list[Edit], packed: Path) -> None:
@@ -179,6 +182,7 @@ def test_packed_weights(changes: list[Edit], packed: Path) -> None:
             assert logits.shape[:2] == (1, 8)
 
 
+@pytest.mark.slow
 @many(150)
 @given(changes=edits())
 def test_packed_config(changes: list[Edit], packed: Path) -> None:
@@ -225,6 +229,7 @@ def test_recipe(changes: list[Edit], tmp_path: Path) -> None:
                 read(recipe.make_steps)
 
 
+@pytest.mark.slow
 @many(100)
 @given(changes=edits())
 def test_gguf(changes: list[Edit], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

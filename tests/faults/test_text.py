@@ -11,7 +11,6 @@ from typing import Any
 import psutil
 import pytest
 
-pytestmark = pytest.mark.slow
 Run = Callable[..., Any]
 WORDS = "the quick brown fox jumps over the lazy dog and runs away "
 LONG = WORDS * 200
@@ -70,6 +69,7 @@ def test_text_that_is_not(name: str, content: bytes | str, message: str, llama: 
     assert sorted(path.name for path in tmp_path.iterdir()) == [name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["huge.txt", "huge.jsonl"])
 def test_a_hundred_megabytes(name: str, llama: Path, tmp_path: Path, run: Run) -> None:
     """Only as much is read as is needed; one line or many."""

@@ -17,6 +17,7 @@ import pytest
 import tiny
 import torch
 from healing import settings, zeros_of
+from processes import together
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -27,6 +28,7 @@ from prunella.heal import retrain, run
 from prunella.heal import rounds as in_rounds
 from prunella.heal.rounds import schedule
 from prunella.tensors import MASKS
+from prunella.workshop import Workshop
 
 
 def _interrupt(*_: Any, **__: Any) -> None:
@@ -78,8 +80,9 @@ def test_what_the_pruning_measured_is_not_measured_again(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[Any] = []
-    real = run.measure
-    monkeypatch.setattr(run, "measure", lambda *arguments: measured.append(0) or real(*arguments))
+    module = sys.modules["prunella.measure"]
+    real = module.measure
+    monkeypatch.setattr(module, "measure", lambda *arguments: measured.append(0) or real(*arguments))
     recipe = settings(train=["norms"], tokens=256)
     both = {"evaluate": {"windows": 3}, "calibration": recipe["calibration"]}
     source = tmp_path / "pruned"
@@ -157,27 +160,6 @@ def test_a_run_that_was_killed_and_resumed_ends_like_one_that_was_not(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.fixture
-def in_two(tmp_path: Path, python: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Prunes or heals in two processes, as `torchrun` starts them; they die after step `dies`."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    script = tmp_path / "two.py"
-
-    def start(what: str, source: Path, recipe: Any, output: Path, *, dies: int = 0, resume: bool = False) -> Any:
-        script.write_text(
-            "import os, prunella\n"
-            "def watch(step, steps, loss):\n"
-            f"    if step == {dies}:\n        os._exit(1)\n"
-            "if __name__ == '__main__':\n"
-            f"    prunella.{what}({str(source)!r}, {recipe!r}, output={str(output)!r}, resume={resume}, watch=watch)\n"
-        )
-        return python(
-            f"from torch.distributed.run import main; main(['--standalone', '--nproc-per-node=2', {str(script)!r}])"
-        )
-
-    return start
-
-
 @pytest.mark.parametrize(
     ("train", "options", "sharded"),
     [
@@ -192,14 +174,13 @@ def test_two_processes_have_the_loss_curve_of_one(
     sharded: bool,
     pruned: Path,
     tmp_path: Path,
-    in_two: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = settings(train=train, **options)
     one = prunella.heal(pruned, recipe, output=tmp_path / "one")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", str(sharded).lower())
-    done = in_two("heal", pruned, recipe, tmp_path / "two")
-    assert done.returncode == 0, done.stderr
+    log = tmp_path / "log"
+    assert together(log, "heal", pruned, recipe, output=tmp_path / "two") == 0, log.read_text()
     two = Report.read(tmp_path / "two")
     assert two.healing["losses"] == pytest.approx(one.healing["losses"], rel=1e-4)
     for step, loss in one.healing["held_out"].items():
@@ -216,31 +197,40 @@ def test_two_processes_have_the_loss_curve_of_one(
 
 
 def test_a_sharded_run_goes_on_where_it_was_killed(
-    pruned: Path, tmp_path: Path, in_two: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It holds shares of the weights and of the moments; its checkpoints hold whole ones."""
     recipe = settings(train=["mask-lora", "norms", "head"], rate=3e-3, evaluations=4)
     one = prunella.heal(pruned, recipe, output=tmp_path / "one")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert in_two("heal", pruned, recipe, tmp_path / "two", dies=5).returncode != 0
+    log = tmp_path / "log"
+    assert together(log, "heal", pruned, recipe, output=tmp_path / "two", dies=5) != 0
     assert (tmp_path / "two.partial" / "training" / "checkpoint-4").is_dir()
     shutil.copytree(tmp_path / "two.partial", tmp_path / "three.partial")
-    done = in_two("heal", pruned, recipe, tmp_path / "two", resume=True)
-    assert done.returncode == 0, done.stderr
+    assert together(log, "heal", pruned, recipe, output=tmp_path / "two", resume=True) == 0, log.read_text()
     three = prunella.heal(pruned, recipe, output=tmp_path / "three", resume=True)  # and in one process
     for other in (Report.read(tmp_path / "two"), three):
         assert other.healing["losses"] == pytest.approx(one.healing["losses"], rel=1e-4)
         assert other.healing["best_step"] == one.healing["best_step"]
 
 
+@pytest.mark.parametrize("by", ["fork", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_the_first_of_two_processes_prunes_and_both_heal(
-    dense: Path, tmp_path: Path, in_two: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    by: str, dense: Path, tmp_path: Path, python: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = settings(train=["mask-lora"], tokens=512, distill=0.5, adapt=256, rounds=2) | {"steps": ["magnitude"]}
     one = prunella.prune(str(dense), recipe, output=tmp_path / "one")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    done = in_two("prune", dense, recipe, tmp_path / "two")
-    assert done.returncode == 0, done.stderr
+    log, script = tmp_path / "log", tmp_path / "two.py"
+    if by == "fork":
+        assert together(log, "prune", str(dense), recipe, output=tmp_path / "two") == 0, log.read_text()
+    else:
+        script.write_text(
+            f"import prunella\nprunella.prune({str(dense)!r}, {recipe}, output={str(tmp_path / 'two')!r})\n"
+        )
+        start = "from torch.distributed.run import main; main(['--standalone', '--nproc-per-node=2', sys.argv[1]])"
+        done = python(f"import sys; {start}", script)
+        assert done.returncode == 0, done.stderr
     two = Report.read(tmp_path / "two")
     assert two.healing["losses"] == pytest.approx(one.healing["losses"], rel=1e-4)
     assert two.layers == one.layers
@@ -506,6 +496,74 @@ def test_an_interrupted_run_with_new_biases_can_still_be_resumed(
     with pytest.raises(InputError, match="--resume"):
         prunella.heal(pruned, recipe, output=tmp_path / "out")
     prunella.heal(pruned, recipe, output=tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("train", [["norms"], ["new-biases"], ["lora"]], ids=lambda train: train[0])
+def test_killed_just_before_the_model_has_its_name_it_does_not_train_again(
+    train: list[str], pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = settings(train=train, tokens=512) | {"evaluate": {"windows": 2, "length": 32}}
+    whole = prunella.heal(pruned, recipe, output=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prunella.heal(pruned, recipe, output=tmp_path / "out")
+    steps: list[int] = []
+    monkeypatch.setattr(run, "add_biases", None)
+    again = prunella.heal(
+        pruned, recipe, output=tmp_path / "out", resume=True, watch=lambda step, *_: steps.append(step)
+    )
+    assert not steps
+    assert again.healing["losses"] == whole.healing["losses"]
+    assert again.healing["after"] == whole.healing["after"]
+    assert all(
+        torch.equal(weights(tmp_path / "out")[key], tensor) for key, tensor in weights(tmp_path / "whole").items()
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    files = [{p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*")} for name in ("whole", "out")]
+    assert files[0] == files[1]
+
+
+def test_what_was_finished_but_for_its_rounds_is_not_begun_again(dense: Path, tmp_path: Path) -> None:
+    recipe = settings(train=["norms"], tokens=256) | {"steps": ["magnitude"]}
+    whole = prunella.prune(str(dense), recipe, output=tmp_path / "out")
+    aside = in_rounds.aside_of(tmp_path / "out")
+    shop = Workshop(aside, resume=True)
+    (aside / "run.json").write_text("{}")
+    (aside / "1-pruned").mkdir()
+    shop.close()
+    assert prunella.prune(str(dense), recipe, output=tmp_path / "out", resume=True) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_that_is_in_the_way_of_the_healing_is_said_before_the_pruning(
+    dense: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = settings(train=["norms"], tokens=256) | {"steps": ["magnitude"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_write", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prunella.heal(pruned, recipe, output=tmp_path / "out")
+    for resume in (False, True):
+        with pytest.raises(InputError, match=r"out\.partial' holds an unfinished run"):
+            prunella.prune(str(dense), recipe, output=tmp_path / "out", resume=resume)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+
+
+def test_the_dense_model_is_found_from_another_directory_or_asked_for(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(dense, tmp_path / "here" / "m")
+    monkeypatch.chdir(tmp_path / "here")
+    prunella.prune("m", {**settings(), "heal": {}, "steps": ["magnitude"]}, output="pruned")
+    assert Report.read("pruned").model["name"] == "m"
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    recipe = settings(train=["norms"], tokens=128, distill=0.5)
+    assert prunella.heal("../here/pruned", recipe, output="healed").healing["losses"]
+    (tmp_path / "here" / "m").rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"was pruned from '.*here/m', which is not there any more.*--dense MODEL"):
+        prunella.heal("../here/pruned", recipe, output="again")
 
 
 def test_pickles_are_pruned_and_healed_if_they_are_trusted(dense: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def tensors(directory: Path) -> dict[str, Tensor]:
     return {k: v for path in directory.glob("*.safetensors") for k, v in load_file(path).items()}
 
 
-@pytest.mark.parametrize("architecture", SIMPLE)
+@pytest.mark.parametrize("architecture", tiny.at_length(SIMPLE))
 def test_a_packed_model_says_what_the_pruned_one_says_and_unpacks_to_its_bytes(
     architecture: str, tmp_path: Path
 ) -> None:
@@ -205,6 +205,20 @@ def test_training_says_to_unpack(packed: Path) -> None:
         out.loss.backward()
 
 
+@pytest.mark.parametrize("gradients", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_it_compiles_into_one_graph_that_says_the_same(packed: Path, gradients: bool) -> None:
+    network = AutoModelForCausalLM.from_pretrained(packed)
+    ids = tiny.token_windows(1, 5)
+    with torch.set_grad_enabled(gradients):
+        expected = network(ids, use_cache=False).logits
+        got = torch.compile(network, backend="aot_eager", fullgraph=True)(ids, use_cache=False).logits
+    torch._dynamo.reset()
+    assert torch.equal(got, expected)
+    if gradients:  # what nobody asked for was not refused while the graph was made, and is refused now
+        with pytest.raises(TrainingError, match="prunella unpack"):
+            got.sum().backward()
+
+
 def test_the_head_stays_dense_and_tied(tmp_path: Path) -> None:
     pack_model(str(make(tmp_path, tie_word_embeddings=True)), tmp_path / "packed")
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
@@ -212,20 +226,29 @@ def test_the_head_stays_dense_and_tied(tmp_path: Path) -> None:
     assert network.lm_head.weight is network.model.embed_tokens.weight
 
 
-def test_importing_prunella_does_not_import_transformers(python: Callable[..., Any], packed: Path) -> None:
-    script = """
-import sys
+FIRST = """
 import prunella
 assert "transformers.quantizers.auto" not in sys.modules
 from transformers import AutoModelForCausalLM
+"""
+LAST = """
+from transformers import AutoModelForCausalLM
+import prunella
+"""
+
+
+@pytest.mark.parametrize("imports", [FIRST, pytest.param(LAST, marks=pytest.mark.slow)], ids=["first", "last"])
+def test_importing_prunella_does_without_the_entry_point_and_without_transformers(
+    python: Callable[..., Any], packed: Path, imports: str
+) -> None:
+    script = f"""
+import os, sys
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+{imports}
 print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.down_proj).__name__)
 """
-    for order in (
-        script,
-        script.replace("import prunella", "").replace("print(", "import prunella\nprint(").replace("assert", "#"),
-    ):
-        result = python(order, packed)
-        assert result.stdout.strip() == "SparseLinear", result.stderr
+    result = python(script, packed)
+    assert result.stdout.strip() == "SparseLinear", result.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -82,7 +82,12 @@ def test_parts_that_do_not_fit_are_refused() -> None:
             kernels._rounded_linear_cpu(x, values, scales, group)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2", "opt", "phi3", "cohere2", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "architecture",
+    tiny.at_length(
+        ["llama", "gemma3_text", "gpt2", "opt", "phi3", "cohere2", "qwen3_moe"], ["llama", "gpt2", "qwen3_moe"]
+    ),
+)
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_with_a_rounded_head_says_nearly_the_same(architecture: str, tied: bool, tmp_path: Path) -> None:
     pruned = make(tmp_path, architecture, tie_word_embeddings=tied)

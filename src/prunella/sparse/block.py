@@ -417,6 +417,9 @@ def _layer(cache: Any, number: int, shape: tuple[int, int, int], dtype: torch.dt
     return layer
 
 
+ROOM = 256  # tokens more, at least
+
+
 class _Room:
     """Memory for more keys and values (batch, heads, tokens, width) than a layer of a cache holds now.
 
@@ -428,7 +431,7 @@ class _Room:
 
     def __init__(self, keys: Tensor, values: Tensor):
         self.used = keys.shape[2]
-        tokens = self.used + max(self.used // 2, 256)
+        tokens = self.used + max(self.used // 2, ROOM)
         self.k, self.v = (t.new_empty(*t.shape[:2], tokens, t.shape[3]) for t in (keys, values))
         self.k[:, :, : self.used] = keys
         self.v[:, :, : self.used] = values

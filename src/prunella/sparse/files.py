@@ -275,10 +275,9 @@ class PackedCheckpoint(Checkpoint):
     ):
         super().__init__(directory, names)
         self.modules, self.bits, self.group = modules, bits, group
-        for name, about in modules.items():
-            key = parameter_name(name, about)
-            if key in self.where and self.files[self.where[key]][key][1] == MARK:
-                del self.files[self.where.pop(key)][key]
+        for key, file in list(self.where.items()):
+            if self.files[file][key][1] == MARK:
+                del self.where[key], self.files[file][key]
 
     def fill(self, model: Model, wanted: Callable[[str], bool]) -> None:
         for name, about in self.modules.items():

@@ -154,11 +154,23 @@ class _Untrainable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: PackedModule) -> Tensor:
+        ctx.columns = x.shape[-1]
         return module.product(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise TrainingError
+        return no_gradient(gradients[0], ctx.columns), None
+
+
+@torch.library.custom_op("prunella::no_gradient", mutates_args=())
+def no_gradient(gradient: Tensor, columns: int) -> Tensor:
+    """Refuses. An operator, since torch.compile looks at the backward pass of what it only runs forward."""
+    raise TrainingError
+
+
+@no_gradient.register_fake
+def _(gradient: Tensor, columns: int) -> Tensor:
+    return gradient.new_empty((*gradient.shape[:-1], columns))
 
 
 class DenseLinear(nn.Linear):

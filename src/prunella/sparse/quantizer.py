@@ -126,14 +126,14 @@ class PrunellaQuantizer(HfQuantizer):
         for file in checkpoint_files:
             tensors, _ = read_header(Path(file))
             stored.update({name: entry[:2] for name, entry in tensors.items()})
+        if any(shape == MARK for _, shape in stored.values()):  # under whichever of these names, or an older one
+            keys = (parameter_name(*entry) for entry in self.quantization_config.modules.items())
+            keys = (re.escape(key.removeprefix(model.base_model_prefix + ".")) for key in keys)
+            model._keys_to_ignore_on_load_unexpected |= {rf"(^|\.){key}$" for key in keys}
         self.replaced: list[str] = []
         self.renamings: list[Any] | None = None
         self.renamed = False
         for name, about in self.quantization_config.modules.items():
-            key = parameter_name(name, about)
-            if stored.get(key, ("", ()))[1] == MARK:
-                key = re.escape(key.removeprefix(model.base_model_prefix + "."))
-                model._keys_to_ignore_on_load_unexpected.add(f"(^|\\.){key}$")
             if "experts" in about:
                 self._replace_experts(model, name, about, stored)
                 continue

@@ -1,4 +1,4 @@
-"""Command lines in processes of their own that can be killed.
+"""Command lines in processes of their own that can be killed, and processes that work together.
 
 They are forked from one process that has imported everything and computed nothing, so that a hundred of them cost a
 minute and not ten.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,3 +72,47 @@ class Command:
 
     def said(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+
+
+def _member(environment: dict[str, str], log: str, what: str, arguments: tuple[Any, ...], options: Any) -> None:
+    os.environ.update(environment)
+    import torch
+
+    import prunella
+
+    torch.set_num_threads(1)
+    with open(log, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    dies = options.pop("dies", None)
+
+    def watch(step: int, *_: Any) -> None:
+        if step == dies:
+            os._exit(1)
+
+    getattr(prunella, what)(*arguments, watch=watch, **options)
+
+
+def together(log: Path, what: str, *arguments: Any, count: int = 2, **options: Any) -> int:
+    """Call a function of Prunella in several processes, as `torchrun` starts them: when one fails, so do all. With
+    `dies` they end after that step. Returns the exit status of the first that failed, or 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {key: value for key, value in os.environ.items() if key.startswith(("ACCELERATE_", "FSDP_", "PRUNELLA_"))}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    members = []
+    for rank in range(count):
+        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        members.append(CONTEXT.Process(target=_member, args=(environment, str(log), what, arguments, options)))
+        members[-1].start()
+    deadline, code = time.monotonic() + 300, 0
+    while not code and any(member.exitcode is None for member in members):
+        time.sleep(0.01)
+        late = time.monotonic() > deadline
+        code = next((int(member.exitcode) for member in members if member.exitcode), -1 if late else 0)
+    for member in members:
+        member.kill()
+        member.join()
+    return code
