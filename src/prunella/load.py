@@ -706,7 +706,15 @@ class Model:
         checkpoint = checkpoint or self.checkpoint
         if checkpoint is None:
             return
-        keys = [key for key, (name, _) in self.plan().items() if wanted(name) and key in checkpoint.where]
+        stored = {name for name, _ in self.plan().values()}
+        also = {  # what is stored under the name of a parameter that it is tied to, in another block maybe
+            other
+            for pair in self.network.all_tied_weights_keys.items()
+            for one, other in (pair, pair[::-1])
+            if wanted(one) and one not in stored
+        }
+        found = ((key, name) for key, (name, _) in self.plan().items() if wanted(name) or name in also)
+        keys = [key for key, _ in found if key in checkpoint.where]
         renamings, converters = self._conversions()
         used = getattr(self.network, "_weight_conversions", None)
         config = LoadStateDictConfig(
@@ -723,9 +731,9 @@ class Model:
         if used and len(used) > len(self.network._weight_conversions):
             self.network._weight_conversions = used  # of a block, which `stored` reverts: not of what lies outside it
         if info.mismatched_keys:
-            name, found, expected = sorted(info.mismatched_keys)[0][:3]
+            name, shape, expected = sorted(info.mismatched_keys)[0][:3]
             raise ModelError(
-                f"tensor '{name}' in '{checkpoint.directory}' has shape {tuple(found)}, but config.json says"
+                f"tensor '{name}' in '{checkpoint.directory}' has shape {tuple(shape)}, but config.json says"
                 f" {tuple(expected)}."
             )
         if info.conversion_errors:
