@@ -312,7 +312,6 @@ def prune(refused: Run, llama: Path, tmp_path: Path) -> Run:
         (("--dtype", "int4"), "recipe key 'dtype'"),
         (("--device", "cuda:99"), "device 'cuda:99' cannot be used"),
         (("--recipe", "nowhere.yaml"), "recipe 'nowhere.yaml' cannot be read"),
-        (("--resume",), "there is nothing to resume"),
         (("--samples", "many"), "--samples"),
         (("--no-such-flag",), "--no-such-flag"),
     ],
@@ -534,7 +533,7 @@ def test_ctrl_c_leaves_a_run_that_resume_finishes(
     assert not out.exists()
     refused = run("prune", llama, "-o", out, *SHORT)
     assert refused.code == 2
-    assert "holds an unfinished run: continue it with --resume" in refused.err
+    assert "holds an unfinished run: repeat its command with --resume" in refused.err
     again = run("prune", llama, "-o", out, "--resume", *SHORT)
     assert again.code == 0, again.err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

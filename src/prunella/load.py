@@ -34,7 +34,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import InputError, ModelError, PrunellaError, command, first_line, say, unknown
+from .errors import InputError, ModelError, PrunellaError, command, disk_error, disk_full, first_line, say, unknown
 from .fast import use_fast_attention
 from .gguf import GgufHeader
 from .layers import learn
@@ -89,7 +89,10 @@ def cache_directory() -> Path:
     """Where converted models and sampled texts are kept: $PRUNELLA_CACHE, or prunella/ in the user's cache."""
     if path := os.environ.get("PRUNELLA_CACHE"):
         return Path(path)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunella"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunella"
+    except RuntimeError:
+        raise InputError("this user has no home directory for the cache: set PRUNELLA_CACHE to a directory.") from None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -243,9 +246,10 @@ def _checked(directory: Path, pickles: bool, remote_code: bool) -> Path:
 
 
 def _adapter(directory: Path) -> ModelError:
-    base = read_json(directory / "adapter_config.json").get("base_model_name_or_path") or "its base model"
+    base = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
+    of = f" on '{base}'" if base else ""
     return ModelError(
-        f"'{directory}' is an adapter on '{base}', not a model: merge it first"
+        f"'{directory}' is an adapter{of}, not a model: merge it first"
         " (PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(DIR)) and give DIR."
     )
 
@@ -360,8 +364,14 @@ def _converted(
     from transformers import AutoModelForCausalLM
 
     say(f"converting {Path(what).name} to safetensors, once")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise InputError(
+            f"'{target.parent}', the cache that '{what}' is to be converted into, cannot be written: {error.strerror}."
+            " Set PRUNELLA_CACHE to a directory that can."
+        ) from None
     try:
         with quiet_transformers():
             network, info = load(AutoModelForCausalLM)
@@ -389,6 +399,8 @@ def _converted(
     except PrunellaError:
         raise
     except Exception as error:
+        if disk_full(error):
+            raise disk_error(error, target.parent) from error
         raise ModelError(f"'{what}' cannot be read: {first_line(error)}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -409,6 +421,13 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def named(name: str) -> dict[str, str | None]:
+    """What a report says of a model's name: `name` as it was given and, of a directory or a file, its whole `path`."""
+    path = Path(name)
+    local = path.is_dir() or (name not in BUILT_IN and path.is_file())
+    return {"name": name, "path": str(path.absolute()) if local else None}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -488,16 +507,22 @@ class Checkpoint:
             slices: dict[str, Any] = {}
 
             def lazy(name: str, file: str) -> Any:
-                if file not in handles:
-                    path = self.directory / file
-                    handles[file] = stack.enter_context(safe_open(path, framework="pt", device="cpu", backend="pread"))
-                return handles[file].get_slice(name)
+                try:
+                    if file not in handles:
+                        opened = safe_open(self.directory / file, framework="pt", device="cpu", backend="pread")
+                        handles[file] = stack.enter_context(opened)
+                    return handles[file].get_slice(name)
+                except OSError as error:
+                    raise ModelError(f"'{self.directory / file}' cannot be read: {error}.") from None
 
             for name in names:
                 slices[name] = lazy(name, self.where[name])
                 if name in self.scales:
                     slices[name] = Scaled(name, slices[name], lazy(*self.scales[name]), self._block)
-            yield slices
+            try:
+                yield slices
+            except SafetensorError as error:
+                raise ModelError(f"a tensor in '{self.directory}' cannot be read: {error}.") from None
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int, int]], dict[str, str]]:
@@ -531,7 +556,10 @@ class Model:
     tokenizer:   its tokenizer, or None
     blocks:      names of its decoder blocks, in order
     checkpoint:  where its weights come from, or None if the model is in memory
+    scratch:     where hidden states go that do not fit into memory; None: the cache
     """
+
+    scratch: Path | None = None
 
     def __init__(self, network: Any, tokenizer: Any, checkpoint: Checkpoint | None, device: torch.device, name: str):
         self.tokenizer_given = False  # it is not the one in the checkpoint's directory
@@ -629,12 +657,35 @@ class Model:
         for pair in self.network.all_tied_weights_keys.items():
             if found & set(pair):
                 found |= set(pair)
+        self._check_groups()
         _, converters = self._conversions()
         split = [re.compile(p) for c in converters if len(c.target_patterns) > 1 for p in c.target_patterns]
         free = [re.compile(p) for p in self.network._keys_to_ignore_on_load_missing or ()]
         for name in state:
             if name not in found and not any(pattern.search(name) for pattern in (*split, *free)):
                 raise ModelError(f"tensor '{name}' is missing from the checkpoint in '{self.checkpoint.directory}'.")
+
+    def _check_groups(self) -> None:
+        """Where a parameter is made of several tensors, each block has the same ones, and those of all experts."""
+        assert self.checkpoint is not None
+        groups: dict[str, dict[str, set[tuple[str, int]]]] = {}  # parameter in its block -> block -> tensor, expert
+        for key, (name, converted) in self.plan().items():
+            if converted and (block := self.block_of(name)) is not None:
+                short = key.replace(f".{block.rpartition('.')[2]}.", ".{}.", 1)
+                number = re.search(r"\.(\d+)\.", short)
+                found = (re.sub(r"\.\d+\.", ".{}.", short, count=1), int(number[1]) if number else 0)
+                groups.setdefault(name.removeprefix(block), {}).setdefault(block, set()).add(found)
+        for inside, blocks in groups.items():
+            templates = {template for found in blocks.values() for template, _ in found}
+            for block, those in blocks.items():
+                whole = self.network.get_parameter_or_buffer(block + inside)
+                experts = len(whole) if whole.ndim == 3 else 1
+                every = {(t, e) for t in templates for e in (range(experts) if t.count("{}") > 1 else range(1))}
+                if missing := sorted(every - those):
+                    name = missing[0][0].format(block.rpartition(".")[2], missing[0][1])
+                    raise ModelError(
+                        f"tensor '{name}' is missing from the checkpoint in '{self.checkpoint.directory}'."
+                    )
 
     def _conversions(self) -> tuple[list[Any], list[Any]]:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -679,7 +730,8 @@ class Model:
             )
         if info.conversion_errors:
             name, reason = next(iter(info.conversion_errors.items()))
-            raise ModelError(f"tensor '{name}' in '{checkpoint.directory}' cannot be converted: {reason}")
+            said = [line.strip() for line in str(reason).splitlines() if line.strip()]
+            raise ModelError(f"tensor '{name}' in '{checkpoint.directory}' cannot be converted: {said[-1]}")
         checkpoint.fill(self, wanted)
         self._tie()
         for name, parameter in self.network.named_parameters():
@@ -866,21 +918,27 @@ def load_model(
     return model
 
 
-_BOTH_WAYS = ("cpmant", "flaubert", "xlm", "xlnet")  # see tokens that come later, and have no switch that says so
+_BOTH_WAYS = ("cpmant", "xlnet")  # see tokens that come later, and nothing in their config says so
 
 
 def check_causal(model: Model) -> None:
     """Raises ModelError for what would see the answer: encoders, and decoders that attend to an encoder."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
     config = model.network.config
     if config.is_encoder_decoder:
         raise _no_decoder(model.name, f"{config.model_type} is an encoder and a decoder")
     modules = [m for block in model.blocks for m in model.module(block).modules()]
     flags = {bool(m.is_causal) for m in modules if isinstance(getattr(m, "is_causal", None), bool)}
-    declared = getattr(config, "is_decoder", None)  # of families that are both
-    if declared is None:
-        causal = config.model_type not in _BOTH_WAYS or bool(getattr(config, "causal", False))
+    if len(flags) > 1:
+        raise _no_decoder(model.name, f"this {config.model_type} is a decoder that attends to an encoder")
+    switch = getattr(config, "is_decoder", getattr(config, "causal", None))  # of families that are both
+    if flags and switch is not None:
+        causal = flags == {True}
+    elif config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        causal = bool(switch)
     else:
-        causal = flags == {True} or (not flags and bool(declared))
+        causal = config.model_type not in _BOTH_WAYS
     if not causal:
         raise _no_decoder(model.name, f"{config.model_type} is an encoder, whose predictions see the word to predict")
 
@@ -906,7 +964,7 @@ def check_plain(network: Any) -> None:
         raise ModelError(
             f"the {kind} is under torch.nn.utils.prune: call prune.remove first, on each module and parameter."
         )
-    if parametrize.is_parametrized(network):
+    if any(parametrize.is_parametrized(module) for module in network.modules()):
         raise ModelError(
             f"the {kind} is under torch.nn.utils.parametrize: call parametrize.remove_parametrizations first."
         )
@@ -978,11 +1036,17 @@ def wrap_model(network: Any, tokenizer: Any = None, name: str = "") -> Model:
     """A model object that is already in memory, on whatever device it is.
 
     It is put into evaluation mode and runs its attention and experts as the stream wants them, until
-    `Model.give_back`. Raises ModelError for what is no causal language model.
+    `Model.give_back`. Raises ModelError for what is no causal language model, or is spread over several devices.
     """
     if config := getattr(network, "config", None):
         if config.is_encoder_decoder:
             raise _no_decoder(name or "in memory", f"{config.model_type} is an encoder and a decoder")
+    places = sorted({str(parameter.device) for parameter in network.parameters()})
+    if len(places) > 1 or places == ["meta"]:
+        raise ModelError(
+            f"the weights of this {type(network).__name__} lie on {' and '.join(places)}: load all of them on one"
+            " device, or give the model's name or directory; of that one block at a time is loaded."
+        )
     model = Model(network, tokenizer, None, network.device, name or network.config._name_or_path or "in memory")
     check_causal(model)
     return model

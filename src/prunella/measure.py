@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .calibrate import check_tokens, context, positions, text_tokens, windows, with_bos
+from .calibrate import check_tokens, check_windows, context, positions, text_tokens, windows, with_bos
 from .errors import InputError
 from .evaluate import perplexity
 from .load import Checkpoint, Model, free_memory
 from .recipe import Recipe
 from .stream import Track
 from .texts import same_text
+
+if TYPE_CHECKING:
+    from .save import Output
 
 PROMPT = "The most important thing about a garden is"
 
@@ -33,9 +38,20 @@ def held_out_windows(model: Model, recipe: Recipe, used: int) -> Tensor | None:
     skip = 0
     if same_text(recipe.calibration.source, wanted.source):
         skip = -(-used // text_tokens(model, length, recipe.bos))
-    return windows(
-        model, wanted.source, wanted.windows, length, skip=skip, seed=recipe.seed, bos=recipe.bos, split="test"
-    )
+    options: dict[str, Any] = {"skip": skip, "seed": recipe.seed, "bos": recipe.bos}
+    found_NL = windows(model, wanted.source, wanted.windows, length, split="test", **options)
+    check_windows(model, found_NL)
+    return found_NL
+
+
+def same_file(name: str, other: str) -> bool:
+    """Are these two names of one file or directory?"""
+    return Path(name).exists() and Path(other).exists() and Path(name).samefile(other)
+
+
+def whole_name(source: str) -> str:
+    """A source as it can be found from anywhere."""
+    return os.path.abspath(source) if Path(source).is_file() else source
 
 
 def measure(
@@ -48,6 +64,25 @@ def measure(
     result = perplexity(model, ids_NL, checkpoint=checkpoint, track=track).as_dict()
     said = {"source": recipe.evaluate.source, "text": digest(ids_NL), "bos": with_bos(model, ids_NL)}
     return {**said, **result, "sample": _sample(model, checkpoint)}
+
+
+def measure_once(
+    out: Output | None,
+    side: str,
+    model: Model,
+    recipe: Recipe,
+    ids_NL: Tensor | None,
+    checkpoint: Checkpoint | None,
+    track: Track,
+) -> dict[str, Any]:
+    """As `measure`; a run that resumes does not measure the same side (dense, pruned, …) on the same windows again."""
+    key = side if ids_NL is None else f"{side} on {digest(ids_NL)}"
+    found = out.notes.get(key) if out else None
+    if found is None:
+        found = measure(model, recipe, ids_NL, checkpoint, track)
+        if out and ids_NL is not None:
+            out.note(key, found)
+    return dict(found)
 
 
 def digest(ids_NL: Tensor) -> str:

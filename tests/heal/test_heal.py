@@ -28,6 +28,7 @@ from prunella.heal import retrain, run
 from prunella.heal import rounds as in_rounds
 from prunella.heal.rounds import schedule
 from prunella.tensors import MASKS
+from prunella.workshop import Workshop
 
 
 def _interrupt(*_: Any, **__: Any) -> None:
@@ -79,8 +80,9 @@ def test_what_the_pruning_measured_is_not_measured_again(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[Any] = []
-    real = run.measure
-    monkeypatch.setattr(run, "measure", lambda *arguments: measured.append(0) or real(*arguments))
+    module = sys.modules["prunella.measure"]
+    real = module.measure
+    monkeypatch.setattr(module, "measure", lambda *arguments: measured.append(0) or real(*arguments))
     recipe = settings(train=["norms"], tokens=256)
     both = {"evaluate": {"windows": 3}, "calibration": recipe["calibration"]}
     source = tmp_path / "pruned"
@@ -289,6 +291,18 @@ def test_what_training_only_makes_worse_stays_as_it_was(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_the_healed_perplexity_is_that_of_the_files(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though float32 trains under autocast, where bfloat16 pays."""
+    monkeypatch.setattr(retrain, "_fast_bfloat16", lambda device: True)
+    recipe = settings(train=["norms"], tokens=256) | {"evaluate": {"windows": 2, "length": 32}}
+    report = prunella.heal(pruned, recipe, output=tmp_path / "out")
+    model = prunella.load_model(str(tmp_path / "out"))
+    test = prunella.calibrate.windows(model, "pydoc", 2, 32, skip=4, split="test")  # type: ignore[attr-defined]
+    assert report.healing["after"]["nll"] == list(prunella.perplexity(model, test).nll)
+
+
 @pytest.mark.parametrize("teacher", ["memory", "stream"])
 def test_a_model_agrees_with_itself_as_its_teacher(teacher: str, pruned: Path, tmp_path: Path) -> None:
     recipe = settings(train=["all"], distill=1.0, teacher=teacher, dense=str(pruned))
@@ -360,6 +374,44 @@ def test_lora_is_kept_apart_as_peft_reads_it(pruned: Path, tmp_path: Path) -> No
     test = prunella.calibrate.windows(model, "pydoc", 2, 128, skip=1)  # type: ignore[attr-defined]
     by_hand = prunella.perplexity(prunella.wrap_model(network), test).perplexity
     assert by_hand == pytest.approx(report.healing["after"]["perplexity"], rel=1e-3)
+    assert report.healing["weights"] == report.healing["before"]
+
+
+def test_the_table_says_what_is_in_the_adapter_and_what_in_the_weights(
+    pruned: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    out = tmp_path / "out"
+    done = run(
+        *("heal", pruned, "-o", out, "--train", "lora", "--train", "norms", "--tokens", 1024, "--length", 32),
+        *("--windows", 2, "--set", "heal.held_out=0", "--set", "evaluate.length=32"),
+    )
+    assert done.code == 0, done.err
+    report = Report.read(out)
+    did, rows = report.healing, {what: (before, after) for what, before, after in report.healing_rows()}
+    assert rows["trained, in the adapter"] == ("", "lora")
+    assert rows["trained, in the weights"] == ("", "norms")
+    label = next(iter(rows))
+    assert rows[label] == (f"{did['before']['perplexity']:.2f}", f"{did['after']['perplexity']:.2f} with the adapter")
+    model = prunella.load_model(str(out))
+    test = prunella.calibrate.windows(model, "pydoc", 2, 32, skip=4, split="test")  # type: ignore[attr-defined]
+    assert did["weights"]["nll"] == list(prunella.perplexity(model, test).nll)
+    assert len({side["perplexity"] for side in (did["before"], did["after"], did["weights"])}) == 3
+    assert rows[f"{label}, the weights alone"][1] == f"{did['weights']['perplexity']:.2f}"
+    assert "prunella pack" not in done.out  # the adapter does not fit on packed weights
+    assert "PeftModel.from_pretrained" in done.out
+    assert "`adapter`" in (out / "README.md").read_text()
+
+
+def test_an_adapter_that_made_it_worse_changes_nothing(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    climb(monkeypatch)
+    recipe = settings(train=["lora", "norms"], rate=0.03) | {"evaluate": {"windows": 2, "length": 32}}
+    did = prunella.heal(pruned, recipe, output=tmp_path / "out").healing
+    assert did["best_step"] == 0
+    assert did["after"]["perplexity"] == did["weights"]["perplexity"] == did["before"]["perplexity"]
+    adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert not any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
 
 
 def test_prune_heals_what_it_pruned(dense: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
@@ -495,6 +547,74 @@ def test_an_interrupted_run_with_new_biases_can_still_be_resumed(
     with pytest.raises(InputError, match="--resume"):
         prunella.heal(pruned, recipe, output=tmp_path / "out")
     prunella.heal(pruned, recipe, output=tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("train", [["norms"], ["new-biases"], ["lora"]], ids=lambda train: train[0])
+def test_killed_just_before_the_model_has_its_name_it_does_not_train_again(
+    train: list[str], pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = settings(train=train, tokens=512) | {"evaluate": {"windows": 2, "length": 32}}
+    whole = prunella.heal(pruned, recipe, output=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prunella.heal(pruned, recipe, output=tmp_path / "out")
+    steps: list[int] = []
+    monkeypatch.setattr(run, "add_biases", None)
+    again = prunella.heal(
+        pruned, recipe, output=tmp_path / "out", resume=True, watch=lambda step, *_: steps.append(step)
+    )
+    assert not steps
+    assert again.healing["losses"] == whole.healing["losses"]
+    assert again.healing["after"] == whole.healing["after"]
+    assert all(
+        torch.equal(weights(tmp_path / "out")[key], tensor) for key, tensor in weights(tmp_path / "whole").items()
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    files = [{p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*")} for name in ("whole", "out")]
+    assert files[0] == files[1]
+
+
+def test_what_was_finished_but_for_its_rounds_is_not_begun_again(dense: Path, tmp_path: Path) -> None:
+    recipe = settings(train=["norms"], tokens=256) | {"steps": ["magnitude"]}
+    whole = prunella.prune(str(dense), recipe, output=tmp_path / "out")
+    aside = in_rounds.aside_of(tmp_path / "out")
+    shop = Workshop(aside, resume=True)
+    (aside / "run.json").write_text("{}")
+    (aside / "1-pruned").mkdir()
+    shop.close()
+    assert prunella.prune(str(dense), recipe, output=tmp_path / "out", resume=True) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_that_is_in_the_way_of_the_healing_is_said_before_the_pruning(
+    dense: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = settings(train=["norms"], tokens=256) | {"steps": ["magnitude"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_write", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prunella.heal(pruned, recipe, output=tmp_path / "out")
+    for resume in (False, True):
+        with pytest.raises(InputError, match=r"out\.partial' holds an unfinished run"):
+            prunella.prune(str(dense), recipe, output=tmp_path / "out", resume=resume)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+
+
+def test_the_dense_model_is_found_from_another_directory_or_asked_for(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(dense, tmp_path / "here" / "m")
+    monkeypatch.chdir(tmp_path / "here")
+    prunella.prune("m", {**settings(), "heal": {}, "steps": ["magnitude"]}, output="pruned")
+    assert Report.read("pruned").model["name"] == "m"
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    recipe = settings(train=["norms"], tokens=128, distill=0.5)
+    assert prunella.heal("../here/pruned", recipe, output="healed").healing["losses"]
+    (tmp_path / "here" / "m").rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"was pruned from '.*here/m', which is not there any more.*--dense MODEL"):
+        prunella.heal("../here/pruned", recipe, output="again")
 
 
 def test_pickles_are_pruned_and_healed_if_they_are_trusted(dense: Path, tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def prune(
         print(f"note: {note}")
     if len(notes) > 10:
         print(f"… and {len(notes) - 10} more notes: {command('inspect', output)}")
-    _print_saved(output, packed=wanted.packing is not None)
+    _print_saved(output, report)
 
 
 @app.command(rich_help_panel=MAKING)
@@ -308,15 +308,14 @@ def heal(
         print(json.dumps(report.plain()))
         return
     _print_healing(report)
-    _print_saved(output)
-    adapter = output / "adapter"
-    if adapter.is_dir():
-        print(f"the adapter lies in {adapter}: PeftModel.from_pretrained(model, …) puts it on the pruned model")
+    _print_saved(output, report)
 
 
-def _print_saved(output: Path, packed: bool = False) -> None:
+def _print_saved(output: Path, report: Report) -> None:
     print(f"saved to {output}")
-    if not packed:
+    if report.apart:  # which does not fit on packed weights
+        print(f"the adapter lies in {output / 'adapter'}: PeftModel.from_pretrained(model, …) puts it on that model")
+    elif report.recipe.get("format") != "packed":
         print(f"its zeros still take room and time: {command('pack', output)} -o DIR leaves them out")
 
 
@@ -424,6 +423,7 @@ def sweep(
     from ..cells import sweep as run
     from ..load import at_revision
     from ..recipe import Recipe
+    from ..report import bos_words
 
     axes: dict[str, list[Any] | None] = {
         "steps": [item.split("+") for item in step or []],
@@ -471,7 +471,9 @@ def sweep(
     else:
         for name, dense in results.rows[0]["perplexity"].items():
             columns, rows = results.matrix(name)
-            print_table(columns, rows, f"perplexity on {name}, dense {dense:.2f}", right=columns[1:])
+            begin = bos_words(results.settings.get("bos", False))
+            title = f"perplexity on {name}, windows {begin}, dense {dense:.2f}"
+            print_table(columns, rows, title, right=columns[1:])
         print(f"saved to {output}")
     if results.failed:
         say(f"{len(results.failed)} cells failed; the same command tries them again")

@@ -126,10 +126,6 @@ class PrunellaQuantizer(HfQuantizer):
         for file in checkpoint_files:
             tensors, _ = read_header(Path(file))
             stored.update({name: entry[:2] for name, entry in tensors.items()})
-        if any(shape == MARK for _, shape in stored.values()):  # under whichever of these names, or an older one
-            keys = (parameter_name(*entry) for entry in self.quantization_config.modules.items())
-            keys = (re.escape(key.removeprefix(model.base_model_prefix + ".")) for key in keys)
-            model._keys_to_ignore_on_load_unexpected |= {rf"(^|\.){key}$" for key in keys}
         self.replaced: list[str] = []
         self.renamings: list[Any] | None = None
         self.renamed = False
@@ -147,6 +143,12 @@ class PrunellaQuantizer(HfQuantizer):
             transposed = not isinstance(module, nn.Linear)
             model.set_submodule(module_name, SparseLinear.empty(columns, rows, *sizes, module.bias, transposed))
             self.replaced.append(module_name)
+        if any(shape == MARK for _, shape in stored.values()):  # under whichever of these names, or an older one
+            names = {parameter_name(*entry) for entry in self.quantization_config.modules.items()}
+            if self.renamed:
+                names |= {part for name in self.replaced for part in (f"{name}.weight", name.rpartition(".")[0])}
+            keys = (re.escape(name.removeprefix(model.base_model_prefix + ".")) for name in names)
+            model._keys_to_ignore_on_load_unexpected |= {rf"(^|\.){key}$" for key in keys}
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = DenseLinear  # the same parameters, whatever is tied to them
