@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import prunella
 from prunella import InputError, make, read_masks
+from prunella.allocate import allocations
+from prunella.heal import groups
 from prunella.registry import steps
 
 MINE = '''
@@ -116,3 +120,104 @@ def test_the_files_of_two_steps_of_one_name_do_not_mix(mine: Path, tmp_path: Pat
     assert make(f"{mine}:mine").options["power"] == 1.0
     assert make(f"{other}:mine").options["power"] == 3.0
     assert make(f"{mine}:mine").options["power"] == 1.0
+
+
+Own = Callable[[str], str]
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Any:
+    """Write a step of this body; how it is called on the command line."""
+
+    def write(body: str) -> str:
+        (tmp_path / "mine.py").write_text(
+            "import prunella\nfrom prunella import Layer\n@prunella.register('own')\n"
+            f"def own(layer: Layer) -> Layer:\n    'Mine.'\n    {body}\n"
+        )
+        return f"{tmp_path}/mine.py:own"
+
+    yield write
+    steps.pop("own", None)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise RuntimeError('boom')", r"RuntimeError: boom; the defect is in the step, line 6 of .*mine\.py"),
+        ("return layer.weight_OI", "returned Tensor, not Layer; the defect is in the step"),
+        ("layer.stats.nothing", "AttributeError: .*; the defect is in the step, line 6 of"),
+    ],
+)
+@pytest.mark.parametrize("order", ["layer", "block"])
+def test_a_step_that_fails_is_named_with_the_layer(
+    own: Own, body: str, message: str, order: str, tmp_path: Path, llama: Path, run: Callable[..., Any]
+) -> None:
+    name = own(body)
+    with pytest.raises(prunella.PrunellaError, match=message) as error:
+        prunella.prune(
+            llama, {"steps": [name], "order": order}, output=tmp_path / "o", calibration=tiny.token_windows()
+        )
+    assert f"step '{name}' at layer 'model.layers.0.self_attn.q_proj'" in str(error.value)
+    assert run("prune", llama, "-o", tmp_path / "p", "--step", name, "--samples", 2, "--length", 32).code == 2
+
+
+def test_what_a_step_refuses_on_purpose_is_said_in_its_own_words(own: Own, ids: Tensor) -> None:
+    name = own("raise prunella.InputError('not on a Friday')")
+    with pytest.raises(prunella.InputError, match=r"^not on a Friday$"):
+        prunella.prune(tiny.build(), {"steps": [name]}, calibration=ids)
+
+
+def test_steps_that_choose_no_mask_are_an_error_of_theirs(own: Own, ids: Tensor) -> None:
+    name = own("return layer")
+    with pytest.raises(prunella.PrunellaError, match=r"chose no mask for layer 'model\.layers\.0\.self_attn\.q_proj'"):
+        prunella.prune(tiny.build(), {"steps": [name]}, calibration=ids)
+
+
+THREE = '''
+from prunella import Layer, register
+from prunella.allocate import register_allocation
+from prunella.heal import Part, trains
+
+
+@register("mine")
+def step(layer: Layer) -> Layer:
+    """Mine."""
+    FAIL
+
+
+@register_allocation("mine")
+def allocation(budget):
+    """Mine."""
+    FAIL
+
+
+@trains("mine")
+def healing(part: Part, *, rate: float = 1e-3):
+    """Mine."""
+    FAIL
+'''
+
+
+@pytest.mark.parametrize(
+    ("flag", "where"),
+    [
+        ("--step", "step 'FILE:mine' at layer 'model.layers.0.self_attn.q_proj'"),
+        ("--allocate", "allocation 'FILE:mine'"),
+        ("--heal", "healing method 'FILE:mine' at 'model."),
+    ],
+)
+def test_a_method_of_ones_own_that_fails_is_named(
+    tmp_path: Path, llama: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, flag: str, where: str
+) -> None:
+    for registry in (steps, allocations, groups):
+        monkeypatch.setitem(registry, "mine", next(iter(registry.values())))  # what is registered goes again
+    for body, message in {"1 / 0": "ZeroDivisionError: division by zero", "return 3": "returned int"}.items():
+        path = tmp_path / f"{len(body)}.py"
+        path.write_text(THREE.replace("FAIL", body))
+        step = () if flag == "--step" else ("--step", "magnitude")
+        words = (flag, f"{path}:mine", *step, "--evaluate", "none", *SHORT[:-2])
+        said = run("prune", llama, "-o", tmp_path / f"out{len(body)}", *words)
+        assert said.code == 2
+        (line,) = said.err.splitlines()
+        assert where.replace("FILE", str(path)) in line
+        assert message in line

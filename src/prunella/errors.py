@@ -34,7 +34,7 @@ class DefectError(Exception):
 
 
 class StepError(PrunellaError):
-    """A step that does not come with Prunella raised an error, or did not do what a step must."""
+    """A step, an allocation or a healing method of the user's own raised an error, or did not do what it must."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
@@ -60,9 +60,10 @@ def say(message: str) -> None:
     print(f"prunella: {message}", file=sys.stderr, flush=True)
 
 
-def kept(error: PrunellaError) -> None:
+def kept(error: PrunellaError, where: Path) -> None:
     """Let an error say, too, that the work before it is not lost."""
-    error.args = (f"{str(error).rstrip('.')}. What is done is kept: the same command with --resume goes on.",)
+    said = str(error).rstrip(".")
+    error.args = (f"{said}. What is done is kept in '{where}': the same command with --resume goes on.",)
 
 
 def disk_full(error: Exception) -> bool:

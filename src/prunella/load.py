@@ -1036,11 +1036,17 @@ def wrap_model(network: Any, tokenizer: Any = None, name: str = "") -> Model:
     """A model object that is already in memory, on whatever device it is.
 
     It is put into evaluation mode and runs its attention and experts as the stream wants them, until
-    `Model.give_back`. Raises ModelError for what is no causal language model.
+    `Model.give_back`. Raises ModelError for what is no causal language model, or is spread over several devices.
     """
     if config := getattr(network, "config", None):
         if config.is_encoder_decoder:
             raise _no_decoder(name or "in memory", f"{config.model_type} is an encoder and a decoder")
+    places = sorted({str(parameter.device) for parameter in network.parameters()})
+    if len(places) > 1 or places == ["meta"]:
+        raise ModelError(
+            f"the weights of this {type(network).__name__} lie on {' and '.join(places)}: load all of them on one"
+            " device, or give the model's name or directory; of that one block at a time is loaded."
+        )
     model = Model(network, tokenizer, None, network.device, name or network.config._name_or_path or "in memory")
     check_causal(model)
     return model

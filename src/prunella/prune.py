@@ -264,7 +264,7 @@ def _prune(
         if out and (opened.checkpoint is None or (isinstance(error, PrunellaError) and not done)):
             out.discard()  # a model in memory cannot be resumed
         elif out and done and isinstance(error, PrunellaError):
-            kept(error)
+            kept(error, out.partial)
         raise
     finally:
         if out:
