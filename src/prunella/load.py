@@ -34,7 +34,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import InputError, ModelError, PrunellaError, command, disk_error, disk_full, first_line, say, unknown
+from .errors import (
+    InputError,
+    ModelError,
+    PrunellaError,
+    ReadError,
+    command,
+    disk_error,
+    disk_full,
+    first_line,
+    say,
+    unknown,
+)
 from .fast import use_fast_attention
 from .gguf import GgufHeader
 from .layers import learn
@@ -513,7 +524,7 @@ class Checkpoint:
                         handles[file] = stack.enter_context(opened)
                     return handles[file].get_slice(name)
                 except OSError as error:
-                    raise ModelError(f"'{self.directory / file}' cannot be read: {error}.") from None
+                    raise ReadError(f"'{self.directory / file}' cannot be read: {error}.") from None
 
             for name in names:
                 slices[name] = lazy(name, self.where[name])
@@ -522,7 +533,7 @@ class Checkpoint:
             try:
                 yield slices
             except SafetensorError as error:
-                raise ModelError(f"a tensor in '{self.directory}' cannot be read: {error}.") from None
+                raise ReadError(f"a tensor in '{self.directory}' cannot be read: {error}.") from None
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int, int]], dict[str, str]]:
@@ -727,7 +738,7 @@ class Model:
             with quiet_transformers(), checkpoint.open(keys) as slices:
                 info, _ = convert_and_load_state_dict_in_model(self.network, slices, config)
         except SafetensorError as error:
-            raise ModelError(f"a tensor in '{checkpoint.directory}' cannot be read: {error}") from None
+            raise ReadError(f"a tensor in '{checkpoint.directory}' cannot be read: {error}.") from None
         if used and len(used) > len(self.network._weight_conversions):
             self.network._weight_conversions = used  # of a block, which `stored` reverts: not of what lies outside it
         if info.mismatched_keys:
