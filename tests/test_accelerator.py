@@ -24,7 +24,7 @@ from prunella.allocate import allocations
 from prunella.load import fork_random, free_memory, load_model, pick_device
 from prunella.registry import find
 from prunella.save import Output
-from prunella.stream import Hidden
+from prunella.stream import Hidden, Shelf
 
 pytestmark = pytest.mark.usefixtures("sim")
 
@@ -144,10 +144,12 @@ def test_a_device_is_taken_by_its_name(sim: torch.device) -> None:
             pick_device(name)
 
 
-def test_hidden_states_that_do_not_fit_beside_the_weights_wait_in_main_memory(sim: torch.device) -> None:
+def test_hidden_states_that_do_not_fit_beside_the_weights_wait_in_main_memory(
+    sim: torch.device, tmp_path: Path
+) -> None:
     for nbytes, place in ((accelerator.MEMORY // 8, "sim"), (accelerator.MEMORY // 2, "cpu")):
-        hidden = Hidden(1, nbytes, sim)
-        assert hidden.place.type == place
+        hidden = Hidden(1, sim, Shelf(nbytes, sim, tmp_path))
+        assert hidden.shelf.place.type == place
         hidden[0] = torch.ones(2, 3, device=sim)
         assert hidden[0].device == sim
 

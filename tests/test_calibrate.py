@@ -223,6 +223,15 @@ def test_self_is_sampled_once_and_then_comes_from_the_cache(
     assert torch.equal(windows(model, "self", 2, 12, skip=1), first[1:])
 
 
+def test_a_cache_that_cannot_be_written_costs_no_sampled_text(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("no directory")
+    monkeypatch.setenv("PRUNELLA_CACHE", str(tmp_path / "file"))
+    assert sample_self(model, 2, 16, 0, batch=2).shape == (2, 16)
+    assert "is not kept for another run" in capsys.readouterr().err
+
+
 def test_self_depends_on_the_seed_and_on_nothing_else(model: Model, fresh_cache: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     before = torch.random.get_rng_state()

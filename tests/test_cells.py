@@ -140,6 +140,18 @@ def test_rows_of_other_settings_damaged_lines_and_half_a_line_are_passed_over(tm
     assert Rows(path, {"a": 2}).rows.keys() == {("m", "d")}
 
 
+def test_cells_of_a_model_count_by_any_of_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("model", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("model")
+    rows = Rows(tmp_path / "x", {"model": str(tmp_path / "model")})
+    with rows.open():
+        rows.add(("m", "c"), {"n": 1})
+    monkeypatch.chdir(tmp_path)
+    assert Rows(tmp_path / "x", {"model": "link"}).rows.keys() == {("m", "c")}
+    assert not Rows(tmp_path / "x", {"model": "other"}).rows
+
+
 def test_two_sweeps_do_not_write_to_one_file(tmp_path: Path) -> None:
     first, second = Rows(tmp_path / "x", {}), Rows(tmp_path / "x", {})
     with first.open(), pytest.raises(InputError, match="another sweep is writing"), second.open():

@@ -534,7 +534,7 @@ def test_ctrl_c_leaves_a_run_that_resume_finishes(
     assert not out.exists()
     refused = run("prune", llama, "-o", out, *SHORT)
     assert refused.code == 2
-    assert "holds an unfinished run: continue it with --resume" in refused.err
+    assert "holds an unfinished run: repeat its command with --resume" in refused.err
     again = run("prune", llama, "-o", out, "--resume", *SHORT)
     assert again.code == 0, again.err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

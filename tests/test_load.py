@@ -447,6 +447,24 @@ def test_a_damaged_pickle_is_named_and_leaves_nothing_in_the_cache(pickled: Path
     assert set(cache.rglob("*")) - before <= {cache / "pickle"}
 
 
+def test_a_cache_that_cannot_be_written_is_named(
+    pickled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no directory")
+    monkeypatch.setenv("PRUNELLA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(prunella.InputError, match="Set PRUNELLA_CACHE to a directory that can"):
+        load_model(str(pickled), pickles=True)
+    for name in ("PRUNELLA_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    with pytest.raises(prunella.InputError, match="no home directory"):
+        load_model(str(pickled), pickles=True)
+
+
+def nobody() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
 # ---------------------------------------------------------------------------------------------------------
 # GGUF
 

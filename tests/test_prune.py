@@ -144,8 +144,6 @@ def test_what_cannot_be_is_refused(llama: Path, tmp_path: Path, ids: Tensor) -> 
         prune(llama, calibration=ids)
     with pytest.raises(InputError, match="a model in memory cannot be resumed"):
         prune(tiny.build(), calibration=ids, output=tmp_path / "out", resume=True)
-    with pytest.raises(InputError, match="there is nothing to resume"):
-        prune(llama, calibration=ids, output=tmp_path / "out", resume=True)
     with pytest.raises(InputError, match="has no tokenizer"):
         prune(tiny.build(), {"steps": ["wanda"]})
     assert not list(tmp_path.iterdir())
@@ -166,10 +164,10 @@ def test_windows_that_are_no_token_ids_are_refused(calibration: Tensor, message:
         prune(tiny.build(), {"steps": ["wanda"]}, calibration=calibration)
 
 
-@pytest.mark.parametrize("block", [0, 2])
-@pytest.mark.parametrize("kind", ["nan", "missing", "shape"])
-def test_a_defect_of_the_model_leaves_nothing_behind(llama: Path, tmp_path: Path, kind: str, block: int) -> None:
-    """Not even if earlier blocks were already on disk: a resumed run would end the same way."""
+@pytest.mark.parametrize(("kind", "block"), [("nan", 0), ("missing", 0), ("shape", 0), ("nan", 2)])
+def test_a_defect_of_the_model_leaves_nothing_behind_but_finished_blocks(
+    llama: Path, tmp_path: Path, kind: str, block: int
+) -> None:
     name = f"model.layers.{block}.mlp.up_proj.weight"
     source = tmp_path / "source"
     network = AutoModelForCausalLM.from_pretrained(llama)
@@ -184,7 +182,7 @@ def test_a_defect_of_the_model_leaves_nothing_behind(llama: Path, tmp_path: Path
     expected = NumericalError if kind == "nan" else ModelError
     with pytest.raises(expected, match=rf"model\.layers\.{block}\.mlp\.up_proj"):
         prune(source, {"steps": ["wanda"]}, output=tmp_path / "out", calibration=tiny.token_windows())
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*(["out.partial"] if block else []), "source"]
 
 
 def test_a_rank_deficient_hessian_is_reported(ids: Tensor) -> None:

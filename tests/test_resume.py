@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from processes import CONTEXT
 from transformers import AutoModelForCausalLM
 
 import prunella
-from prunella import InputError, Layer, keep, register
+from prunella import InputError, Layer, ModelError, NumericalError, keep, load, register
 from prunella.registry import steps
 from prunella.save import Output
-from prunella.tensors import TensorFile
+from prunella.stream import Stream
+from prunella.tensors import TensorFile, read_grids
 
 
 def recipe_of(order: str, **changes: Any) -> dict[str, Any]:
@@ -124,6 +126,34 @@ def test_killed_anywhere_else(
     assert files_of(out) == expected[0]
 
 
+@pytest.mark.parametrize("flags", [{}, {"format": "packed", "bits": 8}], ids=["dense", "packed"])
+def test_killed_just_before_the_model_has_its_name(
+    flags: dict[str, Any], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Grids of all layers survive, nothing is pruned or measured again, and nothing is left beside the result."""
+    recipe = recipe_of("layer", steps=["wanda", "gptq"], **flags)
+    prunella.prune(llama, recipe, output=tmp_path / "whole")
+    out, looked = tmp_path / "out", []
+
+    def track(items: Any, what: str, total: int) -> Any:
+        looked.append(what)
+        return items
+
+    killed_run(monkeypatch, Path, "rename", 0, lambda: prunella.prune(llama, recipe, output=out))
+    assert not out.exists()
+    monkeypatch.setattr(Stream, "prune", None)
+    report = prunella.prune(llama, recipe, output=out, resume=True, track=track)
+    assert looked == ["pruning"]
+    assert report.run["resumed_after_blocks"] == 3
+    whole, found = (
+        {p.name: p.read_bytes() for p in (tmp_path / name).iterdir() if p.suffix not in (".json", ".md")}
+        for name in ("whole", "out")
+    )
+    assert found == whole
+    assert bool(read_grids(out)) is not bool(flags)  # packed weights carry theirs
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
 def test_killed_twice(order: str, expected: Any, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     killed_run(monkeypatch, Output, "write", 1, lambda: prunella.prune(llama, recipe_of(order), output=out))
@@ -214,6 +244,102 @@ def test_a_step_that_draws_at_random_resumes_to_the_same_bytes(
 
 
 # ---------------------------------------------------------------------------------------------------------
+# What may go wrong
+
+
+def test_a_file_that_cannot_be_read_costs_no_finished_block(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = recipe_of("block", evaluate={"source": None}), tmp_path / "out"
+    prunella.prune(llama, recipe, output=tmp_path / "whole")
+    real, write = load.safe_open, Output.write
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    def then_breaks(self: Output, result: Any) -> None:
+        write(self, result)
+        monkeypatch.setattr(load, "safe_open", broken)
+
+    monkeypatch.setattr(Output, "write", then_breaks)
+    with pytest.raises(ModelError, match=r"cannot be read: .*Input/output error.* What is done is kept.*--resume"):
+        prunella.prune(llama, recipe, output=out)
+    monkeypatch.setattr(Output, "write", write)
+    monkeypatch.setattr(load, "safe_open", real)
+    assert prunella.prune(llama, recipe, output=out, resume=True).run["resumed_after_blocks"] == 1
+    assert files_of(out) == files_of(tmp_path / "whole")
+
+
+def test_an_evaluation_that_fails_costs_nothing_and_is_all_that_is_done_again(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, measure = tmp_path / "out", sys.modules["prunella.measure"]
+    real: Any = vars(measure)["perplexity"]
+
+    def fails(model: Any, ids_NL: Any, *, checkpoint: Any = None, track: Any = None) -> Any:
+        if checkpoint is not None:
+            raise NumericalError("the perplexity is not finite.")
+        return real(model, ids_NL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "perplexity", fails)
+        with pytest.raises(NumericalError, match=r"not finite\. What is done is kept"):
+            prunella.prune(llama, recipe_of("layer"), output=out)
+    monkeypatch.setattr(Stream, "prune", None)
+    report = prunella.prune(llama, recipe_of("layer"), output=out, resume=True)
+    assert report.run["resumed_after_blocks"] == 3
+    assert report.pruned["perplexity"] > 1
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is the same run
+
+
+def test_resuming_what_was_not_begun_begins_it(llama: Path, tmp_path: Path, expected: Any, order: str) -> None:
+    prunella.prune(llama, recipe_of(order), output=tmp_path / "out", resume=True)
+    assert files_of(tmp_path / "out") == expected[0]
+
+
+def test_models_and_texts_by_another_of_their_names_are_the_same_run(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text("Trees grow back when they are pruned in time.\n" * 200)
+    (tmp_path / "link").symlink_to(llama)
+    (tmp_path / "same.txt").symlink_to(tmp_path / "text.txt")
+    recipe = recipe_of("layer", calibration={"source": str(tmp_path / "text.txt"), "samples": 4, "length": 32})
+    out = tmp_path / "out"
+    killed_run(monkeypatch, Output, "write", 1, lambda: prunella.prune(llama, recipe, output=out))
+    monkeypatch.chdir(tmp_path)
+    recipe["calibration"]["source"] = "same.txt"
+    report = prunella.prune("link", recipe, output="out", resume=True)
+    assert report.run["resumed_after_blocks"] == 1
+    assert report.model["path"] == str(tmp_path / "link")
+    assert report.recipe["calibration"]["source"] == str(tmp_path / "same.txt")
+
+
+def test_another_evaluation_is_no_other_run_and_its_figures_are_those_of_its_own_text(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    two = prunella.prune(llama, recipe_of("layer", evaluate={"windows": 2}), output=tmp_path / "two")
+    killed_run(monkeypatch, Path, "rename", 0, lambda: prunella.prune(llama, recipe_of("layer"), output=out))
+    report = prunella.prune(llama, recipe_of("layer", evaluate={"windows": 2}), output=out, resume=True)
+    assert report.run["resumed_after_blocks"] == 3
+    assert (report.dense, report.pruned) == (two.dense, two.pruned)
+
+
+@pytest.mark.parametrize("began", ["layer", "block"])
+def test_a_run_whose_order_was_chosen_for_it_goes_on_in_that_order(
+    began: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    killed_run(monkeypatch, Output, "write", 1, lambda: prunella.prune(llama, recipe_of(began), output=out))
+    report = prunella.prune(llama, recipe_of("auto"), output=out, resume=True)
+    assert report.run["resumed_after_blocks"] == 1
+    assert report.recipe["order"] == began
+
+
+# ---------------------------------------------------------------------------------------------------------
 # What may not be resumed
 
 
@@ -240,10 +366,10 @@ def test_another_recipe_does_not_continue_a_run(
     changes: dict[str, Any], what: str, unfinished: Path, llama: Path
 ) -> None:
     partial = unfinished.with_name("out.partial")
-    before = {path.name: path.read_bytes() for path in partial.iterdir()}
+    before = {path: path.read_bytes() for path in partial.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match=f"was another one: {what} differ"):
         prunella.prune(llama, recipe_of("layer") | changes, output=unfinished, resume=True)
-    assert {path.name: path.read_bytes() for path in partial.iterdir()} == before
+    assert {path: path.read_bytes() for path in partial.rglob("*") if path.is_file()} == before
     assert prunella.prune(llama, recipe_of("layer"), output=unfinished, resume=True).run["resumed_after_blocks"] == 1
 
 
@@ -259,7 +385,7 @@ def test_a_model_that_changed_meanwhile_does_not_continue_a_run(
 
 
 def test_an_unfinished_run_is_neither_overwritten_nor_finished_by_accident(unfinished: Path, llama: Path) -> None:
-    with pytest.raises(InputError, match=r"holds an unfinished run: continue it with --resume, or delete"):
+    with pytest.raises(InputError, match=r"holds an unfinished run: repeat its command with --resume, or delete"):
         prunella.prune(llama, recipe_of("layer"), output=unfinished)
     prunella.prune(llama, recipe_of("layer"), output=unfinished, resume=True)
     with pytest.raises(InputError, match="exists and is not empty"):

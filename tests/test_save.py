@@ -22,10 +22,10 @@ import prunella
 from prunella import InputError, ModelError, Recipe, load_model, read_masks
 from prunella.load import read_header
 from prunella.pattern import pack
-from prunella.save import check_output
 from prunella.tensors import MASKS, TensorFile
+from prunella.workshop import check_output
 
-LEFT_OVER = {"journal.jsonl", "run.json", ".lock"}
+LEFT_OVER = {"journal.jsonl", "run.json", ".prunella"}
 
 
 def files_of(directory: Path) -> dict[str, bytes]:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import prunella
-from prunella import InputError, Layer, NumericalError, Pattern, keep, make, register
+from prunella import InputError, Layer, NumericalError, Pattern, keep, make, register, stream
 from prunella.layers import find_layers, matches
 from prunella.load import wrap_model
 from prunella.pattern import unpack
@@ -104,10 +107,36 @@ def test_hidden_states_on_disk_give_the_same_result(monkeypatch: pytest.MonkeyPa
     prunella.prune(expected, {"steps": ["sparsegpt"], "order": "block"}, calibration=ids)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 10))
     network = tiny.build("llama")
-    assert Stream(wrap_model(network), ids).hidden.on_disk
+    assert Stream(wrap_model(network), ids).hidden.shelf.on_disk
     prunella.prune(network, {"steps": ["sparsegpt"], "order": "block"}, calibration=ids)
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, expected.state_dict()[name]), name
+
+
+def test_hidden_states_that_do_not_fit_lie_beside_the_output_and_claim_their_space(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ids: Tensor
+) -> None:
+    folders: list[Path] = []
+
+    def watch(*arguments: Any, **options: Any) -> Any:
+        folders.append(options["dir"])
+        return NamedTemporaryFile(*arguments, **options)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 10))
+    monkeypatch.setattr(stream, "NamedTemporaryFile", watch)
+    recipe: dict[str, Any] = {"steps": ["wanda"], "order": "block", "evaluate": {"source": None}}
+    prunella.prune(llama, recipe, output=tmp_path / "out", calibration=ids)
+    assert set(folders) == {tmp_path / "out.partial"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    monkeypatch.setattr(stream, "claim", full)
+    with pytest.raises(InputError, match=r"no space left on the disk of '.*other\.partial'"):
+        prunella.prune(llama, recipe, output=tmp_path / "other", calibration=ids)
+    with pytest.raises(InputError, match=r"no space left on the disk of '.*hidden'"):  # no output: in the cache
+        prunella.prune(tiny.build(), recipe, calibration=ids)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_recording_leaves_no_trace_on_the_blocks(ids: Tensor) -> None:
@@ -233,14 +262,27 @@ def test_a_name_pattern_matches_whole_parts_of_a_name(glob: str, yes: bool) -> N
 # Which order
 
 
-def test_auto_takes_layer_order_only_where_it_fits_and_helps(ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_layer_order_by_sizes_alone(ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = wrap_model(tiny.build("llama"))
     assert pick_order("auto", [make("wanda")], ids, model) == "layer"
     assert pick_order("auto", [make("magnitude")], ids, model) == "block"
     assert pick_order("layer", [make("magnitude")], ids, model) == "layer"
+    many = torch.zeros(1, 1, dtype=torch.int64).expand(1 << 14, 1 << 10)
+    assert pick_order("auto", [make("wanda")], many, model) == "block"
+    assert pick_order("layer", [make("wanda")], many, model) == "layer"
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 10))
-    assert pick_order("auto", [make("wanda")], ids, model) == "block"
-    assert pick_order("layer", [make("wanda")], ids, model) == "layer"
+    assert pick_order("auto", [make("wanda")], ids, model) == "layer"
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 50))
+    assert pick_order("auto", [make("wanda")], many, model) == "block"
+
+
+def test_the_built_in_model_is_pruned_in_layer_order_on_the_default_windows_and_on_128() -> None:
+    """Its figures in the log were made so."""
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    network = tiny.build("llama", num_hidden_layers=1, head_dim=64, dtype=torch.bfloat16, **sizes)
+    windows_NL = torch.zeros(1, 1, dtype=torch.int64).expand(128, 2048)
+    for names in (["sparsegpt"], ["wanda"], ["align", "wanda", "update"]):
+        assert pick_order("auto", [make(name) for name in names], windows_NL, wrap_model(network)) == "layer"
 
 
 def test_a_layer_that_is_used_is_visited_once_in_its_order_of_use(ids: Tensor) -> None:

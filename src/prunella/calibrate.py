@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .errors import InputError, say
+from .errors import InputError, first_line, say
 from .load import cache_directory, fork_random
 from .texts import Split, documents, endless, lead
 
@@ -196,7 +196,7 @@ def sample_self(model: Model, count: int, length: int, seed: int, *, bos: bool =
     first = _opening(model.tokenizer) if bos else []
     key = hashlib.sha256(f"{_fingerprint(model)}|{length}|{seed}|{batch}|{first}".encode()).hexdigest()[:16]
     path = cache_directory() / "self" / f"{key}.safetensors"
-    with contextlib.suppress(FileNotFoundError, SafetensorError, KeyError):  # a damaged one is made again
+    with contextlib.suppress(OSError, SafetensorError, KeyError):  # a damaged one is made again
         have: Tensor = load_file(path)["windows"]
         if len(have) >= count:
             return have[:count]
@@ -222,10 +222,13 @@ def sample_self(model: Model, count: int, length: int, seed: int, *, bos: bool =
             )
             parts.append(ids.cpu())
     out = torch.cat(parts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    save_file({"windows": out}, temporary)
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        save_file({"windows": out}, temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        say(f"the text is not kept for another run, since '{path.parent}' cannot be written ({first_line(error)})")
     return out[:count]
 
 

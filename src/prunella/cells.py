@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fcntl
 import hashlib
 import itertools
 import json
@@ -30,13 +29,14 @@ from .calibrate import windows, with_bos
 from .errors import InputError, PrunellaError, unknown
 from .evaluate import perplexity
 from .load import Model, free_memory, load_model, wrap_model
-from .measure import held_out_windows, window_length
+from .measure import held_out_windows, same_file, window_length
 from .prune import prune
 from .recipe import Evaluation, Healing, Recipe, only_dense, override
 from .results import Results, Row
 from .sparse.format import SPAN, expected
 from .stream import LayerResult, Track, no_track
 from .texts import same_text
+from .workshop import hold
 
 Key = tuple[str, str]
 DENSE: Key = ("dense", "")
@@ -162,7 +162,7 @@ class Rows:
         for line in text.split(b"\n"):
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 row = json.loads(line)
-                if row["settings"] == self.settings:
+                if _same(row["settings"], self.settings):
                     self.rows[row["method"], row["cell"]] = row
 
     @contextlib.contextmanager
@@ -174,10 +174,8 @@ class Rows:
         except OSError as error:
             raise InputError(f"'{self.path}' cannot be written: {error.strerror}.") from None
         with self._file:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"another sweep is writing to '{self.path}': wait for it.") from None
+            if not hold(self._file):
+                raise InputError(f"another sweep is writing to '{self.path}': wait for it.")
             yield
 
     def add(self, key: Key, row: Mapping[str, Any]) -> None:
@@ -195,6 +193,13 @@ class Rows:
         except OSError as error:
             raise InputError(f"'{self.path}' cannot be written: {error.strerror}.") from None
         self.rows[key] = whole
+
+
+def _same(settings: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Are these the same settings, the model maybe by another of its names?"""
+    one, other = ({key: value for key, value in said.items() if key != "model"} for said in (settings, others))
+    name, same = settings.get("model"), others.get("model")
+    return one == other and (name == same or same_file(str(name), str(same)))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -405,6 +410,7 @@ def sweep(
         "recipe": {key: value for key, value in recipe.plain().items() if key not in named},
     }
     directory = Path(directory)
+    opened.scratch = directory
     rows = Rows(directory / "cells.jsonl", settings)
     sweep = Sweep(opened, calibration_NL, held_out, rows, speed=speed, **again)
     found_rows = sweep.run(cells, say=say, track=track)

@@ -1,9 +1,12 @@
 """What users are told: errors, each naming the thing, what is wrong with it and what to do about it; and asides."""
 
 import difflib
+import errno
 import shlex
+import shutil
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class PrunellaError(Exception):
@@ -55,3 +58,27 @@ def first_line(error: BaseException) -> str:
 def say(message: str) -> None:
     """Tell the user, on stderr, what takes a while, touches the network or is slower than it could be."""
     print(f"prunella: {message}", file=sys.stderr, flush=True)
+
+
+def kept(error: PrunellaError) -> None:
+    """Let an error say, too, that the work before it is not lost."""
+    error.args = (f"{str(error).rstrip('.')}. What is done is kept: the same command with --resume goes on.",)
+
+
+def disk_full(error: Exception) -> bool:
+    """Did it come of a full disk? Libraries say so in ways of their own."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(words in str(error) for words in ("No space left", "inline_container"))  # the latter is torch.save
+
+
+def disk_error(error: Exception, where: Path) -> InputError:
+    """What to tell of an error that came of writing there."""
+    if disk_full(error):
+        there = next(path for path in (where, *where.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free / 1e6
+        return InputError(
+            f"no space left on the disk of '{where}' ({free:,.0f} MB free): make room, or choose another -o."
+        )
+    name, reason = (error.filename, error.strerror) if isinstance(error, OSError) else (None, None)
+    return InputError(f"'{name or where}' cannot be written: {reason or error}.")

@@ -34,7 +34,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import InputError, ModelError, PrunellaError, command, first_line, say, unknown
+from .errors import InputError, ModelError, PrunellaError, command, disk_error, disk_full, first_line, say, unknown
 from .fast import use_fast_attention
 from .gguf import GgufHeader
 from .layers import learn
@@ -89,7 +89,10 @@ def cache_directory() -> Path:
     """Where converted models and sampled texts are kept: $PRUNELLA_CACHE, or prunella/ in the user's cache."""
     if path := os.environ.get("PRUNELLA_CACHE"):
         return Path(path)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunella"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunella"
+    except RuntimeError:
+        raise InputError("this user has no home directory for the cache: set PRUNELLA_CACHE to a directory.") from None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -360,8 +363,14 @@ def _converted(
     from transformers import AutoModelForCausalLM
 
     say(f"converting {Path(what).name} to safetensors, once")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise InputError(
+            f"'{target.parent}', the cache that '{what}' is to be converted into, cannot be written: {error.strerror}."
+            " Set PRUNELLA_CACHE to a directory that can."
+        ) from None
     try:
         with quiet_transformers():
             network, info = load(AutoModelForCausalLM)
@@ -389,6 +398,8 @@ def _converted(
     except PrunellaError:
         raise
     except Exception as error:
+        if disk_full(error):
+            raise disk_error(error, target.parent) from error
         raise ModelError(f"'{what}' cannot be read: {first_line(error)}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -409,6 +420,13 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def named(name: str) -> dict[str, str | None]:
+    """What a report says of a model's name: `name` as it was given and, of a directory or a file, its whole `path`."""
+    path = Path(name)
+    local = path.is_dir() or (name not in BUILT_IN and path.is_file())
+    return {"name": name, "path": str(path.absolute()) if local else None}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -488,16 +506,22 @@ class Checkpoint:
             slices: dict[str, Any] = {}
 
             def lazy(name: str, file: str) -> Any:
-                if file not in handles:
-                    path = self.directory / file
-                    handles[file] = stack.enter_context(safe_open(path, framework="pt", device="cpu", backend="pread"))
-                return handles[file].get_slice(name)
+                try:
+                    if file not in handles:
+                        opened = safe_open(self.directory / file, framework="pt", device="cpu", backend="pread")
+                        handles[file] = stack.enter_context(opened)
+                    return handles[file].get_slice(name)
+                except OSError as error:
+                    raise ModelError(f"'{self.directory / file}' cannot be read: {error}.") from None
 
             for name in names:
                 slices[name] = lazy(name, self.where[name])
                 if name in self.scales:
                     slices[name] = Scaled(name, slices[name], lazy(*self.scales[name]), self._block)
-            yield slices
+            try:
+                yield slices
+            except SafetensorError as error:
+                raise ModelError(f"a tensor in '{self.directory}' cannot be read: {error}.") from None
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int, int]], dict[str, str]]:
@@ -531,7 +555,10 @@ class Model:
     tokenizer:   its tokenizer, or None
     blocks:      names of its decoder blocks, in order
     checkpoint:  where its weights come from, or None if the model is in memory
+    scratch:     where hidden states go that do not fit into memory; None: the cache
     """
+
+    scratch: Path | None = None
 
     def __init__(self, network: Any, tokenizer: Any, checkpoint: Checkpoint | None, device: torch.device, name: str):
         self.tokenizer_given = False  # it is not the one in the checkpoint's directory

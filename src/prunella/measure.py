@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,9 @@ from .load import Checkpoint, Model, free_memory
 from .recipe import Recipe
 from .stream import Track
 from .texts import same_text
+
+if TYPE_CHECKING:
+    from .save import Output
 
 PROMPT = "The most important thing about a garden is"
 
@@ -38,6 +43,16 @@ def held_out_windows(model: Model, recipe: Recipe, used: int) -> Tensor | None:
     )
 
 
+def same_file(name: str, other: str) -> bool:
+    """Are these two names of one file or directory?"""
+    return Path(name).exists() and Path(other).exists() and Path(name).samefile(other)
+
+
+def whole_name(source: str) -> str:
+    """A source as it can be found from anywhere."""
+    return os.path.abspath(source) if Path(source).is_file() else source
+
+
 def measure(
     model: Model, recipe: Recipe, ids_NL: Tensor | None, checkpoint: Checkpoint | None, track: Track
 ) -> dict[str, Any]:
@@ -48,6 +63,25 @@ def measure(
     result = perplexity(model, ids_NL, checkpoint=checkpoint, track=track).as_dict()
     said = {"source": recipe.evaluate.source, "text": digest(ids_NL), "bos": with_bos(model, ids_NL)}
     return {**said, **result, "sample": _sample(model, checkpoint)}
+
+
+def measure_once(
+    out: Output | None,
+    side: str,
+    model: Model,
+    recipe: Recipe,
+    ids_NL: Tensor | None,
+    checkpoint: Checkpoint | None,
+    track: Track,
+) -> dict[str, Any]:
+    """As `measure`; a run that resumes does not measure the same side (dense, pruned, …) on the same windows again."""
+    key = side if ids_NL is None else f"{side} on {digest(ids_NL)}"
+    found = out.notes.get(key) if out else None
+    if found is None:
+        found = measure(model, recipe, ids_NL, checkpoint, track)
+        if out and ids_NL is not None:
+            out.note(key, found)
+    return dict(found)
 
 
 def digest(ids_NL: Tensor) -> str:

@@ -13,16 +13,27 @@ from torch import Tensor
 
 from .allocate import Budget
 from .calibrate import check_windows, windows
-from .errors import InputError, ModelError, NumericalError, PrunellaError
+from .errors import InputError, ModelError, PrunellaError, kept
 from .evaluate import fingerprint, joined
 from .layers import LeftOut, Slot, left_out, matches, survey
-from .load import Model, at_revision, check_plain, check_saveable, fork_random, load_model, most_memory, wrap_model
-from .measure import held_out_windows, measure, window_length
+from .load import (
+    Model,
+    at_revision,
+    check_plain,
+    check_saveable,
+    fork_random,
+    load_model,
+    most_memory,
+    named,
+    wrap_model,
+)
+from .measure import held_out_windows, measure_once, whole_name, window_length
 from .recipe import Recipe
 from .registry import BESIDE
 from .report import Report, peak_memory, seen
-from .save import Output, check_output, identity
+from .save import Output, begun_as, identity
 from .stream import TOKENS, LayerResult, Stream, Target, Track, Watcher, no_track, pick_order
+from .workshop import check_output, finished, workshop
 
 
 @torch.inference_mode(False)  # whatever the caller's mode: the stream changes weights, and some steps train
@@ -49,7 +60,7 @@ def prune(
         recipe: a `Recipe` or its plain data; its `model` gives way to the argument.
         output: directory for the result; it appears when it is whole. A name needs one, a model in memory
             does not.
-        resume: continue the run that was interrupted while it wrote `output`.
+        resume: continue the run that was interrupted while it wrote `output`, or begin it.
         tokenizer: of a model in memory, or in place of a named model's own: a tokenizer, or the directory or hub id
             of one; not needed if `calibration` is given, or no step reads text, and nothing is evaluated.
         revision: of a hub's model: a branch, tag or commit.
@@ -80,6 +91,13 @@ def prune(
         model = at_revision(str(model), revision)
     path = None if output is None else Path(output)
     if path is not None:
+        done = finished(path)
+        if recipe.heal.train:
+            from .heal.rounds import ended
+
+            done = ended(path) or done
+        if done and resume:
+            return Report.read(path)
         check_output(path)
     if recipe.heal.train:
         if in_memory or path is None or calibration is not None:
@@ -128,6 +146,7 @@ def prune(
     finally:
         if opened is not model:
             opened.give_back()
+        opened.scratch = None
 
 
 def _prune(
@@ -154,39 +173,46 @@ def _prune(
         ids_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed, bos=recipe.bos)
     check_windows(opened, ids_NL)
     held_out = held_out_windows(opened, recipe, ids_NL.numel())
-    order = pick_order(recipe.order, steps, ids_NL, opened)
-    recipe = recipe.model_copy(
-        update={
-            "model": opened.name,
-            "order": order,
-            "dtype": str(opened.dtype).removeprefix("torch."),
-            "device": str(opened.device),
-            "calibration": wanted
-            if blind
-            else wanted.model_copy(update={"samples": len(ids_NL), "length": ids_NL.shape[1]}),
-        }
-    )
-    slots = [target.slot for block in targets for target in block if target.sparsity > 0]
-    if not slots:
-        raise InputError("nothing is left to prune: every layer is skipped or has sparsity 0.")
+    shop = None if path is None else workshop(path, resume)
     out = None
-    if path is not None:
-        out = Output(path, opened, slots, identity(opened.checkpoint, recipe.plain(), ids_NL), resume, recipe.packing)
     seconds: dict[str, float] = {}
     try:
-        dense = out.notes.get("dense") if out else None
-        if dense is None:
-            clock = time.perf_counter()
-            dense = measure(opened, recipe, held_out, None, track)
-            seconds["dense evaluation"] = time.perf_counter() - clock
-            if out:
-                out.note("dense", dense)
+        begun = begun_as(shop) if shop else None
+        wanted_order = begun.get("order", "auto") if begun and recipe.order == "auto" else recipe.order
+        order = pick_order(wanted_order, steps, ids_NL, opened)
+        recipe = recipe.model_copy(
+            update={
+                "model": opened.name,
+                "order": order,
+                "dtype": str(opened.dtype).removeprefix("torch."),
+                "device": str(opened.device),
+                "calibration": wanted
+                if blind
+                else wanted.model_copy(
+                    update={
+                        "source": whole_name(wanted.source),
+                        "samples": len(ids_NL),
+                        "length": ids_NL.shape[1],
+                    }
+                ),
+            }
+        )
+        slots = [target.slot for block in targets for target in block if target.sparsity > 0]
+        if not slots:
+            raise InputError("nothing is left to prune: every layer is skipped or has sparsity 0.")
+        if path is not None and shop is not None:
+            run = identity(opened.checkpoint, recipe.plain(), [ids_NL])
+            out = Output(path, opened, slots, run, shop, recipe.packing)
+            opened.scratch = shop.directory
+        clock = time.perf_counter()
+        dense = measure_once(out, "dense", opened, recipe, held_out, None, track)
+        seconds["dense evaluation"] = time.perf_counter() - clock
         clock = time.perf_counter()
         shares = out.notes.get("shares") if out else None
         if shares is None:
             free = free_layers(targets, recipe)
             shares = allocation(Budget(opened, ids_NL, targets, free, recipe.default_sparsity, shared, track))
-            if out:
+            if out and "uniform" not in recipe.allocate:  # which takes no work
                 out.note("shares", shares)
         targets = [[replace(t, sparsity=shares.get(t.slot.name, t.sparsity)) for t in block] for block in targets]
         seconds["allocate"] = time.perf_counter() - clock
@@ -199,7 +225,7 @@ def _prune(
             out.complete()
         clock = time.perf_counter()
         written = out.checkpoint if out else None
-        pruned = measure(opened, recipe, held_out, written if opened.checkpoint else None, track)
+        pruned = measure_once(out, "pruned", opened, recipe, held_out, written if opened.checkpoint else None, track)
         seconds["pruned evaluation"] = time.perf_counter() - clock
         seconds["all"] = time.perf_counter() - started
         if written:
@@ -209,7 +235,7 @@ def _prune(
         report = Report(
             recipe=recipe.plain(),
             model={
-                "name": opened.name,
+                **named(opened.name),
                 "class": type(opened.network).__name__,
                 "dtype": str(opened.dtype).removeprefix("torch."),
                 "parameters": opened.parameters,
@@ -232,18 +258,19 @@ def _prune(
         if out:
             out.finish(report.plain(), report.card())
         return report
-    except (ModelError, NumericalError):
-        if out:
-            out.discard()  # the same would happen again
-        raise
     except BaseException as error:
-        hopeless = isinstance(error, PrunellaError) and not (out and out.blocks)
-        if out and (hopeless or opened.checkpoint is None):  # a model in memory cannot be resumed
-            out.discard()
+        # What cannot be read now may be readable later: then what was measured before the first block counts too.
+        done = out is not None and (out.blocks > 0 or (out.notes and isinstance(error, ModelError)))
+        if out and (opened.checkpoint is None or (isinstance(error, PrunellaError) and not done)):
+            out.discard()  # a model in memory cannot be resumed
+        elif out and done and isinstance(error, PrunellaError):
+            kept(error)
         raise
     finally:
         if out:
             out.close()
+        elif shop:
+            shop.close()
 
 
 def choose_targets(model: Model, recipe: Recipe) -> list[list[Target]]:

@@ -70,7 +70,7 @@ class Healing(_Part):
     way:         `retrain`: the whole model on text; `reconstruct`: block by block, to the dense outputs, on the windows
                  of the calibration (of what follows only `rate`, `part`, `aim` and `epochs` are for it)
     text:        sources to train on, one after the other; empty: the calibration's
-    tokens:      to train on in all; text that is shorter is taken again
+    tokens:      to train on in all, as far as they make whole steps; text that is shorter is taken again
     length:      tokens in a window; windows are packed, not padded
     batch:       windows in a step, over all processes
     micro:       windows that one process runs at a time

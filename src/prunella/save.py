@@ -1,8 +1,9 @@
 """The output directory: written block by block, whole or not there at all.
 
-While a run lasts everything is in `OUT.partial`. The weights go into safetensors files laid out like the
-source's own, tensor by tensor at their places, so that tensors which no step touched are copied byte for
-byte. A line in the journal says that a block is on disk. At the end the directory is renamed to `OUT`.
+While a run lasts everything is in `OUT.partial` (`workshop`). The weights go into safetensors files laid out
+like the source's own, tensor by tensor at their places, so that tensors which no step touched are copied byte
+for byte. A line in the journal says that a block is on disk. At the end the model is renamed to `OUT`; what a
+run that resumes needs lies beside it and goes after that.
 
 Beside what transformers needs, the directory holds
 
@@ -13,8 +14,6 @@ Beside what transformers needs, the directory holds
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -22,13 +21,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, disk_error
 from .layers import Slot
 from .load import SINGLE, Checkpoint, Model, copy_companions, files_in, quiet_transformers, read_json
 from .pattern import unpack
@@ -47,18 +46,18 @@ from .tensors import (
     write_masks,
     write_text,
 )
+from .workshop import RUN, Workshop
 
 REPORT = "prunella.json"
-RUN = "run.json"  # of a directory in the making: what the run is
-LOCK = ".lock"  # of a directory in the making: held by the process that writes
+JOURNAL = "journal.jsonl"  # of a directory in the making: what is done
 
 
 class _DenseFiles:
     """Weights of a run in safetensors files laid out like the source's own, the masks of all pruned layers, and the
     grids of the quantized ones."""
 
-    def __init__(self, partial: Path, model: Model):
-        self.partial, self.model = partial, model
+    def __init__(self, shop: Workshop, model: Model):
+        self.folder, self.aside, self.model = shop.model, shop.directory, model
 
     def create(self, slots: Sequence[Slot]) -> None:
         """Lay out all files for a fresh run."""
@@ -68,20 +67,20 @@ class _DenseFiles:
             code = CODES[self.model.dtype]
             for name, tensors in checkpoint.files.items():
                 if keep and name not in checkpoint.altered:
-                    TensorFile.like(self.partial / name, checkpoint.directory / name).close()
+                    TensorFile.like(self.folder / name, checkpoint.directory / name).close()
                 else:
                     ordered = sorted(tensors.items(), key=lambda item: item[1][2])
                     layout = {key: (t[0] if keep or t[0] not in FLOATS else code, t[1]) for key, t in ordered}
-                    TensorFile.create(self.partial / name, layout, checkpoint.metadata[name]).close()
+                    TensorFile.create(self.folder / name, layout, checkpoint.metadata[name]).close()
         sizes = {slot.name: ("U8", [-(-slot.shape[0] * slot.shape[1] // 8)]) for slot in slots}
         shapes = json.dumps({slot.name: list(slot.shape) for slot in slots})
-        TensorFile.create(self.partial / MASKS, sizes, {"shapes": shapes}).close()
+        TensorFile.create(self.folder / MASKS, sizes, {"shapes": shapes}).close()
 
     def open(self) -> None:
         checkpoint = self.model.checkpoint
         names = checkpoint.files if checkpoint else ()
-        self.files = {name: TensorFile.reopen(self.partial / name) for name in names}
-        self.masks = TensorFile.reopen(self.partial / MASKS)
+        self.files = {name: TensorFile.reopen(self.folder / name) for name in names}
+        self.masks = TensorFile.reopen(self.folder / MASKS)
 
     def close(self) -> None:
         for file in (*self.files.values(), self.masks):
@@ -102,7 +101,7 @@ class _DenseFiles:
                 tensors.setdefault(where[name], []).append(name)
         for name, mask in result.masks.items():
             self.masks.write(name, mask)
-        write_grids(self.partial / f"{GRIDS}-{result.index}", result.grids)
+        write_grids(self.aside / f"{GRIDS}-{result.index}", result.grids)
         for file in tensors:
             self.files[file].sync()
         self.masks.sync()
@@ -121,14 +120,14 @@ class _DenseFiles:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        return Checkpoint(self.partial, files_in(self.partial))
+        return Checkpoint(self.folder, files_in(self.folder))
 
     def complete(self) -> None:
         """Copy what no block holds."""
         checkpoint = self.model.checkpoint
         if checkpoint is None:
             with quiet_transformers():
-                self.model.network.save_pretrained(self.partial)
+                self.model.network.save_pretrained(self.folder)
             return
         for name, file in checkpoint.where.items():
             if name not in self.files[file].written:
@@ -150,26 +149,26 @@ class _DenseFiles:
 
     def finish(self) -> None:
         """Bring what lies beside the weights into its last form."""
-        checkpoint, index = self.model.checkpoint, self.partial / INDEX
+        checkpoint, index = self.model.checkpoint, self.folder / INDEX
         if checkpoint is not None and list(checkpoint.files) != [SINGLE]:
             content = read_json(checkpoint.directory / INDEX)
             same = set(content.get("weight_map", {}).values()) == checkpoint.files.keys()
             if checkpoint.altered or not same or "metadata" not in content:  # without which transformers reads none
-                write_index(self.partial)
+                write_index(self.folder)
             elif self.model.dtype != checkpoint.dtype():
                 content["metadata"]["total_size"] = self.checkpoint.nbytes
                 write_text(index, json.dumps(content, indent=2) + "\n")
             else:
                 shutil.copyfile(checkpoint.directory / INDEX, index)
-        _merge_grids(self.partial)
+        _merge_grids(self.aside, self.folder)
 
 
 class _PackedFiles:
     """Weights of a run in the packed format, and the masks and grids of those pruned layers that stay dense."""
 
-    def __init__(self, partial: Path, model: Model, bits: int | None, group: int, head: bool):
-        self.partial, self.model = partial, model
-        self.files = PackedFiles(partial, model, bits, group, head)
+    def __init__(self, shop: Workshop, model: Model, bits: int | None, group: int, head: bool):
+        self.folder, self.aside, self.model = shop.model, shop.directory, model
+        self.files = PackedFiles(shop.model, model, bits, group, head)
 
     def create(self, slots: Sequence[Slot]) -> None:
         pass  # how large a block will be shows when it is packed
@@ -186,9 +185,9 @@ class _PackedFiles:
         entry = self.files.write(result.index, masks, result.grids)
         stayed = {name: result.masks[name] for name in entry["stayed"]}
         if stayed:
-            write_masks(self.partial / f"{MASKS}-{result.index}", stayed, shapes)
+            write_masks(self.aside / f"{MASKS}-{result.index}", stayed, shapes)
             grids = {name: grid for name, grid in result.grids.items() if name in stayed}
-            write_grids(self.partial / f"{GRIDS}-{result.index}", grids)
+            write_grids(self.aside / f"{GRIDS}-{result.index}", grids)
         return entry
 
     def restore(self, index: int, entry: Mapping[str, Any]) -> None:
@@ -204,35 +203,30 @@ class _PackedFiles:
     def finish(self) -> None:
         network = self.model.network
         if self.model.checkpoint is None:
-            network.config.save_pretrained(self.partial)
+            network.config.save_pretrained(self.folder)
             if network.can_generate():
-                network.generation_config.save_pretrained(self.partial)
-        config = _read_config(self.partial)
+                network.generation_config.save_pretrained(self.folder)
+        config = _read_config(self.folder)
         if self.model.checkpoint is None:
             config |= {"architectures": [type(network).__name__], "dtype": str(self.model.dtype)[6:]}
         self.files.finish(config)
-        parts = sorted(self.partial.glob(f"{MASKS}-*"))
         masks: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, int]] = {}
-        for part in parts:
+        for part in sorted(self.aside.glob(f"{MASKS}-*")):
             shapes |= masks_in(part)
             masks |= load_file(part)
         if masks:
-            write_masks(self.partial / MASKS, masks, shapes)
-        for part in parts:
-            part.unlink()
-        _merge_grids(self.partial)
+            write_masks(self.folder / MASKS, masks, shapes)
+        _merge_grids(self.aside, self.folder)
 
 
-def _merge_grids(partial: Path) -> None:
-    parts = sorted(partial.glob(f"{GRIDS}-*"))
-    write_grids(partial / GRIDS, {name: grid for part in parts for name, grid in grids_in(part).items()})
-    for part in parts:
-        part.unlink()
+def _merge_grids(aside: Path, folder: Path) -> None:
+    parts = sorted(aside.glob(f"{GRIDS}-*"))
+    write_grids(folder / GRIDS, {name: grid for part in parts for name, grid in grids_in(part).items()})
 
 
 class Output:
-    """A run's output directory in the making.
+    """A run's output directory in the making, in a workshop that closing or discarding it closes too.
 
     finished: results of blocks that an earlier, interrupted run left on disk (their masks and parameters are
               in the files)
@@ -246,72 +240,37 @@ class Output:
         model: Model,
         slots: Sequence[Slot],
         identity: Mapping[str, Any],
-        resume: bool,
+        shop: Workshop,
         packing: tuple[int | None, int, bool] | None = None,
     ):
-        check_output(path)
         self.path = path
-        self.partial = partial_of(path)
+        self.shop = shop
+        self.partial = shop.directory
+        self.folder = shop.model
         self.model = model
         self.weights: _DenseFiles | _PackedFiles
-        self.weights = _PackedFiles(self.partial, model, *packing) if packing else _DenseFiles(self.partial, model)
+        self.weights = _PackedFiles(shop, model, *packing) if packing else _DenseFiles(shop, model)
         self.finished: list[tuple[LayerResult, ...]] = []
         self.notes: dict[str, Any] = {}
-        self._lock: IO[str] | None = None
-        fresh = not self.partial.exists()
-        if not fresh and not resume:
-            self._acquire()  # says so if the other run is still alive
-            self._release()
-            raise unfinished(self.partial)
-        if fresh and resume:
-            raise InputError(f"there is nothing to resume: '{self.partial}' does not exist.")
-        try:
-            self.partial.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"'{self.partial}' cannot be made: {error.strerror}.") from None
-        self._acquire()
         identity = json.loads(json.dumps(identity))
         try:
-            if fresh or not (self.partial / RUN).is_file():
+            if (before := begun_as(shop)) is None:
+                shop.clear()
+                shop.model.mkdir()
                 self.weights.create(slots)
                 write_text(self.partial / RUN, json.dumps(identity, indent=1))
             else:
-                self._compare(identity)
+                compare(identity, before, self.partial)
             self.weights.open()
             self._read_journal()
             self.blocks = len(self.finished)
             # Not buffered: on a full disk what a buffer holds would be written again, in vain, when it is closed.
-            self._journal = (self.partial / "journal.jsonl").open("ab", buffering=0)
+            self._journal = (self.partial / JOURNAL).open("ab", buffering=0)
         except OSError as error:
-            if fresh:
-                self.discard()
             raise disk_error(error, self.partial) from None
-        except BaseException:
-            if fresh:
-                self.discard()
-            else:
-                self._release()
-            raise
-
-    def _acquire(self) -> None:
-        self._lock = lock(self.partial)
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
-
-    def _compare(self, identity: Mapping[str, Any]) -> None:
-        before = json.loads((self.partial / RUN).read_text())
-        different = sorted(key for key in identity.keys() | before.keys() if identity.get(key) != before.get(key))
-        if different:
-            raise InputError(
-                f"the unfinished run in '{self.partial}' was another one: {', '.join(different)} differ. Repeat its"
-                " command with --resume, or delete that directory."
-            )
 
     def _read_journal(self) -> None:
-        path = self.partial / "journal.jsonl"
+        path = self.partial / JOURNAL
         good = 0
         if path.is_file():
             for line in path.read_bytes().splitlines(keepends=True):
@@ -378,47 +337,40 @@ class Output:
         try:
             self._copy_companions()
             self.weights.finish()
-            write_text(self.partial / REPORT, json.dumps(report, indent=1) + "\n")
-            write_text(self.partial / "README.md", card)
-            self.weights.close()
-            self._journal.close()
-            for name in ("journal.jsonl", RUN, LOCK):
-                (self.partial / name).unlink(missing_ok=True)
-            if self.path.exists():
-                self.path.rmdir()  # check_output saw that it was empty
-            self.partial.rename(self.path)
+            write_text(self.folder / REPORT, json.dumps(report, indent=1) + "\n")
+            write_text(self.folder / "README.md", card)
         except OSError as error:
             raise disk_error(error, self.partial) from None
-        finally:
-            self._release()
+        self.weights.close()
+        self._journal.close()
+        self.shop.appear(self.path)
 
     def _copy_companions(self) -> None:
         checkpoint = self.model.checkpoint
         if checkpoint is None:
             if self.model.tokenizer is not None:
-                self.model.tokenizer.save_pretrained(self.partial)
+                self.model.tokenizer.save_pretrained(self.folder)
             return
-        copy_companions(checkpoint.directory, self.partial, but=(REPORT, RUN))
+        copy_companions(checkpoint.directory, self.folder, but=(REPORT, RUN))
         if self.model.tokenizer_given:
-            self.model.tokenizer.save_pretrained(self.partial)
-        config = _read_config(self.partial)
+            self.model.tokenizer.save_pretrained(self.folder)
+        config = _read_config(self.folder)
         if self.model.dtype != checkpoint.dtype() or {"quantization_config", "transformers_weights"} & config.keys():
             config.pop("quantization_config", None)
             config.pop("transformers_weights", None)  # the index says it
             config.pop("torch_dtype", None)
             config["dtype"] = str(self.model.dtype).removeprefix("torch.")
-            write_text(self.partial / "config.json", json.dumps(config, indent=2) + "\n")
+            write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     def close(self) -> None:
-        """Let go of the files and of the lock. What is on disk stays, for a run that resumes this one."""
+        """Let go of the files and of the workshop. What is on disk stays, for a run that resumes this one."""
         self.weights.close()
         self._journal.close()
-        self._release()
+        self.shop.close()
 
     def discard(self) -> None:
         """Remove all traces of the run."""
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self._release()
+        self.shop.remove()
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -426,72 +378,54 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def lock(partial: Path) -> IO[str]:
-    """Own a directory in the making until the file is closed or the process ends. Raises InputError if another process
-    owns it."""
+def identity(
+    checkpoint: Checkpoint | None,
+    recipe: Mapping[str, Any],
+    windows: Sequence[Tensor],
+    teacher: Checkpoint | None = None,
+) -> dict[str, Any]:
+    """What must be the same for one run to continue another. Models and texts count by what is in them and not by their
+    names, which may be spelled in many ways; what is measured in the end changes nothing before."""
+    calibration = {key: value for key, value in recipe["calibration"].items() if key != "source"}
+    heal = {key: value for key, value in recipe["heal"].items() if key not in ("text", "dense")}
+    tokens = hashlib.sha256()
+    for windows_NL in windows:
+        tokens.update(windows_NL.cpu().numpy().tobytes())
+    said = {key: value for key, value in recipe.items() if key not in ("model", "evaluate")}
+    found = {"model files": model_files(checkpoint), "dense model files": model_files(teacher)}
+    said |= {"calibration": calibration, "heal": heal, "calibration tokens": tokens.hexdigest()}
+    return {**said, **found, "torch": torch.__version__}
+
+
+def model_files(checkpoint: Checkpoint | None) -> dict[str, list[int]] | None:
+    """Sizes and times of a model's files."""
+    if checkpoint is None:
+        return None
+    stats = {name: (checkpoint.directory / name).stat() for name in checkpoint.files}
+    return {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
+
+
+def begun_as(shop: Workshop) -> dict[str, Any] | None:
+    """What the unfinished run in a workshop is, if it has begun."""
+    path = shop.directory / RUN
+    if not path.is_file():
+        return None
     try:
-        file = (partial / LOCK).open("w")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"another run is writing to '{partial}': wait for it, or choose another -o.") from None
-    except OSError as error:
-        raise InputError(f"'{partial}' cannot be written: {error.strerror}.") from None
-    return file
+        said: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"'{path}' is damaged ({error}): delete '{shop.directory}' and begin anew.") from None
+    return said
 
 
-def partial_of(path: Path) -> Path:
-    """Where an output directory is in the making."""
-    return path.with_name(path.name + ".partial")
-
-
-def unfinished(partial: Path) -> InputError:
-    """What to say where an earlier run was interrupted."""
-    return InputError(f"'{partial}' holds an unfinished run: continue it with --resume, or delete that directory.")
-
-
-def check_output(path: Path) -> None:
-    """Raises InputError if `path` cannot become a new directory."""
-    if path.name in ("", ".."):
-        raise InputError(f"'{path}' cannot be the output: give -o the name of a directory of its own.")
-    if path.is_dir():
-        if any(path.iterdir()):
-            raise InputError(f"output directory '{path}' exists and is not empty: choose another -o, or delete it.")
-    elif path.exists():
-        raise InputError(f"output '{path}' exists and is not a directory: choose another -o.")
-    parent = next(p for p in path.absolute().parents if p.exists())
-    if not parent.is_dir():
-        raise InputError(f"output directory '{path}' cannot be made: '{parent}' is not a directory.")
-    if not os.access(parent, os.W_OK):
-        raise InputError(f"output directory '{path}' cannot be made: '{parent}' is not writable.")
-
-
-def identity(checkpoint: Checkpoint | None, recipe: Mapping[str, Any], windows_NL: Tensor) -> dict[str, Any]:
-    """What must be the same for one run to continue another."""
-    tokens = hashlib.sha256(windows_NL.cpu().numpy().tobytes()).hexdigest()
-    source = None
-    if checkpoint is not None:
-        stats = {name: (checkpoint.directory / name).stat() for name in checkpoint.files}
-        source = {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
-    return {**recipe, "calibration tokens": tokens, "model files": source, "torch": torch.__version__}
+def compare(identity: Mapping[str, Any], before: Mapping[str, Any], where: Path) -> None:
+    """Raises InputError, saying in what they differ, if a run is not the one that is unfinished there."""
+    different = sorted(key for key in identity.keys() | before.keys() if identity.get(key) != before.get(key))
+    if different:
+        raise InputError(
+            f"the unfinished run in '{where}' was another one: {', '.join(different)} differ. Repeat its"
+            " command with --resume, or delete that directory."
+        )
 
 
 def _layer_result(item: Mapping[str, Any]) -> LayerResult:
     return LayerResult(**{**item, "shape": tuple(item["shape"]), "notes": tuple(item["notes"])})
-
-
-def disk_full(error: Exception) -> bool:
-    """Did it come of a full disk? Libraries say so in ways of their own."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return any(words in str(error) for words in ("No space left", "inline_container"))  # the latter is torch.save
-
-
-def disk_error(error: Exception, where: Path) -> InputError:
-    """What to tell of an error that came of writing there."""
-    if disk_full(error):
-        free = shutil.disk_usage(where if where.exists() else where.parent).free / 1e6
-        return InputError(
-            f"no space left on the disk of '{where}' ({free:,.0f} MB free): make room, or choose another -o."
-        )
-    name, reason = (error.filename, error.strerror) if isinstance(error, OSError) else (None, None)
-    return InputError(f"'{name or where}' cannot be written: {reason or error}.")

@@ -78,7 +78,7 @@ class TensorFile:
         with path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.flush()
-            _claim(file.fileno(), 8 + len(text) + offset)
+            claim(file.fileno(), 8 + len(text) + offset)
         return cls.reopen(path)
 
     @classmethod
@@ -90,7 +90,7 @@ class TensorFile:
         with path.open("wb") as file:
             file.write(length + header)
             file.flush()
-            _claim(file.fileno(), source.stat().st_size)
+            claim(file.fileno(), source.stat().st_size)
         return cls.reopen(path)
 
     @classmethod
@@ -114,7 +114,10 @@ class TensorFile:
         with source.open("rb") as file:
             file.seek(start)
             while start < end:
-                data = file.read(min(1 << 24, end - start))
+                try:
+                    data = file.read(min(1 << 24, end - start))
+                except OSError as error:
+                    raise ModelError(f"'{source}' cannot be read: {error.strerror}.") from None
                 if not data:
                     raise ModelError(f"'{source}' is truncated.")
                 _write_all(self._file, memoryview(data), at)
@@ -144,7 +147,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     temporary.replace(path)
 
 
-def _claim(file: int, size: int) -> None:
+def claim(file: int, size: int) -> None:
+    """Make an open file so long, on the disk too where the file system can say so. Raises OSError if it is full."""
     if not hasattr(os, "posix_fallocate"):  # macOS
         os.ftruncate(file, size)
         return

@@ -28,6 +28,7 @@ from prunella.heal import retrain, run
 from prunella.heal import rounds as in_rounds
 from prunella.heal.rounds import schedule
 from prunella.tensors import MASKS
+from prunella.workshop import Workshop
 
 
 def _interrupt(*_: Any, **__: Any) -> None:
@@ -79,8 +80,9 @@ def test_what_the_pruning_measured_is_not_measured_again(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[Any] = []
-    real = run.measure
-    monkeypatch.setattr(run, "measure", lambda *arguments: measured.append(0) or real(*arguments))
+    module = sys.modules["prunella.measure"]
+    real = module.measure
+    monkeypatch.setattr(module, "measure", lambda *arguments: measured.append(0) or real(*arguments))
     recipe = settings(train=["norms"], tokens=256)
     both = {"evaluate": {"windows": 3}, "calibration": recipe["calibration"]}
     source = tmp_path / "pruned"
@@ -544,6 +546,74 @@ def test_an_interrupted_run_with_new_biases_can_still_be_resumed(
     with pytest.raises(InputError, match="--resume"):
         prunella.heal(pruned, recipe, output=tmp_path / "out")
     prunella.heal(pruned, recipe, output=tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("train", [["norms"], ["new-biases"], ["lora"]], ids=lambda train: train[0])
+def test_killed_just_before_the_model_has_its_name_it_does_not_train_again(
+    train: list[str], pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = settings(train=train, tokens=512) | {"evaluate": {"windows": 2, "length": 32}}
+    whole = prunella.heal(pruned, recipe, output=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prunella.heal(pruned, recipe, output=tmp_path / "out")
+    steps: list[int] = []
+    monkeypatch.setattr(run, "add_biases", None)
+    again = prunella.heal(
+        pruned, recipe, output=tmp_path / "out", resume=True, watch=lambda step, *_: steps.append(step)
+    )
+    assert not steps
+    assert again.healing["losses"] == whole.healing["losses"]
+    assert again.healing["after"] == whole.healing["after"]
+    assert all(
+        torch.equal(weights(tmp_path / "out")[key], tensor) for key, tensor in weights(tmp_path / "whole").items()
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    files = [{p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*")} for name in ("whole", "out")]
+    assert files[0] == files[1]
+
+
+def test_what_was_finished_but_for_its_rounds_is_not_begun_again(dense: Path, tmp_path: Path) -> None:
+    recipe = settings(train=["norms"], tokens=256) | {"steps": ["magnitude"]}
+    whole = prunella.prune(str(dense), recipe, output=tmp_path / "out")
+    aside = in_rounds.aside_of(tmp_path / "out")
+    shop = Workshop(aside, resume=True)
+    (aside / "run.json").write_text("{}")
+    (aside / "1-pruned").mkdir()
+    shop.close()
+    assert prunella.prune(str(dense), recipe, output=tmp_path / "out", resume=True) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_that_is_in_the_way_of_the_healing_is_said_before_the_pruning(
+    dense: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = settings(train=["norms"], tokens=256) | {"steps": ["magnitude"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_write", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prunella.heal(pruned, recipe, output=tmp_path / "out")
+    for resume in (False, True):
+        with pytest.raises(InputError, match=r"out\.partial' holds an unfinished run"):
+            prunella.prune(str(dense), recipe, output=tmp_path / "out", resume=resume)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+
+
+def test_the_dense_model_is_found_from_another_directory_or_asked_for(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(dense, tmp_path / "here" / "m")
+    monkeypatch.chdir(tmp_path / "here")
+    prunella.prune("m", {**settings(), "heal": {}, "steps": ["magnitude"]}, output="pruned")
+    assert Report.read("pruned").model["name"] == "m"
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    recipe = settings(train=["norms"], tokens=128, distill=0.5)
+    assert prunella.heal("../here/pruned", recipe, output="healed").healing["losses"]
+    (tmp_path / "here" / "m").rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"was pruned from '.*here/m', which is not there any more.*--dense MODEL"):
+        prunella.heal("../here/pruned", recipe, output="again")
 
 
 def test_pickles_are_pruned_and_healed_if_they_are_trusted(dense: Path, tmp_path: Path) -> None:

@@ -423,6 +423,7 @@ def sweep(
     from ..cells import sweep as run
     from ..load import at_revision
     from ..recipe import Recipe
+    from ..report import bos_words
 
     axes: dict[str, list[Any] | None] = {
         "steps": [item.split("+") for item in step or []],
@@ -470,7 +471,9 @@ def sweep(
     else:
         for name, dense in results.rows[0]["perplexity"].items():
             columns, rows = results.matrix(name)
-            print_table(columns, rows, f"perplexity on {name}, dense {dense:.2f}", right=columns[1:])
+            begin = bos_words(results.settings.get("bos", False))
+            title = f"perplexity on {name}, windows {begin}, dense {dense:.2f}"
+            print_table(columns, rows, title, right=columns[1:])
         print(f"saved to {output}")
     if results.failed:
         say(f"{len(results.failed)} cells failed; the same command tries them again")

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..load import find_directory, load_model, pick_device
+from ..errors import InputError, PrunellaError
+from ..load import find_directory, load_model, named, pick_device
 from ..recipe import Recipe
 from ..report import Report
-from ..save import REPORT, partial_of, unfinished
+from ..save import REPORT, begun_as, compare, model_files
 from ..tensors import write_text
+from ..workshop import MARK, RUN, Workshop, place, workshop
 from .processes import asked, check_way, world
 from .run import adapt, check_dtype, check_text, heal
-
-RECIPE = "recipe.json"
 
 
 def schedule(target: float, rounds: int) -> list[float]:
@@ -54,43 +53,62 @@ def prune_and_heal(
     names = {name for item in recipe.heal.train for name in item}
     for name in sorted(names & {"new-biases", "lora"} if rounds > 1 else ()):
         raise InputError(f"'{name}' is for one round: what it adds is not there when the next one prunes.")
-    aside = path.with_name(path.name + ".rounds")
-    if aside.exists() and not resume:
-        raise unfinished(aside)
-    said = {**json.loads(json.dumps(recipe.plain())), "model": model}
-    before = json.loads((aside / RECIPE).read_text(encoding="utf-8")) if (aside / RECIPE).is_file() else said
-    if before != said:
-        keys = sorted(key for key in said.keys() | before.keys() if said.get(key) != before.get(key))
-        raise InputError(
-            f"the unfinished run in '{aside}' was another one: {', '.join(keys)} differ. Repeat its command with"
-            " --resume, or delete that directory."
-        )
-    shares = {
-        glob: schedule(share, rounds) for glob, share in {"*": recipe.default_sparsity, **recipe.sparsity}.items()
-    }
     opened = load_model(model, dtype=recipe.dtype, device=recipe.device, remote_code=remote_code, pickles=pickles)
     part = recipe.heal.model_copy(update={"tokens": recipe.heal.tokens // rounds, "adapt": 0})
     check_dtype(opened.dtype, recipe.heal.way)  # now, not when the model has been pruned
     check_text(opened, recipe.model_copy(update={"heal": part}), rounds)
     dense = find_directory(recipe.heal.dense or model, remote_code=remote_code, pickles=pickles)
-    options |= {"remote_code": remote_code, "pickles": pickles}
+    shop = None
+    if team.is_main_process:
+        shop = Workshop(aside_of(path), resume)
+        try:
+            workshop(path, shop.resumed).close()  # now, not when the model has been pruned
+            said = {**_identity(recipe), "model files": model_files(opened.checkpoint)}
+            if (before := begun_as(shop)) is not None:
+                compare(said, before, shop.directory)
+            write_text(shop.directory / RUN, json.dumps(said, indent=1) + "\n")
+        except BaseException:
+            shop.close()
+            raise
+    team.wait_for_everyone()
+    try:
+        options |= {"tokenizer": tokenizer, "remote_code": remote_code, "pickles": pickles}
+        report = _rounds(prune, model, recipe, path, dense, team, **options)
+        if shop:
+            shop.remove(done=True)
+        return report
+    except PrunellaError:
+        if shop and {MARK, RUN} >= set(os.listdir(shop.directory)):
+            shop.remove()  # nothing was done
+        raise
+    finally:
+        if shop:
+            shop.close()
+
+
+def _rounds(
+    prune: Callable[..., Report],
+    model: str,
+    recipe: Recipe,
+    path: Path,
+    dense: Path,
+    team: Any,
+    *,
+    tokenizer: Any,
+    **options: Any,
+) -> Report:
+    """What `prune_and_heal` does in the directory beside the output; what is there already is not done again."""
+    aside, rounds = aside_of(path), recipe.heal.rounds
+    shares = {
+        glob: schedule(share, rounds) for glob, share in {"*": recipe.default_sparsity, **recipe.sparsity}.items()
+    }
     source, report = model, None
-
-    def goes_on(directory: Path) -> bool:
-        """Was it begun? All processes look before one writes."""
-        begun = resume and partial_of(directory).exists()
-        team.wait_for_everyone()
-        return begun
-
     if recipe.heal.adapt:
         source = str(aside / "adapted")
         if not (aside / "adapted").exists():
             with asked() as sharded:
-                begun = goes_on(aside / "adapted")
-                adapt(str(dense), recipe, output=aside / "adapted", resume=begun, sharded=sharded, **options)
+                adapt(str(dense), recipe, output=aside / "adapted", resume=True, sharded=sharded, **options)
         dense = aside / "adapted"
-        if team.is_main_process:
-            write_text(aside / RECIPE, json.dumps(said, indent=1) + "\n")
     for k in range(rounds):
         pruned, healed = aside / f"{k + 1}-pruned", path if k == rounds - 1 else aside / f"{k + 1}-healed"
         sparsity = {glob: steps[k] for glob, steps in shares.items()}
@@ -100,27 +118,55 @@ def prune_and_heal(
                 "heal": recipe.heal.model_copy(update={"train": ()}),
             }
         )
-        begun = goes_on(pruned)
+        part = recipe.heal.model_copy(update={"dense": str(dense), "tokens": recipe.heal.tokens // rounds, "adapt": 0})
         if team.is_main_process:
             if not pruned.exists():
                 own = tokenizer if source == model else None  # what was written has it
-                prune(source, plain, output=pruned, resume=begun, tokenizer=own, **options)
-            write_text(aside / RECIPE, json.dumps(said, indent=1) + "\n")
+                prune(source, plain, output=pruned, resume=True, tokenizer=own, **options)
             told = Report.read(pruned)
             if k:  # what was pruned is the model of the first round
                 first = Report.read(aside / "1-pruned")
                 told = replace(told, model=first.model, dense=first.dense, fingerprint=first.fingerprint)
             elif recipe.heal.adapt:  # and not what was made of it
                 measured = Report.read(dense).healing["before"]
-                told = replace(told, model={**told.model, "name": model}, dense={**told.dense, **measured})
+                told = replace(told, model={**told.model, **named(model)}, dense={**told.dense, **measured})
             told = replace(told, recipe={**told.recipe, "model": model})
             write_text(pruned / REPORT, json.dumps(told.plain(), indent=1) + "\n")
         team.wait_for_everyone()
         if not healed.exists() or healed == path:
-            heals = recipe.model_copy(update={"heal": part.model_copy(update={"dense": str(dense)})})
-            report = heal(pruned, heals, output=healed, resume=goes_on(healed), portion=(k, rounds), **options)
+            heals = recipe.model_copy(update={"heal": part})
+            report = heal(pruned, heals, output=healed, resume=True, portion=(k, rounds), **options)
         source = str(healed)
-    if team.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
     assert report is not None
     return report
+
+
+def aside_of(path: Path) -> Path:
+    """Where what comes before the last round's healing is made."""
+    path = place(path)
+    return path.with_name(path.name + ".rounds")
+
+
+def ended(path: Path) -> bool:
+    """Was a run killed when its output was there already and only the rounds were not gone yet? They go now."""
+    aside = aside_of(path)
+    if not (aside / MARK).is_file() or not (place(path) / REPORT).is_file():
+        return False
+    if Path(str(Report.read(path).healing.get("source"))).parent != aside:
+        return False
+    Workshop(aside, resume=True).remove(done=True)
+    return True
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """What must be the same for rounds to go on; files count as the same by any of their names."""
+    plain: dict[str, Any] = json.loads(json.dumps(recipe.plain()))
+    del plain["model"], plain["heal"]["dense"]
+    for part in (plain["calibration"], plain["evaluate"]):
+        part["source"] = _file(part["source"])
+    plain["heal"]["text"] = [_file(source) for source in plain["heal"]["text"]]
+    return plain
+
+
+def _file(source: str | None) -> str | None:
+    return str(Path(source).resolve()) if source and Path(source).is_file() else source

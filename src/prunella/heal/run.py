@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -17,17 +16,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..calibrate import check_windows, context, text_tokens, up_to, windows
-from ..errors import InputError, ModelError, NumericalError, PrunellaError, command
+from ..errors import InputError, ModelError, NumericalError, PrunellaError, command, disk_error, disk_full, kept
 from ..evaluate import fingerprint, joined
 from ..layers import Slot, find_layers, survey
-from ..load import Model, fork_random, load_model, pick_device, wrap_model
-from ..measure import digest, held_out_windows, measure, window_length
+from ..load import Model, fork_random, load_model, named, pick_device, wrap_model
+from ..measure import digest, held_out_windows, measure, measure_once, window_length
 from ..pattern import pack
 from ..recipe import Healing, Recipe
 from ..report import Report, peak_memory
-from ..save import REPORT, Output, check_output, disk_error, disk_full, identity, partial_of, unfinished
+from ..save import REPORT, Output, identity
 from ..stream import BlockResult, LayerResult, Track, Watcher, no_track
 from ..texts import same_text
+from ..workshop import BEFORE, Workshop, check_output, finished, partial_of, workshop
 from .biases import LIST, add_biases
 from .lora import save_adapter, undo
 from .masks import full, masks_of, slots_of, verify
@@ -60,7 +60,7 @@ def heal(
             (the calibration is that of the pruning, if nothing else is said), the rest does not.
         output: directory for the result, exactly as sparse; it appears when it is whole. With `lora`, which is kept
             apart, its subdirectory `adapter` has PEFT's format.
-        resume: continue the run that was interrupted while it wrote `output`.
+        resume: continue the run that was interrupted while it wrote `output`, or begin it.
         track: wraps loops over blocks, `track(range, what, total)`, to show progress.
         watch: called after each step, `watch(step, steps, loss)`.
         remote_code, pickles: trust code that comes with the model, weights that are pickles.
@@ -80,6 +80,8 @@ def heal(
     if not recipe.heal.train:
         recipe = recipe.model_copy(update={"heal": recipe.heal.model_copy(update={"train": DEFAULT})})
     path = Path(output)
+    if finished(path) and resume:
+        return Report.read(path)
     check_output(path)
     if not Path(directory).is_dir():
         raise ModelError(
@@ -175,6 +177,8 @@ class _Run:
     skip: int = 0  # windows of the text
     whole: bool = False  # nothing is pruned: all weights of the layers train
     sharded: bool = False  # each of several processes keeps its share of the model
+    shop: Workshop | None = None  # of the process that writes
+    out: Output | None = None
 
     @functools.cached_property
     def said(self) -> Report | None:
@@ -186,12 +190,40 @@ class _Run:
         return self.recipe.heal
 
     def all(self) -> Report:
-        started, cpu = time.perf_counter(), time.process_time()
-        source = self.directory
         team = world(pick_device(self.recipe.device))
-        main: bool = team.is_main_process
         self.sharded = self.sharded and team.num_processes > 1
         check_way(self.settings.way, team)
+        self.shop = workshop(self.path, self.resume) if team.is_main_process else None
+        try:
+            return self._all(team)
+        except NumericalError:
+            raise  # the checkpoints are kept, the best one is named
+        except (OSError, RuntimeError, SafetensorError) as error:  # of the Trainer's checkpoints
+            if disk_full(error):
+                raise disk_error(error, self.path) from None
+            raise
+        except PrunellaError as error:
+            if self.shop and not self.shop.resumed and not self._done():
+                self.shop.remove()
+            elif self._done():
+                kept(error)
+            raise
+        finally:
+            if self.out:
+                self.out.close()
+            elif self.shop:
+                self.shop.close()
+
+    def _done(self) -> bool:
+        """Is there anything that would have to be done again?"""
+        blocks = self.out.blocks if self.out else 0
+        training = (partial_of(self.path) / "training").exists()
+        return blocks > 0 or training or self._adapted.exists() or partial_of(self._adapted).exists()
+
+    def _all(self, team: Any) -> Report:
+        started, cpu = time.perf_counter(), time.process_time()
+        source = self.directory
+        main: bool = team.is_main_process
         names = [name for item in self.settings.train for name in item]
         if self.settings.adapt:
             self.check_text(self._open(source))
@@ -223,80 +255,60 @@ class _Run:
         recipe = self.recipe.model_copy(update={"model": str(self.directory), "dtype": str(model.dtype)[6:]})
         author = self._author(model, recipe.evaluate.source)
         test_NL = held_out_windows(author, recipe, self._calibrated(model))
-        out = None
-        if main:
+        if self.shop:
             made = [] if self.whole else slots
             host = self._open(source, "cpu") if self.sharded else model  # merging needs all of it at once
-            out = Output(self.path, host, made, identity(model.checkpoint, recipe.plain(), ids_NL), self.resume)
+            texts = [ids_NL] if held_NL is None else [ids_NL, held_NL]
+            texts += [self._calibration(model)] if new else []
+            same = identity(model.checkpoint, recipe.plain(), texts, dense.checkpoint if dense else None)
+            self.out = Output(self.path, host, made, same, self.shop)
+        out = self.out
         team.wait_for_everyone()  # the directory is there
-        try:
-            before = out.notes.get("before") if out else None
-            if before is None and source == self.directory:
-                before = self._known(model, test_NL)
-            if before is None:
-                before = measure(model, recipe, test_NL, None, self.track) if main else {}
-                if out:
-                    out.note("before", before)
-            clock = time.perf_counter()
-            if self.settings.way == "reconstruct":
-                assert dense is not None
-                assert out is not None
-                did = reconstruct_blocks(model, dense, masks, ids_NL, recipe, out, self.track, frozenset(new))
-                after = None
-            else:
-                did, after = self._retrain(
-                    model, dense if self.settings.distill else None, masks, new, ids_NL, held_NL, test_NL, recipe, out
-                )
-            seconds = time.perf_counter() - clock
-            if out is None:
-                team.wait_for_everyone()
-                return Report({}, {}, {}, {}, (), {})
-            out.complete()
-            weights = None
-            if after is None:
-                after = measure(model, recipe, test_NL, out.checkpoint, self.track)
-            elif did["best_step"] and set(names) - set(did["apart"]):
-                weights = measure(model, recipe, test_NL, out.checkpoint, self.track)
-            else:
-                weights = before
-            healing = {
-                "recipe": recipe.plain()["heal"],
-                "source": str(self.directory),
-                **did,
-                "taught": _taught(dense),
-                "processes": team.num_processes,
-                "sharded": self.sharded,
-                "before": before,
-                "after": after,
-                "weights": weights,
-                "fingerprint": seen,
-                "seconds": seconds,
-                "cpu_seconds": time.process_time() - cpu,
-                "seconds in all": time.perf_counter() - started,
-                "peak_memory": peak_memory(),
-            }
-            report = _report(self.said, model, masks, recipe, before, healing)
-            shutil.rmtree(out.partial / "training", ignore_errors=True)
-            out.finish(report.plain(), report.card())
-            for folder in (self._biased, self._adapted):
-                shutil.rmtree(folder, ignore_errors=True)
+        before = self._known(model, test_NL) if source == self.directory else None
+        if before is None:
+            before = measure_once(out, "before", model, recipe, test_NL, None, self.track) if main else {}
+        clock = time.perf_counter()
+        if self.settings.way == "reconstruct":
+            assert dense is not None
+            assert out is not None
+            did = reconstruct_blocks(model, dense, masks, ids_NL, recipe, out, self.track, frozenset(new))
+            after = None
+        else:
+            did, after = self._retrain(
+                model, dense if self.settings.distill else None, masks, new, ids_NL, held_NL, test_NL, recipe, out
+            )
+        seconds = time.perf_counter() - clock
+        if out is None:
             team.wait_for_everyone()
-            return report
-        except NumericalError:
-            raise  # the checkpoints are kept, the best one is named
-        except (OSError, RuntimeError, SafetensorError) as error:  # of the Trainer's checkpoints
-            if disk_full(error):
-                raise disk_error(error, self.path) from None
-            raise
-        except BaseException as error:
-            started_well = out is not None and (out.blocks > 0 or (out.partial / "training").exists())
-            if out and isinstance(error, PrunellaError) and not started_well:
-                out.discard()
-                shutil.rmtree(self._biased, ignore_errors=True)
-            raise
-        finally:
-            if out:
-                out.close()
+            return Report({}, {}, {}, {}, (), {})
+        out.complete()
+        weights = None
+        if after is None:
+            after = measure_once(out, "after", model, recipe, test_NL, out.checkpoint, self.track)
+        elif did["best_step"] and set(names) - set(did["apart"]):
+            weights = measure_once(out, "weights", model, recipe, test_NL, out.checkpoint, self.track)
+        else:
+            weights = before
+        healing = {
+            "recipe": recipe.plain()["heal"],
+            "source": str(self.directory),
+            **did,
+            "taught": _taught(dense),
+            "processes": team.num_processes,
+            "sharded": self.sharded,
+            "before": before,
+            "after": after,
+            "weights": weights,
+            "fingerprint": seen,
+            "seconds": seconds,
+            "cpu_seconds": time.process_time() - cpu,
+            "seconds in all": time.perf_counter() - started,
+            "peak_memory": peak_memory(),
+        }
+        report = _report(self.said, model, masks, recipe, before, healing)
+        out.finish(report.plain(), report.card())
+        team.wait_for_everyone()
+        return report
 
     def _known(self, model: Model, test_NL: Tensor | None) -> dict[str, Any] | None:
         """What the pruning measured on these windows, if nothing has touched the model since."""
@@ -308,35 +320,36 @@ class _Run:
         same = said.pruned.get("text") == digest(test_NL) and said.model.get("dtype") == str(model.dtype)[6:]
         return said.pruned if same and not touched else None
 
-    def _open(self, directory: Path, device: str | None = None) -> Model:
-        return load_model(
+    def _open(self, directory: Path | str, device: str | None = None, dtype: str = "auto") -> Model:
+        model = load_model(
             str(directory),
+            dtype=dtype,
             device=device or self.recipe.device,
             remote_code=self.remote_code,
             pickles=self.pickles,
         )
+        model.scratch = partial_of(self.path)
+        return model
 
     @property
     def _biased(self) -> Path:
-        return self.path.with_name(self.path.name + ".biased")
+        return partial_of(self.path) / BEFORE / "biased"
 
     def _add_biases(self, dense: Model, team: Any) -> list[str]:
         """Write the pruned model and the dense one with new biases; their names."""
-        partial, finished = partial_of(self.path), self._biased / "pruned" / LIST
-        if team.is_main_process and partial.exists() and not self.resume:
-            raise unfinished(partial)
+        names = self._biased / "pruned" / LIST
         pruned = self._open(self.directory)
         check_dtype(pruned.dtype, self.settings.way)
         if self.settings.way == "retrain":
             self.check_text(pruned)  # too little of it is said now, not when the biases have been computed
-        if team.is_main_process and not (self.resume and finished.is_file()):
+        if team.is_main_process and not names.is_file():
             add_biases(pruned, dense, self._calibration(pruned), self._biased, self.track)
         team.wait_for_everyone()
-        return finished.read_text(encoding="utf-8").split()
+        return names.read_text(encoding="utf-8").split()
 
     @property
     def _adapted(self) -> Path:
-        return self.path.with_name(self.path.name + ".adapted")
+        return partial_of(self.path) / BEFORE / "adapted"
 
     def _adapt(self) -> None:
         """Write the teacher."""
@@ -346,14 +359,11 @@ class _Run:
             )
         if self._adapted.exists():
             return
-        partial = partial_of(self._adapted)
-        if partial.exists() and not self.resume:
-            raise unfinished(partial)
         adapt(
             self._dense_name,
             self.recipe.model_copy(update={"evaluate": self.recipe.evaluate.model_copy(update={"source": None})}),
             output=self._adapted,
-            resume=partial.exists(),
+            resume=True,
             track=self.track,
             watch=self.watch,
             remote_code=self.remote_code,
@@ -363,22 +373,28 @@ class _Run:
 
     @property
     def _dense_name(self) -> str:
-        name = self.settings.dense or (self.said.model["name"] if self.said else None)
-        if name is None or name == "in memory":
+        if self.settings.dense is not None:
+            return self.settings.dense
+        said = self.said.model if self.said else {}
+        name, path = said.get("name"), said.get("path")
+        elsewhere = self.said is not None and self.said.healing.get("source") == name  # pruned, and healed first, there
+        if name is None or name == "in memory" or elsewhere:
             raise InputError(
                 f"'{self.directory}' does not say which model it was pruned from: give it with --dense MODEL."
             )
-        return str(name)
+        if path is not None and not Path(path).exists():
+            raise InputError(
+                f"'{self.directory}' was pruned from '{path}', which is not there any more: say where it is now, with"
+                " --dense MODEL."
+            )
+        return str(path or name)
 
     @functools.cached_property
     def _dense(self) -> Model:
         """The model before it was pruned."""
         name = str(self._adapted) if self.settings.adapt else self._dense_name
         pruned = self._open(self.directory)
-        dtype = str(pruned.dtype)[6:]
-        dense = load_model(
-            name, dtype=dtype, device=self.recipe.device, remote_code=self.remote_code, pickles=self.pickles
-        )
+        dense = self._open(name, dtype=str(pruned.dtype)[6:])
         theirs = {key: value.shape for key, value in dense.network.named_parameters()}
         for key, value in pruned.network.named_parameters():
             if key not in theirs and key.endswith(".bias"):
@@ -541,7 +557,7 @@ class _Run:
             if apart and out is not None:
                 with torch.no_grad():
                     after = measure(wrap_model(model.network, model.tokenizer), recipe, test_NL, None, self.track)
-                save_adapter(out.partial / "adapter", apart, str(self.path))
+                save_adapter(out.folder / "adapter", apart, str(self.path))
             detach(apart)
             verify(model, masks)
             if out is not None:
@@ -611,7 +627,7 @@ def _report(
     slots = slots_of(model)
     if said is None:
         about = {
-            "name": model.name,
+            **named(healing["source"]),
             "class": type(model.network).__name__,
             "dtype": str(model.dtype).removeprefix("torch."),
             "parameters": model.parameters,

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import pattern
-from ..errors import InputError, ModelError
+from ..errors import InputError, ModelError, disk_error
 from ..grid import Grid
 from ..layers import Slot, find_layers
 from ..load import copy_companions, find_directory, load_model, quiet_transformers
-from ..save import LOCK, RUN, check_output, disk_error, lock, partial_of, unfinished
 from ..tensors import (
     GRIDS,
     MASKS,
@@ -29,6 +28,7 @@ from ..tensors import (
     write_grids,
     write_masks,
 )
+from ..workshop import finished, workshop
 from .bench import bench
 from .files import PackedCheckpoint, PackedFiles, module_names, write_index, write_json
 from .format import PARTS, SPAN, check_options, groups, mask_of, stored_bits
@@ -51,28 +51,18 @@ class PackResult:
 
 @contextlib.contextmanager
 def _directory(out: Path) -> Iterator[Path]:
-    """OUT.partial while the context lasts, OUT once it has ended well. What a command that was killed left there goes:
+    """A directory while the context lasts, OUT once it has ended well. What a command that was killed left goes:
     nothing in it took long."""
-    check_output(out)
-    partial = partial_of(out)
-    if (partial / RUN).exists():
-        raise unfinished(partial)
+    finished(out)
+    shop = workshop(out, resume=False)
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        with lock(partial):
-            try:
-                for leftover in partial.iterdir():
-                    if leftover.name != LOCK:
-                        leftover.unlink()
-                yield partial
-                (partial / LOCK).unlink()
-                if out.exists():
-                    out.rmdir()
-                partial.rename(out)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+        shop.model.mkdir()
+        yield shop.model
+        shop.appear(out)
     except OSError as error:
-        raise disk_error(error, partial) from None
+        raise disk_error(error, shop.directory) from None
+    finally:
+        shop.close()
 
 
 def _copy_companions(source: Path, out: Path) -> None:
