@@ -149,6 +149,21 @@ def test_what_cannot_be_is_refused(llama: Path, tmp_path: Path, ids: Tensor) -> 
     assert not list(tmp_path.iterdir())
 
 
+def test_where_no_step_reads_text_no_tokenizer_is_needed_and_the_report_says_so(tmp_path: Path, ids: Tensor) -> None:
+    tiny.build().save_pretrained(tmp_path / "m")
+    report = prune(tmp_path / "m", {"steps": ["magnitude"]}, output=tmp_path / "out")
+    assert report.sparsity == 0.5
+    assert {(layer.tokens, layer.error) for layer in report.layers} == {(0, None)}
+    assert "which reads no text" in report.card()
+    with_text = prune(tmp_path / "m", {"steps": ["magnitude"]}, output=tmp_path / "with-text", calibration=ids)
+    assert "calibrated on 5 windows" in with_text.card()
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "with-text")]
+    assert files[0] == files[1]
+    for recipe in ({"steps": ["wanda"]}, {"steps": ["magnitude"], "allocate": "owl"}):
+        with pytest.raises(InputError, match="has no tokenizer"):
+            prune(tmp_path / "m", recipe, output=tmp_path / "more")
+
+
 @pytest.mark.parametrize(
     ("calibration", "message"),
     [
