@@ -21,6 +21,10 @@ class ModelError(PrunellaError):
     """A model that cannot be found, read or taken apart into blocks."""
 
 
+class ReadError(ModelError):
+    """A file of a model that could not be read this time: a disk or a network that failed, maybe not for good."""
+
+
 class NumericalError(PrunellaError):
     """NaN or infinity in the weights, the activations or the result of a step."""
 

@@ -34,7 +34,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import InputError, ModelError, PrunellaError, command, disk_error, disk_full, first_line, say, unknown
+from .errors import (
+    InputError,
+    ModelError,
+    PrunellaError,
+    ReadError,
+    command,
+    disk_error,
+    disk_full,
+    first_line,
+    say,
+    unknown,
+)
 from .fast import use_fast_attention
 from .gguf import GgufHeader
 from .layers import learn
@@ -513,7 +524,7 @@ class Checkpoint:
                         handles[file] = stack.enter_context(opened)
                     return handles[file].get_slice(name)
                 except OSError as error:
-                    raise ModelError(f"'{self.directory / file}' cannot be read: {error}.") from None
+                    raise ReadError(f"'{self.directory / file}' cannot be read: {error}.") from None
 
             for name in names:
                 slices[name] = lazy(name, self.where[name])
@@ -522,7 +533,7 @@ class Checkpoint:
             try:
                 yield slices
             except SafetensorError as error:
-                raise ModelError(f"a tensor in '{self.directory}' cannot be read: {error}.") from None
+                raise ReadError(f"a tensor in '{self.directory}' cannot be read: {error}.") from None
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int, int]], dict[str, str]]:
@@ -710,7 +721,15 @@ class Model:
         checkpoint = checkpoint or self.checkpoint
         if checkpoint is None:
             return
-        keys = [key for key, (name, _) in self.plan().items() if wanted(name) and key in checkpoint.where]
+        stored = {name for name, _ in self.plan().values()}
+        also = {  # what is stored under the name of a parameter that it is tied to, in another block maybe
+            other
+            for pair in self.network.all_tied_weights_keys.items()
+            for one, other in (pair, pair[::-1])
+            if wanted(one) and one not in stored
+        }
+        found = ((key, name) for key, (name, _) in self.plan().items() if wanted(name) or name in also)
+        keys = [key for key, _ in found if key in checkpoint.where]
         renamings, converters = self._conversions()
         used = getattr(self.network, "_weight_conversions", None)
         config = LoadStateDictConfig(
@@ -723,13 +742,13 @@ class Model:
             with quiet_transformers(), checkpoint.open(keys) as slices:
                 info, _ = convert_and_load_state_dict_in_model(self.network, slices, config)
         except SafetensorError as error:
-            raise ModelError(f"a tensor in '{checkpoint.directory}' cannot be read: {error}") from None
+            raise ReadError(f"a tensor in '{checkpoint.directory}' cannot be read: {error}.") from None
         if used and len(used) > len(self.network._weight_conversions):
             self.network._weight_conversions = used  # of a block, which `stored` reverts: not of what lies outside it
         if info.mismatched_keys:
-            name, found, expected = sorted(info.mismatched_keys)[0][:3]
+            name, shape, expected = sorted(info.mismatched_keys)[0][:3]
             raise ModelError(
-                f"tensor '{name}' in '{checkpoint.directory}' has shape {tuple(found)}, but config.json says"
+                f"tensor '{name}' in '{checkpoint.directory}' has shape {tuple(shape)}, but config.json says"
                 f" {tuple(expected)}."
             )
         if info.conversion_errors:

@@ -575,6 +575,29 @@ def test_killed_just_before_the_model_has_its_name_it_does_not_train_again(
     assert files[0] == files[1]
 
 
+def test_healing_goes_on_by_other_names_of_its_models_and_texts_and_with_another_evaluation(
+    dense: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("".join(f"Line {n} of {name}, with words in it.\n" for n in range(400)))
+    for name, target in (("d", dense), ("p", pruned), ("t.txt", tmp_path / "a.txt")):
+        (tmp_path / name).symlink_to(target)
+    recipe = settings(train=["norms"], tokens=256, distill=0.5, dense=str(dense), text=str(tmp_path / "a.txt"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prunella.heal(pruned, recipe, output=tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    recipe = settings(train=["norms"], tokens=256, distill=0.5, dense="d", text="t.txt")
+    recipe |= {"evaluate": {"source": "b.txt", "windows": 2, "length": 32}}
+    steps: list[int] = []
+    report = prunella.heal("p", recipe, output="out", resume=True, watch=lambda step, *_: steps.append(step))
+    assert not steps
+    assert report.healing["after"]["source"] == "b.txt"
+    with pytest.raises(InputError, match="exists and is not empty"):
+        prunella.heal("p", recipe, output="out", resume=True)
+
+
 def test_what_was_finished_but_for_its_rounds_is_not_begun_again(dense: Path, tmp_path: Path) -> None:
     recipe = settings(train=["norms"], tokens=256) | {"steps": ["magnitude"]}
     whole = prunella.prune(str(dense), recipe, output=tmp_path / "out")

@@ -16,7 +16,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..calibrate import check_windows, context, text_tokens, up_to, windows
-from ..errors import InputError, ModelError, NumericalError, PrunellaError, command, disk_error, disk_full, kept
+from ..errors import (
+    InputError,
+    ModelError,
+    NumericalError,
+    PrunellaError,
+    ReadError,
+    command,
+    disk_error,
+    disk_full,
+    kept,
+)
 from ..evaluate import fingerprint, joined
 from ..layers import Slot, find_layers, survey
 from ..load import Model, fork_random, load_model, named, pick_device, wrap_model
@@ -203,9 +213,10 @@ class _Run:
                 raise disk_error(error, self.path) from None
             raise
         except PrunellaError as error:
-            if self.shop and not self.shop.resumed and not self._done():
+            done = self._done() or isinstance(error, ReadError)
+            if self.shop and not self.shop.resumed and not done:
                 self.shop.remove()
-            elif self._done():
+            elif self.out and done:
                 kept(error, partial_of(self.path))
             raise
         finally:
