@@ -16,9 +16,10 @@ from rich.table import Table
 
 from prunella.calibrate import windows
 from prunella.cells import Cell, Key, Rows, Sweep
-from prunella.load import load_model
 from prunella.heap import keep_freed_memory
+from prunella.load import load_model
 from prunella.recipe import Recipe
+from prunella.texts import same_text
 
 CELLS: dict[str, dict[str, Any]] = {
     "50%": {"sparsity": 0.5},
@@ -100,7 +101,9 @@ def main() -> None:
     opened = load_model(args.model, dtype=args.dtype, device=args.device)
     calibration = windows(opened, args.calibration, args.samples, args.length)
     held_out = {
-        name: windows(opened, text, count, args.length, skip=args.samples if text == args.calibration else 0)
+        name: windows(
+            opened, text, count, args.length, skip=args.samples * same_text(args.calibration, text), split="test"
+        )
         for name, text, count in zip(names, texts, counts, strict=True)
     }
     cells = [

@@ -22,6 +22,7 @@ from rich.table import Table
 import prunella
 from prunella.calibrate import windows
 from prunella.load import find_directory, load_model
+from prunella.texts import same_text
 
 HERE = Path(__file__).parent
 PEER = "llmcompressor==0.14.0.1"
@@ -82,8 +83,8 @@ def main() -> None:
     model = load_model(args.model, dtype="bfloat16")
     directory = str(find_directory(args.model))
     calibration = windows(model, args.calibration, args.samples, args.length)
-    skip = args.samples if args.text == args.calibration else 0
-    text = windows(model, args.text, args.windows, args.length, skip=skip)
+    skip = args.samples if same_text(args.calibration, args.text) else 0
+    text = windows(model, args.text, args.windows, args.length, skip=skip, split="test")
     runs = [("prunella", step, order) for step in args.steps for order in args.orders]
     if not args.no_peer:
         runs += [("llm-compressor", step, "") for step in args.steps]

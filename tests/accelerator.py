@@ -172,6 +172,14 @@ def _install() -> None:
     above = torch.library.Library("aten", "IMPL", "AutogradPrivateUse1")
     above.impl("scaled_dot_product_attention", _attention)
     _libraries.extend((aten, above))
+    # Python's storages are made by an allocator in C++, which this device lacks: they are copied as tensors are.
+    clone = torch.UntypedStorage.clone
+    torch.UntypedStorage.clone = lambda self: _bytes(self).clone().untyped_storage() if _is_ours(self) else clone(self)
+    torch.serialization.register_package(
+        5,
+        lambda storage: NAME if _is_ours(storage) else None,
+        lambda storage, place: _bytes(storage).to(NAME).untyped_storage() if place.startswith(NAME) else None,
+    )
 
 
 def _relabel(tensor: Tensor, kind: int) -> Tensor:
@@ -185,7 +193,11 @@ def _relabel(tensor: Tensor, kind: int) -> Tensor:
 
 
 def _is_ours(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.device.type == NAME
+    return isinstance(value, Tensor | torch.UntypedStorage) and value.device.type == NAME
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _look(op: Any, *args: Any, **kwargs: Any) -> Any:
@@ -307,6 +319,8 @@ class _Operator:
                 return [_relabel(item, _CPU) if _is_ours(item) else item for item in value]
             return [self._twin(name, item) for item in value]
         elif name == "device":
+            if value.index:
+                raise RuntimeError(f"{value}: there is one {NAME} device")
             return torch.device("cpu")
         elif name == "pin_memory":
             return None

@@ -67,6 +67,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def sim() -> Iterator[torch.device]:
     """A device that is not the CPU, simulated."""
+    if not hasattr(torch._C, "_acc"):
+        pytest.skip("this PyTorch takes no device that is written in Python")
     with accelerator.plugged_in() as device:
         yield device
 

@@ -48,7 +48,7 @@ class Command:
 
     @classmethod
     def start(cls, log: Path, *arguments: object) -> Command:
-        process = CONTEXT.Process(target=_main, args=(tuple(map(str, arguments)), str(log)))
+        process = CONTEXT.Process(target=_main, args=(tuple(map(str, arguments)), str(log)), daemon=True)
         process.start()
         return cls(process, log)
 
@@ -105,7 +105,8 @@ def together(log: Path, what: str, *arguments: Any, count: int = 2, **options: A
     members = []
     for rank in range(count):
         environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        members.append(CONTEXT.Process(target=_member, args=(environment, str(log), what, arguments, options)))
+        what_it_does = (environment, str(log), what, arguments, options)
+        members.append(CONTEXT.Process(target=_member, args=what_it_does, daemon=True))
         members[-1].start()
     deadline, code = time.monotonic() + 300, 0
     while not code and any(member.exitcode is None for member in members):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import tiny
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 
 import prunella
 from prunella import stream as stream_module
-from prunella.load import wrap_model
+from prunella.load import Model, wrap_model
 from prunella.stream import Stream
 
 # What blocks are called with differs from batch to batch, or travels from block to block.
@@ -83,6 +86,23 @@ def test_arguments_that_two_batches_have_in_common_are_kept_once(three_batches: 
         assert first.kwargs[name] is second.kwargs[name], name
 
 
+@pytest.mark.parametrize("kind", ["gemma4_text", "zaya"])
+def test_what_does_not_fit_into_memory_waits_on_disk(
+    kind: str, three_batches: Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 10))
+    model = wrap_model(zoo.build(kind))
+    model.scratch = tmp_path / "hidden"
+    stream = Stream(model, three_batches)
+    assert stream.hidden.shelf.on_disk
+    for index, name in enumerate(model.blocks):
+        stream.advance(index, model.module(name))
+    for number, ids_BL in enumerate(stream.batches):
+        assert torch.equal(stream.logits(number), whole(model.network, ids_BL))
+    assert model.scratch.is_dir()  # they were there
+    assert not any(model.scratch.iterdir())  # without names
+
+
 # ---------------------------------------------------------------------------------------------------------
 # What is refused
 
@@ -108,7 +128,7 @@ def changed(change: Callable[..., Any], only: int = 1) -> Any:
 
 def refused(network: Any, ids_NL: Tensor, reason: str) -> None:
     with pytest.raises(prunella.ModelError, match=reason) as caught:
-        prunella.perplexity(wrap_model(network), ids_NL)
+        prunella.perplexity(Model(network, None, None, network.device, ""), ids_NL)  # whatever its config says
     assert type(network).__name__ in str(caught.value)
 
 

@@ -2,10 +2,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from processes import Command
 
 import prunella
 from prunella import InputError, Layer, Pattern, keep, registry
@@ -252,31 +249,30 @@ def test_a_cell_that_fails_is_reported_and_the_rest_goes_on(
     assert "failed" not in (tmp_path / "sweep.html").read_text()
 
 
-@pytest.mark.slow
 def test_a_sweep_that_was_killed_goes_on_after_the_last_whole_line(llama: Path, tmp_path: Path) -> None:
-    slow = tmp_path / "slow.py"
+    slow, hold = tmp_path / "slow.py", tmp_path / "hold"
+    hold.touch()
     slow.write_text(
-        "import time\n"
+        "import pathlib, time\n"
         "from prunella import Layer, keep, register\n"
         "@register('slow')\n"
         "def slow(layer: Layer) -> Layer:\n"
-        "    time.sleep(0.02)\n"
+        f"    while layer.sparsity > 0.55 and pathlib.Path({str(hold)!r}).exists():\n"
+        "        time.sleep(0.01)\n"
         "    return layer.pruned(layer.weight_OI, keep(layer.weight_OI.abs(), layer.sparsity, layer.pattern))\n"
     )
     shares = [0.3, 0.4, 0.5, 0.6]
     recipe = tmp_path / "grid.yaml"
     recipe.write_text(yaml.safe_dump({**BASE, "grid": {"steps": [f"{slow}:slow"], "sparsity": shares}}))
     out = tmp_path / "out"
-    main = "from prunella.cli import main; main()"
-    command = [sys.executable, "-c", main, "sweep", str(llama), "-o", str(out), "--recipe", str(recipe)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
+    command = Command.start(tmp_path / "log", "sweep", llama, "-o", out, "--recipe", recipe)
     deadline = time.monotonic() + 120
     while not (out / "cells.jsonl").exists() or len((out / "cells.jsonl").read_text().split("\n")) < 4:
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert command.process.exitcode is None, command.said()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    assert command.kill_after(0)
+    hold.unlink()
     before = [line for line in (out / "cells.jsonl").read_text().split("\n") if line]
     with (out / "cells.jsonl").open("a") as file:
         file.write(before[-1][:40])  # as if it had been killed in the middle of a line
@@ -440,6 +436,10 @@ def test_cells_are_healed_on_other_windows_than_they_are_measured_on(llama: Path
     (tmp_path / "other.txt").write_text("A garden is green and a forest is greener. " * 100)
     texts = ["pydoc", str(tmp_path / "other.txt")]
     both = {**BASE, "grid": {"steps": ["magnitude"], "heal": [{**heal, "text": texts}]}}
+    apart = {**BASE, "grid": {"steps": ["magnitude"], "heal": [{**heal, "train": ["lora"]}]}}
+    with pytest.raises(InputError, match="stays in an adapter"):
+        sweep(str(llama), apart, tmp_path / "adapter", texts=["pydoc"])
+    assert not (tmp_path / "adapter").exists()
     with pytest.raises(InputError, match="would train on more than one"):
         sweep(str(llama), both, tmp_path / "two", texts=texts)
     with pytest.raises(InputError, match="two texts are called 'pydoc'"):

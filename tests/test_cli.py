@@ -312,7 +312,6 @@ def prune(refused: Run, llama: Path, tmp_path: Path) -> Run:
         (("--dtype", "int4"), "recipe key 'dtype'"),
         (("--device", "cuda:99"), "device 'cuda:99' cannot be used"),
         (("--recipe", "nowhere.yaml"), "recipe 'nowhere.yaml' cannot be read"),
-        (("--resume",), "there is nothing to resume"),
         (("--samples", "many"), "--samples"),
         (("--no-such-flag",), "--no-such-flag"),
     ],

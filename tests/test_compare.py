@@ -50,6 +50,32 @@ def test_what_was_measured_differently_is_not_put_into_one_row(pruned: list[Path
     assert row[3] == f"{other.pruned['perplexity']:.2f} (dense 5.00)"
 
 
+def test_healed_figures_are_shown_as_healed(pruned: list[Path]) -> None:
+    one, other = (Report.read(path) for path in pruned)
+    before = other.pruned
+    did = {
+        "recipe": {"train": [{"norms": {}}]},
+        "tokens": 4096,
+        "before": before,
+        "after": {**before, "perplexity": 9.5},
+    }
+    label = "perplexity (pydoc, 2 windows of 32, without BOS)"
+
+    def rows(**changes: Any) -> dict[str, tuple[str, ...]]:
+        reports = one, replace(other, healing={**did, **changes})
+        return {what: tuple(values) for what, *values in Comparison(("a", "b"), reports).rows()}
+
+    was = f"{before['perplexity']:.2f}"
+    assert rows()["healing"] == ("", "", "norms, 4,096 tokens")
+    assert rows()[label][1:] == (f"{one.pruned['perplexity']:.2f}", f"9.50, healed ({was} before)")
+    assert rows(apart=["norms"])[label][2] == f"9.50 with the adapter, healed ({was} before)"
+    longer = {"after": {**did["after"], "windows": 3}, "before": {**before, "windows": 3, "perplexity": 12.0}}
+    assert rows(**longer)[label][2] == f"{was} before healing"
+    assert rows(**longer)[label.replace("2 windows", "3 windows")] == ("", "", "9.50, healed (12.00 before)")
+    unknown = {"perplexity": None, "sample": None}
+    assert rows(before=unknown, after=unknown)[label][2] == f"{was} before healing, not measured since"
+
+
 def test_directories_of_one_name_go_by_their_paths(pruned: list[Path]) -> None:
     assert Comparison.read(pruned).names == ("a", "b")
     assert Comparison.read([pruned[0], pruned[0]]).names == (str(pruned[0]), str(pruned[0]))

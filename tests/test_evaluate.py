@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import prunella
-from prunella import NumericalError, load_model, perplexity
+from prunella import NumericalError, Perplexity, evaluate, load_model, perplexity
 from prunella.load import Checkpoint, wrap_model
 
 
@@ -18,6 +20,26 @@ def plain_losses(network: object, ids: Tensor) -> list[float]:
     """The loss that transformers itself computes, window by window."""
     with torch.no_grad():
         return [network(row[None], labels=row[None]).loss.item() for row in ids]  # type: ignore[operator]
+
+
+def test_an_interval_takes_little_memory_and_is_the_same_in_any_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+
+    def some(count: int) -> Perplexity:
+        nll = random.normal(3, 1, count)
+        return Perplexity(math.exp(nll.mean()), count, 32, tuple(nll.tolist()))
+
+    one, other = some(50), some(50)
+    found = evaluate.difference(one, other)
+    monkeypatch.setattr(evaluate, "_DRAWN", 777)
+    assert evaluate.difference(one, other) == found
+    monkeypatch.undo()
+    one, other = some(1500), some(1500)
+    tracemalloc.start()
+    evaluate.difference(one, other)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100e6  # 360e6 at once
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import prunella
@@ -118,6 +120,57 @@ def test_the_files_of_two_steps_of_one_name_do_not_mix(mine: Path, tmp_path: Pat
     assert make(f"{mine}:mine").options["power"] == 1.0
     assert make(f"{other}:mine").options["power"] == 3.0
     assert make(f"{mine}:mine").options["power"] == 1.0
+
+
+Own = Callable[[str], str]
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Any:
+    """Write a step of this body; how it is called on the command line."""
+
+    def write(body: str) -> str:
+        (tmp_path / "mine.py").write_text(
+            "import prunella\nfrom prunella import Layer\n@prunella.register('own')\n"
+            f"def own(layer: Layer) -> Layer:\n    'Mine.'\n    {body}\n"
+        )
+        return f"{tmp_path}/mine.py:own"
+
+    yield write
+    steps.pop("own", None)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise RuntimeError('boom')", r"RuntimeError: boom; the defect is in the step, line 6 of .*mine\.py"),
+        ("return layer.weight_OI", "returned Tensor, not Layer; the defect is in the step"),
+        ("layer.stats.nothing", "AttributeError: .*; the defect is in the step, line 6 of"),
+    ],
+)
+@pytest.mark.parametrize("order", ["layer", "block"])
+def test_a_step_that_fails_is_named_with_the_layer(
+    own: Own, body: str, message: str, order: str, tmp_path: Path, llama: Path, run: Callable[..., Any]
+) -> None:
+    name = own(body)
+    with pytest.raises(prunella.PrunellaError, match=message) as error:
+        prunella.prune(
+            llama, {"steps": [name], "order": order}, output=tmp_path / "o", calibration=tiny.token_windows()
+        )
+    assert f"step '{name}' at layer 'model.layers.0.self_attn.q_proj'" in str(error.value)
+    assert run("prune", llama, "-o", tmp_path / "p", "--step", name, "--samples", 2, "--length", 32).code == 2
+
+
+def test_what_a_step_refuses_on_purpose_is_said_in_its_own_words(own: Own, ids: Tensor) -> None:
+    name = own("raise prunella.InputError('not on a Friday')")
+    with pytest.raises(prunella.InputError, match=r"^not on a Friday$"):
+        prunella.prune(tiny.build(), {"steps": [name]}, calibration=ids)
+
+
+def test_steps_that_choose_no_mask_are_an_error_of_theirs(own: Own, ids: Tensor) -> None:
+    name = own("return layer")
+    with pytest.raises(prunella.PrunellaError, match=r"chose no mask for layer 'model\.layers\.0\.self_attn\.q_proj'"):
+        prunella.prune(tiny.build(), {"steps": [name]}, calibration=ids)
 
 
 THREE = '''

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -13,16 +15,19 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import torch.nn.utils.prune
 from gguf import GGMLQuantizationType, GGUFWriter
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import prunella
 from prunella import ModelError, load, load_model
 from prunella.load import Checkpoint, find_directory, wrap_model
+from prunella.sparse.commands import unpack_model
 
 
 @pytest.fixture
@@ -151,6 +156,27 @@ def test_the_blocks_are_the_decoder_layers(architecture: str) -> None:
     assert len({name.rpartition(".")[0] for name in model.blocks}) == 1
 
 
+def test_a_tokenizer_may_come_from_elsewhere_and_goes_with_the_result(
+    llama: Path, plain: Path, tmp_path: Path, ids: Tensor
+) -> None:
+    expected = AutoTokenizer.from_pretrained(llama)("Trees grow back.")["input_ids"]
+    for given in (str(llama), llama, AutoTokenizer.from_pretrained(llama)):
+        assert load_model(str(plain), tokenizer=given).tokenizer("Trees grow back.")["input_ids"] == expected
+    with pytest.raises(ModelError, match="holds no tokenizer"):
+        load_model(str(plain), tokenizer=plain)
+    prunella.prune(plain, {"steps": ["magnitude"]}, output=tmp_path / "out", tokenizer=llama, calibration=ids)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("Trees grow back.")["input_ids"] == expected
+    with pytest.raises(prunella.InputError, match="is an object, not a name"):
+        prunella.prune(tiny.build(), {"steps": ["magnitude"]}, tokenizer=str(llama), calibration=ids)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sentencepiece") is not None, reason="sentencepiece is there")
+def test_a_tokenizer_of_pieces_names_the_package_that_is_missing(plain: Path) -> None:
+    (plain / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>")
+    (plain / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    assert refusal(plain).endswith("(tokenizer.model) needs the package sentencepiece: pip install sentencepiece.")
+
+
 def test_a_model_without_a_tokenizer_opens_and_with_a_damaged_one_says_so(plain: Path) -> None:
     assert load_model(str(plain)).tokenizer is None
     (plain / "tokenizer.json").write_text("{")
@@ -195,6 +221,86 @@ def test_an_unknown_dtype_or_device_is_refused(plain: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Which files
+
+
+def other(directory: Path) -> dict[str, Tensor]:
+    """A model with other weights in one file, saved into a directory that holds one already."""
+    network = tiny.build(seed=7)
+    save_file(dict(network.state_dict()), directory / "model.safetensors", {"format": "pt"})
+    return network.state_dict()  # type: ignore[no-any-return]
+
+
+def test_one_file_goes_before_an_index_as_in_transformers(sharded: Path, tmp_path: Path, ids: Tensor) -> None:
+    expected = other(sharded)
+    theirs, ours = AutoModelForCausalLM.from_pretrained(sharded).state_dict(), weights_of(sharded)
+    assert all(torch.equal(ours[k], t) and torch.equal(theirs[k], t) for k, t in expected.items())
+    prunella.prune(sharded, {"steps": ["magnitude"]}, output=tmp_path / "out", calibration=ids)
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()  # it would name files that are not there
+    assert torch.equal(weights_of(tmp_path / "out")["lm_head.weight"], expected["lm_head.weight"])
+
+
+def test_a_file_that_the_config_names_goes_before_all(plain: Path, tmp_path: Path, ids: Tensor) -> None:
+    (plain / "model.safetensors").rename(plain / "weights.safetensors")
+    expected = tiny.build().state_dict()
+    other(plain)
+    edit_config(plain, transformers_weights="weights.safetensors")
+    theirs, ours = AutoModelForCausalLM.from_pretrained(plain).state_dict(), weights_of(plain)
+    assert all(torch.equal(ours[k], t) and torch.equal(theirs[k], t) for k, t in expected.items())
+    for format_ in ("dense", "packed"):
+        out = tmp_path / format_
+        prunella.prune(plain, {"steps": ["magnitude"], "format": format_}, output=out, calibration=ids)
+        found = AutoModelForCausalLM.from_pretrained(out).state_dict()
+        assert torch.equal(found["lm_head.weight"], expected["lm_head.weight"])
+
+
+def test_parts_without_an_index_are_read_and_get_one(sharded: Path, tmp_path: Path, ids: Tensor) -> None:
+    (sharded / "model.safetensors.index.json").unlink()
+    (sharded / "adapter_model.safetensors").write_bytes(b"not a part")
+    (sharded / "consolidated.safetensors").write_bytes(b"not a part either")
+    prunella.prune(sharded, {"steps": ["magnitude"]}, output=tmp_path / "out", calibration=ids)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert torch.equal(found["lm_head.weight"], tiny.build().state_dict()["lm_head.weight"])
+    victim = sorted(sharded.glob("model-*.safetensors"))[1]
+    victim.unlink()
+    assert f"'{victim}' is missing" in refusal(sharded)
+
+
+def test_a_file_of_another_name_is_read_if_it_is_the_only_one(plain: Path, tmp_path: Path, ids: Tensor) -> None:
+    (plain / "model.safetensors").rename(plain / "weights.safetensors")
+    prunella.prune(plain, {"steps": ["magnitude"]}, output=tmp_path / "out", calibration=ids)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    shutil.copyfile(plain / "weights.safetensors", plain / "more.safetensors")
+    assert "holds 2 .safetensors files (more.safetensors, weights.safetensors …)" in refusal(plain)
+
+
+def test_an_index_that_transformers_would_not_read_is_mended(sharded: Path, tmp_path: Path, ids: Tensor) -> None:
+    index = sharded / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
+    prunella.prune(sharded, {"steps": ["magnitude"]}, output=tmp_path / "out", calibration=ids)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_everything_that_belongs_to_a_model_comes_along_and_nothing_else(
+    llama: Path, tmp_path: Path, ids: Tensor
+) -> None:
+    source = shutil.copytree(llama, tmp_path / "source")
+    belongs = {"LICENSE", "NOTICE", "tokenizer.model.v3", "qwen.tiktoken", "source.spm", "modeling.py", "merges.txt"}
+    belongs |= {"additional_chat_templates/tool_use.jinja", "additional_chat_templates/rag.jinja"}
+    others = {"adapter_config.json", "adapter_model.safetensors", "tf_model.h5.index.json", "pytorch_model.bin"}
+    others |= {"notes.pdf", "original/params.json", "training_args.bin", "runs/events.out"}
+    for name in belongs | others:
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(f"the content of {name}")
+    prunella.prune(source, {"steps": ["magnitude"]}, output=tmp_path / "out", calibration=ids)
+    prunella.prune(source, {"steps": ["magnitude"], "format": "packed"}, output=tmp_path / "packed", calibration=ids)
+    unpack_model(str(tmp_path / "packed"), tmp_path / "unpacked")
+    for out in ("out", "packed", "unpacked"):
+        assert all((tmp_path / out / name).read_text() == f"the content of {name}" for name in belongs)
+        assert not any((tmp_path / out / name).exists() for name in others)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Damaged directories
 
 
@@ -234,6 +340,25 @@ def test_a_missing_tensor_is_named(plain: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     edit(plain / "model.safetensors", lambda tensors: tensors.pop(name))
     assert f"tensor '{name}' is missing" in refusal(plain)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v3"])
+def test_an_expert_that_is_missing_is_named_before_anything_is_read(architecture: str, tmp_path: Path) -> None:
+    tiny.build(architecture).save_pretrained(tmp_path)
+    gone: list[str] = []
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        gone += [name for name in file.keys() if "experts.2." in name][:1]  # noqa: SIM118
+    edit(tmp_path / "model.safetensors", lambda tensors: tensors.pop(gone[0]))
+    with pytest.raises(ModelError, match=f"tensor '{gone[0]}' is missing"):
+        load_model(str(tmp_path))
+
+
+def test_a_buffer_that_is_missing_is_named(tmp_path: Path) -> None:
+    tiny.build("deepseek_v3").save_pretrained(tmp_path)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    edit(tmp_path / "model.safetensors", lambda tensors: tensors.pop(name))
+    with pytest.raises(ModelError, match=f"tensor '{name}' is missing"):
+        load_model(str(tmp_path))
 
 
 def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(plain: Path) -> None:
@@ -285,6 +410,96 @@ def test_a_model_without_blocks_is_refused(tmp_path: Path) -> None:
         wrap_model(network)
     network.save_pretrained(tmp_path)
     assert "no blocks were found in LlamaForCausalLM" in refusal(tmp_path)
+
+
+_BERT = {
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "vocab_size": 320,
+}
+_BART = {"d_model": 32, "vocab_size": 320} | {
+    f"{side}_{key}": value
+    for side in ("encoder", "decoder")
+    for key, value in {"layers": 2, "attention_heads": 4, "ffn_dim": 64}.items()
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "why"),
+    [
+        ("bert", _BERT, "an encoder, whose predictions see the word to predict"),
+        ("roberta", _BERT, "an encoder, whose"),
+        ("electra", _BERT | {"embedding_size": 32}, "an encoder, whose"),
+        ("rembert", _BERT | {"input_embedding_size": 32, "output_embedding_size": 32}, "an encoder, whose"),
+        ("xlnet", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "vocab_size": 320}, "an encoder, whose"),
+        ("bart", _BART, "an encoder and a decoder"),
+        ("whisper", _BART | {"max_source_positions": 8, "max_target_positions": 64}, "an encoder and a decoder"),
+    ],
+)
+def test_encoders_are_refused_in_a_line(kind: str, settings: dict[str, Any], why: str, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(kind, **settings, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    network = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    network.save_pretrained(tmp_path)
+    config.save_pretrained(tmp_path)  # as it is published: the decoder alone says that it is none of both
+    assert f"is no causal language model: {kind} is {why}" in refusal(tmp_path)
+    with pytest.raises(ModelError, match="is no causal language model"):
+        wrap_model(network)
+
+
+def test_a_bert_that_is_a_decoder_is_one() -> None:
+    config = AutoConfig.for_model("bert", **_BERT, is_decoder=True)
+    assert wrap_model(AutoModelForCausalLM.from_config(config)).blocks
+
+
+def test_adapters_are_never_pruned_through(plain: Path, tmp_path: Path, ids: Tensor, capsys: Any) -> None:
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "some/base"}
+    (plain / "adapter_config.json").write_text(json.dumps(adapter))
+    prunella.prune(plain, {"steps": ["magnitude"]}, output=tmp_path / "out", calibration=ids)
+    assert "holds an adapter beside the model (adapter_config.json): it is left out" in capsys.readouterr().err
+    (plain / "model.safetensors").rename(plain / "adapter_model.safetensors")
+    assert f"'{plain}' is an adapter on 'some/base', not a model: merge it first" in refusal(plain)
+    (plain / "config.json").unlink()
+    assert "merge it first" in refusal(plain)
+
+
+class Adapted(torch.nn.Module):
+    """As peft puts one in place of a linear layer."""
+
+    def __init__(self, layer: torch.nn.Module):
+        super().__init__()
+        self.base_layer = layer
+
+
+def adapted(network: Any) -> None:
+    network.model.layers[0].mlp.up_proj = Adapted(network.model.layers[0].mlp.up_proj)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (adapted, "carries an adapter: merge it first"),
+        (lambda n: torch.nn.utils.prune.random_unstructured(n.lm_head, "weight", 0.5), "call prune.remove first"),
+        (lambda n: torch.nn.utils.parametrizations.weight_norm(n.lm_head), "call parametrize.remove_parametrizations"),
+    ],
+)
+def test_weights_that_are_made_of_others_are_refused(change: Callable[[Any], object], said: str, ids: Tensor) -> None:
+    network = tiny.build()
+    change(network)
+    with pytest.raises(ModelError, match=said):
+        prunella.prune(network, {"steps": ["magnitude"]}, calibration=ids)
+
+
+def test_an_invalid_generation_config_is_found_before_pruning(plain: Path, tmp_path: Path, ids: Tensor) -> None:
+    network = tiny.build()
+    network.generation_config.temperature = 0.5  # without sampling: transformers loads this, and does not save it
+    with pytest.raises(ModelError, match="the generation config of the LlamaForCausalLM is invalid"):
+        prunella.prune(network, {"steps": ["magnitude"]}, output=tmp_path / "out", calibration=ids)
+    assert not list(tmp_path.glob("out*"))
+    assert prunella.prune(network, {"steps": ["magnitude"]}, calibration=ids).sparsity == 0.5
+    (plain / "generation_config.json").write_text('{"max_new_tokens": -1}')
+    assert f"the generation_config.json of '{plain}' is invalid: `max_new_tokens` must be" in refusal(plain)
 
 
 def test_code_that_comes_with_a_model_does_not_run_unless_trusted(plain: Path, tmp_path: Path) -> None:
@@ -433,6 +648,28 @@ def test_pickles_are_refused_unless_allowed(pickled: Path) -> None:
     with model.whole() as network:
         assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in expected.items())
     assert model.tokenizer is not None
+
+
+def test_a_pickle_that_lacks_a_tensor_is_refused_by_the_tensors_name(pickled: Path, cache: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights = tiny.build().state_dict()
+    del weights[name]
+    torch.save(weights, pickled / "pytorch_model.bin")
+    assert refusal(pickled, pickles=True) == f"tensor '{name}' is missing from '{pickled}'."
+
+
+def test_what_lies_beside_pickles_comes_along_and_a_tokenizer_need_not(pickled: Path) -> None:
+    (pickled / "LICENSE").write_text("free")
+    assert (find_directory(str(pickled), pickles=True) / "LICENSE").read_text() == "free"
+    for path in pickled.glob("*token*"):
+        path.unlink()
+    (pickled / "config.json").touch()
+    assert load_model(str(pickled), pickles=True).tokenizer is None
+
+
+def test_where_transformers_would_read_a_pickle_no_stray_file_is_read_instead(pickled: Path) -> None:
+    save_file(dict(tiny.build(seed=7).state_dict()), pickled / "consolidated.safetensors")
+    assert "are pickles (pytorch_model.bin)" in refusal(pickled)
 
 
 def test_safetensors_are_taken_where_there_are_pickles_too(plain: Path) -> None:

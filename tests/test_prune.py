@@ -149,6 +149,21 @@ def test_what_cannot_be_is_refused(llama: Path, tmp_path: Path, ids: Tensor) -> 
     assert not list(tmp_path.iterdir())
 
 
+def test_where_no_step_reads_text_no_tokenizer_is_needed_and_the_report_says_so(tmp_path: Path, ids: Tensor) -> None:
+    tiny.build().save_pretrained(tmp_path / "m")
+    report = prune(tmp_path / "m", {"steps": ["magnitude"]}, output=tmp_path / "out")
+    assert report.sparsity == 0.5
+    assert {(layer.tokens, layer.error) for layer in report.layers} == {(0, None)}
+    assert "which reads no text" in report.card()
+    with_text = prune(tmp_path / "m", {"steps": ["magnitude"]}, output=tmp_path / "with-text", calibration=ids)
+    assert "calibrated on 5 windows" in with_text.card()
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "with-text")]
+    assert files[0] == files[1]
+    for recipe in ({"steps": ["wanda"]}, {"steps": ["magnitude"], "allocate": "owl"}):
+        with pytest.raises(InputError, match="has no tokenizer"):
+            prune(tmp_path / "m", recipe, output=tmp_path / "more")
+
+
 @pytest.mark.parametrize(
     ("calibration", "message"),
     [
@@ -234,3 +249,147 @@ def test_streamed_equals_in_memory_with_the_kernels_for_bfloat16(ids: torch.Tens
     streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, streamed[name]), name
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A second pass
+
+
+def pruned_once(sparsity: float = 0.7, pattern: str = "unstructured", step: str = "magnitude") -> Any:
+    network = tiny.build()
+    recipe: dict[str, Any] = {"steps": [step], "pattern": pattern}
+    prune(network, recipe | ({} if ":" in pattern else {"sparsity": sparsity}), calibration=tiny.token_windows())
+    return network
+
+
+def layers_of(network: Any) -> dict[str, Tensor]:
+    return {
+        name.removesuffix(".weight"): p.detach().clone() for name, p in network.named_parameters() if "_proj" in name
+    }
+
+
+@pytest.mark.parametrize("order", ["layer", "block"])
+def test_the_zeros_that_came_in_are_counted(order: str, ids: Tensor) -> None:
+    network = pruned_once()
+    report = prune(network, {"steps": ["wanda"], "sparsity": 0.5, "skip": ["q_proj"], "order": order}, calibration=ids)
+    for layer in report.layers:
+        weight = layers_of(network)[layer.name]
+        assert layer.sparsity == int((weight == 0).sum()) / weight.numel()
+        assert layer.before == pytest.approx(0.7, abs=1e-3)
+        assert layer.target == (0.0 if "q_proj" in layer.name else 0.5)
+    rows = {row[0]: row[1:] for row in report.rows()}
+    assert rows["sparsity of all block weights"] == ("70.0%", "70.0%")
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4x2"])
+@pytest.mark.parametrize("steps", [["wanda"], ["sparsegpt"], ["ria", "update"], ["gptq"], ["reconstruct"], ["admm"]])
+def test_a_second_pass_that_keeps_zeros_adds_to_them_and_prunes_as_many_as_it_is_asked(
+    steps: list[str], pattern: str, ids: Tensor
+) -> None:
+    network = pruned_once(0.375, "3:4" if pattern == "2:4" else pattern)
+    before = layers_of(network)
+    share = 0.5 if pattern == "2:4" else 0.625
+    recipe: dict[str, Any] = {"steps": steps, "pattern": pattern, "sparsity": share, "keep_zeros": True}
+    report = prune(network, recipe, calibration=ids)
+    after = layers_of(network)
+    for layer in report.layers:
+        weight = after[layer.name]
+        assert not weight[before[layer.name] == 0].any(), layer.name
+        assert layer.sparsity == share
+        if pattern == "2:4":
+            assert ((weight.unflatten(-1, (-1, 4)) != 0).sum(-1) <= 2).all()
+
+
+def test_single_zeros_in_a_block_that_is_kept_stay_zero(ids: Tensor) -> None:
+    network = tiny.build()
+    weight = network.model.layers[0].mlp.up_proj.weight.data
+    weight[::4, ::2] = 0
+    report = prune(network, {"steps": ["sparsegpt"], "pattern": "4x2", "keep_zeros": True}, calibration=ids)
+    assert not weight[::4, ::2].any()
+    found = next(la for la in report.layers if la.name.endswith("layers.0.mlp.up_proj"))
+    assert found.sparsity == 0.5 + 0.5 / 8
+
+
+def test_more_zeros_than_were_asked_for_all_stay_and_are_told(ids: Tensor) -> None:
+    network = pruned_once()
+    before = layers_of(network)
+    report = prune(network, {"steps": ["sparsegpt"], "sparsity": 0.5, "keep_zeros": True}, calibration=ids)
+    for name, weight in layers_of(network).items():
+        assert torch.equal(weight == 0, before[name] == 0)
+    assert report.notes()[0].endswith("came with 70.0% zeros, more than the 50.0% asked for: all stay")
+    assert len(report.notes()) == len(report.layers)
+
+
+def test_without_it_a_second_pass_chooses_anew(ids: Tensor) -> None:
+    network = pruned_once(0.4)
+    before = layers_of(network)
+    prune(network, {"steps": ["wanda", "update"], "sparsity": 0.3}, calibration=ids)
+    assert any(bool(weight[before[name] == 0].any()) for name, weight in layers_of(network).items())
+
+
+def test_keeping_zeros_changes_nothing_for_a_dense_model(ids: Tensor) -> None:
+    one, other = tiny.build(), tiny.build()
+    for network, keep_zeros in ((one, False), (other, True)):
+        prune(network, {"steps": ["sparsegpt"], "keep_zeros": keep_zeros}, calibration=ids)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What stays as it is
+
+
+def test_reconstruction_leaves_routers_and_skipped_layers_as_they_are(ids: Tensor) -> None:
+    network = tiny.build("qwen3_moe")
+    before = {name: p.clone() for name, p in network.named_parameters()}
+    prune(network, {"steps": ["wanda", "reconstruct"], "skip": ["q_proj", "experts.gate_up_proj"]}, calibration=ids)
+    after = dict(network.named_parameters())
+    for name in before:
+        stays = any(part in name for part in ("q_proj", "mlp.gate.", "gate_up_proj", "embed", "model.norm"))
+        if stays or "down_proj" in name or "layernorm" in name:
+            assert torch.equal(before[name], after[name]) == stays, name
+
+
+def test_a_biased_layer_that_is_skipped_keeps_its_bias(ids: Tensor) -> None:
+    network = tiny.build("gpt2")
+    before = {name: p.clone() for name, p in network.named_parameters()}
+    prune(network, {"steps": ["wanda", "reconstruct"], "skip": ["c_fc"]}, calibration=ids)
+    for name, parameter in network.named_parameters():
+        if "c_fc" in name or "c_proj" in name:
+            assert torch.equal(before[name], parameter) == ("c_fc" in name), name
+
+
+def test_running_a_block_copies_the_experts_once_however_many_there_are(ids: Tensor) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Written(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nbytes = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            self.nbytes += out.nbytes if "index_copy" in str(function) else 0
+            return out
+
+    for experts in (2, 8):
+        network = tiny.build("qwen3_moe", num_hidden_layers=1, num_experts=experts)
+        size = sum(p.nbytes for name, p in network.named_parameters() if "experts" in name)
+        with Written() as written:
+            prune(network, {"steps": ["wanda", "reconstruct"]}, calibration=ids)
+        assert written.nbytes == len(ids) * size
+
+
+def test_pruning_works_in_inference_mode(ids: Tensor) -> None:
+    one, other = tiny.build(), tiny.build()
+    recipe = {"steps": ["wanda", "reconstruct"], "order": "block"}
+    prune(one, recipe, calibration=ids)
+    with torch.inference_mode():
+        prune(other, recipe, calibration=ids)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_a_model_made_in_inference_mode_is_refused(ids: Tensor) -> None:
+    with torch.inference_mode():
+        network = AutoModelForCausalLM.from_config(tiny.build().config)
+        with pytest.raises(InputError, match=r"made under torch\.inference_mode.*load it under torch\.no_grad"):
+            prune(network, {"steps": ["wanda"]}, calibration=ids)

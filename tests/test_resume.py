@@ -247,26 +247,27 @@ def test_a_step_that_draws_at_random_resumes_to_the_same_bytes(
 # What may go wrong
 
 
+@pytest.mark.parametrize(("method", "blocks"), [("__init__", 0), ("write", 1)])
 def test_a_file_that_cannot_be_read_costs_no_finished_block(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, blocks: int, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, out = recipe_of("block", evaluate={"source": None}), tmp_path / "out"
     prunella.prune(llama, recipe, output=tmp_path / "whole")
-    real, write = load.safe_open, Output.write
+    real, before = load.safe_open, getattr(Output, method)
 
     def broken(*arguments: Any, **options: Any) -> Any:
         raise OSError(5, "Input/output error")
 
-    def then_breaks(self: Output, result: Any) -> None:
-        write(self, result)
+    def then_breaks(*arguments: Any) -> None:
+        before(*arguments)
         monkeypatch.setattr(load, "safe_open", broken)
 
-    monkeypatch.setattr(Output, "write", then_breaks)
+    monkeypatch.setattr(Output, method, then_breaks)
     with pytest.raises(ModelError, match=r"cannot be read: .*Input/output error.* What is done is kept.*--resume"):
         prunella.prune(llama, recipe, output=out)
-    monkeypatch.setattr(Output, "write", write)
+    monkeypatch.setattr(Output, method, before)
     monkeypatch.setattr(load, "safe_open", real)
-    assert prunella.prune(llama, recipe, output=out, resume=True).run["resumed_after_blocks"] == 1
+    assert prunella.prune(llama, recipe, output=out, resume=True).run["resumed_after_blocks"] == blocks
     assert files_of(out) == files_of(tmp_path / "whole")
 
 

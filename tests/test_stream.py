@@ -107,7 +107,7 @@ def test_hidden_states_on_disk_give_the_same_result(monkeypatch: pytest.MonkeyPa
     prunella.prune(expected, {"steps": ["sparsegpt"], "order": "block"}, calibration=ids)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 10))
     network = tiny.build("llama")
-    assert Stream(wrap_model(network), ids).hidden.on_disk
+    assert Stream(wrap_model(network), ids).hidden.shelf.on_disk
     prunella.prune(network, {"steps": ["sparsegpt"], "order": "block"}, calibration=ids)
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, expected.state_dict()[name]), name

@@ -127,7 +127,7 @@ def check_windows(model: Model, windows_NL: Tensor) -> None:
     """Raises InputError for what is no windows of the model's token ids, (N, L)."""
     if windows_NL.ndim != 2 or not windows_NL.numel() or windows_NL.is_floating_point():
         raise InputError(
-            f"calibration windows are {str(windows_NL.dtype)[6:]} of shape {tuple(windows_NL.shape)}, expected token"
+            f"windows are {str(windows_NL.dtype)[6:]} of shape {tuple(windows_NL.shape)}, expected token"
             " ids as integers of shape (N, L)."
         )
     check_tokens(model, windows_NL, "windows")

@@ -55,6 +55,13 @@ class _Place:
 
 
 @dataclass(frozen=True)
+class _Kept:
+    """Stands among the arguments for a tensor that waits somewhere else than where it is used."""
+
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
 class Call:
     """The arguments of one block beside its input.
 
@@ -76,11 +83,17 @@ class Call:
         write into them."""
         held: dict[Key, Any] = {}
 
+        def back(value: Any) -> Any:
+            return value.to(hidden.device, non_blocking=True) if isinstance(value, Tensor) else value
+
         def fill(value: Any) -> Any:
+            if isinstance(value, _Kept):
+                return back(value.tensor)
             if not isinstance(value, _Place):
                 return value
             if value.key not in held:
-                held[value.key] = copy.copy(beside.get(value.key, self.start[value.key]))
+                now = beside.get(value.key, self.start[value.key])
+                held[value.key] = map_tree(copy.copy(now), back) if value.key in beside else copy.copy(now)
             return held[value.key]
 
         args = tuple(_map(value, fill) for value in self.args)
@@ -97,7 +110,7 @@ class Call:
         out = block(*args, **kwargs)
         after = dict(beside)
         for key, value in held.items():
-            if key[0] == "container" and not _same_items(value, beside.get(key, self.start[key])):
+            if key[0] == "container" and (key in beside or not _same_items(value, self.start[key])):
                 after[key] = value
         for number in self.takes:
             after["output", number] = out[number]
@@ -120,6 +133,19 @@ def _map(value: Any, leaf: Callable[[Any], Any]) -> Any:
     return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
 
 
+def map_tree(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """A tree of tuples and containers with `leaf` applied to all else."""
+    if not _is_container(value):
+        return _map(value, lambda item: map_tree(item, leaf) if _is_container(item) else leaf(item))
+    items = [(key, item, map_tree(item, leaf)) for key, item in _items(value)]
+    if all(item is new for _, item, new in items):
+        return value
+    found = copy.copy(value)
+    for key, _, new in items:
+        found[key] = new
+    return found
+
+
 def _is_container(value: Any) -> bool:
     return isinstance(value, MutableMapping | list)
 
@@ -138,7 +164,7 @@ class _Shared:
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int], tuple[Any, Any, Any]] = {}  # with the objects, so that no id is used twice
-        self.apart = 0  # bytes of the tensors that had no equal
+        self.apart: dict[int, Tensor] = {}  # the tensors that had no equal
 
     def __call__(self, new: Any, old: Any) -> Any:
         if new is old:
@@ -153,7 +179,7 @@ class _Shared:
             alike = isinstance(old, Tensor) and (new.shape, new.dtype, new.device) == (old.shape, old.dtype, old.device)
             if alike and torch.equal(new, old):
                 return old
-            self.apart += new.numel() * new.element_size()
+            self.apart[id(new)] = new
             return new
         if type(new) is not type(old):
             return new
@@ -178,12 +204,23 @@ class _Shared:
 class Calls:
     """Recordings of how the model calls its blocks, one for each batch, and what flows in and out.
 
-    The model's parameters outside its blocks must be loaded while `embed`, `record` and `logits` are used.
+    The model's parameters outside its blocks must be loaded while `embed`, `record_windows` and `logits` are used.
+    `shelf(bytes)` says where arguments that differ from batch to batch wait until they are used, so many bytes for all
+    `total` windows.
     """
 
-    def __init__(self, model: Model, interface: Interface):
+    def __init__(
+        self,
+        model: Model,
+        interface: Interface,
+        shelf: Callable[[int], Callable[[Any], Any]] | None = None,
+        total: int = 0,
+    ):
         self.model = model
         self.interface = interface
+        self.shelf = shelf
+        self.total = total
+        self._put: Callable[[Any], Any] | None = None
         self.batches: list[list[Call]] = []
         self.windows: list[list[Call]] = []
         self._firsts: dict[tuple[int, ...], list[Call]] = {}
@@ -216,7 +253,30 @@ class Calls:
                 )
                 for call, old in zip(calls, known, strict=True)
             ]
+            if shared.apart and self.shelf is not None:
+                calls = self._put_away(calls, shared.apart, len(ids_BL))
         return hidden, calls
+
+    def _put_away(self, calls: list[Call], apart: Mapping[int, Tensor], windows: int) -> list[Call]:
+        """Calls with those of their tensors on the shelf that no other batch has."""
+        if self._put is None:
+            assert self.shelf is not None
+            nbytes = sum(tensor.numel() * tensor.element_size() for tensor in apart.values())
+            self._put = self.shelf(nbytes // windows * self.total)
+
+        def away(value: Any) -> Any:
+            if id(value) not in apart or (put := self._put(value)) is value:  # type: ignore[misc]
+                return value
+            return _Kept(put)
+
+        return [
+            replace(
+                call,
+                args=tuple(_map(value, away) for value in call.args),
+                kwargs={name: _map(value, away) for name, value in call.kwargs.items()},
+            )
+            for call in calls
+        ]
 
     def logits(self, ids_BL: Tensor, hidden: Tensor) -> Tensor:
         """What the model makes of the last block's output: its norm, its head and all, (B, L, vocabulary)."""
@@ -393,7 +453,7 @@ def examine(model: Model, windows_NL: Tensor) -> Interface:
     """How the model's blocks are called, found out and tried on two different batches of two windows.
 
     The first, a middle and the last block are replayed and compared with what they give inside the model's own forward
-    pass, in which all other blocks hand on what they get; where blocks write into what they share, all blocks are. What
+    pass, in which all other blocks hand on what they get; where more than that state travels, all blocks are. What
     a block puts out for a token must not depend on later tokens. Raises ModelError, naming the architecture, where any
     of this does not hold. The model's parameters outside its blocks must be loaded.
     """
@@ -407,7 +467,8 @@ def examine(model: Model, windows_NL: Tensor) -> Interface:
     calls = Calls(model, interface)
     entering = [calls.embed(ids_BL) for ids_BL in (two, other)]
     last = len(model.blocks) - 1
-    if any(key[0] == "container" and not _items(value) for key, value in calls.batches[0][0].start.items()):
+    shared = any(key[0] == "container" and not _items(value) for key, value in calls.batches[0][0].start.items())
+    if takes or shared:  # a block alone would miss what those before it leave
         for ids_BL, hidden, batch in zip((two, other), entering, calls.batches, strict=True):
             own = _StandIns(model, interface, real=range(last + 1), load=True)
             own.pass_through(ids_BL)

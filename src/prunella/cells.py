@@ -422,6 +422,11 @@ def sweep(
 def _kept_apart(cell: Cell, evaluation: Evaluation, texts: Sequence[str]) -> Cell:
     """The cell, healed on no window that it is measured on: its recipe evaluates on the text that it trains on."""
     heal = cell.recipe["heal"]
+    if any("lora" in item for item in heal["train"]):
+        raise InputError(
+            f"cell '{cell.label}': what lora trains stays in an adapter beside the weights, and a sweep measures these:"
+            " use mask-lora."
+        )
     sources = heal["text"] or [cell.recipe["calibration"]["source"]]
     near = [text for text in texts if any(same_text(source, text) for source in sources)]
     if heal["train"] and len(near) > 1:

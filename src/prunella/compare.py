@@ -37,7 +37,9 @@ class Comparison:
             ("allocation", "", *(" + ".join(r.recipe["allocate"]) for r in self.reports)),
             ("calibration", "", *(self._calibration(r) for r in self.reports)),
         ]
-        measured = [{what: (dense, pruned) for what, dense, pruned in r.rows()} for r in self.reports]
+        if any(r.healing for r in self.reports):
+            out.append(("healing", "", *(self._healing(r) for r in self.reports)))
+        measured = [{what: (dense, value) for what, dense, value in r.outcome()} for r in self.reports]
         for what in dict.fromkeys(what for found in measured for what in found):
             pairs = [found.get(what, ("", "")) for found in measured]
             dense = {before for before, after in pairs if after}
@@ -53,6 +55,11 @@ class Comparison:
     def _calibration(report: Report) -> str:
         wanted = report.recipe["calibration"]
         return f"{Path(wanted['source']).name}, {wanted['samples']} x {wanted['length']}"
+
+    @staticmethod
+    def _healing(report: Report) -> str:
+        did = report.healing
+        return f"{title_of_steps(did['recipe']['train'])}, {did['tokens']:,} tokens" if did else ""
 
     def plain(self) -> list[dict[str, Any]]:
         """The reports without their layers."""

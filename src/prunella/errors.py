@@ -21,6 +21,10 @@ class ModelError(PrunellaError):
     """A model that cannot be found, read or taken apart into blocks."""
 
 
+class ReadError(ModelError):
+    """A file of a model that could not be read this time: a disk or a network that failed, maybe not for good."""
+
+
 class NumericalError(PrunellaError):
     """NaN or infinity in the weights, the activations or the result of a step."""
 
@@ -60,9 +64,10 @@ def say(message: str) -> None:
     print(f"prunella: {message}", file=sys.stderr, flush=True)
 
 
-def kept(error: PrunellaError) -> None:
+def kept(error: PrunellaError, where: Path) -> None:
     """Let an error say, too, that the work before it is not lost."""
-    error.args = (f"{str(error).rstrip('.')}. What is done is kept: the same command with --resume goes on.",)
+    said = str(error).rstrip(".")
+    error.args = (f"{said}. What is done is kept in '{where}': the same command with --resume goes on.",)
 
 
 def disk_full(error: Exception) -> bool:

@@ -80,6 +80,9 @@ class Difference:
     high: float
 
 
+_DRAWN = 1 << 21  # windows that are drawn at a time
+
+
 def difference(one: Perplexity, other: Perplexity, *, draws: int = 10_000, seed: int = 0) -> Difference:
     """The perplexity of `one` minus that of `other`, measured on the same windows, with a paired bootstrap: windows are
     drawn with replacement, the same for both, and the interval holds the middle 95% of the differences. What makes a
@@ -89,8 +92,9 @@ def difference(one: Perplexity, other: Perplexity, *, draws: int = 10_000, seed:
     """
     nll_2N = np.array([one.nll, other.nll])
     count = nll_2N.shape[1]
-    drawn_DN = np.random.default_rng(seed).integers(count, size=(draws, count))
-    means_2D = nll_2N[:, drawn_DN].mean(2)
+    random, step = np.random.default_rng(seed), max(1, _DRAWN // count)
+    chunks = [min(step, draws - first) for first in range(0, draws, step)]
+    means_2D = np.concatenate([nll_2N[:, random.integers(count, size=(d, count))].mean(2) for d in chunks], 1)
     apart_D = np.exp(means_2D[0]) - np.exp(means_2D[1])
     low, high = np.quantile(apart_D, (0.025, 0.975))
     return Difference(one.perplexity - other.perplexity, float(low), float(high))

@@ -34,7 +34,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import InputError, ModelError, PrunellaError, command, disk_error, disk_full, first_line, say, unknown
+from .errors import (
+    InputError,
+    ModelError,
+    PrunellaError,
+    ReadError,
+    command,
+    disk_error,
+    disk_full,
+    first_line,
+    say,
+    unknown,
+)
 from .fast import use_fast_attention
 from .gguf import GgufHeader
 from .layers import learn
@@ -246,9 +257,10 @@ def _checked(directory: Path, pickles: bool, remote_code: bool) -> Path:
 
 
 def _adapter(directory: Path) -> ModelError:
-    base = read_json(directory / "adapter_config.json").get("base_model_name_or_path") or "its base model"
+    base = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
+    of = f" on '{base}'" if base else ""
     return ModelError(
-        f"'{directory}' is an adapter on '{base}', not a model: merge it first"
+        f"'{directory}' is an adapter{of}, not a model: merge it first"
         " (PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(DIR)) and give DIR."
     )
 
@@ -512,7 +524,7 @@ class Checkpoint:
                         handles[file] = stack.enter_context(opened)
                     return handles[file].get_slice(name)
                 except OSError as error:
-                    raise ModelError(f"'{self.directory / file}' cannot be read: {error}.") from None
+                    raise ReadError(f"'{self.directory / file}' cannot be read: {error}.") from None
 
             for name in names:
                 slices[name] = lazy(name, self.where[name])
@@ -521,7 +533,7 @@ class Checkpoint:
             try:
                 yield slices
             except SafetensorError as error:
-                raise ModelError(f"a tensor in '{self.directory}' cannot be read: {error}.") from None
+                raise ReadError(f"a tensor in '{self.directory}' cannot be read: {error}.") from None
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int, int]], dict[str, str]]:
@@ -656,12 +668,35 @@ class Model:
         for pair in self.network.all_tied_weights_keys.items():
             if found & set(pair):
                 found |= set(pair)
+        self._check_groups()
         _, converters = self._conversions()
         split = [re.compile(p) for c in converters if len(c.target_patterns) > 1 for p in c.target_patterns]
         free = [re.compile(p) for p in self.network._keys_to_ignore_on_load_missing or ()]
         for name in state:
             if name not in found and not any(pattern.search(name) for pattern in (*split, *free)):
                 raise ModelError(f"tensor '{name}' is missing from the checkpoint in '{self.checkpoint.directory}'.")
+
+    def _check_groups(self) -> None:
+        """Where a parameter is made of several tensors, each block has the same ones, and those of all experts."""
+        assert self.checkpoint is not None
+        groups: dict[str, dict[str, set[tuple[str, int]]]] = {}  # parameter in its block -> block -> tensor, expert
+        for key, (name, converted) in self.plan().items():
+            if converted and (block := self.block_of(name)) is not None:
+                short = key.replace(f".{block.rpartition('.')[2]}.", ".{}.", 1)
+                number = re.search(r"\.(\d+)\.", short)
+                found = (re.sub(r"\.\d+\.", ".{}.", short, count=1), int(number[1]) if number else 0)
+                groups.setdefault(name.removeprefix(block), {}).setdefault(block, set()).add(found)
+        for inside, blocks in groups.items():
+            templates = {template for found in blocks.values() for template, _ in found}
+            for block, those in blocks.items():
+                whole = self.network.get_parameter_or_buffer(block + inside)
+                experts = len(whole) if whole.ndim == 3 else 1
+                every = {(t, e) for t in templates for e in (range(experts) if t.count("{}") > 1 else range(1))}
+                if missing := sorted(every - those):
+                    name = missing[0][0].format(block.rpartition(".")[2], missing[0][1])
+                    raise ModelError(
+                        f"tensor '{name}' is missing from the checkpoint in '{self.checkpoint.directory}'."
+                    )
 
     def _conversions(self) -> tuple[list[Any], list[Any]]:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -682,7 +717,15 @@ class Model:
         checkpoint = checkpoint or self.checkpoint
         if checkpoint is None:
             return
-        keys = [key for key, (name, _) in self.plan().items() if wanted(name) and key in checkpoint.where]
+        stored = {name for name, _ in self.plan().values()}
+        also = {  # what is stored under the name of a parameter that it is tied to, in another block maybe
+            other
+            for pair in self.network.all_tied_weights_keys.items()
+            for one, other in (pair, pair[::-1])
+            if wanted(one) and one not in stored
+        }
+        found = ((key, name) for key, (name, _) in self.plan().items() if wanted(name) or name in also)
+        keys = [key for key, _ in found if key in checkpoint.where]
         renamings, converters = self._conversions()
         used = getattr(self.network, "_weight_conversions", None)
         config = LoadStateDictConfig(
@@ -695,18 +738,19 @@ class Model:
             with quiet_transformers(), checkpoint.open(keys) as slices:
                 info, _ = convert_and_load_state_dict_in_model(self.network, slices, config)
         except SafetensorError as error:
-            raise ModelError(f"a tensor in '{checkpoint.directory}' cannot be read: {error}") from None
+            raise ReadError(f"a tensor in '{checkpoint.directory}' cannot be read: {error}.") from None
         if used and len(used) > len(self.network._weight_conversions):
             self.network._weight_conversions = used  # of a block, which `stored` reverts: not of what lies outside it
         if info.mismatched_keys:
-            name, found, expected = sorted(info.mismatched_keys)[0][:3]
+            name, shape, expected = sorted(info.mismatched_keys)[0][:3]
             raise ModelError(
-                f"tensor '{name}' in '{checkpoint.directory}' has shape {tuple(found)}, but config.json says"
+                f"tensor '{name}' in '{checkpoint.directory}' has shape {tuple(shape)}, but config.json says"
                 f" {tuple(expected)}."
             )
         if info.conversion_errors:
             name, reason = next(iter(info.conversion_errors.items()))
-            raise ModelError(f"tensor '{name}' in '{checkpoint.directory}' cannot be converted: {reason}")
+            said = [line.strip() for line in str(reason).splitlines() if line.strip()]
+            raise ModelError(f"tensor '{name}' in '{checkpoint.directory}' cannot be converted: {said[-1]}")
         checkpoint.fill(self, wanted)
         self._tie()
         for name, parameter in self.network.named_parameters():
@@ -893,21 +937,27 @@ def load_model(
     return model
 
 
-_BOTH_WAYS = ("cpmant", "flaubert", "xlm", "xlnet")  # see tokens that come later, and have no switch that says so
+_BOTH_WAYS = ("cpmant", "xlnet")  # see tokens that come later, and nothing in their config says so
 
 
 def check_causal(model: Model) -> None:
     """Raises ModelError for what would see the answer: encoders, and decoders that attend to an encoder."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
     config = model.network.config
     if config.is_encoder_decoder:
         raise _no_decoder(model.name, f"{config.model_type} is an encoder and a decoder")
     modules = [m for block in model.blocks for m in model.module(block).modules()]
     flags = {bool(m.is_causal) for m in modules if isinstance(getattr(m, "is_causal", None), bool)}
-    declared = getattr(config, "is_decoder", None)  # of families that are both
-    if declared is None:
-        causal = config.model_type not in _BOTH_WAYS or bool(getattr(config, "causal", False))
+    if len(flags) > 1:
+        raise _no_decoder(model.name, f"this {config.model_type} is a decoder that attends to an encoder")
+    switch = getattr(config, "is_decoder", getattr(config, "causal", None))  # of families that are both
+    if flags and switch is not None:
+        causal = flags == {True}
+    elif config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        causal = bool(switch)
     else:
-        causal = flags == {True} or (not flags and bool(declared))
+        causal = config.model_type not in _BOTH_WAYS
     if not causal:
         raise _no_decoder(model.name, f"{config.model_type} is an encoder, whose predictions see the word to predict")
 
@@ -933,7 +983,7 @@ def check_plain(network: Any) -> None:
         raise ModelError(
             f"the {kind} is under torch.nn.utils.prune: call prune.remove first, on each module and parameter."
         )
-    if parametrize.is_parametrized(network):
+    if any(parametrize.is_parametrized(module) for module in network.modules()):
         raise ModelError(
             f"the {kind} is under torch.nn.utils.parametrize: call parametrize.remove_parametrizations first."
         )
@@ -1005,11 +1055,17 @@ def wrap_model(network: Any, tokenizer: Any = None, name: str = "") -> Model:
     """A model object that is already in memory, on whatever device it is.
 
     It is put into evaluation mode and runs its attention and experts as the stream wants them, until
-    `Model.give_back`. Raises ModelError for what is no causal language model.
+    `Model.give_back`. Raises ModelError for what is no causal language model, or is spread over several devices.
     """
     if config := getattr(network, "config", None):
         if config.is_encoder_decoder:
             raise _no_decoder(name or "in memory", f"{config.model_type} is an encoder and a decoder")
+    places = sorted({str(parameter.device) for parameter in network.parameters()})
+    if len(places) > 1 or places == ["meta"]:
+        raise ModelError(
+            f"the weights of this {type(network).__name__} lie on {' and '.join(places)}: load all of them on one"
+            " device, or give the model's name or directory; of that one block at a time is loaded."
+        )
     model = Model(network, tokenizer, None, network.device, name or network.config._name_or_path or "in memory")
     check_causal(model)
     return model

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .calibrate import check_tokens, context, positions, text_tokens, windows, with_bos
+from .calibrate import check_tokens, check_windows, context, positions, text_tokens, windows, with_bos
 from .errors import InputError
 from .evaluate import perplexity
 from .load import Checkpoint, Model, free_memory
@@ -38,9 +38,10 @@ def held_out_windows(model: Model, recipe: Recipe, used: int) -> Tensor | None:
     skip = 0
     if same_text(recipe.calibration.source, wanted.source):
         skip = -(-used // text_tokens(model, length, recipe.bos))
-    return windows(
-        model, wanted.source, wanted.windows, length, skip=skip, seed=recipe.seed, bos=recipe.bos, split="test"
-    )
+    options: dict[str, Any] = {"skip": skip, "seed": recipe.seed, "bos": recipe.bos}
+    found_NL = windows(model, wanted.source, wanted.windows, length, split="test", **options)
+    check_windows(model, found_NL)
+    return found_NL
 
 
 def same_file(name: str, other: str) -> bool:

@@ -132,7 +132,8 @@ def _moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     if first is None or last is None:
         return ""
     way = "rose" if last > first else "fell"
-    windows = f" ({bos_words(before['bos'])})" if "bos" in before else ""
+    begin = bos_words(before.get("bos"))
+    windows = f" (windows {begin})" if begin else ""
     return f" Perplexity on {Path(before['source']).name}{windows} {way} from {first:.2f} to {last:.2f}."
 
 
@@ -156,11 +157,12 @@ def facts(report: Report) -> list[tuple[str, str, str]]:
     dense, pruned, run = report.dense.get("perplexity"), report.pruned.get("perplexity"), report.run
     out = []
     if pruned is not None:
-        out.append(("perplexity", f"{pruned:.2f}", "" if dense is None else f"dense {dense:.2f}"))
+        said = ["" if dense is None else f"dense {dense:.2f}", bos_words(report.pruned.get("bos"))]
+        out.append(("perplexity", f"{pruned:.2f}", ", ".join(word for word in said if word)))
     out.append(("zeros in the blocks", f"{report.sparsity:.1%}", ""))
     healed = report.healing.get("after", {}).get("perplexity")
     if healed is not None:
-        out.append(("perplexity, healed", f"{healed:.2f}", ""))
+        out.append(("perplexity, healed", f"{healed:.2f}", "with the adapter" if report.apart else ""))
     if pruned_here(report):
         out.append(("time to prune", duration(run["seconds"]["prune"]), f"on {report.recipe['device']}"))
     out.append(("peak memory", f"{run['peak_memory'] / 1e9:.2f} GB", ""))

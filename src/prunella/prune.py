@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .allocate import Budget
 from .calibrate import check_windows, windows
-from .errors import InputError, ModelError, PrunellaError, kept
+from .errors import InputError, PrunellaError, ReadError, kept
 from .evaluate import fingerprint, joined
 from .layers import LeftOut, Slot, left_out, matches, survey
 from .load import (
@@ -259,12 +259,11 @@ def _prune(
             out.finish(report.plain(), report.card())
         return report
     except BaseException as error:
-        # What cannot be read now may be readable later: then what was measured before the first block counts too.
-        done = out is not None and (out.blocks > 0 or (out.notes and isinstance(error, ModelError)))
+        done = out is not None and (out.blocks > 0 or isinstance(error, ReadError))
         if out and (opened.checkpoint is None or (isinstance(error, PrunellaError) and not done)):
             out.discard()  # a model in memory cannot be resumed
         elif out and done and isinstance(error, PrunellaError):
-            kept(error)
+            kept(error, out.partial)
         raise
     finally:
         if out:

@@ -33,7 +33,8 @@ class Report:
     versions: of what the result depends on
     fingerprint: of the calibration text, see `evaluate.fingerprint`
     healing:  what retraining did, if there was any: what trained and how, losses, tokens, seconds, perplexity before
-              and after, fingerprint of the text
+              and after, fingerprint of the text; `apart`: what of it is in an adapter, and then `weights`: perplexity
+              without that
     """
 
     recipe: dict[str, Any]
@@ -134,31 +135,70 @@ class Report:
         if not self.healing:
             return ""
         rows = "\n".join(f"| {a} | {b} | {c} |" for a, b, c in self.healing_rows() if a != "sample of text")
-        return f"\nThen it was retrained, the mask held:\n\n| | pruned | healed |\n| --- | --- | --- |\n{rows}\n"
+        told = "Then it was retrained, the mask held"
+        if self.apart:
+            told += "; what is in `adapter`, in PEFT's format, `PeftModel.from_pretrained` adds to the model"
+        return f"\n{told}:\n\n| | pruned | healed |\n| --- | --- | --- |\n{rows}\n"
+
+    @property
+    def apart(self) -> list[str]:
+        """What training left in an adapter, beside the weights."""
+        return list(self.healing.get("apart", ()))
 
     def healing_rows(self) -> list[tuple[str, str, str]]:
         """Pruned beside healed, ready for a table: (what, pruned, healed)."""
-        did = self.healing
-        rows = [
-            (_perplexity_label(did["before"]), _perplexity(did["before"]), _perplexity(did["after"])),
-            ("trained", "", ", ".join(name for item in did["recipe"]["train"] for name in item)),
-            ("parameters that trained", "", f"{did['trained']:.3%}"),
-            ("tokens", "", f"{did['tokens']:,}"),
+        did, apart = self.healing, self.apart
+        label, before = _perplexity_label(did["before"]), _perplexity(did["before"])
+        within = [name for item in did["recipe"]["train"] for name in item if name not in apart]
+        rows = [(label, before, self.healed)]
+        if apart:
+            rows += [
+                (f"{label}, the weights alone", before, _perplexity(did["weights"])),
+                ("trained, in the adapter", "", ", ".join(apart)),
+                ("trained, in the weights", "", ", ".join(within) or "nothing"),
+            ]
+        else:
+            rows.append(("trained", "", ", ".join(within)))
+        rows += [("parameters that trained", "", f"{did['trained']:.3%}"), ("tokens", "", f"{did['tokens']:,}")]
+        if "best_step" in did:
+            best = f"step {did['best_step']} of {did['steps']}" if did["best_step"] else "none: no step made it better"
+            rows.append(("checkpoint that was kept", "", best))
+        if taught := did.get("taught"):
+            spent = f"{taught['tokens']:,} tokens, {taught['seconds']:.1f} s"
+            rows.append(("the dense model trained first", "", spent))
+        rows += [
             ("seconds to heal", "", f"{did['seconds']:.1f}"),
             ("peak memory", "", f"{did['peak_memory'] / 1e9:.2f} GB"),
         ]
-        if taught := did.get("taught"):
-            before = f"{taught['tokens']:,} tokens, {taught['seconds']:.1f} s"
-            rows.insert(4, ("the dense model trained first", "", before))
-        if "best_step" in did:
-            best = f"step {did['best_step']} of {did['steps']}" if did["best_step"] else "none: no step made it better"
-            rows.insert(4, ("checkpoint that was kept", "", best))
         if did.get("processes", 1) > 1:
             how = "sharded" if did["sharded"] else "each with the whole model"
             rows.append(("processes", "", f"{did['processes']}, {how}"))
         if did["before"].get("sample") and did["after"].get("sample"):
             rows.append(("sample of text", did["before"]["sample"], did["after"]["sample"]))
         return rows
+
+    @property
+    def healed(self) -> str:
+        """The perplexity of what healing left."""
+        after = self.healing["after"]
+        with_it = " with the adapter" if self.apart and after.get("perplexity") is not None else ""
+        return _perplexity(after) + with_it
+
+    def outcome(self) -> list[tuple[str, str, str]]:
+        """As `rows`, of what the directory holds: where it was healed, that is no longer what pruning left."""
+        did = self.healing
+        if not did:
+            return self.rows()
+        rows = {what: (dense, pruned) for what, dense, pruned in self.rows()}
+        (first, (dense, pruned)), label = next(iter(rows.items())), _perplexity_label(did["after"])
+        measured = did["after"].get("perplexity") is not None
+        rows[first] = dense, f"{pruned} before healing" + ("" if measured else ", not measured since")
+        if measured:  # maybe on other windows
+            rows[label] = rows.get(label, ("", ""))[0], f"{self.healed}, healed ({_perplexity(did['before'])} before)"
+        rows.pop("sample of text", None)
+        if self.dense.get("sample") and did["after"].get("sample"):
+            rows["sample of text"] = self.dense["sample"], did["after"]["sample"]
+        return [(what, dense, value) for what, (dense, value) in rows.items()]
 
     def _active_sparsity(self) -> tuple[float, float]:
         """Of the layers that were pruned: the share of zeros before and after."""
@@ -232,13 +272,13 @@ def _perplexity(side: Mapping[str, Any]) -> str:
 def _perplexity_label(side: Mapping[str, Any]) -> str:
     if side.get("perplexity") is None:
         return "perplexity"
-    bos = f", {bos_words(side['bos'])}" if "bos" in side else ""  # older reports do not say
-    return f"perplexity ({Path(side['source']).name}, {side['windows']} windows of {side['length']}{bos})"
+    said = f"{Path(side['source']).name}, {side['windows']} windows of {side['length']}"
+    return f"perplexity ({', '.join(filter(None, (said, bos_words(side.get('bos')))))})"
 
 
-def bos_words(bos: bool) -> str:
-    """How the windows of a perplexity begin."""
-    return "each with BOS" if bos else "without BOS"
+def bos_words(bos: bool | None) -> str:
+    """How the windows of a perplexity begin; nothing where an older report does not say."""
+    return "" if bos is None else "each with BOS" if bos else "without BOS"
 
 
 def versions() -> dict[str, str]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .calls import Calls, Key, examine, first
+from .calls import Calls, Key, examine, first, map_tree
 from .errors import DefectError, InputError, NumericalError, StepError, disk_error, say
 from .grid import Grid, fit
 from .histogram import histograms
@@ -109,22 +109,41 @@ class Watch(TorchFunctionMode):
 # Hidden states
 
 
-class Hidden:
-    """The hidden states of all windows between two blocks, one tensor (B, L, D) a batch.
+class Shelf:
+    """Where tensors of so many bytes in all wait until they are used on a device: there while they fit; otherwise in
+    main memory, and if they do not fit there in files of a folder, that disappear with the process. A file's space is
+    claimed before it is written: where the disk is too small it is said, as InputError."""
 
-    They stay where they are computed while they fit; otherwise in main memory, and if they do not fit there
-    in files of a folder, that disappear with the process. A file's space is claimed before it is written: where the
-    disk is too small it is said, as InputError.
-    """
-
-    def __init__(self, batches: int, nbytes: int, device: torch.device, folder: Path):
-        self._items: list[Tensor | None] = [None] * batches
-        self.beside: list[dict[Key, Any]] = [{} for _ in range(batches)]  # what travels with each batch, see calls.py
-        self.device = device
+    def __init__(self, nbytes: int, device: torch.device, folder: Path):
         main = torch.device("cpu")
         self.place = main if device.type != "cpu" and nbytes >= free_memory(device) // 4 else device
         self.on_disk = self.place.type == "cpu" and nbytes > free_memory(main) // 2
         self.folder = folder
+
+    def put(self, value: Tensor, old: Tensor | None = None) -> Tensor:
+        """The tensor where it can wait; one that waited before gives its room if it is of the same shape."""
+        if not self.on_disk:
+            return value.to(self.place)
+        if old is None or old.shape != value.shape or old.dtype != value.dtype:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with NamedTemporaryFile(prefix=".hidden-", dir=self.folder) as file:
+                    claim(file.fileno(), value.numel() * value.element_size())
+                    flat = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
+            except OSError as error:
+                raise disk_error(error, self.folder) from None
+            old = flat.view(value.shape)
+        return old.copy_(value)
+
+
+class Hidden:
+    """The hidden states of all windows between two blocks, one tensor (B, L, D) a batch, on a shelf."""
+
+    def __init__(self, batches: int, device: torch.device, shelf: Shelf):
+        self._items: list[Tensor | None] = [None] * batches
+        self.beside: list[dict[Key, Any]] = [{} for _ in range(batches)]  # what travels with each batch, see calls.py
+        self.device = device
+        self.shelf = shelf
 
     def __len__(self) -> int:
         return len(self._items)
@@ -145,20 +164,7 @@ class Hidden:
         return item.to(self.device, non_blocking=True)
 
     def __setitem__(self, index: int, value: Tensor) -> None:
-        if not self.on_disk:
-            self._items[index] = value.to(self.place)
-            return
-        old = self._items[index]
-        if old is None or old.shape != value.shape or old.dtype != value.dtype:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with NamedTemporaryFile(prefix=".hidden-", dir=self.folder) as file:
-                    claim(file.fileno(), value.numel() * value.element_size())
-                    flat = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
-            except OSError as error:
-                raise disk_error(error, self.folder) from None
-            self._items[index] = old = flat.view(value.shape)
-        old.copy_(value)
+        self._items[index] = self.shelf.put(value, self._items[index])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -253,16 +259,17 @@ class Stream:
         with torch.no_grad(), model.outside(head=False, checkpoint=checkpoint):
             if model.interface is None:
                 model.interface = examine(model, windows_NL)
-            self.calls = Calls(model, model.interface)
+            folder = model.scratch or cache_directory() / "hidden"
+            self.calls = Calls(model, model.interface, lambda nbytes: Shelf(nbytes, model.device, folder).put, count)
             if model.interface.stateful and order == "block":
                 batch = 1  # what travels beside a hidden state cannot be cut into windows
             self.batches: tuple[Tensor, ...] = torch.split(windows_NL, batch)
             for index, ids in enumerate(self.batches):
                 state = self.calls.embed(ids)
                 if not streams:
-                    size = state[0].numel() * state.element_size() * count
-                    folder = model.scratch or cache_directory() / "hidden"
-                    streams = [Hidden(len(self.batches), size, model.device, folder) for _ in range(1 + beside)]
+                    size = state.numel() // len(ids) * state.element_size() * count
+                    shelves = [Shelf(size, model.device, folder) for _ in range(1 + beside)]
+                    streams = [Hidden(len(self.batches), model.device, shelf) for shelf in shelves]
                 for hidden in streams:
                     hidden[index] = state
         self.hidden = streams[0]
@@ -280,7 +287,8 @@ class Stream:
         """Run block `index` on one batch of the hidden states, which move on if `keep` says so; what it puts out."""
         out, beside = self.calls.batches[batch][index].run(block, hidden[batch], hidden.beside[batch])
         if keep:
-            hidden[batch], hidden.beside[batch] = out, beside
+            hidden[batch] = out
+            hidden.beside[batch] = {key: map_tree(value, hidden.shelf.put) for key, value in beside.items()}
         return out
 
     def logits(self, batch: int) -> Tensor:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .errors import ModelError
+from .errors import ModelError, ReadError
 from .grid import Grid
 from .load import read_header
 from .pattern import unpack
@@ -117,7 +117,7 @@ class TensorFile:
                 try:
                     data = file.read(min(1 << 24, end - start))
                 except OSError as error:
-                    raise ModelError(f"'{source}' cannot be read: {error.strerror}.") from None
+                    raise ReadError(f"'{source}' cannot be read: {error.strerror}.") from None
                 if not data:
                     raise ModelError(f"'{source}' is truncated.")
                 _write_all(self._file, memoryview(data), at)

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import times
-from test_load import write_gguf
 from torch import Tensor
 
 import prunella
@@ -236,7 +236,7 @@ def test_gguf(changes: list[Edit], llama: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("PRUNELLA_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "tiny.gguf"
     if not path.exists():
-        write_gguf(path, llama)
+        tiny.write_gguf(path, llama)
     with damaged(path, changes):
         read(lambda: tensors_of(load_model(str(path), device="cpu")), "tiny.gguf")
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)

@@ -190,8 +190,9 @@ def test_two_processes_have_the_loss_curve_of_one(
     for key in ("trained_parameters", "parameters", "best_step", "tokens"):
         assert two.healing[key] == one.healing[key]
     before, after = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name in before:
-        torch.testing.assert_close(after[name], before[name], rtol=1e-3, atol=2e-4)
+    for name in before:  # but for single weights without a slope: Adam follows the sign of its rounding errors
+        near = torch.isclose(after[name], before[name], rtol=1e-3, atol=2e-4)
+        assert (~near).sum() <= 0.001 * near.numel() + 1, name
     zeros, kept = zeros_of(tmp_path / "two"), zeros_of(pruned)
     assert all(torch.equal(zeros[name], kept[name]) for name in kept)
 
@@ -290,6 +291,18 @@ def test_what_training_only_makes_worse_stays_as_it_was(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_the_healed_perplexity_is_that_of_the_files(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though float32 trains under autocast, where bfloat16 pays."""
+    monkeypatch.setattr(retrain, "_fast_bfloat16", lambda device: True)
+    recipe = settings(train=["norms"], tokens=256) | {"evaluate": {"windows": 2, "length": 32}}
+    report = prunella.heal(pruned, recipe, output=tmp_path / "out")
+    model = prunella.load_model(str(tmp_path / "out"))
+    test = prunella.calibrate.windows(model, "pydoc", 2, 32, skip=4, split="test")  # type: ignore[attr-defined]
+    assert report.healing["after"]["nll"] == list(prunella.perplexity(model, test).nll)
+
+
 @pytest.mark.parametrize("teacher", ["memory", "stream"])
 def test_a_model_agrees_with_itself_as_its_teacher(teacher: str, pruned: Path, tmp_path: Path) -> None:
     recipe = settings(train=["all"], distill=1.0, teacher=teacher, dense=str(pruned))
@@ -361,6 +374,44 @@ def test_lora_is_kept_apart_as_peft_reads_it(pruned: Path, tmp_path: Path) -> No
     test = prunella.calibrate.windows(model, "pydoc", 2, 128, skip=1)  # type: ignore[attr-defined]
     by_hand = prunella.perplexity(prunella.wrap_model(network), test).perplexity
     assert by_hand == pytest.approx(report.healing["after"]["perplexity"], rel=1e-3)
+    assert report.healing["weights"] == report.healing["before"]
+
+
+def test_the_table_says_what_is_in_the_adapter_and_what_in_the_weights(
+    pruned: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    out = tmp_path / "out"
+    done = run(
+        *("heal", pruned, "-o", out, "--train", "lora", "--train", "norms", "--tokens", 1024, "--length", 32),
+        *("--windows", 2, "--set", "heal.held_out=0", "--set", "evaluate.length=32"),
+    )
+    assert done.code == 0, done.err
+    report = Report.read(out)
+    did, rows = report.healing, {what: (before, after) for what, before, after in report.healing_rows()}
+    assert rows["trained, in the adapter"] == ("", "lora")
+    assert rows["trained, in the weights"] == ("", "norms")
+    label = next(iter(rows))
+    assert rows[label] == (f"{did['before']['perplexity']:.2f}", f"{did['after']['perplexity']:.2f} with the adapter")
+    model = prunella.load_model(str(out))
+    test = prunella.calibrate.windows(model, "pydoc", 2, 32, skip=4, split="test")  # type: ignore[attr-defined]
+    assert did["weights"]["nll"] == list(prunella.perplexity(model, test).nll)
+    assert len({side["perplexity"] for side in (did["before"], did["after"], did["weights"])}) == 3
+    assert rows[f"{label}, the weights alone"][1] == f"{did['weights']['perplexity']:.2f}"
+    assert "prunella pack" not in done.out  # the adapter does not fit on packed weights
+    assert "PeftModel.from_pretrained" in done.out
+    assert "`adapter`" in (out / "README.md").read_text()
+
+
+def test_an_adapter_that_made_it_worse_changes_nothing(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    climb(monkeypatch)
+    recipe = settings(train=["lora", "norms"], rate=0.03) | {"evaluate": {"windows": 2, "length": 32}}
+    did = prunella.heal(pruned, recipe, output=tmp_path / "out").healing
+    assert did["best_step"] == 0
+    assert did["after"]["perplexity"] == did["weights"]["perplexity"] == did["before"]["perplexity"]
+    adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert not any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
 
 
 def test_prune_heals_what_it_pruned(dense: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
@@ -524,6 +575,29 @@ def test_killed_just_before_the_model_has_its_name_it_does_not_train_again(
     assert files[0] == files[1]
 
 
+def test_healing_goes_on_by_other_names_of_its_models_and_texts_and_with_another_evaluation(
+    dense: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("".join(f"Line {n} of {name}, with words in it.\n" for n in range(400)))
+    for name, target in (("d", dense), ("p", pruned), ("t.txt", tmp_path / "a.txt")):
+        (tmp_path / name).symlink_to(target)
+    recipe = settings(train=["norms"], tokens=256, distill=0.5, dense=str(dense), text=str(tmp_path / "a.txt"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prunella.heal(pruned, recipe, output=tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    recipe = settings(train=["norms"], tokens=256, distill=0.5, dense="d", text="t.txt")
+    recipe |= {"evaluate": {"source": "b.txt", "windows": 2, "length": 32}}
+    steps: list[int] = []
+    report = prunella.heal("p", recipe, output="out", resume=True, watch=lambda step, *_: steps.append(step))
+    assert not steps
+    assert report.healing["after"]["source"] == "b.txt"
+    with pytest.raises(InputError, match="exists and is not empty"):
+        prunella.heal("p", recipe, output="out", resume=True)
+
+
 def test_what_was_finished_but_for_its_rounds_is_not_begun_again(dense: Path, tmp_path: Path) -> None:
     recipe = settings(train=["norms"], tokens=256) | {"steps": ["magnitude"]}
     whole = prunella.prune(str(dense), recipe, output=tmp_path / "out")
@@ -641,7 +715,8 @@ def test_nothing_is_dropped_while_it_trains(architecture: str, tmp_path: Path) -
     assert "0.1" in str({key: value for key, value in network.config.to_dict().items() if "drop" in key})
     network.save_pretrained(tmp_path / "dense")
     tiny.write_tokenizer(tmp_path / "dense")
-    recipe = settings(train=["norms"], distill=1.0) | {"steps": ["magnitude"]}
+    # With a rate of nothing: else Adam would make steps of rounding errors.
+    recipe = settings(train=["norms"], distill=1.0, rate=1e-30) | {"steps": ["magnitude"]}
     prunella.prune(str(tmp_path / "dense"), recipe | {"heal": {}}, output=tmp_path / "pruned")
     itself = recipe | {"heal": {**recipe["heal"], "dense": str(tmp_path / "pruned")}}
     report = prunella.heal(tmp_path / "pruned", itself, output=tmp_path / "out")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 import prunella
+from prunella import load_model, perplexity
 from prunella.errors import InputError, ModelError, NumericalError
 from prunella.sparse import kernels
 from prunella.sparse.bench import bench
@@ -125,6 +126,26 @@ def test_a_model_with_a_rounded_head_says_nearly_the_same(architecture: str, tie
     for key in before:
         if key.endswith("weight_values") and "layers" not in key and ".h." not in key:
             assert (before[key].int() - after[key].int()).abs().max() <= 1, key
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_head_that_is_not_the_embedding_survives_whatever_the_config_says(tmp_path: Path, in_memory: bool) -> None:
+    ids = tiny.token_windows()
+    network = tiny.build(tie_word_embeddings=True)
+    network.lm_head.weight = torch.nn.Parameter(torch.randn(network.lm_head.weight.shape))
+    network.save_pretrained(tmp_path / "source")
+    assert load_file(tmp_path / "source" / "model.safetensors").keys() >= {"lm_head.weight"}
+    source = network if in_memory else tmp_path / "source"
+    recipe = {"steps": ["magnitude"], "format": "packed", "round_head": True}
+    prunella.prune(tmp_path / "source", {"steps": ["magnitude"]}, output=tmp_path / "dense", calibration=ids)
+    prunella.prune(source, recipe, output=tmp_path / "packed", calibration=ids)
+    expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"))
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert isinstance(found.get_output_embeddings(), RoundedLinear)
+    assert (logits(found) - expected).norm() < 0.03 * expected.norm()
+    assert perplexity(load_model(str(tmp_path / "packed"), packed=True), ids).perplexity == pytest.approx(
+        perplexity(load_model(str(tmp_path / "dense")), ids).perplexity, rel=0.03
+    )
 
 
 @pytest.fixture(scope="module")

@@ -187,7 +187,7 @@ def prune(
         print(f"note: {note}")
     if len(notes) > 10:
         print(f"… and {len(notes) - 10} more notes: {command('inspect', output)}")
-    _print_saved(output, packed=wanted.packing is not None)
+    _print_saved(output, report)
 
 
 @app.command(rich_help_panel=MAKING)
@@ -308,15 +308,14 @@ def heal(
         print(json.dumps(report.plain()))
         return
     _print_healing(report)
-    _print_saved(output)
-    adapter = output / "adapter"
-    if adapter.is_dir():
-        print(f"the adapter lies in {adapter}: PeftModel.from_pretrained(model, …) puts it on the pruned model")
+    _print_saved(output, report)
 
 
-def _print_saved(output: Path, packed: bool = False) -> None:
+def _print_saved(output: Path, report: Report) -> None:
     print(f"saved to {output}")
-    if not packed:
+    if report.apart:  # which does not fit on packed weights
+        print(f"the adapter lies in {output / 'adapter'}: PeftModel.from_pretrained(model, …) puts it on that model")
+    elif report.recipe.get("format") != "packed":
         print(f"its zeros still take room and time: {command('pack', output)} -o DIR leaves them out")
 
 

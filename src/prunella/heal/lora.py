@@ -41,6 +41,15 @@ def lora(
     return Lora(part, rank, alpha)
 
 
+def undo(apart: Sequence[Chosen]) -> None:
+    """Let these change nothing, as before the first step."""
+    for item in apart:
+        change = item.change
+        assert isinstance(change, LowRank)
+        (change.right if change.transposed else change.left).data.zero_()
+        change.forget()
+
+
 def save_adapter(folder: Path, apart: Sequence[Chosen], base: str) -> None:
     """LoRA in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`."""
     tensors: dict[str, Tensor] = {}

@@ -185,7 +185,7 @@ def retrain(
     for change in changes:
         change.keep = not checkpointing
     cache = network.config.use_cache
-    with quiet_transformers(), no_dropout(network), warnings.catch_warnings():
+    with quiet_transformers(), no_dropout(network), own_forward(network), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)  # the Trainer sets it
         trainer = _Healer(chosen, plan, teacher, network, arguments, windows_NL, held_out_NL, callbacks)
         try:
@@ -211,6 +211,20 @@ def retrain(
     if held_out.get(0, math.inf) <= held_out.get(best, -math.inf):
         best = 0
     return Outcome(losses, held_out, best, steps)
+
+
+@contextlib.contextmanager
+def own_forward(network: nn.Module) -> Iterator[None]:
+    """What the Trainer puts around the forward pass, such as autocast, goes with it: what is measured afterwards is the
+    network and nothing else."""
+    keys = ("forward", "_original_forward")  # accelerate's names
+    before = {key: vars(network)[key] for key in keys if key in vars(network)}
+    try:
+        yield
+    finally:
+        for key in keys:
+            vars(network).pop(key, None)
+        vars(network).update(before)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..calibrate import check_windows, context, text_tokens, up_to, windows
-from ..errors import InputError, ModelError, NumericalError, PrunellaError, command, disk_error, disk_full, kept
+from ..errors import (
+    InputError,
+    ModelError,
+    NumericalError,
+    PrunellaError,
+    ReadError,
+    command,
+    disk_error,
+    disk_full,
+    kept,
+)
 from ..evaluate import fingerprint, joined
 from ..layers import Slot, find_layers, survey
 from ..load import Model, fork_random, load_model, named, pick_device, wrap_model
@@ -29,7 +39,7 @@ from ..stream import BlockResult, LayerResult, Track, Watcher, no_track
 from ..texts import same_text
 from ..workshop import BEFORE, Workshop, check_output, finished, partial_of, workshop
 from .biases import LIST, add_biases
-from .lora import save_adapter
+from .lora import save_adapter, undo
 from .masks import full, masks_of, slots_of, verify
 from .parts import Chosen, attach, choose, detach, parts_of, trained
 from .processes import asked, check_way, gather, scatter, shard, world
@@ -203,10 +213,11 @@ class _Run:
                 raise disk_error(error, self.path) from None
             raise
         except PrunellaError as error:
-            if self.shop and not self.shop.resumed and not self._done():
+            done = self._done() or isinstance(error, ReadError)
+            if self.shop and not self.shop.resumed and not done:
                 self.shop.remove()
-            elif self._done():
-                kept(error)
+            elif self.out and done:
+                kept(error, partial_of(self.path))
             raise
         finally:
             if self.out:
@@ -244,12 +255,14 @@ class _Run:
         slots = [slot for slot in slots_of(model) if slot.name in masks]
         if self.settings.way == "reconstruct":
             ids_NL, held_NL = self._calibration(model), None
+            check_windows(model, ids_NL)
             seen = fingerprint(ids_NL)
         else:
             ids_NL, held_NL = self._text(model)
-            seen = fingerprint(ids_NL if held_NL is None else torch.cat([ids_NL, held_NL]))
+            all_NL = ids_NL if held_NL is None else torch.cat([ids_NL, held_NL])
+            check_windows(model, all_NL)
+            seen = fingerprint(all_NL)
             ids_NL = _portion(ids_NL, self.portion)
-        check_windows(model, ids_NL)
         if self.said is not None:  # it may have been healed before
             seen = joined(seen, self.said.healing.get("fingerprint", ""))
         recipe = self.recipe.model_copy(update={"model": str(self.directory), "dtype": str(model.dtype)[6:]})
@@ -282,8 +295,13 @@ class _Run:
             team.wait_for_everyone()
             return Report({}, {}, {}, {}, (), {})
         out.complete()
+        weights = None
         if after is None:
             after = measure_once(out, "after", model, recipe, test_NL, out.checkpoint, self.track)
+        elif did["best_step"] and set(names) - set(did["apart"]):
+            weights = measure_once(out, "weights", model, recipe, test_NL, out.checkpoint, self.track)
+        else:
+            weights = before
         healing = {
             "recipe": recipe.plain()["heal"],
             "source": str(self.directory),
@@ -293,6 +311,7 @@ class _Run:
             "sharded": self.sharded,
             "before": before,
             "after": after,
+            "weights": weights,
             "fingerprint": seen,
             "seconds": seconds,
             "cpu_seconds": time.process_time() - cpu,
@@ -543,12 +562,16 @@ class _Run:
                 scatter(values, trained(chosen))
                 del values  # as much as all that trains
             apart = [item for item in chosen if item.change.apart]
+            merged = [item for item in chosen if not item.change.apart]
+            changed = detach(merged, merge=did.best_step > 0)  # else what was there before is best
+            if not did.best_step:
+                undo(apart)
             after = None
             if apart and out is not None:
                 with torch.no_grad():
                     after = measure(wrap_model(model.network, model.tokenizer), recipe, test_NL, None, self.track)
                 save_adapter(out.folder / "adapter", apart, str(self.path))
-            changed = detach(chosen, merge=did.best_step > 0)  # else what was there before is best
+            detach(apart)
             verify(model, masks)
             if out is not None:
                 _write(model, changed, {} if self.whole else masks, out)
@@ -561,6 +584,7 @@ class _Run:
             "losses": list(did.losses),
             "held_out": {str(step): loss for step, loss in did.held_out.items()},
             "best_step": did.best_step,
+            "apart": sorted({item.group.name for item in apart}),
         }, after
 
 

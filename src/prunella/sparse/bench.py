@@ -180,10 +180,13 @@ def random_network(shape: str) -> Any:
 
 
 def _shallow(network: Any) -> Any:
-    """A copy with modules of its own that share all tensors."""
+    """A copy on the CPU, with modules of its own that share all tensors that are there."""
     memo: dict[int, Any] = {}
     for tensor in (*network.parameters(), *network.buffers()):
-        memo[id(tensor)] = tensor
+        here = tensor.detach().cpu() if tensor.device.type != "cpu" else tensor
+        memo[id(tensor)] = (
+            nn.Parameter(here, False) if isinstance(tensor, nn.Parameter) and here is not tensor else here
+        )
     return copy.deepcopy(network, memo)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -101,13 +102,11 @@ class PrunellaQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
-        """What `save_pretrained` writes: with the mark, as `PackedFiles` does."""
-        name = self.replaced[0]
-        if isinstance(model.get_submodule(name), SparseExpert):
-            parameter = name.rpartition(".")[0]
-        else:
-            parameter = f"{name}.weight"
-        return {**model.state_dict(), parameter: torch.empty(MARK, dtype=model.dtype)}, {}
+        """What `save_pretrained` writes: with the mark, as `PackedFiles` does. A mixture's parameter cannot have it:
+        transformers would take it apart into experts."""
+        names = (name for name in self.replaced if not isinstance(model.get_submodule(name), SparseExpert))
+        mark = {f"{name}.weight": torch.empty(MARK, dtype=model.dtype) for name in itertools.islice(names, 1)}
+        return {**model.state_dict(), **mark}, {}
 
     @property
     def is_trainable(self) -> bool:
@@ -126,10 +125,6 @@ class PrunellaQuantizer(HfQuantizer):
         for file in checkpoint_files:
             tensors, _ = read_header(Path(file))
             stored.update({name: entry[:2] for name, entry in tensors.items()})
-        if any(shape == MARK for _, shape in stored.values()):  # under whichever of these names, or an older one
-            keys = (parameter_name(*entry) for entry in self.quantization_config.modules.items())
-            keys = (re.escape(key.removeprefix(model.base_model_prefix + ".")) for key in keys)
-            model._keys_to_ignore_on_load_unexpected |= {rf"(^|\.){key}$" for key in keys}
         self.replaced: list[str] = []
         self.renamings: list[Any] | None = None
         self.renamed = False
@@ -147,6 +142,12 @@ class PrunellaQuantizer(HfQuantizer):
             transposed = not isinstance(module, nn.Linear)
             model.set_submodule(module_name, SparseLinear.empty(columns, rows, *sizes, module.bias, transposed))
             self.replaced.append(module_name)
+        if any(shape == MARK for _, shape in stored.values()):  # under whichever of these names, or an older one
+            names = {parameter_name(*entry) for entry in self.quantization_config.modules.items()}
+            if self.renamed:
+                names |= {part for name in self.replaced for part in (f"{name}.weight", name.rpartition(".")[0])}
+            keys = (re.escape(name.removeprefix(model.base_model_prefix + ".")) for name in names)
+            model._keys_to_ignore_on_load_unexpected |= {rf"(^|\.){key}$" for key in keys}
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = DenseLinear  # the same parameters, whatever is tied to them
