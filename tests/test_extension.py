@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import prunella
 from prunella import InputError, make, read_masks
+from prunella.allocate import allocations
+from prunella.heal import groups
 from prunella.registry import steps
 
 MINE = '''
@@ -169,3 +171,53 @@ def test_steps_that_choose_no_mask_are_an_error_of_theirs(own: Own, ids: Tensor)
     name = own("return layer")
     with pytest.raises(prunella.PrunellaError, match=r"chose no mask for layer 'model\.layers\.0\.self_attn\.q_proj'"):
         prunella.prune(tiny.build(), {"steps": [name]}, calibration=ids)
+
+
+THREE = '''
+from prunella import Layer, register
+from prunella.allocate import register_allocation
+from prunella.heal import Part, trains
+
+
+@register("mine")
+def step(layer: Layer) -> Layer:
+    """Mine."""
+    FAIL
+
+
+@register_allocation("mine")
+def allocation(budget):
+    """Mine."""
+    FAIL
+
+
+@trains("mine")
+def healing(part: Part, *, rate: float = 1e-3):
+    """Mine."""
+    FAIL
+'''
+
+
+@pytest.mark.parametrize(
+    ("flag", "where"),
+    [
+        ("--step", "step 'FILE:mine' at layer 'model.layers.0.self_attn.q_proj'"),
+        ("--allocate", "allocation 'FILE:mine'"),
+        ("--heal", "healing method 'FILE:mine' at 'model."),
+    ],
+)
+def test_a_method_of_ones_own_that_fails_is_named(
+    tmp_path: Path, llama: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, flag: str, where: str
+) -> None:
+    for registry in (steps, allocations, groups):
+        monkeypatch.setitem(registry, "mine", next(iter(registry.values())))  # what is registered goes again
+    for body, message in {"1 / 0": "ZeroDivisionError: division by zero", "return 3": "returned int"}.items():
+        path = tmp_path / f"{len(body)}.py"
+        path.write_text(THREE.replace("FAIL", body))
+        step = () if flag == "--step" else ("--step", "magnitude")
+        words = (flag, f"{path}:mine", *step, "--evaluate", "none", *SHORT[:-2])
+        said = run("prune", llama, "-o", tmp_path / f"out{len(body)}", *words)
+        assert said.code == 2
+        (line,) = said.err.splitlines()
+        assert where.replace("FILE", str(path)) in line
+        assert message in line

@@ -127,6 +127,35 @@ def test_importing_does_no_work(python: Callable[..., Any]) -> None:
     assert result.stdout == result.stderr == ""
 
 
+def test_names_are_imported_when_they_are_asked_for_and_are_what_they_were(python: Callable[..., Any]) -> None:
+    script = """
+        import sys
+        import prunella
+        assert "torch" not in sys.modules
+        assert {*prunella.__all__} <= {*dir(prunella)}
+        import prunella.prune, prunella.heal.run, prunella.cells  # modules that are called as functions are
+        assert type(prunella.prune) is type(prunella.heal) is type(lambda: 0)
+        assert prunella.prune is sys.modules["prunella.prune"].prune
+        from prunella import heal, load_model, make, stream
+        assert heal is sys.modules["prunella.heal.run"].heal
+        assert stream is prunella.stream
+        assert make("wanda").name == "wanda" and make("reconstruct").name == "reconstruct"
+        for name in ("nothing", "_nothing"):
+            assert not hasattr(prunella, name)
+        try:
+            from prunella import nothing
+        except ImportError:
+            print("right")
+    """
+    done = python(textwrap.dedent(script))
+    assert (done.stdout, done.stderr) == ("right\n", "")
+
+
+def test_a_step_is_found_whoever_is_asked_first(python: Callable[..., Any]) -> None:
+    done = python("import prunella; print(prunella.make('wanda').name)")
+    assert (done.stdout, done.stderr) == ("wanda\n", "")
+
+
 def test_the_module_runs_as_a_command(python: Callable[..., Any]) -> None:
     result = python("import sys; sys.argv = ['prunella', '--version']; from prunella.cli import main; main()")
     assert result.returncode == 0

@@ -38,7 +38,7 @@ class DefectError(Exception):
 
 
 class StepError(PrunellaError):
-    """A step that does not come with Prunella raised an error, or did not do what a step must."""
+    """A step, an allocation or a healing method of the user's own raised an error, or did not do what it must."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

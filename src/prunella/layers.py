@@ -112,6 +112,7 @@ CONVOLUTION = "convolution"
 EMBEDDING = "embedding"
 BIAS = "bias"
 ONE_OUTPUT = "a single input or output"
+SHARED = "shared by several blocks"
 NO_PRODUCT = "no factor of a product"
 OWN_DTYPE = "computed in a dtype of its own"
 UNSEEN = "unknown: it was not seen how the model multiplies by it"
@@ -193,7 +194,10 @@ def _lens(block: nn.Module, path: str, key: str, mixtures: Mapping[str, set[int]
     parameter = getattr(module, key)
     if why := _apart(module, key):
         return why
-    lens = _declared(module, key) or _learned.get(module, {}).get(key)
+    learned = _learned.get(module, {}).get(key)
+    if learned == SHARED:
+        return SHARED
+    lens = _declared(module, key) or learned
     if lens is None:
         lens = _assumed(module, key, UNSEEN)
     outputs = parameter.shape[0] if isinstance(lens, str) else lens.columns if lens.transposed else lens.rows
@@ -408,6 +412,7 @@ def learn(network: Any, blocks: Sequence[str]) -> None:
     """Find out how those parameters of the blocks are read that nothing else tells about: from a forward pass of the
     whole network on the meta device, which computes nothing. Where that cannot be, what it did not reach stays
     unknown, and `_assumed` says what becomes of it. Of blocks with the same modules and shapes the first one runs."""
+    _learn_shared(network, blocks)
     modules = [network.get_submodule(name) for name in blocks]
     unknown = [_unknown(block) for block in modules]
     if not any(unknown):
@@ -488,6 +493,22 @@ def _first_of_a_kind(blocks: Sequence[nn.Module], kinds: Sequence[Any]) -> Itera
                 del block.forward
             else:
                 block.forward = old  # type: ignore[method-assign]
+
+
+def _learn_shared(network: Any, blocks: Sequence[str]) -> None:
+    """Note the parameters that several blocks have in common. Pruning one for one block would change the others."""
+    tied: Mapping[str, str] = getattr(network, "all_tied_weights_keys", {})
+    owners: dict[Any, list[tuple[str, nn.Module, str]]] = {}
+    for block in blocks:
+        for path, child in network.get_submodule(block).named_modules():
+            for key, parameter in child.named_parameters(recurse=False):
+                full = ".".join(part for part in (block, path, key) if part)
+                source = tied.get(full, full)  # on the meta device each name has a parameter of its own
+                owners.setdefault(source if source in tied.values() else id(parameter), []).append((block, child, key))
+    for several in owners.values():
+        if len({block for block, _, _ in several}) > 1:
+            for _, module, key in several:
+                _learned.setdefault(module, {})[key] = SHARED
 
 
 class _Look(TorchFunctionMode):

@@ -674,7 +674,11 @@ class Model:
         free = [re.compile(p) for p in self.network._keys_to_ignore_on_load_missing or ()]
         for name in state:
             if name not in found and not any(pattern.search(name) for pattern in (*split, *free)):
-                raise ModelError(f"tensor '{name}' is missing from the checkpoint in '{self.checkpoint.directory}'.")
+                known = f"{name}_orig" in self.checkpoint.where
+                hint = " It was saved under torch.nn.utils.prune: call prune.remove first." if known else ""
+                raise ModelError(
+                    f"tensor '{name}' is missing from the checkpoint in '{self.checkpoint.directory}'.{hint}"
+                )
 
     def _check_groups(self) -> None:
         """Where a parameter is made of several tensors, each block has the same ones, and those of all experts."""
@@ -717,7 +721,15 @@ class Model:
         checkpoint = checkpoint or self.checkpoint
         if checkpoint is None:
             return
-        keys = [key for key, (name, _) in self.plan().items() if wanted(name) and key in checkpoint.where]
+        stored = {name for name, _ in self.plan().values()}
+        also = {  # what is stored under the name of a parameter that it is tied to, in another block maybe
+            other
+            for pair in self.network.all_tied_weights_keys.items()
+            for one, other in (pair, pair[::-1])
+            if wanted(one) and one not in stored
+        }
+        found = ((key, name) for key, (name, _) in self.plan().items() if wanted(name) or name in also)
+        keys = [key for key, _ in found if key in checkpoint.where]
         renamings, converters = self._conversions()
         used = getattr(self.network, "_weight_conversions", None)
         config = LoadStateDictConfig(
@@ -734,9 +746,9 @@ class Model:
         if used and len(used) > len(self.network._weight_conversions):
             self.network._weight_conversions = used  # of a block, which `stored` reverts: not of what lies outside it
         if info.mismatched_keys:
-            name, found, expected = sorted(info.mismatched_keys)[0][:3]
+            name, shape, expected = sorted(info.mismatched_keys)[0][:3]
             raise ModelError(
-                f"tensor '{name}' in '{checkpoint.directory}' has shape {tuple(found)}, but config.json says"
+                f"tensor '{name}' in '{checkpoint.directory}' has shape {tuple(shape)}, but config.json says"
                 f" {tuple(expected)}."
             )
         if info.conversion_errors:
@@ -929,6 +941,7 @@ def load_model(
     return model
 
 
+_OWN_MASKS = ("git",)  # hide what comes later, though their attention says that it is not causal
 _BOTH_WAYS = ("cpmant", "xlnet")  # see tokens that come later, and nothing in their config says so
 
 
@@ -944,7 +957,7 @@ def check_causal(model: Model) -> None:
     if len(flags) > 1:
         raise _no_decoder(model.name, f"this {config.model_type} is a decoder that attends to an encoder")
     switch = getattr(config, "is_decoder", getattr(config, "causal", None))  # of families that are both
-    if flags and switch is not None:
+    if flags and config.model_type not in _OWN_MASKS:
         causal = flags == {True}
     elif config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         causal = bool(switch)

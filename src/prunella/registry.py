@@ -113,20 +113,25 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Step:
     """A step ready to apply. Raises InputError for an unknown name, an unknown option or a wrong value."""
     method = find(name)
     chosen = checked("step", method, options or {})
-    own = method.function.__module__.partition(".")[0] == __package__.partition(".")[0]
 
     def bound(thing: Any) -> Any:
-        return method.function(thing, **chosen) if own else _guarded(name, method, thing, chosen)
+        where = f"step '{name}' at {'layer' if method.per_layer else 'block'} '{thing.name}'"
+        return call(method, where, type(thing), thing, chosen)
 
     defaults = {k: p.default for k, p in method.options.items()}
     apply = each_layer(bound) if method.per_layer else bound
     return Step(name, method.needs, apply, method.per_layer, method.prunes, defaults | chosen)
 
 
-def _guarded(name: str, method: Method, thing: Layer | Block, options: Mapping[str, Any]) -> Any:
-    """What a step that does not come with Prunella makes of a layer or a block. Raises StepError, naming both, if it
-    fails or gives back something else; a PrunellaError, which it raises on purpose, passes, as does a full memory."""
-    where = f"step '{name}' at {'layer' if method.per_layer else 'block'} '{thing.name}'"
+def call(method: Method, where: str, due: type | tuple[type, ...], thing: Any, options: Mapping[str, Any]) -> Any:
+    """What a method makes of a thing.
+
+    If it does not come with Prunella, and fails or gives back something else than what is due, raises StepError, which
+    says where; a PrunellaError, which it raises on purpose, passes, as does a full memory.
+    """
+    if method.function.__module__.partition(".")[0] == __package__.partition(".")[0]:
+        return method.function(thing, **options)
+    kind = where.partition(" '")[0]
     try:
         result = method.function(thing, **options)
     except (PrunellaError, MemoryError, torch.OutOfMemoryError):
@@ -135,11 +140,11 @@ def _guarded(name: str, method: Method, thing: Layer | Block, options: Mapping[s
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == _file(method)]
         line = f", line {frames[-1].lineno} of {_file(method)}" if frames else ""
         raise StepError(
-            f"{where}: {type(error).__name__}: {first_line(error)}; the defect is in the step{line}."
+            f"{where}: {type(error).__name__}: {first_line(error)}; the defect is in the {kind}{line}."
         ) from error
-    if not isinstance(result, type(thing)):
-        due = type(thing).__name__
-        raise StepError(f"{where} returned {type(result).__name__}, not {due}; the defect is in the step.")
+    if not isinstance(result, due):
+        wanted = " or ".join(one.__name__ for one in (due if isinstance(due, tuple) else (due,)))
+        raise StepError(f"{where} returned {type(result).__name__}, not {wanted}; the defect is in the {kind}.")
     return result
 
 

@@ -188,7 +188,12 @@ class Killed(BaseException):
     [(Output, "_log", 2), (Output, "write", 2), (Output, "finish", 0), (Path, "replace", 3)],
 )
 @pytest.mark.parametrize(
-    "changes", [{}, {"bits": 4, "order": "block"}, {"dtype": "bfloat16", "sparsity": {"*": 0.5, "o_proj": 0.01}}]
+    "changes",
+    [
+        {"bits": 4, "order": "block"},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"dtype": "bfloat16", "sparsity": {"*": 0.5, "o_proj": 0.01}}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_resumes_to_the_same_bytes(
     llama: Path,

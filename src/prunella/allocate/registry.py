@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..registry import Method, checked, lookup
+from ..registry import Method, call, checked, lookup
 from .budget import Budget
 
 Allocation = Callable[[Budget], dict[str, float]]
@@ -35,7 +35,7 @@ def make_allocation(name: str, options: Mapping[str, Any] | None = None) -> Allo
     chosen = checked("allocation", method, options or {})
 
     def allocate(budget: Budget) -> dict[str, float]:
-        shares: dict[str, float] = method.function(budget, **chosen)
+        shares: dict[str, float] = call(method, f"allocation '{name}'", Mapping, budget, chosen)
         return shares
 
     return allocate

@@ -19,7 +19,7 @@ from ..errors import InputError, NumericalError
 from ..layers import find_layers
 from ..load import Model
 from ..pattern import pack, unpack
-from ..registry import Method, checked, lookup
+from ..registry import Method, call, checked, lookup
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,13 @@ def make_group(name: str, options: Mapping[str, Any] | None = None) -> Group:
     rate = chosen.get("rate", method.options["rate"].default)
     if not 0 < rate < 1:
         raise InputError(f"{method.name}.rate={rate:g}: a learning rate lies between 0 and 1, such as 1e-4.")
-    return Group(method.name, lambda part: method.function(part, **chosen), rate)
+
+    def change(part: Part) -> Change | None:
+        where = f"healing method '{name}' at '{part.name}'"
+        made: Change | None = call(method, where, (Change, type(None)), part, chosen)
+        return made
+
+    return Group(method.name, change, rate)
 
 
 # ---------------------------------------------------------------------------------------------------------

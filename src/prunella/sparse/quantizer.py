@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -101,13 +102,11 @@ class PrunellaQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
-        """What `save_pretrained` writes: with the mark, as `PackedFiles` does."""
-        name = self.replaced[0]
-        if isinstance(model.get_submodule(name), SparseExpert):
-            parameter = name.rpartition(".")[0]
-        else:
-            parameter = f"{name}.weight"
-        return {**model.state_dict(), parameter: torch.empty(MARK, dtype=model.dtype)}, {}
+        """What `save_pretrained` writes: with the mark, as `PackedFiles` does. A mixture's parameter cannot have it:
+        transformers would take it apart into experts."""
+        names = (name for name in self.replaced if not isinstance(model.get_submodule(name), SparseExpert))
+        mark = {f"{name}.weight": torch.empty(MARK, dtype=model.dtype) for name in itertools.islice(names, 1)}
+        return {**model.state_dict(), **mark}, {}
 
     @property
     def is_trainable(self) -> bool:
