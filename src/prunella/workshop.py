@@ -151,7 +151,10 @@ def hold(file: IO[Any]) -> bool:
 
 
 def place(path: Path) -> Path:
-    """Where an output really goes: a link stays, and what it names is made."""
+    """Where an output really goes: a link stays, and what it names is made. Raises InputError for what names no directory
+    of its own."""
+    if path.name in ("", ".."):
+        raise InputError(f"'{path}' cannot be the output: give -o the name of a directory of its own.")
     return path.resolve() if path.is_symlink() else path
 
 
@@ -170,8 +173,6 @@ def unfinished(partial: Path) -> InputError:
 
 def check_output(path: Path) -> None:
     """Raises InputError if `path` cannot become a new directory."""
-    if path.name in ("", ".."):
-        raise InputError(f"'{path}' cannot be the output: give -o the name of a directory of its own.")
     real = place(path)
     if real.is_dir():
         if any(real.iterdir()):
