@@ -151,8 +151,8 @@ def hold(file: IO[Any]) -> bool:
 
 
 def place(path: Path) -> Path:
-    """Where an output really goes: a link stays, and what it names is made. Raises InputError for what names no directory
-    of its own."""
+    """Where an output really goes: a link stays, and what it names is made. Raises InputError for what names no
+    directory of its own."""
     if path.name in ("", ".."):
         raise InputError(f"'{path}' cannot be the output: give -o the name of a directory of its own.")
     return path.resolve() if path.is_symlink() else path
