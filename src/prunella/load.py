@@ -674,7 +674,11 @@ class Model:
         free = [re.compile(p) for p in self.network._keys_to_ignore_on_load_missing or ()]
         for name in state:
             if name not in found and not any(pattern.search(name) for pattern in (*split, *free)):
-                raise ModelError(f"tensor '{name}' is missing from the checkpoint in '{self.checkpoint.directory}'.")
+                known = f"{name}_orig" in self.checkpoint.where
+                hint = " It was saved under torch.nn.utils.prune: call prune.remove first." if known else ""
+                raise ModelError(
+                    f"tensor '{name}' is missing from the checkpoint in '{self.checkpoint.directory}'.{hint}"
+                )
 
     def _check_groups(self) -> None:
         """Where a parameter is made of several tensors, each block has the same ones, and those of all experts."""
@@ -937,6 +941,7 @@ def load_model(
     return model
 
 
+_OWN_MASKS = ("git",)  # hide what comes later, though their attention says that it is not causal
 _BOTH_WAYS = ("cpmant", "xlnet")  # see tokens that come later, and nothing in their config says so
 
 
@@ -952,7 +957,7 @@ def check_causal(model: Model) -> None:
     if len(flags) > 1:
         raise _no_decoder(model.name, f"this {config.model_type} is a decoder that attends to an encoder")
     switch = getattr(config, "is_decoder", getattr(config, "causal", None))  # of families that are both
-    if flags and switch is not None:
+    if flags and config.model_type not in _OWN_MASKS:
         causal = flags == {True}
     elif config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         causal = bool(switch)

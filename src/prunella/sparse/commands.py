@@ -217,13 +217,15 @@ def unpack_model(model: str, out: str | Path) -> int:
                 tensors: dict[str, Tensor] = {key: slices[key][...] for key in plain}
             for name in dict.fromkeys(name for name in parts.values() if name is not None and name not in done):
                 done.add(name)
-                for layer, one in ({} if settings.modules[name].get("dense") else checkpoint.packed(name)).items():
+                about = settings.modules[name]
+                for module, one in ({} if about.get("dense") else checkpoint.packed(name)).items():
+                    layer = about.get("layer", name) + module.removeprefix(name)  # as the network calls it
                     masks[layer] = pattern.pack(mask_of(one.mask, one.columns))
                     shapes[layer] = one.rows, one.columns
                     if one.bits is not None and one.scales is not None:
                         grids[layer] = Grid(one.bits, one.group, one.scales)
                 weight = checkpoint.weight(name, dtype)
-                if "experts" in settings.modules[name]:  # under the names that the architecture's files have
+                if "experts" in about:  # under the names that the architecture's files have
                     tensors |= revert_weight_conversion(network, {name: weight})
                 else:
                     tensors[f"{name}.weight"] = weight

@@ -112,6 +112,8 @@ class PackedFiles:
                 about["experts"] = len(slots)
             if slots[0].transposed:
                 about["transposed"] = True
+            if [slot.name for slot in slots] != module_names(name, about):
+                about["layer"] = parameter.removesuffix(".weight") if slots[0].expert is None else parameter
             for module, content in zip(module_names(name, about), packed, strict=True):
                 tensors |= {f"{module}.{part}": tensor for part, tensor in content.parts().items()}
             tensors |= self._mark(name, about, found)
