@@ -848,7 +848,8 @@ def find_blocks(network: nn.Module) -> list[str]:
     Raises ModelError if there is none.
     """
     lists = {name: module for name, module in network.named_modules() if isinstance(module, nn.ModuleList)}
-    decoder = network.get_decoder() if hasattr(network, "get_decoder") else network
+    find: Any = getattr(network, "get_decoder", lambda: network)
+    decoder = find()
     inside = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
     lists = {name: module for name, module in lists.items() if id(module) in inside} or lists
     outer = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
