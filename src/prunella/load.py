@@ -842,13 +842,18 @@ class Model:
 
 
 def find_blocks(network: nn.Module) -> list[str]:
-    """Names of the decoder's blocks: of all lists of modules that lie in no other, the one with most weights.
+    """Names of the decoder's blocks: of all lists of modules that lie in no other, the one with most weights, packed
+    ones too. Those of a vision tower do not count where the network says which part of it is the text's decoder.
 
     Raises ModelError if there is none.
     """
     lists = {name: module for name, module in network.named_modules() if isinstance(module, nn.ModuleList)}
+    find: Any = getattr(network, "get_decoder", lambda: network)
+    decoder = find()
+    inside = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+    lists = {name: module for name, module in lists.items() if id(module) in inside} or lists
     outer = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
-    size = {name: sum(p.numel() for p in lists[name].parameters()) for name in outer}
+    size = {name: sum(t.numel() for t in (*lists[name].parameters(), *lists[name].buffers())) for name in outer}
     best = max(size, key=lambda name: size[name], default=None)
     if best is None or not size[best]:
         raise ModelError(
