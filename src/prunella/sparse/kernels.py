@@ -258,6 +258,8 @@ _operators.impl("rounded_linear", _rounded_linear_cpu, "CPU")
 _operators.impl("rounded_linear", _rounded_linear_gpu, "CUDA")
 _operators.impl("dense_linear", functional.linear, "CompositeExplicitAutograd")
 _operators.impl("dense_linear", _dense_linear_cpu, "CPU")
+for _name in ("sparse_linear", "rounded_linear", "dense_linear"):  # autograd sees what they are made of
+    _operators.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
 @torch.library.register_fake("prunella::sparse_linear", lib=_operators)  # type: ignore[untyped-decorator]
