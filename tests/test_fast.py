@@ -1,11 +1,13 @@
 import pytest
 import tiny
 import torch
+import zoo
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prunella import fast
 from prunella.fast import add_gram, attention, use_fast_attention
+from prunella.native import library
 
 SHAPES = [(2048, 576), (77, 50), (1, 3), (513, 129), (3000, 33), (16, 16), (2, 300)]
 
@@ -177,3 +179,14 @@ def test_a_model_gives_the_same_logits_with_fast_attention(ids):
         last = network(ids[:, -1:], past_key_values=cache, use_cache=True).logits.float()
     assert (before[:, -1:] - last).abs().max() <= 0.05 * before.abs().max()
     assert (before - after).abs().max() <= 0.05 * before.abs().max()
+
+
+@pytest.mark.parametrize(("kind", "ours"), [("llama", True), ("deepseek_v32", False), ("gemma4_text", False)])
+def test_a_model_whose_code_asks_for_torchs_attention_by_name_keeps_it(kind: str, ours: bool) -> None:
+    """DeepSeek's sparse attention hides the keys that its indexer leaves out only from attention of that name."""
+    network, ids_NL = zoo.build(kind), tiny.token_windows(4, 24)
+    with torch.no_grad():
+        before = network(ids_NL).logits
+        use_fast_attention(network)
+        assert torch.equal(network(ids_NL).logits, before)
+    assert (network.config._attn_implementation == "prunella") == (ours and library() is not None)

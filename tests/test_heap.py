@@ -11,10 +11,11 @@ import resource, sys, torch
 from prunella.heap import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
-for n in range(30):
-    if n == 15:  # the first ones leave gaps, until as much is kept as may be
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(12 << 20)  # 48 MB: more than glibc ever keeps by itself
+for _ in range(12):  # 48 MB each, more than glibc ever keeps by itself: 256 MB are full of them
+    torch.ones(12 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(12 << 20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 

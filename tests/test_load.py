@@ -419,6 +419,7 @@ _BERT = {
     "intermediate_size": 64,
     "vocab_size": 320,
 }
+_GEMMA = {**_BERT, "num_key_value_heads": 2, "head_dim": 8, "use_bidirectional_attention": True}
 _BART = {"d_model": 32, "vocab_size": 320} | {
     f"{side}_{key}": value
     for side in ("encoder", "decoder")
@@ -434,6 +435,7 @@ _BART = {"d_model": 32, "vocab_size": 320} | {
         ("electra", _BERT | {"embedding_size": 32}, "an encoder, whose"),
         ("rembert", _BERT | {"input_embedding_size": 32, "output_embedding_size": 32}, "an encoder, whose"),
         ("xlnet", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "vocab_size": 320}, "an encoder, whose"),
+        ("gemma3_text", _GEMMA, "an encoder, whose"),
         ("bart", _BART, "an encoder and a decoder"),
         ("whisper", _BART | {"max_source_positions": 8, "max_target_positions": 64}, "an encoder and a decoder"),
     ],

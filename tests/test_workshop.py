@@ -14,7 +14,7 @@ from torch import Tensor
 
 import prunella
 from prunella import InputError, workshop
-from prunella.workshop import MARK, MODEL, RUN, Workshop, check_output, finished, partial_of
+from prunella.workshop import BEFORE, MARK, MODEL, RUN, Workshop, check_output, finished, partial_of
 
 MAGNITUDE = {"steps": ["magnitude"], "evaluate": {"source": None}}
 
@@ -190,10 +190,21 @@ def test_a_run_that_was_killed_when_its_output_was_there_has_finished(kept: list
     assert not finished(out)
 
 
+def test_what_was_made_for_a_run_that_has_not_begun_is_no_remnant(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("of another command")
+    shop = Workshop(partial_of(tmp_path / "out"), resume=False)
+    (shop.directory / BEFORE / "adapted").mkdir(parents=True)
+    shop.close()
+    assert not finished(tmp_path / "out")
+    assert (shop.directory / BEFORE / "adapted").is_dir()
+
+
 def test_a_discarded_run_is_never_taken_for_one_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after any of its deletions."""
-    for deletions in range(4):
+    for deletions in range(5):
         shop = started(tmp_path / str(deletions))
+        (shop.directory / BEFORE).mkdir()
         done = 0
         real = workshop._delete
 

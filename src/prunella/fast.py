@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import inspect
+import re
+import sys
 from typing import Any
 
 import torch
@@ -207,8 +210,11 @@ def _run_causal(query: Tensor, key: Tensor, value: Tensor, scale: float, lse_BHT
 
 
 def use_fast_attention(network: Any) -> None:
-    """Let a transformers model on the CPU use `attention`, if it uses torch's now and the processor can."""
+    """Let a transformers model on the CPU use `attention`, if it uses torch's now and the processor can, and its code
+    does not ask for torch's by name: some make their masks only then."""
     if network.config._attn_implementation != "sdpa" or library() is None:
+        return
+    if any(map(_asks_for_torch, {type(module).__module__ for module in network.modules()})):
         return
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -216,3 +222,15 @@ def use_fast_attention(network: Any) -> None:
     AttentionInterface.register("prunella", attention)
     AttentionMaskInterface.register("prunella", sdpa_mask)
     network.set_attn_implementation("prunella")
+
+
+@functools.cache
+def _asks_for_torch(module: str) -> bool:
+    """Does a module of Python code compare the attention of its networks with torch's name for its own?"""
+    if module.startswith("torch."):
+        return False
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (OSError, TypeError):  # who knows
+        return True
+    return re.search(r"""_attn_implementation\b[^\n]*(==|!=|\bin\b)[^\n]*["']sdpa["']""", source) is not None

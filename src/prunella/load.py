@@ -674,7 +674,11 @@ class Model:
         free = [re.compile(p) for p in self.network._keys_to_ignore_on_load_missing or ()]
         for name in state:
             if name not in found and not any(pattern.search(name) for pattern in (*split, *free)):
-                raise ModelError(f"tensor '{name}' is missing from the checkpoint in '{self.checkpoint.directory}'.")
+                known = f"{name}_orig" in self.checkpoint.where
+                hint = " It was saved under torch.nn.utils.prune: call prune.remove first." if known else ""
+                raise ModelError(
+                    f"tensor '{name}' is missing from the checkpoint in '{self.checkpoint.directory}'.{hint}"
+                )
 
     def _check_groups(self) -> None:
         """Where a parameter is made of several tensors, each block has the same ones, and those of all experts."""
@@ -838,13 +842,18 @@ class Model:
 
 
 def find_blocks(network: nn.Module) -> list[str]:
-    """Names of the decoder's blocks: of all lists of modules that lie in no other, the one with most weights.
+    """Names of the decoder's blocks: of all lists of modules that lie in no other, the one with most weights, packed
+    ones too. Those of a vision tower do not count where the network says which part of it is the text's decoder.
 
     Raises ModelError if there is none.
     """
     lists = {name: module for name, module in network.named_modules() if isinstance(module, nn.ModuleList)}
+    find: Any = getattr(network, "get_decoder", lambda: network)
+    decoder = find()
+    inside = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+    lists = {name: module for name, module in lists.items() if id(module) in inside} or lists
     outer = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
-    size = {name: sum(p.numel() for p in lists[name].parameters()) for name in outer}
+    size = {name: sum(t.numel() for t in (*lists[name].parameters(), *lists[name].buffers())) for name in outer}
     best = max(size, key=lambda name: size[name], default=None)
     if best is None or not size[best]:
         raise ModelError(
@@ -937,6 +946,7 @@ def load_model(
     return model
 
 
+_OWN_MASKS = ("git",)  # hide what comes later, though their attention says that it is not causal
 _BOTH_WAYS = ("cpmant", "xlnet")  # see tokens that come later, and nothing in their config says so
 
 
@@ -952,7 +962,7 @@ def check_causal(model: Model) -> None:
     if len(flags) > 1:
         raise _no_decoder(model.name, f"this {config.model_type} is a decoder that attends to an encoder")
     switch = getattr(config, "is_decoder", getattr(config, "causal", None))  # of families that are both
-    if flags and switch is not None:
+    if flags and config.model_type not in _OWN_MASKS:
         causal = flags == {True}
     elif config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         causal = bool(switch)

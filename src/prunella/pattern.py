@@ -1,10 +1,27 @@
 """The only top-k: from scores to a mask with exactly the right number of zeros."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import NumericalError
 from .types import Layer, Pattern
+
+_watching: list[Tensor] | None = None  # what `ranked` collects
+
+
+@contextlib.contextmanager
+def ranked() -> Iterator[list[Tensor]]:
+    """Collect the scores (O, I) that `keep` is given inside; of a block pattern one score for each block."""
+    global _watching
+    before, _watching = _watching, []
+    try:
+        yield _watching
+    finally:
+        _watching = before
 
 
 def keep(score_OI: Tensor, sparsity: float, pattern: Pattern = Pattern(), group: str = "layer") -> Tensor:
@@ -30,9 +47,69 @@ def keep(score_OI: Tensor, sparsity: float, pattern: Pattern = Pattern(), group:
         r, c = pattern.first, pattern.second
         score = score_OI.view(rows // r, r, columns // c, c).sum((1, 3))
         return keep(score, sparsity, group=group).repeat_interleave(r, 0).repeat_interleave(c, 1)
+    if _watching is not None:
+        _watching.append(score_OI)
     groups = score_OI if group == "row" else score_OI.reshape(1, -1)
     count = min(round(groups.shape[1] * sparsity), groups.shape[1] - 1)
     return ~_lowest(groups, count).view(rows, columns)
+
+
+def cut(layers: Callable[[Callable[[str, Tensor], None]], None], count: int) -> dict[str, int]:
+    """How many of each layer's scores are among the `count` lowest of all layers together; equal ones count as lower in
+    the layer that comes first.
+
+    Args:
+        layers: shows all layers to a visitor, one after the other: name, and scores in float32 (of any shape). It is
+            asked twice, so that no more than one layer's scores need to be in memory.
+        count: at most as many as there are.
+
+    Scores are sorted by the bits of their numbers, the first sixteen and then the others (a radix selection): the cut
+    is exact, and counts of blocks or machines add up. Raises NumericalError for NaN, naming the layer.
+
+    >>> cut(lambda see: [see("a", torch.tensor([3.0, 1.0])), see("b", torch.tensor([2.0, 1.0]))], 2)
+    {'a': 1, 'b': 1}
+    """
+    high_K = torch.zeros(1 << 16, dtype=torch.int64)
+    under: dict[str, int] = {}
+
+    def first(name: str, score: Tensor) -> None:
+        if score.isnan().any():
+            raise NumericalError(f"the scores of layer '{name}' hold NaN.")
+        under[name] = 0
+        high_K.add_(torch.bincount(_bits_of(score) >> 16, minlength=1 << 16).cpu())
+
+    layers(first)
+    if count <= 0:
+        return under
+    below_K = high_K.cumsum(0) - high_K
+    edge = int(torch.searchsorted(below_K, count)) - 1  # the last of the high bits with fewer than `count` below
+    low_K = torch.zeros(1 << 16, dtype=torch.int64)
+    level: dict[str, tuple[Tensor, Tensor]] = {}  # of the scores at the edge: low bits, and how many have them
+
+    def second(name: str, score: Tensor) -> None:
+        bits = _bits_of(score)
+        high = bits >> 16
+        under[name] = int((high < edge).sum())
+        values, counts = torch.unique(bits[high == edge] & 0xFFFF, return_counts=True)
+        level[name] = values.cpu(), counts.cpu()
+        low_K[level[name][0]] += level[name][1]
+
+    layers(second)
+    missing = count - sum(under.values())
+    lower_K = low_K.cumsum(0) - low_K
+    last = int(torch.searchsorted(lower_K, missing)) - 1
+    ties = missing - int(lower_K[last])
+    for name, (values, counts) in level.items():
+        equal = min(int(counts[values == last].sum()), ties)
+        ties -= equal
+        under[name] += int(counts[values < last].sum()) + equal
+    return under
+
+
+def _bits_of(score: Tensor) -> Tensor:
+    """Numbers from 0 to 2^32 - 1 in the order of the scores."""
+    bits = (score.detach().float().flatten() + 0.0).view(torch.int32)  # + 0.0: there is one zero
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() + (1 << 31)
 
 
 def hold_zeros(layer: Layer) -> Layer:

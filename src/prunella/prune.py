@@ -140,13 +140,14 @@ def prune(
                 "the model was made under torch.inference_mode, and its weights can never change: load it under"
                 " torch.no_grad instead, or give its directory."
             )
+    scratch = opened.scratch
     try:
         with fork_random(opened.device):
             return _prune(opened, recipe, path, resume, calibration, {} if shared is None else shared, track)
     finally:
         if opened is not model:
             opened.give_back()
-        opened.scratch = None
+        opened.scratch = scratch
 
 
 def _prune(

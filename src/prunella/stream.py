@@ -432,7 +432,7 @@ class Stream:
         dense = self._dense_inputs(index, block, active, 0, needs)
         with torch.no_grad(), Watch(active, see):
             self.forward(index, block, self.hidden, 0)
-        _check_seen(done, active)
+        _check_seen(name, done, active)
         for layer_name, target in active.items():  # experts that no token reached
             if layer_name not in done:
                 layer = self._layer(target, Stats())
@@ -483,7 +483,7 @@ class Stream:
                     if keep_outputs and same:
                         outputs.append(out)
                 whole = len(order) == len(active) and all(t.slot.expert is None for t in active.values())
-        _check_seen(leader, active)
+        _check_seen(name, leader, active)
         if all(step.per_layer for step in steps):  # one layer at a time: its new weight and statistics can go
             done: dict[str, Settled] = {}
             waiting = [leader.get(layer_name, layer_name) for layer_name in active]
@@ -565,16 +565,16 @@ class Stream:
         return run
 
 
-def _check_seen(seen: Collection[str], active: Mapping[str, Target]) -> None:
+def _check_seen(block: str, seen: Collection[str], active: Mapping[str, Target]) -> None:
     """Raises DefectError for a layer of whose product nothing was seen; of a parameter with several matrices, such as
     the experts of a mixture, one is enough: the router need not pick them all."""
     reached = {active[name].slot.key for name in seen}
     unseen = [name for name, target in active.items() if target.slot.key not in reached]
     if unseen:
+        short = dict.fromkeys(name.removeprefix(f"{block}.") for name in unseen)
         raise DefectError(
-            f"layer '{unseen[0]}' was not seen at work while its block ran, so nothing is known of its inputs"
-            + (f" (nor of {len(unseen) - 1} more layers of the block)" if unseen[1:] else "")
-            + f": leave it out with --skip '{unseen[0]}'"
+            f"layer '{unseen[0]}' was not seen at work while its block ran, so nothing is known of its inputs: leave it"
+            f" out with {' '.join(f'--skip {name}' for name in short)}"
         )
 
 

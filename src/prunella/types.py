@@ -73,6 +73,11 @@ class Pattern:
         """How many consecutive inputs belong together: M, C or 1."""
         return 1 if self.kind == "unstructured" else self.second
 
+    def units(self, shape: Sequence[int]) -> int:
+        """How many things of a weight of `shape` (O, I) are kept or pruned one by one: weights, or blocks of them."""
+        size = shape[0] * shape[1]
+        return size // (self.first * self.second) if self.kind == "block" else size
+
     def check(self, shape: Sequence[int], name: str) -> None:
         """Raises InputError, naming the layer, if a weight of `shape` (O, I) cannot take this pattern."""
         rows, columns = shape

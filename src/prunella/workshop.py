@@ -82,10 +82,9 @@ class Workshop:
             with contextlib.suppress(OSError):
                 _sync_directory(place(path).parent)
         except OSError as error:
-            raise InputError(
-                f"the finished model in '{self.model}' cannot be moved to '{path}': {error.strerror}. Mend that and"
-                " repeat the command with --resume, or move it yourself."
-            ) from None
+            said = f"the finished model in '{self.model}' cannot be moved to '{path}': {error.strerror}."
+            kept = " Mend that and repeat the command with --resume, or move it yourself."
+            raise InputError(said + (kept if self._begun() else "")) from None
         self.remove(done=True)
 
     def close(self) -> None:
@@ -99,10 +98,12 @@ class Workshop:
         it: `finished`. The mark goes last."""
         if self._mark is None:
             return
-        order = {RUN: 1 if done else -1, MARK: 2}
+        order = {RUN: 1 if done else -2, BEFORE: -1, MARK: 2}
         with contextlib.suppress(OSError):
             for name in sorted(os.listdir(self.directory), key=lambda name: order.get(name, 0)):
-                _delete(self.directory / name)
+                path = self.directory / name
+                # Half of what is to be there before a run begins would be taken for the whole.
+                _delete(path.rename(self.directory / "gone") if name == BEFORE else path)
             self.directory.rmdir()
         self._release()
 
@@ -128,9 +129,11 @@ def finished(path: Path) -> bool:
     """Was a run killed when its output was there already and only its workshop was not gone yet? It goes now."""
     partial, real = partial_of(path), place(path)
     whole = real.is_dir() and any(real.iterdir())
+    done = (partial / RUN).is_file()
     if not whole or not (partial / MARK).is_file() or (partial / MODEL).exists():
         return False
-    done = (partial / RUN).is_file()
+    if not done and (partial / BEFORE).exists():
+        return False
     Workshop(partial, resume=True).remove(done=True)
     return done
 
@@ -148,7 +151,10 @@ def hold(file: IO[Any]) -> bool:
 
 
 def place(path: Path) -> Path:
-    """Where an output really goes: a link stays, and what it names is made."""
+    """Where an output really goes: a link stays, and what it names is made. Raises InputError for what names no
+    directory of its own."""
+    if path.name in ("", ".."):
+        raise InputError(f"'{path}' cannot be the output: give -o the name of a directory of its own.")
     return path.resolve() if path.is_symlink() else path
 
 
@@ -167,8 +173,6 @@ def unfinished(partial: Path) -> InputError:
 
 def check_output(path: Path) -> None:
     """Raises InputError if `path` cannot become a new directory."""
-    if path.name in ("", ".."):
-        raise InputError(f"'{path}' cannot be the output: give -o the name of a directory of its own.")
     real = place(path)
     if real.is_dir():
         if any(real.iterdir()):

@@ -117,7 +117,7 @@ def test_nothing_of_this_imports_torch(python: Run) -> None:
         (["swe"], {"sweep"}),
         (["prune", "m", "--step", "sparse"], {"sparsegpt"}),
         (["heal", "m", "--train", "mask"], {"mask-lora"}),
-        (["prune", "m", "--allocate", ""], {"dlp", "owl", "probe", "ramp", "uniform"}),
+        (["prune", "m", "--allocate", ""], {"dlp", "global", "owl", "probe", "ramp", "uniform"}),
         (["prune", "m", "--recipe", "bal"], {"balanced"}),
         (["eval", "m", "--text", "wiki"], {"wikitext2"}),
     ],

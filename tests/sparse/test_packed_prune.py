@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import prunella
-from prunella import InputError, Recipe, load_model, perplexity
+from prunella import InputError, Recipe, load_model, perplexity, wrap_model
 from prunella.save import Output
 from prunella.sparse.commands import pack_model, unpack_model
 from prunella.sparse.linear import SparseLinear
@@ -56,7 +56,7 @@ def test_a_mixture_goes_out_packed(tmp_path: Path) -> None:
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
-def picture_and_text(kind: str) -> Any:
+def picture_and_text(kind: str, width: int = 16) -> Any:
     """A tiny vision-language model: one whose files have other names than its modules, and one whose text stands alone
     where a causal language model is asked for."""
     text = {
@@ -69,7 +69,7 @@ def picture_and_text(kind: str) -> Any:
         "head_dim": 32,
         "max_position_embeddings": 64,
     }
-    see = {"hidden_size": 16, "intermediate_size": 32}
+    see = {"hidden_size": width, "intermediate_size": 2 * width}
     if kind == "gemma3":
         layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
         see |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
@@ -109,9 +109,18 @@ def test_of_a_vision_language_model_the_text_is_packed_and_the_rest_stays(kind: 
             assert not info["missing_keys"]
             assert sum(isinstance(module, SparseLinear) for module in network.modules()) >= 13
             assert (network(input_ids=ids).logits.float() - expected).norm() < error * expected.norm()
+    exact = perplexity(load_model(str(dense)), ids).perplexity
+    assert perplexity(load_model(str(two), packed=True), ids).perplexity == pytest.approx(exact, rel=0.01)
     network.save_pretrained(tmp_path / "saved")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert (saved(input_ids=ids).logits.float() - expected).norm() < 0.01 * expected.norm()
+
+
+def test_a_vision_tower_with_more_weights_than_the_text_is_not_taken_for_it() -> None:
+    network = picture_and_text("gemma3", width=256)
+    text, tower = network.model.language_model, network.model.vision_tower
+    assert sum(p.numel() for p in tower.parameters()) > 2 * sum(p.numel() for p in text.parameters())
+    assert wrap_model(network).blocks == [f"model.language_model.layers.{index}" for index in range(2)]
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])

@@ -12,7 +12,7 @@ Layers with a sparsity of their own in the recipe (`sparsity: {down_proj: 0.3}`)
 of the budget: allocation by hand needs no method.
 """
 
-from . import dlp, owl, probe, ramp, uniform  # noqa: F401  (importing a method registers it)
+from . import dlp, global_, owl, probe, ramp, uniform  # noqa: F401  (importing a method registers it)
 from .budget import Budget
 from .registry import Allocation, allocations, make_allocation, register_allocation
 

@@ -62,8 +62,8 @@ class Budget:
         """
         seen: list[T] = []
         key = (frozenset(needs), self.free)
-        if key in self.shared:
-            known = self.shared[key]
+        known = self.shared.get(key, {} if key[0] else dict.fromkeys(self.free, Stats()))
+        if known:
             for index, targets in enumerate(self.targets):
                 name = self.model.blocks[index]
                 with self.model.block(index):
