@@ -31,7 +31,9 @@ def test_gram_products_are_symmetric_and_summed_in_float32(shape, dtype, way):
     add_gram(gram_II, x_TI)
     exact_II = x_TI.double().T @ x_TI.double() + 0.5
     scale_II = exact_II.diagonal().sqrt()[:, None] * exact_II.diagonal().sqrt()
-    assert ((gram_II - exact_II).abs() / scale_II).max() < 2e-6
+    # What torch sums it may sum one after the other.
+    near = 2e-6 if way == "kernel" else 2e-6 + 2**-23 * shape[0] ** 0.5
+    assert ((gram_II - exact_II).abs() / scale_II).max() < near
     assert torch.equal(gram_II, gram_II.T)
 
 
