@@ -142,7 +142,7 @@ def plugged_in() -> Iterator[torch.device]:
 
 
 def meet() -> None:
-    """Let torch know that there is such a device, before any backward pass: autograd counts devices at its first one."""
+    """Let torch know of the device before any backward pass: autograd counts devices at its first one."""
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     class Hooks(torch._C._acc.PrivateUse1Hooks):
