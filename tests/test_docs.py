@@ -188,6 +188,17 @@ def test_every_argument_of_a_public_function_is_explained(name):
     assert sorted(names) == sorted(inspect.signature(function).parameters)
 
 
+def test_the_page_on_the_architecture_names_what_there_is():
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    source = ROOT / "src" / "prunella"
+    for path in re.findall(r"`([\w/]+(?:\.py|/))`", page):
+        assert (source / path).exists() or (ROOT / path).exists(), path
+    nouns = re.findall(r"^\| `(\w+)` \| `([\w/.]+)` \|", page, re.MULTILINE)
+    assert len(nouns) > 20
+    for noun, path in nouns:
+        assert f"\nclass {noun}" in (source / path).read_text(encoding="utf-8"), noun
+
+
 def test_every_healing_method_has_its_options_in_the_page():
     page = (DOCS / "healing.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^```{options} healing (\S+)$", page, re.MULTILINE)) == set(groups)
