@@ -165,7 +165,7 @@ class Recipe(_Part):
     steps:    a list of names, or of {name: {option: value}}
     order:    `layer`: a layer is pruned when its inputs arrive from the pruned layers before it; `block`: after a
               pass through the dense block has shown the inputs of all its layers; `auto`: `layer` where every step
-              looks at single layers and the activations are no more than 8 GiB
+              looks at single layers, one of them at their inputs, and the activations are less than 8 GiB
     evaluate: the text on which dense and pruned perplexity are compared: `source` (null: none), `windows`, `length`
     format:   how the weights are saved: `dense`, zeros and all, or `packed`, without them
     bits:     packed weights that no step has quantized are rounded to 8 or 4 bits; null: they keep their dtype
