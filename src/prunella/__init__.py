@@ -14,6 +14,7 @@ import typing as _typing
 from . import sparse as _sparse  # registers the packed format with transformers
 
 if _typing.TYPE_CHECKING:
+    from .backward import gradients
     from .errors import InputError, ModelError, NumericalError, PrunellaError, StatisticError
     from .evaluate import Perplexity, perplexity
     from .heal.run import heal
@@ -44,6 +45,7 @@ __all__ = [
     "Stats",
     "Step",
     "find_directory",
+    "gradients",
     "heal",
     "keep",
     "load_model",
@@ -56,6 +58,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "backward": ("gradients",),
     "errors": ("InputError", "ModelError", "NumericalError", "PrunellaError", "StatisticError"),
     "evaluate": ("Perplexity", "perplexity"),
     "heal.run": ("heal",),

@@ -280,10 +280,14 @@ class Calls:
             for call in calls
         ]
 
-    def logits(self, ids_BL: Tensor, hidden: Tensor) -> Tensor:
-        """What the model makes of the last block's output: its norm, its head and all, (B, L, vocabulary)."""
-        with torch.no_grad(), _StandIns(self.model, self.interface, hidden=hidden).installed():
-            result = self.model.network(input_ids=ids_BL.to(self.model.device), use_cache=False)
+    def logits(self, ids_BL: Tensor, hidden: Tensor, **options: Any) -> Tensor:
+        """What the model makes of the last block's output: its norm, its head and all, (B, L, vocabulary). It can be
+        differentiated where the hidden state asks for that. `options` go to the network's forward pass."""
+        with (
+            torch.set_grad_enabled(hidden.requires_grad),
+            _StandIns(self.model, self.interface, hidden=hidden).installed(),
+        ):
+            result = self.model.network(input_ids=ids_BL.to(self.model.device), use_cache=False, **options)
         logits: Tensor = result.logits
         return logits
 

@@ -148,9 +148,10 @@ class Hidden:
     def __len__(self) -> int:
         return len(self._items)
 
-    def copy(self) -> Hidden:
-        """Another with the same states, which may go other ways."""
+    def copy(self, shelf: Shelf | None = None) -> Hidden:
+        """Another with the same states, which may go other ways, or wait on another shelf."""
         other = copy.copy(self)
+        other.shelf = shelf or self.shelf
         other._items = [None] * len(self)
         other.beside = list(self.beside)
         for index, item in enumerate(self._items):
@@ -232,6 +233,7 @@ class Stream:
     what the pruned layers before it really produce, in half the passes, but the widest activation of all
     windows must fit in memory at once.
 
+    `alone`: each window is a batch of its own, where `block` order would take several short ones together.
     `keep_zeros`: zeros that the weights come with stay zero, and count towards the sparsity (`hold_zeros`).
     `rounding`: bits and group of the grid to which pruned layers are rounded that no step has quantized; layers after
     them see what that does.
@@ -243,6 +245,7 @@ class Stream:
         windows_NL: Tensor,
         *,
         order: Literal["layer", "block"] = "block",
+        alone: bool = False,
         beside: bool = False,
         rounding: tuple[int, int] | None = None,
         keep_zeros: bool = False,
@@ -254,7 +257,7 @@ class Stream:
         self.windows_NL = windows_NL
         self.order = order
         count, length = windows_NL.shape
-        batch = count if order == "layer" else min(count, max(1, TOKENS // length))
+        batch = count if order == "layer" else 1 if alone else min(count, max(1, TOKENS // length))
         streams: list[Hidden] = []
         with torch.no_grad(), model.outside(head=False, checkpoint=checkpoint):
             if model.interface is None:
