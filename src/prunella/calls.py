@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError, PrunellaError, first_line
-from .load import Model
+from .model.network import Model
 
 Key = tuple[str, int]  # of something that travels beside the hidden state
 Path = int | str  # of an argument: where it stands after the hidden state, or its name

@@ -25,7 +25,9 @@ from .errors import DefectError, InputError, NumericalError, StepError, disk_err
 from .grid import Grid, fit
 from .histogram import histograms
 from .layers import Slot, find_layers, products, unpruned
-from .load import Checkpoint, Model, cache_directory, free_memory
+from .machine import cache_directory, free_memory
+from .model.checkpoint import Checkpoint
+from .model.network import Model
 from .pattern import hold_zeros, pack
 from .registry import Step, make
 from .tensors import claim

@@ -18,8 +18,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..compat import quiet_transformers
 from ..errors import InputError, NumericalError
-from ..load import Model, quiet_transformers
+from ..model.network import Model
 from ..stream import Track, Watcher, no_track, through
 from .loss import next_token_loss
 from .parts import Chosen, trained

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from .. import pattern
+from ..compat import quiet_transformers
 from ..errors import InputError, ModelError, disk_error
 from ..grid import Grid
 from ..layers import Slot, find_layers
-from ..load import copy_companions, find_directory, load_model, quiet_transformers
+from ..model.files import copy_companions
+from ..model.names import find_directory
+from ..model.open import load_model
 from ..tensors import (
     GRIDS,
     MASKS,

@@ -22,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import ModelError
-from ..load import read_header
+from ..model.checkpoint import read_header
 from .block import settle, slow_down
 from .files import parameter_name
 from .format import FLOATS, MARK, PAD, PARTS, SPAN, VERSION, expected, rounded_shapes
