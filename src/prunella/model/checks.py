@@ -35,6 +35,7 @@ def check_causal(model: Model) -> None:
 
 
 def no_decoder(name: str, why: str) -> ModelError:
+    """What is said of a network that is no causal language model."""
     return ModelError(f"'{name}' is no causal language model: {why}. Only decoders can be pruned yet.")
 
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from ..compat import quiet_transformers
+from ..compat import forget_name, quiet_transformers
 from ..errors import InputError, ModelError, PrunellaError, disk_error, disk_full, first_line, say
 from ..gguf import GgufHeader
 from .files import copy_companions
 
 
 def from_gguf(path: Path, target: Path) -> Path:
+    """A GGUF file, dequantized to bfloat16, as a directory. Raises ModelError for a damaged one."""
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
@@ -78,7 +79,7 @@ def converted(
                 if hasattr(holder, attribute):
                     delattr(holder, attribute)
             network.is_quantized = False
-            network.config._name_or_path = ""
+            forget_name(network.config)
             network.save_pretrained(scratch)
             if tokenizer is not None:
                 tokenizer.save_pretrained(scratch)

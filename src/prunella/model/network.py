@@ -9,7 +9,6 @@ wrapped the same way and simply has every block at hand.
 from __future__ import annotations
 
 import contextlib
-import copy
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,17 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..compat import quiet_transformers
+from ..compat import (
+    attention_of,
+    can_set_experts,
+    conversions,
+    experts_of,
+    fill,
+    may_be_missing,
+    quiet_transformers,
+    rename,
+    revert,
+)
 from ..errors import ModelError, ReadError
 from ..fast import use_fast_attention
 from ..layers import learn
@@ -52,10 +61,10 @@ class Model:
         self.blocks = find_blocks(network)
         self.interface: Interface | None = None  # how its blocks are called, once that was examined
         self._plan: dict[str, tuple[str, bool]] | None = None
-        self._attention = network.config._attn_implementation
+        self._attention = attention_of(network.config)
         self._experts = None
-        if getattr(network, "_can_set_experts_implementation", lambda: False)():
-            self._experts = network.config._experts_implementation
+        if can_set_experts(network):
+            self._experts = experts_of(network.config)
             network.set_experts_implementation("eager")  # one product per expert, which the stream can watch
         learn(network, self.blocks)
         if device.type == "cpu":
@@ -75,7 +84,7 @@ class Model:
 
     def give_back(self) -> None:
         """Let a model that lives in memory run as it did before it was wrapped."""
-        if self.network.config._attn_implementation != self._attention:
+        if attention_of(self.network.config) != self._attention:
             self.network.set_attn_implementation(self._attention)
         if self._experts is not None:
             self.network.set_experts_implementation(self._experts)
@@ -98,28 +107,24 @@ class Model:
         several tensors (the experts of a mixture); a converted group is listed under its first parameter.
         """
         if self._plan is None:
-            from transformers.core_model_loading import rename_source_key
-
             assert self.checkpoint is not None
-            renamings, converters = self._conversions()
+            renamings, converters = conversions(self.network)
             prefix, parameters = self.network.base_model_prefix, self.network.state_dict()
             self._plan = {}
             for key in self.checkpoint.where:
-                name, pattern = rename_source_key(key, renamings, converters, prefix, parameters)
+                name, pattern = rename(key, renamings, converters, prefix, parameters)
                 if name not in parameters and key in parameters:
-                    name, pattern = rename_source_key(key, [], [], prefix, parameters)
+                    name, pattern = rename(key, [], [], prefix, parameters)
                 self._plan[key] = (name, pattern is not None)
         return self._plan
 
     def parameter_of(self, key: str) -> str:
         """The parameter of the network that a tensor in the files becomes, or one of a name that is spelled as in the
         files."""
-        from transformers.core_model_loading import rename_source_key
-
         if key in self.plan():
             return self.plan()[key][0]
-        state = self.network.state_dict()
-        return str(rename_source_key(key, self._conversions()[0], [], self.network.base_model_prefix, state)[0])
+        renamings, _ = conversions(self.network)
+        return rename(key, renamings, [], self.network.base_model_prefix, self.network.state_dict())[0]
 
     def check_complete(self) -> None:
         """Raises ModelError, naming the tensor, for one that the network needs and the checkpoint lacks, or has in
@@ -138,9 +143,9 @@ class Model:
             if found & set(pair):
                 found |= set(pair)
         self._check_groups()
-        _, converters = self._conversions()
+        _, converters = conversions(self.network)
         split = [re.compile(p) for c in converters if len(c.target_patterns) > 1 for p in c.target_patterns]
-        free = [re.compile(p) for p in self.network._keys_to_ignore_on_load_missing or ()]
+        free = [re.compile(p) for p in may_be_missing(self.network)]
         for name in state:
             if name not in found and not any(pattern.search(name) for pattern in (*split, *free)):
                 known = f"{name}_orig" in self.checkpoint.where
@@ -171,22 +176,9 @@ class Model:
                         f"tensor '{name}' is missing from the checkpoint in '{self.checkpoint.directory}'."
                     )
 
-    def _conversions(self) -> tuple[list[Any], list[Any]]:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-        mapping = copy.deepcopy(get_model_conversion_mapping(self.network))
-        return (
-            [entry for entry in mapping if isinstance(entry, WeightRenaming)],
-            [entry for entry in mapping if isinstance(entry, WeightConverter)],
-        )
-
     def load(self, wanted: Callable[[str], bool], checkpoint: Checkpoint | None = None) -> None:
         """Fill the parameters whose names are `wanted`, from the model's own checkpoint or from another one
         with the same tensors. Raises ModelError for a tensor that is missing or has the wrong shape."""
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-
         checkpoint = checkpoint or self.checkpoint
         if checkpoint is None:
             return
@@ -199,21 +191,11 @@ class Model:
         }
         found = ((key, name) for key, (name, _) in self.plan().items() if wanted(name) or name in also)
         keys = [key for key, _ in found if key in checkpoint.where]
-        renamings, converters = self._conversions()
-        used = getattr(self.network, "_weight_conversions", None)
-        config = LoadStateDictConfig(
-            dtype=self.dtype,
-            dtype_plan=self.network._get_dtype_plan(self.dtype),
-            device_map={"": self.device},
-            weight_mapping=[*renamings, *converters],
-        )
         try:
             with quiet_transformers(), checkpoint.open(keys) as slices:
-                info, _ = convert_and_load_state_dict_in_model(self.network, slices, config)
+                info = fill(self.network, slices, self.dtype, self.device)
         except SafetensorError as error:
             raise ReadError(f"a tensor in '{checkpoint.directory}' cannot be read: {error}.") from None
-        if used and len(used) > len(self.network._weight_conversions):
-            self.network._weight_conversions = used  # of a block, which `stored` reverts: not of what lies outside it
         if info.mismatched_keys:
             name, shape, expected = sorted(info.mismatched_keys)[0][:3]
             raise ModelError(
@@ -290,8 +272,6 @@ class Model:
 
     def stored(self, block: str, changed: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameters of a loaded block, {parameter: tensor}, as the tensors that the checkpoint stores them in."""
-        from transformers.core_model_loading import revert_weight_conversion
-
         plan = self.plan()
         plain = {name: key for key, (name, convert) in plan.items() if not convert}
         tensors = {plain[name]: tensor for name, tensor in changed.items() if name in plain}
@@ -301,7 +281,7 @@ class Model:
             # A group is converted back as a whole: parameters that no step changed may belong to it.
             prefix = block + "."
             whole = {n: p.data for n, p in self.network.named_parameters() if n.startswith(prefix) and n not in plain}
-            back = revert_weight_conversion(self.network, whole | converted)
+            back = revert(self.network, whole | converted)
             for key, tensor in back.items():
                 full = [k for k in expected if k == key or k.endswith("." + key) or key.endswith("." + k)]
                 if len(full) != 1:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..compat import quiet_transformers
+from ..compat import name_of, quiet_transformers
 from ..errors import InputError, ModelError, PrunellaError, command, first_line, unknown
 from ..machine import pick_device
 from ..quantized import READ, foreign
@@ -139,6 +139,6 @@ def wrap_model(network: Any, tokenizer: Any = None, name: str = "") -> Model:
             f"the weights of this {type(network).__name__} lie on {' and '.join(places)}: load all of them on one"
             " device, or give the model's name or directory; of that one block at a time is loaded."
         )
-    model = Model(network, tokenizer, None, network.device, name or network.config._name_or_path or "in memory")
+    model = Model(network, tokenizer, None, network.device, name or name_of(network.config) or "in memory")
     check_causal(model)
     return model
