@@ -12,10 +12,19 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "Prunella"
 copyright = "the Prunella authors"
-extensions = ["myst_parser", "mathml", "methods"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "docstrings", "mathml", "methods"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
+
+# Docstrings (reference.md): `name` in them is code, and a signature shows the names that its source does.
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_class_signature = "mixed"
+autodoc_preserve_defaults = True
+autodoc_type_aliases = {name: name for name in ("Track", "Watcher")}
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 100
 
 html_theme = "furo"
 html_title = "Prunella"

@@ -28,6 +28,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+import prunella
 from prunella import registry
 from prunella.allocate import allocations
 from prunella.heal import groups
@@ -168,6 +169,34 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr
     for page in PAGES:
         assert (tmp_path / page).with_suffix(".html").is_file()
+    front = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "methods.svg" in front
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("The methods beside each other")[1].split("![")[0]
+    assert set(figures(table)) <= set(figures(re.sub(r"<[^>]*>", " ", front)))
+
+
+def test_every_public_name_stands_in_the_reference():
+    page = (DOCS / "reference.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\.\. auto\w+:: prunella\.(\w+)(?:\(\))?$", page, re.MULTILINE)) == set(prunella.__all__)
+
+
+@pytest.mark.parametrize("name", [name for name in prunella.__all__ if inspect.isfunction(getattr(prunella, name))])
+def test_every_argument_of_a_public_function_is_explained(name):
+    function = getattr(prunella, name)
+    said = (inspect.getdoc(function) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    names = [name for several in re.findall(r"^    (\w.*?): ", said, re.MULTILINE) for name in several.split(", ")]
+    assert sorted(names) == sorted(inspect.signature(function).parameters)
+
+
+def test_the_page_on_the_architecture_names_what_there_is():
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    source = ROOT / "src" / "prunella"
+    for path in re.findall(r"`([\w/]+(?:\.py|/))`", page):
+        assert (source / path).exists() or (ROOT / path).exists(), path
+    nouns = re.findall(r"^\| `(\w+)` \| `([\w/.]+)` \|", page, re.MULTILINE)
+    assert len(nouns) > 20
+    for noun, path in nouns:
+        assert f"\nclass {noun}" in (source / path).read_text(encoding="utf-8"), noun
 
 
 def test_every_healing_method_has_its_options_in_the_page():

@@ -18,14 +18,21 @@ from .stream import Stream, Track, no_track, through
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp(mean negative log-likelihood per predicted token) over windows scored each on its own."""
+    """The perplexity of a model on windows of text, each scored on its own.
+
+    perplexity: exp of the mean of `nll`
+    windows:    how many
+    length:     tokens in each
+    nll:        negative log-likelihood of each window, its mean over the tokens that are predicted
+    """
 
     perplexity: float
     windows: int
     length: int
-    nll: tuple[float, ...]  # mean per predicted token, window by window
+    nll: tuple[float, ...]
 
     def as_dict(self) -> dict[str, float | int | list[float]]:
+        """As plain data, ready for JSON."""
         return {
             "perplexity": self.perplexity,
             "windows": self.windows,
@@ -37,10 +44,14 @@ class Perplexity:
 def perplexity(
     model: Model, windows_NL: Tensor, *, checkpoint: Checkpoint | None = None, track: Track = no_track
 ) -> Perplexity:
-    """Score the windows, (N, L) token ids, block by block, so that the model may be larger than memory.
+    """The model's perplexity, measured block by block, so that the model may be larger than memory.
 
     Args:
+        model: from `load_model` or `wrap_model`.
+        windows_NL: token ids, one window a row.
         checkpoint: read the weights from here in place of the model's own (its pruned version, say).
+        track: wraps the loop over blocks, `track(range, what, total)`, to show progress.
+
     Raises:
         InputError: the windows are not of the model's tokens, or longer than it has positions.
         NumericalError: the model gives NaN or infinity.

@@ -470,29 +470,37 @@ def _kind(block: nn.Module) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def _first_of_a_kind(blocks: Sequence[nn.Module], kinds: Sequence[Any]) -> Iterator[None]:
+def replaced(
+    modules: Sequence[nn.Module], by: Callable[[int, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """The modules' forward passes replaced by `by(number, original)`: the instances', so that what is read from their
+    attributes stays."""
+    before = [vars(module).get("forward") for module in modules]
+    try:
+        for number, module in enumerate(modules):
+            module.forward = by(number, module.forward)  # type: ignore[method-assign]
+        yield
+    finally:
+        for module, old in zip(modules, before, strict=True):
+            if old is None:
+                del module.forward
+            else:
+                module.forward = old  # type: ignore[method-assign]
+
+
+def _first_of_a_kind(blocks: Sequence[nn.Module], kinds: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
     """Blocks give what the first of their kind gave, which is right where only shapes count."""
     gave: dict[Any, Any] = {}
 
-    def replacement(kind: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    def replacement(number: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if kind not in gave:
-                gave[kind] = original(*args, **kwargs)
-            return gave[kind]
+            if kinds[number] not in gave:
+                gave[kinds[number]] = original(*args, **kwargs)
+            return gave[kinds[number]]
 
         return forward
 
-    before = [vars(block).get("forward") for block in blocks]
-    try:
-        for block, kind in zip(blocks, kinds, strict=True):
-            block.forward = replacement(kind, block.forward)  # type: ignore[method-assign]
-        yield
-    finally:
-        for block, old in zip(blocks, before, strict=True):
-            if old is None:
-                del block.forward
-            else:
-                block.forward = old  # type: ignore[method-assign]
+    return replaced(blocks, replacement)
 
 
 def _learn_shared(network: Any, blocks: Sequence[str]) -> None:

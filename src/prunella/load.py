@@ -113,9 +113,18 @@ def cache_directory() -> Path:
 def find_directory(name: str, *, remote_code: bool = False, pickles: bool = False, revision: str | None = None) -> Path:
     """The local directory with the safetensors, config and tokenizer of `name`.
 
-    A GGUF file and a built-in model are dequantized once into the cache; a hub id is downloaded, and says
-    so; HUB-ID@REVISION is one of its branches, tags or commits, as `revision` is. Raises ModelError for a name
-    that is none of these, and for weights that only come as pickles.
+    A GGUF file and a built-in model are dequantized once into the cache; a model of the hub is downloaded, and a line
+    on stderr says so.
+
+    Args:
+        name: hub id, directory, .gguf file or built-in name; `HUB-ID@REVISION` is the same as `revision`.
+        remote_code: take a model that comes with Python code, which opening it will run.
+        pickles: take weights that only come as pickles.
+        revision: of a hub's model: a branch, tag or commit.
+
+    Raises:
+        InputError: a revision of what is not on the hub.
+        ModelError: no such model, or one that only comes as pickles.
     """
     name = at_revision(name, revision)
     path = Path(name)
@@ -561,13 +570,13 @@ def read_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int, 
 
 
 class Model:
-    """A causal language model whose blocks come on demand.
+    """A causal language model whose weights are loaded block by block; `load_model` and `wrap_model` make one.
 
-    network:     the transformers model; parameters that are not loaded live on the meta device
+    network:     the transformers model; parameters that are not loaded are on the meta device
     tokenizer:   its tokenizer, or None
     blocks:      names of its decoder blocks, in order
     checkpoint:  where its weights come from, or None if the model is in memory
-    scratch:     where hidden states go that do not fit into memory; None: the cache
+    scratch:     folder for hidden states that do not fit into memory; None: one in the cache
     """
 
     scratch: Path | None = None
@@ -594,18 +603,19 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the weights."""
         dtype: torch.dtype = self.network.dtype
         return dtype
 
     @property
     def parameters(self) -> int:
-        """How many there are. Tied ones count once, also where none is loaded and each has a place of its own."""
+        """How many parameters the network has. Tied ones count once, whether they are loaded or not."""
         named = dict(self.network.named_parameters())
         tied = self.network.all_tied_weights_keys
         return sum(p.numel() for name, p in named.items() if tied.get(name) not in named)
 
     def give_back(self) -> None:
-        """Let a model that lives in memory run as it did before it was wrapped."""
+        """Let a wrapped model compute as it did before it was wrapped."""
         if self.network.config._attn_implementation != self._attention:
             self.network.set_attn_implementation(self._attention)
         if self._experts is not None:
@@ -787,7 +797,8 @@ class Model:
 
     @contextlib.contextmanager
     def block(self, index: int, checkpoint: Checkpoint | None = None) -> Iterator[nn.Module]:
-        """Block `index` with its weights, for as long as the context lasts."""
+        """Block `index` with its weights, which are loaded for as long as the context lasts: `with model.block(0) as
+        block`. They are the model's own, or those in `checkpoint`."""
         prefix = self.blocks[index] + "."
         self.load(lambda name: name.startswith(prefix), checkpoint)
         try:
@@ -797,7 +808,8 @@ class Model:
 
     @contextlib.contextmanager
     def outside(self, head: bool = True, checkpoint: Checkpoint | None = None) -> Iterator[None]:
-        """Everything but the blocks: embeddings and norms, and with `head` the output head as well."""
+        """Loads everything but the blocks for as long as the context lasts: embeddings and norms, and with `head` the
+        output head as well."""
         base = self.network.base_model_prefix + "."
         single = self.network.base_model is self.network
 
@@ -812,7 +824,7 @@ class Model:
 
     @contextlib.contextmanager
     def whole(self, checkpoint: Checkpoint | None = None) -> Iterator[Any]:
-        """The network with all its weights, for what needs them all at once, such as generating text."""
+        """The network with all its weights loaded, for as long as the context lasts: to generate text, say."""
         self.load(lambda name: True, checkpoint)
         try:
             yield self.network
@@ -885,6 +897,7 @@ def load_model(
         packed: take a packed model as well; it is read into memory, packed as it is, and cannot be pruned.
         revision: of a hub's model: a branch, tag or commit.
         tokenizer: in place of the model's own: a tokenizer, or the directory or hub id of one.
+
     Raises:
         ModelError: no such model, or one that cannot be read or pruned: a tensor is missing, it is quantized, it is no
             causal language model.
@@ -1062,10 +1075,18 @@ def _load_packed(
 
 
 def wrap_model(network: Any, tokenizer: Any = None, name: str = "") -> Model:
-    """A model object that is already in memory, on whatever device it is.
+    """A transformers model that is already in memory, as a `Model`. It stays on the device on which it is.
 
-    It is put into evaluation mode and runs its attention and experts as the stream wants them, until
-    `Model.give_back`. Raises ModelError for what is no causal language model, or is spread over several devices.
+    It is put into evaluation mode, and its attention and its experts are computed in the way that pruning can watch,
+    until `Model.give_back` is called.
+
+    Args:
+        network: the transformers model.
+        tokenizer: its tokenizer, if text is to be read.
+        name: what reports call it; by default the name that it was loaded by.
+
+    Raises:
+        ModelError: it is no causal language model, or it is spread over several devices.
     """
     if config := getattr(network, "config", None):
         if config.is_encoder_decoder:

@@ -150,8 +150,12 @@ class Healing(_Part):
 
 
 class Recipe(_Part):
-    """Everything a run is.
+    """Everything a run is, and the only configuration there is. `Recipe.of` makes one from plain data.
 
+    model:    hub id, directory, .gguf file or built-in name
+    calibration: the text that statistics are made from: `source`, `samples` (windows), `length` (tokens in each),
+              `min_tokens` (a layer that fewer tokens reach is pruned by magnitude)
+    pattern:  where zeros may stand: `unstructured`, `N:M` (N kept of M) or `RxC` (blocks), see `Pattern`
     sparsity: {pattern of layer names: share of weights to prune}, the last match wins; a plain number is
               {"*": number}. `down_proj` matches every layer whose name ends so. An N:M pattern fixes it.
     skip:     patterns of layer names that stay dense
@@ -159,15 +163,20 @@ class Recipe(_Part):
               pruned model. Without it a second pass chooses anew, and may fill what the first one pruned
     allocate: how sparsity is spread over the other layers: a name, or {name: {option: value}}
     steps:    a list of names, or of {name: {option: value}}
-    order:    `layer`, `block` or `auto`: see `prunella.stream.Stream`
+    order:    `layer`: a layer is pruned when its inputs arrive from the pruned layers before it; `block`: after a
+              pass through the dense block has shown the inputs of all its layers; `auto`: `layer` where every step
+              looks at single layers, one of them at their inputs, and the activations are less than 8 GiB
+    evaluate: the text on which dense and pruned perplexity are compared: `source` (null: none), `windows`, `length`
     format:   how the weights are saved: `dense`, zeros and all, or `packed`, without them
     bits:     packed weights that no step has quantized are rounded to 8 or 4 bits; null: they keep their dtype
     group:    inputs that share a scale, a multiple of 128; 0: whole rows
     round_head: a packed model's embedding and output head are rounded to 8 bits
     dtype:    compute and save in this dtype; `auto` keeps the checkpoint's
+    device:   where blocks are computed: cpu, cuda, cuda:1 …; `auto` is cuda where there is one
+    seed:     of everything that is drawn at random
     bos:      every window of calibration, healing and evaluation begins with what the tokenizer puts before a text, if
               it does (a BOS); false: none does
-    heal:     retraining of what was pruned
+    heal:     retraining of what was pruned: `train` (what trains), `text`, `tokens` and more
     """
 
     model: str = "smollm2-135m"

@@ -28,10 +28,14 @@ BESIDE = frozenset({"drift", "dense"})  # what only a dense model that runs besi
 
 @dataclass(frozen=True)
 class Step:
-    """block -> block, with the statistics it needs.
+    """A step with its options, as `make` returns it: `apply` turns a block into one with other masks or weights.
 
-    per_layer: it looks at one layer at a time, so that a stream in `layer` order can use it
-    prunes:    it chooses a mask where none stands
+    name:      what users call it
+    needs:     the statistics that it reads
+    apply:     block -> block
+    per_layer: it looks at one layer at a time, and so can work in `layer` order
+    prunes:    it chooses a mask where there is none yet
+    options:   all of them, with their values
     """
 
     name: str
@@ -68,12 +72,15 @@ steps: dict[str, Method] = {}
 def register(
     name: str, needs: Iterable[str] = (), *, prunes: bool = True
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register `function(layer, *, options) -> layer` or `function(block, *, options) -> block`.
+    """Make a function a step: a decorator.
+
+    The function turns a `Layer` into a `Layer`, or a `Block` into a `Block`; the annotation of its first argument says
+    which. Its keyword arguments are the step's options, with their types and defaults.
 
     Args:
         name: what users call it.
         needs: the statistics it reads, of norm, moments, gram, drift, targets, dense; reading any other raises.
-        prunes: it chooses a mask where none stands; one that does not needs another step beside it.
+        prunes: whether it chooses a mask where there is none yet; if not, the recipe needs another step that does.
     """
     wanted = frozenset(needs)
     if wanted - NEEDS:
@@ -110,7 +117,15 @@ def find(name: str) -> Method:
 
 
 def make(name: str, options: Mapping[str, Any] | None = None) -> Step:
-    """A step ready to apply. Raises InputError for an unknown name, an unknown option or a wrong value."""
+    """A step with its options, ready to apply: `make("wanda", {"group": "layer"}).apply(block)`.
+
+    Args:
+        name: of a registered step, or `path/to/file.py:name`.
+        options: those that differ from the step's defaults.
+
+    Raises:
+        InputError: an unknown name, an unknown option or a wrong value.
+    """
     method = find(name)
     chosen = checked("step", method, options or {})
 

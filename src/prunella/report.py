@@ -27,11 +27,12 @@ class Report:
     recipe:   the resolved recipe; `Recipe.of(report.recipe)` repeats the run
     model:    name, class, dtype, parameters (all), prunable (weights in layers that could be pruned)
     dense, pruned: perplexity (None if not measured), its windows and length, a sample of text, bytes of the files
-    layers:   one LayerResult a layer, in order
+    layers:   what became of each layer, in order: name, shape, sparsity, error and more
     left_out: the matrices of the blocks that are no layers to prune (routers, convolutions, …), and why
-    run:      seconds by phase, cpu_seconds, peak memory in bytes (resident, and of the GPU), device, order
+    run:      seconds by phase, cpu_seconds, peak memory in bytes (resident, and of the GPU), threads, blocks that an
+              interrupted run had finished before
     versions: of what the result depends on
-    fingerprint: of the calibration text, see `evaluate.fingerprint`
+    fingerprint: of the calibration text; by it `prunella eval` knows a text that the model was calibrated on
     healing:  what retraining did, if there was any: what trained and how, losses, tokens, seconds, perplexity before
               and after, fingerprint of the text; `apart`: what of it is in an adapter, and then `weights`: perplexity
               without that
@@ -50,17 +51,17 @@ class Report:
 
     @property
     def weights(self) -> int:
-        """Of all matrices of the blocks, pruned or not."""
+        """How many weights all matrices of the blocks hold, pruned or not."""
         return sum(map(_size, self.layers)) + sum(item.weights for item in self.left_out)
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros over all matrices of the blocks."""
+        """Share of zeros among these weights."""
         return self._zeros([la.sparsity for la in self.layers])
 
     @property
     def before(self) -> float:
-        """The same of the model that came in."""
+        """Share of zeros among these weights before pruning."""
         return self._zeros([la.before for la in self.layers])
 
     def _zeros(self, shares: Sequence[float]) -> float:
@@ -84,6 +85,7 @@ class Report:
         return joined(self.fingerprint, self.healing.get("fingerprint", ""), taught.get("fingerprint", ""))
 
     def plain(self) -> dict[str, Any]:
+        """As plain data, as it stands in prunella.json."""
         return {"sparsity": self.sparsity, **asdict(self)}
 
     @classmethod

@@ -171,10 +171,14 @@ def _write_all(file: int, data: memoryview, at: int) -> None:
 
 
 def read_masks(directory: str | Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """The masks saved with a pruned model, {layer name: bool (O, I)}, True where a weight was kept: all of them, or
-    those of these layers.
+    """The masks saved with a pruned model: {layer name: bool (outputs, inputs)}, True where a weight was kept.
 
-    Raises ModelError if there are none or they are damaged.
+    Args:
+        directory: of the pruned model.
+        names: layers whose masks to read; None: all.
+
+    Raises:
+        ModelError: there are none, or they are damaged.
     """
     shapes = mask_shapes(directory)
     path = Path(directory) / MASKS

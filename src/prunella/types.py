@@ -95,11 +95,11 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Stats:
-    """Sums over the tokens that entered a layer, in float32 on the layer's device.
+    """What is known of a layer's inputs: sums over the tokens that entered it, in float32 on the layer's device.
 
-    Everything is a plain sum, so statistics of batches, devices and machines merge with `+`. Layers fed
-    by the same tensor share one `Stats`. A statistic that no step asked for is None, and reading it
-    raises StatisticError.
+    Everything is a plain sum, so that statistics of several batches merge with `+`. Layers fed by the same tensor share
+    one `Stats`. A statistic that the step's `needs` do not name is None, and reading it by its property raises
+    StatisticError.
 
     tokens:    how many there were
     sum_I:     sum of x                 (`moments`)
@@ -210,13 +210,14 @@ class Layer:
     """One weight matrix and all that a step needs to prune it.
 
     name:       where it lives, such as `model.layers.0.self_attn.q_proj`; an expert adds its number
-    weight_OI:  what it is now, in the model's dtype
-    dense_OI:   what it was: the steps imitate its outputs
+    weight_OI:  the weight as it is now, in the model's dtype
+    dense_OI:   the weight before pruning, whose outputs the steps try to keep
+    stats:      statistics of its inputs, those that the step's `needs` name
+    sparsity:   share of weights to prune, 0 <= sparsity < 1
+    pattern:    where zeros may stand
     mask_OI:    True where a weight is kept; None while no step has chosen
     bias_O:     its bias, if it has one
     grid:       what its values are multiples of, if a step quantized it
-    stats:      of its inputs, as the step's `needs` say
-    sparsity:   share of weights to prune, 0 <= sparsity < 1
     notes:      what the report should say about this layer
     """
 
@@ -256,9 +257,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block between two points of the stream.
+    """One block of the model, with the layers in it that are to be pruned.
 
-    layers:     the layers to prune, in the order in which they are called
+    index:      its number in the model, from 0
+    name:       its name in the network, such as `model.layers.0`
+    layers:     the layers to prune, in the order in which the block holds them
     run:        run(weights, n) runs the block on window n with the given weights {layer name: weight_OI, or name in
                 `others`: tensor} in place of its own, and returns its output (1, L, D); differentiable in those
                 weights. run(weights, n, at=path) stops at a module of the block and returns that one's output.

@@ -21,13 +21,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Budget:
-    """Layers, and the share of their weights that is to go, all of them together.
+    """What an allocation is given: layers, and the share of all their weights together that is to be pruned.
 
     model, windows_NL: for allocations that look at how the model behaves on the calibration text
     targets:  the layers of each block, in order; those with sparsity 0 stay dense
     free:     names of the layers to decide on: not those that the recipe skips or names a sparsity for
     sparsity: share to prune of all free weights together
     shared:   statistics that `look` made and other budgets on the same dense model and windows may use
+    track:    wraps loops over blocks, `track(range, what, total)`, to show progress
     """
 
     model: Model
@@ -46,7 +47,7 @@ class Budget:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Weights of each free layer."""
+        """How many weights each free layer has, {layer: number}."""
         return {
             t.slot.name: t.slot.shape[0] * t.slot.shape[1]
             for block in self.targets
@@ -55,10 +56,15 @@ class Budget:
         }
 
     def look(self, visit: Callable[[Block], T], needs: Iterable[str]) -> list[T]:
-        """`visit` each dense block that has free layers, with these and the statistics of their inputs.
+        """Call `visit(block)` on each dense block that has free layers, with these and the statistics of their inputs;
+        what the calls return.
 
-        It is a stream with one step that keeps every weight, so no more than one block is in memory; where only
-        small statistics are wanted and another budget made them, no text has to pass.
+        No more than one block is in memory at a time. Where only small statistics are wanted, and another budget on the
+        same windows has made them, no text is run through the model.
+
+        Args:
+            visit: is called with each block, in order.
+            needs: statistics that it reads, as those of a step.
         """
         seen: list[T] = []
         key = (frozenset(needs), self.free)
@@ -108,7 +114,7 @@ class Budget:
         return ids_NL[:-held], ids_NL[-held:]
 
     def spend(self, wish: Mapping[str, float]) -> dict[str, float]:
-        """Sparsities as near to a wish as the budget allows, {layer: sparsity}.
+        """Sparsities that are as near to a wish, {layer: sparsity}, as the budget allows.
 
         One number is added to all wishes, so that their mean, weighted by the layers' sizes, is the target
         after each has been clipped to 1% ... 99% (water filling). No layer is left dense or emptied, unless

@@ -17,7 +17,14 @@ allocations: dict[str, Method] = {}
 
 
 def register_allocation(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register `function(budget, *, options) -> {layer: sparsity}`, a value for each name in `budget.sizes`."""
+    """Make a function an allocation: a decorator.
+
+    The function is given a `Budget` and returns {layer: sparsity}, a value for each name in `budget.sizes`. Its keyword
+    arguments are the allocation's options, with their types and defaults.
+
+    Args:
+        name: what users call it.
+    """
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         first = next(iter(inspect.signature(function).parameters.values()), None)

@@ -24,7 +24,7 @@ from ..registry import Method, call, checked, lookup
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of the network.
+    """One tensor of the network, which may train.
 
     name:       of the parameter, such as `model.layers.0.self_attn.q_proj.weight`
     kinds:      of linear, norm, bias, head, embedding, other; a head that is tied is an embedding too
@@ -47,12 +47,12 @@ class Part:
 class Change(nn.Module):
     """A tensor as a function of what it was and of float32 parameters that train: `forward(base) -> tensor`.
 
-    It equals `base` before the first step, and has `base`'s dtype and shape. `apart` says that it is saved
-    beside the model and not merged into it.
+    A subclass has these parameters and `make`. What that returns equals `base` before the first step, and has `base`'s
+    dtype and shape. Where the class says `apart = True` the parameters are saved beside the model, in an adapter, and
+    not merged into it.
 
-    The tensor is made once a step, not once a micro-batch, while `keep` is set (whoever sets it calls `forget`
-    after each step); its graph never lives: backward makes it again, so that nothing as large as the tensor
-    is saved.
+    While `keep` is set the tensor is made once a step and not once a micro-batch; whoever sets it calls `forget` after
+    each step. The graph that makes it is not held in memory: the backward pass makes it again.
 
     Args:
         mask: True where a weight is kept, of the tensor's shape; it is `self.mask`.
@@ -69,6 +69,7 @@ class Change(nn.Module):
 
     @property
     def mask(self) -> Tensor | None:
+        """True where a weight is kept; None where nothing was pruned."""
         held: Tensor | None = self._buffers["_mask"]
         if held is None or self._shape is None:
             return held
@@ -82,6 +83,7 @@ class Change(nn.Module):
             self._buffers["_mask"] = pack(mask).to(mask.device)
 
     def make(self, base: Tensor) -> Tensor:
+        """The tensor, made of what it was and of the parameters."""
         raise NotImplementedError
 
     def forget(self) -> None:
@@ -167,8 +169,15 @@ groups: dict[str, Method] = {}
 
 
 def trains(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register `function(part, *, rate, options) -> Change | None`, called for every tensor of the network: what
-    training makes of it, or None where the method leaves it alone. `rate` is the learning rate."""
+    """Make a function a healing method: a decorator.
+
+    The function is called with every tensor of the network, a `Part`, and returns what training makes of it, a
+    `Change`, or None where the method leaves it alone. Its keyword arguments are the method's options, with their types
+    and defaults; one of them is `rate`, the learning rate.
+
+    Args:
+        name: what users call it.
+    """
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         first = next(iter(inspect.signature(function).parameters))
