@@ -43,12 +43,17 @@ def gradients(
     become zero, in bfloat16 and float32 they do not.
 
     Args:
+        model: from `load_model` or `wrap_model`.
+        windows_NL: token ids, one window a row.
         loss: of a window's logits (L, V) and token ids (L), both on the model's device, a scalar; None: the mean cross
             entropy of each next token.
         checkpoint: read the weights from here in place of the model's own (its pruned version, say).
+        track: wraps each loop over blocks, `track(range, what, total)`, to show progress.
+
     Yields:
         (block, window, {layer name: gradient (O, I)}): all windows of a block, then those of the block before it. While
         one is handed out, its block is loaded.
+
     Raises:
         InputError: the windows are not of the model's tokens, longer than it has positions, or of a single token.
         ModelError: its blocks pass each other more than the hidden state.
