@@ -141,7 +141,8 @@ def plugged_in() -> Iterator[torch.device]:
         module.here = False
 
 
-def _install() -> None:
+def meet() -> None:
+    """Let torch know of the device before any backward pass: autograd counts devices at its first one."""
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     class Hooks(torch._C._acc.PrivateUse1Hooks):
@@ -155,6 +156,9 @@ def _install() -> None:
             return True
 
     _setup_privateuseone_for_python_backend(NAME, backend_module=module, hook=Hooks())
+
+
+def _install() -> None:
     aten = torch.library.Library("aten", "IMPL", "PrivateUse1")
     # Whatever the CPU has a kernel for. The rest torch makes of these.
     for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU"):

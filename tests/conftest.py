@@ -26,6 +26,8 @@ from prunella.heal import groups
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)  # whatever had imported torch before
+if hasattr(torch._C, "_acc"):
+    accelerator.meet()
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined anywhere
 

@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM
 import prunella
 from prunella import InputError, ModelError, cells, make, stream
 from prunella.allocate import allocations
-from prunella.load import fork_random, free_memory, load_model, pick_device
+from prunella.backward import gradients
+from prunella.machine import fork_random, free_memory, pick_device
+from prunella.model.open import load_model
 from prunella.registry import find
 from prunella.save import Output
 from prunella.sparse.bench import bench
@@ -171,6 +173,19 @@ def test_hidden_states_wait_where_there_is_room(monkeypatch: pytest.MonkeyPatch,
         places.clear()
         assert pruned(sim, recipe) == expected
         assert places == {place}
+
+
+@pytest.mark.parametrize("main", [1 << 40, 0], ids=["memory", "disk"])
+def test_gradients_are_those_of_the_cpu(
+    main: int, llama: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch, sim: torch.device
+) -> None:
+    """Wherever the hidden states wait."""
+    expected = [*gradients(load_model(str(llama), device="cpu"), ids)]
+    monkeypatch.setattr(stream, "free_memory", lambda device: main if device.type == "cpu" else 0)
+    found = gradients(load_model(str(llama), device="sim"), ids)
+    for (_, _, layers), (_, _, there) in zip(expected, found, strict=True):
+        assert all(gradient.device == sim for gradient in there.values())
+        assert all(torch.equal(there[name].cpu(), gradient) for name, gradient in layers.items())
 
 
 def test_other_gpus_are_not_opened_for_their_random_numbers(monkeypatch: pytest.MonkeyPatch, sim: torch.device) -> None:

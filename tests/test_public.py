@@ -29,6 +29,7 @@ PUBLIC = [
     "Stats",
     "Step",
     "find_directory",
+    "gradients",
     "heal",
     "keep",
     "load_model",

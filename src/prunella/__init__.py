@@ -14,10 +14,13 @@ import typing as _typing
 from . import sparse as _sparse  # registers the packed format with transformers
 
 if _typing.TYPE_CHECKING:
+    from .backward import gradients
     from .errors import InputError, ModelError, NumericalError, PrunellaError, StatisticError
     from .evaluate import Perplexity, perplexity
     from .heal.run import heal
-    from .load import Model, find_directory, load_model, wrap_model
+    from .model.names import find_directory
+    from .model.network import Model
+    from .model.open import load_model, wrap_model
     from .pattern import keep
     from .prune import prune
     from .recipe import Recipe
@@ -44,6 +47,7 @@ __all__ = [
     "Stats",
     "Step",
     "find_directory",
+    "gradients",
     "heal",
     "keep",
     "load_model",
@@ -56,10 +60,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "backward": ("gradients",),
     "errors": ("InputError", "ModelError", "NumericalError", "PrunellaError", "StatisticError"),
     "evaluate": ("Perplexity", "perplexity"),
     "heal.run": ("heal",),
-    "load": ("Model", "find_directory", "load_model", "wrap_model"),
+    "model.names": ("find_directory",),
+    "model.network": ("Model",),
+    "model.open": ("load_model", "wrap_model"),
     "pattern": ("keep",),
     "prune": ("prune",),
     "recipe": ("Recipe",),

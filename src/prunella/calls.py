@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError, PrunellaError, first_line
-from .load import Model
+from .layers import replaced
+from .model.network import Model
 
 Key = tuple[str, int]  # of something that travels beside the hidden state
 Path = int | str  # of an argument: where it stands after the hidden state, or its name
@@ -127,10 +128,14 @@ def _map(value: Any, leaf: Callable[[Any], Any]) -> Any:
     """A tree of tuples with `leaf` applied to what is no tuple."""
     if not isinstance(value, tuple):
         return leaf(value)
-    items = [_map(item, leaf) for item in value]
-    if all(new is old for new, old in zip(items, value, strict=True)):
-        return value
-    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return _like(value, [_map(item, leaf) for item in value])
+
+
+def _like(old: tuple[Any, ...], items: Sequence[Any]) -> tuple[Any, ...]:
+    """A tuple of the same type with these items; the old one where they are its own."""
+    if all(new is item for new, item in zip(items, old, strict=True)):
+        return old
+    return type(old)(*items) if hasattr(old, "_fields") else tuple(items)
 
 
 def map_tree(value: Any, leaf: Callable[[Any], Any]) -> Any:
@@ -184,10 +189,7 @@ class _Shared:
         if type(new) is not type(old):
             return new
         if isinstance(new, tuple) and len(new) == len(old):
-            items = [self(a, b) for a, b in zip(new, old, strict=True)]
-            if all(item is b for item, b in zip(items, old, strict=True)):
-                return old
-            return type(new)(*items) if hasattr(new, "_fields") else tuple(items)
+            return _like(old, [self(a, b) for a, b in zip(new, old, strict=True)])
         if _is_container(new) and [k for k, _ in _items(new)] == [k for k, _ in _items(old)]:
             pairs = [(k, self(a, b), b) for (k, a), (_, b) in zip(_items(new), _items(old), strict=True)]
             if all(item is b for _, item, b in pairs):
@@ -278,10 +280,14 @@ class Calls:
             for call in calls
         ]
 
-    def logits(self, ids_BL: Tensor, hidden: Tensor) -> Tensor:
-        """What the model makes of the last block's output: its norm, its head and all, (B, L, vocabulary)."""
-        with torch.no_grad(), _StandIns(self.model, self.interface, hidden=hidden).installed():
-            result = self.model.network(input_ids=ids_BL.to(self.model.device), use_cache=False)
+    def logits(self, ids_BL: Tensor, hidden: Tensor, **options: Any) -> Tensor:
+        """What the model makes of the last block's output: its norm, its head and all, (B, L, vocabulary). It can be
+        differentiated where the hidden state asks for that. `options` go to the network's forward pass."""
+        with (
+            torch.set_grad_enabled(hidden.requires_grad),
+            _StandIns(self.model, self.interface, hidden=hidden).installed(),
+        ):
+            result = self.model.network(input_ids=ids_BL.to(self.model.device), use_cache=False, **options)
         logits: Tensor = result.logits
         return logits
 
@@ -378,23 +384,13 @@ class _StandIns:
             items[number] = _argument(args, kwargs, path)
         return tuple(items)
 
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
+    def installed(self) -> contextlib.AbstractContextManager[None]:
+        """The stand-ins in their places."""
+
         def replacement(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
             return lambda *args, **kwargs: self._forward(index, original, *args, **kwargs)
 
-        blocks = [self.model.module(name) for name in self.model.blocks]
-        before = [vars(block).get("forward") for block in blocks]
-        try:
-            for index, block in enumerate(blocks):
-                block.forward = replacement(index, block.forward)  # type: ignore[method-assign]
-            yield
-        finally:
-            for block, old in zip(blocks, before, strict=True):
-                if old is None:
-                    del block.forward
-                else:
-                    block.forward = old  # type: ignore[method-assign]
+        return replaced([self.model.module(name) for name in self.model.blocks], replacement)
 
 
 def _one(one: Tensor, other: Tensor) -> bool:

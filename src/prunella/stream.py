@@ -21,11 +21,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .calls import Calls, Key, examine, first, map_tree
+from .compat import attention_of, version_of
 from .errors import DefectError, InputError, NumericalError, StepError, disk_error, say
 from .grid import Grid, fit
 from .histogram import histograms
 from .layers import Slot, find_layers, products, unpruned
-from .load import Checkpoint, Model, cache_directory, free_memory
+from .machine import cache_directory, free_memory
+from .model.checkpoint import Checkpoint
+from .model.network import Model
 from .pattern import hold_zeros, pack
 from .registry import Step, make
 from .tensors import claim
@@ -99,8 +102,8 @@ class Watch(TorchFunctionMode):
                 x_TI = x_TI[x_TI.any(1)]
             if x_TI.numel():
                 same = not found.batched and self.last is not None and source is self.last[0]
-                same = same and self.last is not None and source._version == self.last[1]
-                self.last = (source, source._version)
+                same = same and self.last is not None and version_of(source) == self.last[1]
+                self.last = (source, version_of(source))
                 self.see(name, x_TI, same)
         return function(*args, **kwargs)
 
@@ -148,9 +151,10 @@ class Hidden:
     def __len__(self) -> int:
         return len(self._items)
 
-    def copy(self) -> Hidden:
-        """Another with the same states, which may go other ways."""
+    def copy(self, shelf: Shelf | None = None) -> Hidden:
+        """Another with the same states, which may go other ways, or wait on another shelf."""
         other = copy.copy(self)
+        other.shelf = shelf or self.shelf
         other._items = [None] * len(self)
         other.beside = list(self.beside)
         for index, item in enumerate(self._items):
@@ -232,6 +236,7 @@ class Stream:
     what the pruned layers before it really produce, in half the passes, but the widest activation of all
     windows must fit in memory at once.
 
+    `alone`: each window is a batch of its own, where `block` order would take several short ones together.
     `keep_zeros`: zeros that the weights come with stay zero, and count towards the sparsity (`hold_zeros`).
     `rounding`: bits and group of the grid to which pruned layers are rounded that no step has quantized; layers after
     them see what that does.
@@ -243,6 +248,7 @@ class Stream:
         windows_NL: Tensor,
         *,
         order: Literal["layer", "block"] = "block",
+        alone: bool = False,
         beside: bool = False,
         rounding: tuple[int, int] | None = None,
         keep_zeros: bool = False,
@@ -254,7 +260,7 @@ class Stream:
         self.windows_NL = windows_NL
         self.order = order
         count, length = windows_NL.shape
-        batch = count if order == "layer" else min(count, max(1, TOKENS // length))
+        batch = count if order == "layer" else 1 if alone else min(count, max(1, TOKENS // length))
         streams: list[Hidden] = []
         with torch.no_grad(), model.outside(head=False, checkpoint=checkpoint):
             if model.interface is None:
@@ -643,7 +649,7 @@ def pick_order(order: Order, steps: Sequence[Step], windows_NL: Tensor, model: M
     need = tokens * widest * size * 4 + tokens * widest * 4
     if any("drift" in step.needs for step in steps):
         need += tokens * widest * size * 3  # the dense model's inputs of all layers of a block
-    if getattr(config, "_attn_implementation", "") == "eager":
+    if attention_of(config) == "eager":
         need += 3 * 4 * tokens * windows_NL.shape[1] * getattr(config, "num_attention_heads", 1)
     if need >= ACTIVATIONS:
         return "block"
