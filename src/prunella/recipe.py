@@ -46,6 +46,7 @@ class Evaluation(_Part):
 
     If it is the calibration text, windows after the calibration's are taken.
 
+    source:  a text, by a name as the calibration's
     windows: how many
     length:  tokens in a window; None: 2048, or the model's context if that is shorter
     """
@@ -77,15 +78,15 @@ class Healing(_Part):
     rate:        learning rate of everything that trains; None: each method's own, and 1e-3 to reconstruct
     warmup:      share of the steps over which the rate rises; then it falls linearly to 0
     clip:        largest norm of the gradient
-    betas:       of AdamW
+    betas:       how slowly AdamW's two moments forget
     distill:     share of the loss that is the divergence from the dense model's predictions
-    temperature: of that divergence
+    temperature: by which both models' logits are divided in that divergence
     adapt:       tokens of further text on which the dense model itself is trained before all else, so that it fits the
                  text: it teaches better then, and with `prune --heal` it is what is pruned; 0: it is left as it is
     teacher:     the dense model stays in `memory`, or is streamed once over the text before training (`stream`)
     dense:       the dense model; None: the one that was pruned, by the report's word
     held_out:    windows of the text that find the best checkpoint; 0: the last one is taken
-    evaluations: how often they do
+    evaluations: how often in a run these windows are looked at
     patience:    stop after so many evaluations that were no better
     checkpointing: recompute activations and trained weights in the backward pass: less memory, more time
     part:        reconstruct whole blocks, or their attention and MLP one after the other
