@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from prunella.load import cache_directory
+from prunella.machine import cache_directory
 from prunella.sparse.bench import measure, packed_copy, random_network, random_packed
 from prunella.sparse.format import Packed
 from prunella.sparse.kernels import dense_linear, instructions, read_bandwidth, resident, sparse_linear

@@ -17,7 +17,7 @@ from rich.table import Table
 from prunella.calibrate import windows
 from prunella.cells import Cell, Key, Rows, Sweep
 from prunella.heap import keep_freed_memory
-from prunella.load import load_model
+from prunella.model.open import load_model
 from prunella.recipe import Recipe
 from prunella.texts import same_text
 

@@ -21,7 +21,8 @@ from rich.table import Table
 
 import prunella
 from prunella.calibrate import windows
-from prunella.load import find_directory, load_model
+from prunella.model.names import find_directory
+from prunella.model.open import load_model
 from prunella.texts import same_text
 
 HERE = Path(__file__).parent

@@ -9,7 +9,8 @@ from torch import Tensor
 
 import prunella
 from prunella.layers import find_layers
-from prunella.load import Model, wrap_model
+from prunella.model.network import Model
+from prunella.model.open import wrap_model
 
 SETTINGS: dict[str, Any] = {
     "calibration": {"samples": 4, "length": 32},

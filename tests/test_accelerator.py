@@ -23,7 +23,8 @@ import prunella
 from prunella import InputError, ModelError, cells, make, stream
 from prunella.allocate import allocations
 from prunella.backward import gradients
-from prunella.load import fork_random, free_memory, load_model, pick_device
+from prunella.machine import fork_random, free_memory, pick_device
+from prunella.model.open import load_model
 from prunella.registry import find
 from prunella.save import Output
 from prunella.sparse.bench import bench

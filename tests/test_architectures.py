@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 import prunella
 from prunella.layers import Slot, find_layers
-from prunella.load import load_model, read_header, wrap_model
+from prunella.model.checkpoint import read_header
+from prunella.model.open import load_model, wrap_model
 from prunella.stream import Stream
 
 RECIPES = {

@@ -15,7 +15,8 @@ import prunella
 from prunella import InputError, Model, ModelError, NumericalError, backward, load_model
 from prunella.backward import Back, gradients
 from prunella.layers import find_layers
-from prunella.load import Checkpoint, wrap_model
+from prunella.model.checkpoint import Checkpoint
+from prunella.model.open import wrap_model
 
 EXACT = ("llama", "gpt2", "mixtral")  # linear layers, transposed ones, experts
 Found = dict[tuple[str, int], Tensor]

@@ -12,8 +12,8 @@ from torch import Tensor
 import prunella
 from prunella import InputError, Model, load_model, read_masks
 from prunella.calibrate import all_windows, check_windows, positions, sample_self, up_to, windows, with_bos
-from prunella.load import wrap_model
 from prunella.measure import held_out_windows
+from prunella.model.open import wrap_model
 from prunella.recipe import Recipe
 
 TEXTS = [f"Document {n} tells of {n} pruned branches.\nThey grew back." for n in range(60)]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import prunella
 from prunella import stream as stream_module
-from prunella.load import Model, wrap_model
+from prunella.model.network import Model
+from prunella.model.open import wrap_model
 from prunella.stream import Stream
 
 # What blocks are called with differs from batch to batch, or travels from block to block.

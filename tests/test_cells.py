@@ -17,7 +17,8 @@ from prunella import InputError, Layer, Pattern, keep, registry
 from prunella.allocate import budget
 from prunella.calibrate import windows
 from prunella.cells import Rows, cells_of, packed_bytes, parse_grid, sweep
-from prunella.load import Checkpoint, load_model
+from prunella.model.checkpoint import Checkpoint
+from prunella.model.open import load_model
 from prunella.results import Results
 from prunella.sparse.commands import pack_model
 

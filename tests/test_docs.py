@@ -32,7 +32,7 @@ import prunella
 from prunella import registry
 from prunella.allocate import allocations
 from prunella.heal import groups
-from prunella.load import BUILT_IN
+from prunella.model.built_in import BUILT_IN
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import prunella
 from prunella import NumericalError, Perplexity, evaluate, load_model, perplexity
-from prunella.load import Checkpoint, wrap_model
+from prunella.model.checkpoint import Checkpoint
+from prunella.model.open import wrap_model
 
 
 def plain_losses(network: object, ids: Tensor) -> list[float]:

@@ -14,7 +14,7 @@ import prunella
 from prunella import InputError
 from prunella.allocate import allocations
 from prunella.layers import find_layers
-from prunella.load import wrap_model
+from prunella.model.open import wrap_model
 from prunella.registry import find, steps
 
 PATTERNS = ["unstructured", "2:4", "4x1"]

@@ -74,7 +74,7 @@ def test_what_is_no_model_directory_is_refused(tmp_path: Path, llama: Path) -> N
 
 def test_memory_is_one_block(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are read one after the other, never two at once."""
-    from prunella.load import Model
+    from prunella.model.network import Model
 
     most = 0
     load = Model.load

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import prunella
 from prunella.errors import DefectError
 from prunella.layers import UNSEEN, find_layers, products, survey
-from prunella.load import wrap_model
+from prunella.model.open import wrap_model
 from prunella.stream import Target, Watch
 from prunella.types import Pattern
 

@@ -25,8 +25,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import prunella
-from prunella import ModelError, load, load_model
-from prunella.load import Checkpoint, find_directory, wrap_model
+from prunella import ModelError, load_model
+from prunella.model.built_in import BUILT_IN, BuiltIn
+from prunella.model.checkpoint import Checkpoint
+from prunella.model.names import find_directory
+from prunella.model.open import DTYPES, wrap_model
 from prunella.sparse.commands import unpack_model
 
 
@@ -139,7 +142,7 @@ def test_a_model_in_memory_is_left_in_memory() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_dtype_is_that_of_the_files_unless_another_is_asked_for(dtype: str, tmp_path: Path) -> None:
-    wanted = load.DTYPES[dtype]
+    wanted = DTYPES[dtype]
     tiny.build(dtype=wanted).save_pretrained(tmp_path)
     edit_config(tmp_path, dtype="float64")  # what config.json says does not count
     assert load_model(str(tmp_path)).dtype == wanted
@@ -798,8 +801,8 @@ def package(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dic
     tiny.write_gguf(gguf, llama)
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(gguf, "pkg/tiny.gguf")
-    spec = load.BuiltIn("pkg", "1.0", hashlib.sha256(wheel.read_bytes()).hexdigest(), "pkg/tiny.gguf")
-    monkeypatch.setitem(load.BUILT_IN, "tiny-built-in", spec)
+    spec = BuiltIn("pkg", "1.0", hashlib.sha256(wheel.read_bytes()).hexdigest(), "pkg/tiny.gguf")
+    monkeypatch.setitem(BUILT_IN, "tiny-built-in", spec)
     monkeypatch.setenv("PRUNELLA_CACHE", str(tmp_path / "cache"))
     played: dict[str, Any] = {"wheel": wheel, "code": 0, "commands": []}
 

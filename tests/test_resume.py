@@ -18,7 +18,8 @@ from processes import CONTEXT
 from transformers import AutoModelForCausalLM
 
 import prunella
-from prunella import InputError, Layer, ModelError, NumericalError, keep, load, register
+from prunella import InputError, Layer, ModelError, NumericalError, keep, register
+from prunella.model import checkpoint
 from prunella.registry import steps
 from prunella.save import Output
 from prunella.stream import Stream
@@ -253,20 +254,20 @@ def test_a_file_that_cannot_be_read_costs_no_finished_block(
 ) -> None:
     recipe, out = recipe_of("block", evaluate={"source": None}), tmp_path / "out"
     prunella.prune(llama, recipe, output=tmp_path / "whole")
-    real, before = load.safe_open, getattr(Output, method)
+    real, before = checkpoint.safe_open, getattr(Output, method)
 
     def broken(*arguments: Any, **options: Any) -> Any:
         raise OSError(5, "Input/output error")
 
     def then_breaks(*arguments: Any) -> None:
         before(*arguments)
-        monkeypatch.setattr(load, "safe_open", broken)
+        monkeypatch.setattr(checkpoint, "safe_open", broken)
 
     monkeypatch.setattr(Output, method, then_breaks)
     with pytest.raises(ModelError, match=r"cannot be read: .*Input/output error.* What is done is kept.*--resume"):
         prunella.prune(llama, recipe, output=out)
     monkeypatch.setattr(Output, method, before)
-    monkeypatch.setattr(load, "safe_open", real)
+    monkeypatch.setattr(checkpoint, "safe_open", real)
     assert prunella.prune(llama, recipe, output=out, resume=True).run["resumed_after_blocks"] == blocks
     assert files_of(out) == files_of(tmp_path / "whole")
 

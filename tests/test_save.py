@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import prunella
 from prunella import InputError, ModelError, Recipe, load_model, read_masks
-from prunella.load import read_header
+from prunella.model.checkpoint import read_header
 from prunella.pattern import pack
 from prunella.tensors import MASKS, TensorFile
 from prunella.workshop import check_output

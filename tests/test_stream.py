@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import prunella
 from prunella import InputError, Layer, NumericalError, Pattern, keep, make, register, stream
 from prunella.layers import find_layers, matches
-from prunella.load import wrap_model
+from prunella.model.open import wrap_model
 from prunella.pattern import unpack
 from prunella.registry import steps
 from prunella.stream import Stream, Target, pick_order, through

@@ -16,7 +16,7 @@ from torch import Tensor
 import prunella
 from prunella import stream as stream_module
 from prunella.errors import DefectError
-from prunella.load import wrap_model
+from prunella.model.open import wrap_model
 from prunella.stream import Stream
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"

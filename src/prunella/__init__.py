@@ -18,7 +18,9 @@ if _typing.TYPE_CHECKING:
     from .errors import InputError, ModelError, NumericalError, PrunellaError, StatisticError
     from .evaluate import Perplexity, perplexity
     from .heal.run import heal
-    from .load import Model, find_directory, load_model, wrap_model
+    from .model.names import find_directory
+    from .model.network import Model
+    from .model.open import load_model, wrap_model
     from .pattern import keep
     from .prune import prune
     from .recipe import Recipe
@@ -62,7 +64,9 @@ _HOMES = {
     "errors": ("InputError", "ModelError", "NumericalError", "PrunellaError", "StatisticError"),
     "evaluate": ("Perplexity", "perplexity"),
     "heal.run": ("heal",),
-    "load": ("Model", "find_directory", "load_model", "wrap_model"),
+    "model.names": ("find_directory",),
+    "model.network": ("Model",),
+    "model.open": ("load_model", "wrap_model"),
     "pattern": ("keep",),
     "prune": ("prune",),
     "recipe": ("Recipe",),

@@ -21,7 +21,8 @@ from torch.nn import functional
 from .calibrate import check_windows
 from .errors import InputError, ModelError, NumericalError
 from .layers import Slot, find_layers
-from .load import Checkpoint, Model
+from .model.checkpoint import Checkpoint
+from .model.network import Model
 from .stream import Hidden, Shelf, Stream, Track, no_track
 
 ROWS = 256  # tokens at a time whose logits are made

@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .errors import InputError, first_line, say
-from .load import cache_directory, fork_random
+from .machine import cache_directory, fork_random
 from .texts import Split, documents, endless, lead
 
 if TYPE_CHECKING:
-    from .load import Model
+    from .model.network import Model
 
 MANY = 256  # windows of a data set that is too long to be evaluated as a whole
 

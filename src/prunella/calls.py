@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .errors import ModelError, PrunellaError, first_line
 from .layers import replaced
-from .load import Model
+from .model.network import Model
 
 Key = tuple[str, int]  # of something that travels beside the hidden state
 Path = int | str  # of an argument: where it stands after the hidden state, or its name

@@ -28,8 +28,10 @@ from torch import Tensor
 from .calibrate import windows, with_bos
 from .errors import InputError, PrunellaError, unknown
 from .evaluate import perplexity
-from .load import Model, free_memory, load_model, wrap_model
+from .machine import free_memory
 from .measure import held_out_windows, same_file, window_length
+from .model.network import Model
+from .model.open import load_model, wrap_model
 from .prune import prune
 from .recipe import Evaluation, Healing, Recipe, only_dense, override
 from .results import Results, Row

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .calibrate import check_windows
 from .errors import NumericalError
-from .load import Checkpoint, Model
+from .model.checkpoint import Checkpoint
+from .model.network import Model
 from .stream import Stream, Track, no_track, through
 
 

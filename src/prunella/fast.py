@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .compat import attention_of, under_transform
 from .native import call, library
 
 PANEL = 256  # columns of a product with float32 sums that torch makes at a time
@@ -144,8 +145,7 @@ def readable(*tensors: Tensor) -> bool:
     """Are these tensors of bfloat16 in memory that the kernels can read now?"""
     return (
         all(type(t) is Tensor and t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors)
-        and not torch._C._get_tracing_state()
-        and torch._C._functorch.peek_interpreter_stack() is None  # torch.func: its tensors have no memory
+        and not under_transform()
     )
 
 
@@ -212,7 +212,7 @@ def _run_causal(query: Tensor, key: Tensor, value: Tensor, scale: float, lse_BHT
 def use_fast_attention(network: Any) -> None:
     """Let a transformers model on the CPU use `attention`, if it uses torch's now and the processor can, and its code
     does not ask for torch's by name: some make their masks only then."""
-    if network.config._attn_implementation != "sdpa" or library() is None:
+    if attention_of(network.config) != "sdpa" or library() is None:
         return
     if any(map(_asks_for_torch, {type(module).__module__ for module in network.modules()})):
         return

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .errors import ModelError
 from .layers import find_layers, left_out
-from .load import load_model
+from .model.open import load_model
 from .report import Report
 from .save import REPORT
 from .sparse.format import mask_of

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from .compat import CONVOLUTIONS, GROUPED_PRODUCT, storage_of
+
 
 @dataclass(frozen=True)
 class Lens:
@@ -210,7 +212,7 @@ def _lens(block: nn.Module, path: str, key: str, mixtures: Mapping[str, set[int]
 
 def _apart(module: nn.Module, key: str) -> str | None:
     """Why a parameter is left out whatever it is multiplied by."""
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, CONVOLUTIONS):
         return CONVOLUTION
     if isinstance(module, nn.Embedding):
         return EMBEDDING
@@ -298,7 +300,7 @@ _PRODUCTS: dict[Any, tuple[str, int, tuple[str, str]]] = {
     torch.baddbmm: (_MATMUL, 1, ("batch1", "batch2")),
     Tensor.baddbmm: (_MATMUL, 1, ("batch1", "batch2")),
 }
-_GROUPED = {f for f in (getattr(torch, "_grouped_mm", None), getattr(functional, "grouped_mm", None)) if f is not None}
+_GROUPED = {f for f in (GROUPED_PRODUCT, getattr(functional, "grouped_mm", None)) if f is not None}
 _CASTS = {Tensor.to, Tensor.type, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type_as}
 
 
@@ -423,7 +425,7 @@ def learn(network: Any, blocks: Sequence[str]) -> None:
     values = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in named}
     kinds = [_kind(block) for block in modules]
     places = {
-        values[names[id(getattr(module, key))]].untyped_storage()._cdata: (module, key)
+        storage_of(values[names[id(getattr(module, key))]]): (module, key)
         for index, found in enumerate(unknown)
         if kinds.index(kinds[index]) == index
         for module, key in found
@@ -533,18 +535,18 @@ class _Look(TorchFunctionMode):
         self.cast: dict[tuple[nn.Module, str], Tensor] = {}
 
     def _known(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self.places
+        return storage_of(tensor) in self.places
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function in _CASTS and self._known(args[0]):
-            place = self.places[args[0].untyped_storage()._cdata]
+            place = self.places[storage_of(args[0])]
             self.cast[place] = out = function(*args, **kwargs)
-            self.places[out.untyped_storage()._cdata] = place
+            self.places[storage_of(out)] = place
             return out
         for found in products(function, args, kwargs, self._known):
             weight = found.weight_OI
-            place = self.places[weight.untyped_storage()._cdata]
+            place = self.places[storage_of(weight)]
             self.seen.setdefault(place, set()).add(_read(weight, getattr(*place), not found.batched))
         answer = _ANSWERS.get(function)
         if answer is not None and args and isinstance(args[0], Tensor) and args[0].is_meta and len(args) == 1:

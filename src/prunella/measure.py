@@ -13,7 +13,9 @@ from torch import Tensor
 from .calibrate import check_tokens, check_windows, context, positions, text_tokens, windows, with_bos
 from .errors import InputError
 from .evaluate import perplexity
-from .load import Checkpoint, Model, free_memory
+from .machine import free_memory
+from .model.checkpoint import Checkpoint
+from .model.network import Model
 from .recipe import Recipe
 from .stream import Track
 from .texts import same_text

@@ -16,18 +16,12 @@ from .calibrate import check_windows, windows
 from .errors import InputError, PrunellaError, ReadError, kept
 from .evaluate import fingerprint, joined
 from .layers import LeftOut, Slot, left_out, matches, survey
-from .load import (
-    Model,
-    at_revision,
-    check_plain,
-    check_saveable,
-    fork_random,
-    load_model,
-    most_memory,
-    named,
-    wrap_model,
-)
+from .machine import fork_random, most_memory
 from .measure import held_out_windows, measure_once, whole_name, window_length
+from .model.checks import check_plain, check_saveable
+from .model.names import at_revision, named
+from .model.network import Model
+from .model.open import load_model, wrap_model
 from .recipe import Recipe
 from .registry import BESIDE
 from .report import Report, peak_memory, seen

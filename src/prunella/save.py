@@ -27,9 +27,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .compat import quiet_transformers
 from .errors import InputError, disk_error
 from .layers import Slot
-from .load import SINGLE, Checkpoint, Model, copy_companions, files_in, quiet_transformers, read_json
+from .model.checkpoint import Checkpoint
+from .model.files import SINGLE, copy_companions, files_in, read_json
+from .model.network import Model
 from .pattern import unpack
 from .sparse.files import PackedFiles, write_index
 from .stream import BlockResult, LayerResult

@@ -14,7 +14,8 @@ from .calibrate import all_windows, check_windows, context, with_bos
 from .calibrate import windows as take
 from .errors import InputError
 from .evaluate import difference, overlap, perplexity
-from .load import Model, load_model
+from .model.network import Model
+from .model.open import load_model
 from .report import seen
 from .stream import Track, no_track
 

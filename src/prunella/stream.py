@@ -21,11 +21,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .calls import Calls, Key, examine, first, map_tree
+from .compat import attention_of, version_of
 from .errors import DefectError, InputError, NumericalError, StepError, disk_error, say
 from .grid import Grid, fit
 from .histogram import histograms
 from .layers import Slot, find_layers, products, unpruned
-from .load import Checkpoint, Model, cache_directory, free_memory
+from .machine import cache_directory, free_memory
+from .model.checkpoint import Checkpoint
+from .model.network import Model
 from .pattern import hold_zeros, pack
 from .registry import Step, make
 from .tensors import claim
@@ -99,8 +102,8 @@ class Watch(TorchFunctionMode):
                 x_TI = x_TI[x_TI.any(1)]
             if x_TI.numel():
                 same = not found.batched and self.last is not None and source is self.last[0]
-                same = same and self.last is not None and source._version == self.last[1]
-                self.last = (source, source._version)
+                same = same and self.last is not None and version_of(source) == self.last[1]
+                self.last = (source, version_of(source))
                 self.see(name, x_TI, same)
         return function(*args, **kwargs)
 
@@ -646,7 +649,7 @@ def pick_order(order: Order, steps: Sequence[Step], windows_NL: Tensor, model: M
     need = tokens * widest * size * 4 + tokens * widest * 4
     if any("drift" in step.needs for step in steps):
         need += tokens * widest * size * 3  # the dense model's inputs of all layers of a block
-    if getattr(config, "_attn_implementation", "") == "eager":
+    if attention_of(config) == "eager":
         need += 3 * 4 * tokens * windows_NL.shape[1] * getattr(config, "num_attention_heads", 1)
     if need >= ACTIVATIONS:
         return "block"

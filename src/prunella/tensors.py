@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .errors import ModelError, ReadError
 from .grid import Grid
-from .load import read_header
+from .model.checkpoint import read_header
 from .pattern import unpack
 
 INDEX = "model.safetensors.index.json"

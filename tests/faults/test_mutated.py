@@ -26,7 +26,8 @@ from torch import Tensor
 import prunella
 from prunella import PrunellaError, Recipe, Report
 from prunella.calibrate import windows
-from prunella.load import Model, load_model
+from prunella.model.network import Model
+from prunella.model.open import load_model
 from prunella.sparse.commands import pack_model
 from prunella.tensors import GRIDS, MASKS, read_grids, read_masks
 

@@ -14,7 +14,7 @@ from prunella import InputError
 from prunella.heal import Change, Part, groups, make_group, trains
 from prunella.heal.parts import Chosen, LowRank, attach, choose, detach, parts_of
 from prunella.layers import find_layers
-from prunella.load import Model
+from prunella.model.network import Model
 
 NEEDS_BIAS = {"biases", "new-biases"}
 

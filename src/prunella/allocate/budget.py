@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..load import Model
+from ..model.network import Model
 from ..registry import Step
 from ..stream import Stream, Target, Track, no_track
 from ..types import Block, Layer, Stats

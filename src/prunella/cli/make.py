@@ -421,7 +421,7 @@ def sweep(
     """Prune MODEL in every combination of some choices; run again, it makes the cells that are missing."""
     from ..cells import parse_grid
     from ..cells import sweep as run
-    from ..load import at_revision
+    from ..model.names import at_revision
     from ..recipe import Recipe
     from ..report import bos_words
 

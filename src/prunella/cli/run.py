@@ -84,8 +84,8 @@ def generate(
     from transformers import TextStreamer
 
     from ..errors import InputError
-    from ..load import load_model
     from ..measure import room
+    from ..model.open import load_model
 
     opened = load_model(
         model,

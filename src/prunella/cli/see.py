@@ -73,7 +73,7 @@ def evaluate_(
     allow_pickle: Pickle = False,
 ) -> None:
     """Measure MODEL: perplexity on texts, in consecutive windows each scored on its own; accuracy on tasks."""
-    from ..load import at_revision
+    from ..model.names import at_revision
     from ..report import bos_words
     from ..score import score
 

@@ -13,9 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..compat import quiet_transformers
 from ..errors import InputError
 from ..layers import find_layers
-from ..load import Checkpoint, Model, copy_companions, quiet_transformers
+from ..model.checkpoint import Checkpoint
+from ..model.files import copy_companions
+from ..model.network import Model
 from ..stream import Stream, Target, Track, Watch, no_track
 from ..tensors import MASKS
 from ..types import Pattern

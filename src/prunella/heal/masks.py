@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError, NumericalError, command
 from ..layers import Slot, find_layers
-from ..load import Model
+from ..model.network import Model
 from ..pattern import pack, unpack
 from ..tensors import MASKS, mask_shapes, read_masks
 

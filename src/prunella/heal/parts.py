@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import InputError, NumericalError
 from ..layers import find_layers
-from ..load import Model
+from ..model.network import Model
 from ..pattern import pack, unpack
 from ..registry import Method, call, checked, lookup
 

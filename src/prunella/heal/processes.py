@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from ..errors import InputError
-from ..load import Model
+from ..model.network import Model
 from .parts import Chosen, Group, attach, check_idle, parts_of, pick
 
 ASKED = "ACCELERATE_USE_FSDP"  # `accelerate launch --use_fsdp` sets it

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, PositiveInt
 from torch import Tensor
 
 from ..errors import InputError, NumericalError
-from ..load import Model
+from ..model.network import Model
 from ..registry import Step, register
 from ..steps.wanda import wanda
 from ..types import Block, Pattern

@@ -18,8 +18,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..compat import has_bfloat16_products, quiet_transformers, use_one_gpu
 from ..errors import InputError, NumericalError
-from ..load import Model, quiet_transformers
+from ..model.network import Model
 from ..stream import Track, Watcher, no_track, through
 from .loss import next_token_loss
 from .parts import Chosen, trained
@@ -173,7 +174,7 @@ def retrain(
             log_level="error",
         )
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # several GPUs in one process would be DataParallel, which a Change does not survive
+        use_one_gpu(arguments)  # DataParallel is what a Change does not survive
     if model.device.index not in (None, arguments.device.index):  # `cuda` without a number is any of them
         raise InputError(
             f"retraining runs on {arguments.device} here, not on {model.device}: choose with CUDA_VISIBLE_DEVICES."
@@ -388,4 +389,4 @@ def _fast_bfloat16(device: torch.device) -> bool:
     """Does bfloat16 pay on this processor?"""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+    return device.type == "cpu" and has_bfloat16_products()

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, PrunellaError
-from ..load import find_directory, load_model, named, pick_device
+from ..machine import pick_device
+from ..model.names import find_directory, named
+from ..model.open import load_model
 from ..recipe import Recipe
 from ..report import Report
 from ..save import REPORT, begun_as, compare, model_files

@@ -29,8 +29,11 @@ from ..errors import (
 )
 from ..evaluate import fingerprint, joined
 from ..layers import Slot, find_layers, survey
-from ..load import Model, fork_random, load_model, named, pick_device, wrap_model
+from ..machine import fork_random, pick_device
 from ..measure import digest, held_out_windows, measure, measure_once, window_length
+from ..model.names import named
+from ..model.network import Model
+from ..model.open import load_model, wrap_model
 from ..pattern import pack
 from ..recipe import Healing, Recipe
 from ..report import Report, peak_memory

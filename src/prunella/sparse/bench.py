@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat import quiet_transformers
 from ..errors import InputError, unknown
-from ..load import find_directory, quiet_transformers
+from ..model.names import find_directory
 from .block import settle
 from .format import SPAN, Packed, check_options, pack, round_weight
 from .kernels import instructions, read_bandwidth, resident

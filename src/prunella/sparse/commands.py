@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from .. import pattern
+from ..compat import quiet_transformers, revert
 from ..errors import InputError, ModelError, disk_error
 from ..grid import Grid
 from ..layers import Slot, find_layers
-from ..load import copy_companions, find_directory, load_model, quiet_transformers
+from ..model.files import copy_companions
+from ..model.names import find_directory
+from ..model.open import load_model
 from ..tensors import (
     GRIDS,
     MASKS,
@@ -190,8 +193,6 @@ def unpack_model(model: str, out: str | Path) -> int:
     config = packed_config(directory)
     if config is None:
         raise ModelError(f"'{model}' is not a packed model: its config.json has no quantization_config of prunella.")
-    from transformers.core_model_loading import revert_weight_conversion
-
     from .quantizer import PrunellaConfig
 
     settings = PrunellaConfig(**config)
@@ -226,7 +227,7 @@ def unpack_model(model: str, out: str | Path) -> int:
                         grids[layer] = Grid(one.bits, one.group, one.scales)
                 weight = checkpoint.weight(name, dtype)
                 if "experts" in about:  # under the names that the architecture's files have
-                    tensors |= revert_weight_conversion(network, {name: weight})
+                    tensors |= revert(network, {name: weight})
                 else:
                     tensors[f"{name}.weight"] = weight
             save_tensors(partial / file, tensors)

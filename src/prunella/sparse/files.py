@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..grid import Grid
 from ..layers import Slot, find_layers
-from ..load import SINGLE, Checkpoint, Model, files_in
+from ..model.checkpoint import Checkpoint
+from ..model.files import SINGLE, files_in
+from ..model.network import Model
 from ..tensors import INDEX, save_tensors, write_text
 from .format import (
     MARK,

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -21,8 +19,9 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..compat import can_set_experts, converts, may_be_there, rename, renames, tie_again, weight_mapping, with_patterns
 from ..errors import ModelError
-from ..load import read_header
+from ..model.checkpoint import read_header
 from .block import settle, slow_down
 from .files import parameter_name
 from .format import FLOATS, MARK, PAD, PARTS, SPAN, VERSION, expected, rounded_shapes
@@ -147,7 +146,7 @@ class PrunellaQuantizer(HfQuantizer):
             if self.renamed:
                 names |= {part for name in self.replaced for part in (f"{name}.weight", name.rpartition(".")[0])}
             keys = (re.escape(name.removeprefix(model.base_model_prefix + ".")) for name in names)
-            model._keys_to_ignore_on_load_unexpected |= {rf"(^|\.){key}$" for key in keys}
+            may_be_there(model, {rf"(^|\.){key}$" for key in keys})
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = DenseLinear  # the same parameters, whatever is tied to them
@@ -175,8 +174,8 @@ class PrunellaQuantizer(HfQuantizer):
         """What the network may call it: the same, or what transformers renames tensors of the files to."""
         yield from _names(model, name)
         if self.renamings is None:
-            self.renamings = [e for e in get_model_conversion_mapping(model) if isinstance(e, WeightRenaming)]
-        own = rename_source_key(name + suffix, self.renamings, [])[0].removesuffix(suffix)
+            self.renamings = [entry for entry in weight_mapping(model) if renames(entry)]
+        own = rename(name + suffix, self.renamings)[0].removesuffix(suffix)
         if own != name:
             self.renamed = True
             yield from _names(model, own)
@@ -197,7 +196,7 @@ class PrunellaQuantizer(HfQuantizer):
         empty = [SparseExpert.empty(columns, rows, *size, None, transposed) for size in sizes]
         owner.add_module(key, nn.ModuleList(empty).eval())
         self.replaced += [f"{owner_name}.{key}.{e}" for e in range(experts)]
-        if model._can_set_experts_implementation():
+        if can_set_experts(model):
             model.set_experts_implementation("eager")
 
     def _replace_rounded(
@@ -232,11 +231,8 @@ class PrunellaQuantizer(HfQuantizer):
 
         out = []
         for entry in super().update_weight_conversions(weight_conversions, model):
-            if type(entry) is WeightConverter or (type(entry) is WeightRenaming and not self.renamed):
-                patterns = but(entry._original_source_patterns), but(entry._original_target_patterns)
-                out.append(
-                    entry.copy(*patterns, **({"operations": entry.operations} if hasattr(entry, "operations") else {}))
-                )
+            if converts(entry, exactly=True) or (renames(entry, exactly=True) and not self.renamed):
+                out.append(with_patterns(entry, but))
             else:
                 out.append(entry)
         return out
@@ -314,10 +310,7 @@ class PrunellaQuantizer(HfQuantizer):
                 model.set_submodule(name, dense.eval())
             elif isinstance(module, DenseLinear):
                 module.__class__ = nn.Linear  # type: ignore[assignment]
-        if "_tied_weights_keys" in model.__dict__:  # what `put` left
-            del model._tied_weights_keys
-            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-            model.tie_weights(recompute_mapping=False)
+        tie_again(model)  # what `put` tied otherwise
         return model
 
 

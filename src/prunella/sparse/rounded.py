@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat import set_tied
 from ..errors import InputError
 from .format import Rounded, rounded_of_parts, rounded_shapes
 from .kernels import rounded_linear
@@ -144,4 +145,4 @@ def put(network: Any, name: str, rounded: Rounded) -> None:
         network.set_submodule(head, TiedHead(embedding, network.get_submodule(head).bias))
         del tied[target]
     # transformers has no parameter to tie to any more
-    network._tied_weights_keys = dict(tied)
+    set_tied(network, tied)

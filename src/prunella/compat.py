@@ -1,0 +1,201 @@
+"""What is private in other libraries and needed here: all of it in one place, each with a line that says what for.
+
+Nothing of this is promised to stay, so tests/test_compat.py asks for every name by itself, and says what to do when one
+is gone; for the same reason pyproject.toml pins the minor version of transformers. What cannot be collected, methods of
+theirs that are overridden and a module's own dictionaries, is named in that test too. Libraries are imported when they
+are needed: this module is imported by what needs none of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------------------
+# transformers: how the tensors in an architecture's files become parameters of its network, and back
+
+
+def weight_mapping(network: Any) -> list[Any]:
+    """What renames and converts the tensors of this architecture's files."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    mapping: list[Any] = get_model_conversion_mapping(network)
+    return mapping
+
+
+def conversions(network: Any) -> tuple[list[Any], list[Any]]:
+    """Those of them that rename tensors, and those that convert several into one parameter; fresh ones, since they
+    gather what they convert."""
+    mapping = copy.deepcopy(weight_mapping(network))
+    return [entry for entry in mapping if renames(entry)], [entry for entry in mapping if converts(entry)]
+
+
+def renames(entry: object, exactly: bool = False) -> bool:
+    """Does this entry of a mapping give tensors other names; `exactly` that, and is of no class derived from it?"""
+    from transformers.core_model_loading import WeightRenaming
+
+    return type(entry) is WeightRenaming if exactly else isinstance(entry, WeightRenaming)
+
+
+def converts(entry: object, exactly: bool = False) -> bool:
+    """Does this entry of a mapping make parameters of several tensors; `exactly` as in `renames`?"""
+    from transformers.core_model_loading import WeightConverter
+
+    return type(entry) is WeightConverter if exactly else isinstance(entry, WeightConverter)
+
+
+def with_patterns(entry: Any, change: Callable[[list[str]], list[str]]) -> Any:
+    """A copy of an entry, whose patterns of names, in the files and in the network, are what `change` makes of them."""
+    kept = {"operations": entry.operations} if hasattr(entry, "operations") else {}
+    return entry.copy(change(entry._original_source_patterns), change(entry._original_target_patterns), **kept)
+
+
+def rename(
+    key: str,
+    renamings: Sequence[Any],
+    converters: Sequence[Any] = (),
+    prefix: str | None = None,
+    parameters: Mapping[str, Tensor] | None = None,
+) -> tuple[str, str | None]:
+    """The parameter that a tensor in the files belongs to, and the converter's pattern that it fits, if any does."""
+    from transformers.core_model_loading import rename_source_key
+
+    found: tuple[str, str | None] = rename_source_key(key, renamings, converters, prefix, parameters)
+    return found
+
+
+def fill(network: Any, slices: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
+    """Read these tensors into the network, renamed and converted, in `dtype` or what the network keeps in float32;
+    returns what did not fit. The weights of all other parameters stay as they are."""
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    renamings, converters = conversions(network)
+    used = getattr(network, "_weight_conversions", None)
+    config = LoadStateDictConfig(
+        dtype=dtype,
+        dtype_plan=network._get_dtype_plan(dtype),
+        device_map={"": device},
+        weight_mapping=[*renamings, *converters],
+    )
+    info, _ = convert_and_load_state_dict_in_model(network, slices, config)
+    if used and len(used) > len(network._weight_conversions):
+        network._weight_conversions = used  # of a block, which `revert` reverts: not of what lies outside it
+    return info
+
+
+def revert(network: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters as the tensors that the architecture's files hold."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tensors: dict[str, Tensor] = revert_weight_conversion(network, parameters)
+    return tensors
+
+
+def may_be_missing(network: Any) -> Sequence[str]:
+    """Patterns of the parameters that files need not have: they are made, or tied to others."""
+    return network._keys_to_ignore_on_load_missing or ()
+
+
+def may_be_there(network: Any, patterns: set[str]) -> None:
+    """Let tensors of these names be in the files without a word of warning."""
+    network._keys_to_ignore_on_load_unexpected |= patterns
+
+
+def set_tied(network: Any, tied: Mapping[str, str]) -> None:
+    """These parameters are tied, {one: to which}, and no others, whatever the class says."""
+    network._tied_weights_keys = dict(tied)
+
+
+def tie_again(network: Any) -> None:
+    """Those parameters are tied again that the class says, if `set_tied` said otherwise."""
+    if "_tied_weights_keys" in network.__dict__:
+        del network._tied_weights_keys
+        network.all_tied_weights_keys = network.get_expanded_tied_weights_keys(all_submodels=True)
+        network.tie_weights(recompute_mapping=False)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# transformers: what else a network knows of itself
+
+
+def attention_of(config: Any) -> str | None:
+    """The attention that a network runs: "sdpa", "eager", or a registered one; None where it has no choice."""
+    name: str | None = getattr(config, "_attn_implementation", None)
+    return name
+
+
+def experts_of(config: Any) -> Any:
+    """How a network runs its experts: what `set_experts_implementation` takes."""
+    return config._experts_implementation
+
+
+def can_set_experts(network: Any) -> bool:
+    """Has the network experts, and a choice of how they run?"""
+    return bool(getattr(network, "_can_set_experts_implementation", lambda: False)())
+
+
+def name_of(config: Any) -> str:
+    """Where a network was loaded from: a directory, or a name of the hub."""
+    name: str = config._name_or_path
+    return name
+
+
+def forget_name(config: Any) -> None:
+    """What is saved from now on says nothing of where it came from."""
+    config._name_or_path = ""
+
+
+def use_one_gpu(arguments: Any) -> None:
+    """A Trainer with several GPUs in one process would copy the network to all of them (DataParallel)."""
+    arguments._n_gpu = 1
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No loading bars and no chatter from transformers inside."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# torch
+
+CONVOLUTIONS: type[nn.Module] = nn.modules.conv._ConvNd  # what Conv1d, Conv2d, Conv3d and their transposes are
+GROUPED_PRODUCT = getattr(torch, "_grouped_mm", None)  # the product by all experts at once, before it was public
+
+
+def storage_of(tensor: Tensor) -> int:
+    """The same for all views of a tensor, and for those on the meta device too, which have no address."""
+    storage: int = tensor.untyped_storage()._cdata
+    return storage
+
+
+def version_of(tensor: Tensor) -> int:
+    """Another number after every change in place."""
+    version: int = tensor._version
+    return version
+
+
+def under_transform() -> bool:
+    """Is a function traced, or transformed by torch.func? Its tensors then have no memory that a kernel can read."""
+    return bool(torch._C._get_tracing_state()) or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def has_bfloat16_products() -> bool:
+    """Does this CPU multiply bfloat16 (AVX-512 BF16)?"""
+    return bool(torch.cpu._is_avx512_bf16_supported())

@@ -1,0 +1,56 @@
+"""What this machine has: devices, their memory and random numbers, and a directory for what is made once."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import psutil
+import torch
+
+from .errors import InputError
+
+
+def cache_directory() -> Path:
+    """Where converted models and sampled texts are kept: $PRUNELLA_CACHE, or prunella/ in the user's cache."""
+    if path := os.environ.get("PRUNELLA_CACHE"):
+        return Path(path)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunella"
+    except RuntimeError:
+        raise InputError("this user has no home directory for the cache: set PRUNELLA_CACHE to a directory.") from None
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is cuda where there is one. Raises InputError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("this PyTorch sees no CUDA device")
+        torch.zeros(1, device=device).item()  # `meta` is one too, but holds nothing
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for it
+        raise InputError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}.") from None
+    return device
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; in main memory, where it has none of its own or does not say."""
+    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return int(psutil.virtual_memory().available if ask is None else ask(device)[0])
+
+
+def most_memory(device: torch.device) -> int:
+    """Bytes that were taken on a device at most; 0 where it has none of its own or does not say."""
+    ask = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    return 0 if ask is None else int(ask(device))
+
+
+def fork_random(device: torch.device) -> AbstractContextManager[None]:
+    """Random numbers that are drawn meanwhile, on the CPU and on this device, are not missing afterwards. Other devices
+    are not opened for it."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)

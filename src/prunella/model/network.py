@@ -1,0 +1,315 @@
+"""A model whose blocks come on demand.
+
+Weights stay in their safetensors files until a block is asked for: the network is built with its
+parameters on the meta device (its buffers are real: rotary frequencies are not in the checkpoint) and
+`Model.block(i)` fills one block for as long as it is needed. A model object that is already in memory is
+wrapped the same way and simply has every block at hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ..compat import (
+    attention_of,
+    can_set_experts,
+    conversions,
+    experts_of,
+    fill,
+    may_be_missing,
+    quiet_transformers,
+    rename,
+    revert,
+)
+from ..errors import ModelError, ReadError
+from ..fast import use_fast_attention
+from ..layers import learn
+from .checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from ..calls import Interface
+
+
+class Model:
+    """A causal language model whose weights are loaded block by block; `load_model` and `wrap_model` make one.
+
+    network:     the transformers model; parameters that are not loaded are on the meta device
+    tokenizer:   its tokenizer, or None
+    blocks:      names of its decoder blocks, in order
+    checkpoint:  where its weights come from, or None if the model is in memory
+    scratch:     folder for hidden states that do not fit into memory; None: one in the cache
+    """
+
+    scratch: Path | None = None
+
+    def __init__(self, network: Any, tokenizer: Any, checkpoint: Checkpoint | None, device: torch.device, name: str):
+        self.tokenizer_given = False  # it is not the one in the checkpoint's directory
+        self._training = network.training
+        self.network = network.eval()
+        self.tokenizer = tokenizer
+        self.checkpoint = checkpoint
+        self.device = device
+        self.name = name
+        self.blocks = find_blocks(network)
+        self.interface: Interface | None = None  # how its blocks are called, once that was examined
+        self._plan: dict[str, tuple[str, bool]] | None = None
+        self._attention = attention_of(network.config)
+        self._experts = None
+        if can_set_experts(network):
+            self._experts = experts_of(network.config)
+            network.set_experts_implementation("eager")  # one product per expert, which the stream can watch
+        learn(network, self.blocks)
+        if device.type == "cpu":
+            use_fast_attention(network)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        dtype: torch.dtype = self.network.dtype
+        return dtype
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters the network has. Tied ones count once, whether they are loaded or not."""
+        named = dict(self.network.named_parameters())
+        tied = self.network.all_tied_weights_keys
+        return sum(p.numel() for name, p in named.items() if tied.get(name) not in named)
+
+    def give_back(self) -> None:
+        """Let a wrapped model compute as it did before it was wrapped."""
+        if attention_of(self.network.config) != self._attention:
+            self.network.set_attn_implementation(self._attention)
+        if self._experts is not None:
+            self.network.set_experts_implementation(self._experts)
+        self.network.train(self._training)
+
+    def module(self, name: str) -> nn.Module:
+        module: nn.Module = self.network.get_submodule(name)
+        return module
+
+    def block_of(self, parameter: str) -> str | None:
+        """The block that a parameter belongs to."""
+        return next((block for block in self.blocks if parameter.startswith(block + ".")), None)
+
+    # --- loading
+
+    def plan(self) -> dict[str, tuple[str, bool]]:
+        """{tensor in the files: (parameter of the network, does it need converting)}, as transformers maps them.
+
+        Names in the files may differ from names in the network, and a parameter may be put together from
+        several tensors (the experts of a mixture); a converted group is listed under its first parameter.
+        """
+        if self._plan is None:
+            assert self.checkpoint is not None
+            renamings, converters = conversions(self.network)
+            prefix, parameters = self.network.base_model_prefix, self.network.state_dict()
+            self._plan = {}
+            for key in self.checkpoint.where:
+                name, pattern = rename(key, renamings, converters, prefix, parameters)
+                if name not in parameters and key in parameters:
+                    name, pattern = rename(key, [], [], prefix, parameters)
+                self._plan[key] = (name, pattern is not None)
+        return self._plan
+
+    def parameter_of(self, key: str) -> str:
+        """The parameter of the network that a tensor in the files becomes, or one of a name that is spelled as in the
+        files."""
+        if key in self.plan():
+            return self.plan()[key][0]
+        renamings, _ = conversions(self.network)
+        return rename(key, renamings, [], self.network.base_model_prefix, self.network.state_dict())[0]
+
+    def check_complete(self) -> None:
+        """Raises ModelError, naming the tensor, for one that the network needs and the checkpoint lacks, or has in
+        integers: before any weight is read."""
+        assert self.checkpoint is not None
+        state = self.network.state_dict()  # persistent buffers are weights too
+        found = {name for name, _ in self.plan().values()}
+        for key, (name, _) in self.plan().items():
+            code = self.checkpoint.files[self.checkpoint.where[key]][key][0]
+            if name in state and state[name].is_floating_point() and code not in ("F32", "BF16", "F16", "F64"):
+                raise ModelError(
+                    f"tensor '{key}' in '{self.checkpoint.directory}' is stored as {code}: only F32, BF16 and F16 can"
+                    " be pruned. Dequantize the model first."
+                )
+        for pair in self.network.all_tied_weights_keys.items():
+            if found & set(pair):
+                found |= set(pair)
+        self._check_groups()
+        _, converters = conversions(self.network)
+        split = [re.compile(p) for c in converters if len(c.target_patterns) > 1 for p in c.target_patterns]
+        free = [re.compile(p) for p in may_be_missing(self.network)]
+        for name in state:
+            if name not in found and not any(pattern.search(name) for pattern in (*split, *free)):
+                known = f"{name}_orig" in self.checkpoint.where
+                hint = " It was saved under torch.nn.utils.prune: call prune.remove first." if known else ""
+                raise ModelError(
+                    f"tensor '{name}' is missing from the checkpoint in '{self.checkpoint.directory}'.{hint}"
+                )
+
+    def _check_groups(self) -> None:
+        """Where a parameter is made of several tensors, each block has the same ones, and those of all experts."""
+        assert self.checkpoint is not None
+        groups: dict[str, dict[str, set[tuple[str, int]]]] = {}  # parameter in its block -> block -> tensor, expert
+        for key, (name, converted) in self.plan().items():
+            if converted and (block := self.block_of(name)) is not None:
+                short = key.replace(f".{block.rpartition('.')[2]}.", ".{}.", 1)
+                number = re.search(r"\.(\d+)\.", short)
+                found = (re.sub(r"\.\d+\.", ".{}.", short, count=1), int(number[1]) if number else 0)
+                groups.setdefault(name.removeprefix(block), {}).setdefault(block, set()).add(found)
+        for inside, blocks in groups.items():
+            templates = {template for found in blocks.values() for template, _ in found}
+            for block, those in blocks.items():
+                whole = self.network.get_parameter_or_buffer(block + inside)
+                experts = len(whole) if whole.ndim == 3 else 1
+                every = {(t, e) for t in templates for e in (range(experts) if t.count("{}") > 1 else range(1))}
+                if missing := sorted(every - those):
+                    name = missing[0][0].format(block.rpartition(".")[2], missing[0][1])
+                    raise ModelError(
+                        f"tensor '{name}' is missing from the checkpoint in '{self.checkpoint.directory}'."
+                    )
+
+    def load(self, wanted: Callable[[str], bool], checkpoint: Checkpoint | None = None) -> None:
+        """Fill the parameters whose names are `wanted`, from the model's own checkpoint or from another one
+        with the same tensors. Raises ModelError for a tensor that is missing or has the wrong shape."""
+        checkpoint = checkpoint or self.checkpoint
+        if checkpoint is None:
+            return
+        stored = {name for name, _ in self.plan().values()}
+        also = {  # what is stored under the name of a parameter that it is tied to, in another block maybe
+            other
+            for pair in self.network.all_tied_weights_keys.items()
+            for one, other in (pair, pair[::-1])
+            if wanted(one) and one not in stored
+        }
+        found = ((key, name) for key, (name, _) in self.plan().items() if wanted(name) or name in also)
+        keys = [key for key, _ in found if key in checkpoint.where]
+        try:
+            with quiet_transformers(), checkpoint.open(keys) as slices:
+                info = fill(self.network, slices, self.dtype, self.device)
+        except SafetensorError as error:
+            raise ReadError(f"a tensor in '{checkpoint.directory}' cannot be read: {error}.") from None
+        if info.mismatched_keys:
+            name, shape, expected = sorted(info.mismatched_keys)[0][:3]
+            raise ModelError(
+                f"tensor '{name}' in '{checkpoint.directory}' has shape {tuple(shape)}, but config.json says"
+                f" {tuple(expected)}."
+            )
+        if info.conversion_errors:
+            name, reason = next(iter(info.conversion_errors.items()))
+            said = [line.strip() for line in str(reason).splitlines() if line.strip()]
+            raise ModelError(f"tensor '{name}' in '{checkpoint.directory}' cannot be converted: {said[-1]}")
+        checkpoint.fill(self, wanted)
+        self._tie()
+        for name, parameter in self.network.named_parameters():
+            if not wanted(name):
+                continue
+            if parameter.is_meta:
+                raise ModelError(f"tensor '{name}' is missing from the checkpoint in '{checkpoint.directory}'.")
+            parameter.requires_grad_(False)
+
+    def release(self, wanted: Callable[[str], bool]) -> None:
+        """Forget the parameters whose names are `wanted`; nothing happens to a model that lives in memory."""
+        if self.checkpoint is None:
+            return
+        every = self.network.named_parameters(remove_duplicate=False)
+        going = {id(parameter) for name, parameter in every if wanted(name)}  # under all names, where it is tied
+        for module in self.network.modules():
+            for key, parameter in list(module._parameters.items()):
+                if parameter is not None and not parameter.is_meta and id(parameter) in going:
+                    module._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    def _tie(self) -> None:
+        """Where two parameters are one, share what is loaded: a checkpoint has one of them, or both alike."""
+        for pair in self.network.all_tied_weights_keys.items():
+            loaded = [self.network.get_parameter(name) for name in pair]
+            twice = loaded[0] is not loaded[1] and not loaded[0].is_meta and not loaded[1].is_meta
+            if loaded[0].is_meta != loaded[1].is_meta or (twice and torch.equal(*loaded)):
+                real, name = (loaded[1], pair[0]) if loaded[0].is_meta else (loaded[0], pair[1])
+                owner, _, key = name.rpartition(".")
+                self.network.get_submodule(owner)._parameters[key] = real
+
+    @contextlib.contextmanager
+    def block(self, index: int, checkpoint: Checkpoint | None = None) -> Iterator[nn.Module]:
+        """Block `index` with its weights, which are loaded for as long as the context lasts: `with model.block(0) as
+        block`. They are the model's own, or those in `checkpoint`."""
+        prefix = self.blocks[index] + "."
+        self.load(lambda name: name.startswith(prefix), checkpoint)
+        try:
+            yield self.module(self.blocks[index])
+        finally:
+            self.release(lambda name: name.startswith(prefix))
+
+    @contextlib.contextmanager
+    def outside(self, head: bool = True, checkpoint: Checkpoint | None = None) -> Iterator[None]:
+        """Loads everything but the blocks for as long as the context lasts: embeddings and norms, and with `head` the
+        output head as well."""
+        base = self.network.base_model_prefix + "."
+        single = self.network.base_model is self.network
+
+        def wanted(name: str) -> bool:
+            return self.block_of(name) is None and (head or single or name.startswith(base))
+
+        self.load(wanted, checkpoint)
+        try:
+            yield
+        finally:
+            self.release(wanted)
+
+    @contextlib.contextmanager
+    def whole(self, checkpoint: Checkpoint | None = None) -> Iterator[Any]:
+        """The network with all its weights loaded, for as long as the context lasts: to generate text, say."""
+        self.load(lambda name: True, checkpoint)
+        try:
+            yield self.network
+        finally:
+            self.release(lambda name: True)
+
+    def stored(self, block: str, changed: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters of a loaded block, {parameter: tensor}, as the tensors that the checkpoint stores them in."""
+        plan = self.plan()
+        plain = {name: key for key, (name, convert) in plan.items() if not convert}
+        tensors = {plain[name]: tensor for name, tensor in changed.items() if name in plain}
+        converted = {name: tensor for name, tensor in changed.items() if name not in plain}
+        if converted:
+            expected = {key for key, (name, convert) in plan.items() if convert and name.startswith(block + ".")}
+            # A group is converted back as a whole: parameters that no step changed may belong to it.
+            prefix = block + "."
+            whole = {n: p.data for n, p in self.network.named_parameters() if n.startswith(prefix) and n not in plain}
+            back = revert(self.network, whole | converted)
+            for key, tensor in back.items():
+                full = [k for k in expected if k == key or k.endswith("." + key) or key.endswith("." + k)]
+                if len(full) != 1:
+                    raise ModelError(f"'{key}' cannot be written back under the names of the checkpoint.")
+                tensors[full[0]] = tensor
+        return tensors
+
+
+def find_blocks(network: nn.Module) -> list[str]:
+    """Names of the decoder's blocks: of all lists of modules that lie in no other, the one with most weights, packed
+    ones too. Those of a vision tower do not count where the network says which part of it is the text's decoder.
+
+    Raises ModelError if there is none.
+    """
+    lists = {name: module for name, module in network.named_modules() if isinstance(module, nn.ModuleList)}
+    find: Any = getattr(network, "get_decoder", lambda: network)
+    decoder = find()
+    inside = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+    lists = {name: module for name, module in lists.items() if id(module) in inside} or lists
+    outer = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
+    size = {name: sum(t.numel() for t in (*lists[name].parameters(), *lists[name].buffers())) for name in outer}
+    best = max(size, key=lambda name: size[name], default=None)
+    if best is None or not size[best]:
+        raise ModelError(
+            f"no blocks were found in {type(network).__name__}: it has no list of decoder layers. Prunella prunes"
+            " causal language models built as a list of blocks."
+        )
+    return [f"{best}.{i}" for i in range(len(lists[best]))]
