@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "Prunella"
 copyright = "the Prunella authors"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "docstrings", "mathml", "methods"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "docstrings", "mathml", "methods"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
@@ -29,7 +29,7 @@ python_maximum_signature_line_length = 100
 html_theme = "furo"
 html_title = "Prunella"
 html_static_path = ["_static"]
-html_css_files = ["formulas.css"]
+html_css_files = ["style.css"]
 html_math_renderer = "mathml"
 html_show_sphinx = False
 html_copy_source = False

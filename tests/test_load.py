@@ -5,6 +5,7 @@ import copy
 import hashlib
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import zipfile
@@ -852,3 +853,18 @@ def test_a_checkpoint_knows_where_every_tensor_lies(sharded: Path) -> None:
         assert shape == tuple(tensor.shape)
         with checkpoint.open([name]) as slices:
             assert torch.equal(slices[name][:], tensor)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The package
+
+
+def test_each_file_imports_only_from_those_above_it() -> None:
+    """As the package's docstring lists them."""
+    folder = Path(prunella.model.__path__[0])  # type: ignore[attr-defined]
+    order = re.findall(r"(\w+)\.py ", prunella.model.__doc__)  # type: ignore[attr-defined]
+    assert {path.stem for path in folder.glob("*.py")} == {"__init__", *order}
+    for place, name in enumerate(order):
+        text = (folder / f"{name}.py").read_text(encoding="utf-8")
+        below = set(re.findall(r"^from \.(\w+) import", text, re.MULTILINE)) - set(order[:place])
+        assert not below, f"{name}.py imports from {below}"

@@ -6,19 +6,23 @@ Fields and keys stand in them as an aligned table of words,
     other:  what that is, which may
             go on
 
-and that is made a list here. Bars are bars, not the substitutions of reStructuredText.
+and that is made a list here. Bars are bars, not the substitutions of reStructuredText. Sections (Args, Raises) are
+Google's.
 """
 
 import re
 from typing import Any
 
 from sphinx.application import Sphinx
+from sphinx.ext.napoleon import Config, GoogleDocstring
 
 NAMED = re.compile(r"(\w+(?:, \w+)*): +(\S.*)")
 
 
 def _process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = [line for paragraph in _paragraphs(lines) for line in _listed(paragraph)]
+    listed = [line for paragraph in _paragraphs(lines) for line in _listed(paragraph)]
+    # As of a function, whatever it is: of a property all before a colon would be taken for its type.
+    lines[:] = GoogleDocstring(listed, Config(), app, "function", name, obj, options).lines()
 
 
 def _paragraphs(lines: list[str]) -> list[list[str]]:
@@ -53,11 +57,11 @@ def _signature(
     if not signature:
         return None
     short = re.sub(r"~(?:\w+\.)+|TypeAliasForwardRef\('(\w+)'\)", r"\1", signature)
-    return short.replace(" = <factory>", " = ..."), returns
+    return re.sub(r"<function (\w+)>", r"\1", short.replace("<factory>", "...")), returns
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Mend docstrings before napoleon reads them."""
-    app.connect("autodoc-process-docstring", _process, priority=100)
+    """Make reStructuredText of docstrings."""
+    app.connect("autodoc-process-docstring", _process)
     app.connect("autodoc-process-signature", _signature)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

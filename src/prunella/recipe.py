@@ -156,13 +156,13 @@ class Recipe(_Part):
     calibration: the text that statistics are made from: `source`, `samples` (windows), `length` (tokens in each),
               `min_tokens` (a layer that fewer tokens reach is pruned by magnitude)
     pattern:  where zeros may stand: `unstructured`, `N:M` (N kept of M) or `RxC` (blocks), see `Pattern`
-    sparsity: {pattern of layer names: share of weights to prune}, the last match wins; a plain number is
-              {"*": number}. `down_proj` matches every layer whose name ends so. An N:M pattern fixes it.
+    sparsity: `{pattern of layer names: share of weights to prune}`, the last match wins; a plain number is
+              `{"*": number}`. `down_proj` matches every layer whose name ends so. An N:M pattern fixes it.
     skip:     patterns of layer names that stay dense
     keep_zeros: zeros that the model comes with stay zero and count towards the sparsity: for a second pass over a
               pruned model. Without it a second pass chooses anew, and may fill what the first one pruned
-    allocate: how sparsity is spread over the other layers: a name, or {name: {option: value}}
-    steps:    a list of names, or of {name: {option: value}}
+    allocate: how sparsity is spread over the other layers: a name, or `{name: {option: value}}`
+    steps:    a list of names, or of `{name: {option: value}}`
     order:    `layer`: a layer is pruned when its inputs arrive from the pruned layers before it; `block`: after a
               pass through the dense block has shown the inputs of all its layers; `auto`: `layer` where every step
               looks at single layers, one of them at their inputs, and the activations are less than 8 GiB

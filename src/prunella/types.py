@@ -41,7 +41,7 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """`unstructured`, `2:4`, `16x1`. Raises InputError for anything else."""
+        """The pattern of a name such as `unstructured`, `2:4` or `16x1`. Raises InputError for anything else."""
         text = text.strip().lower()
         if text == "unstructured":
             return cls()
@@ -65,12 +65,12 @@ class Pattern:
 
     @property
     def sparsity(self) -> float | None:
-        """The share of zeros that the pattern itself fixes: 1 - N/M, or None where it is free."""
+        """The share of zeros that an N:M pattern fixes, 1 - N/M; None of the others, which take any."""
         return 1 - self.first / self.second if self.kind == "nm" else None
 
     @property
     def columns(self) -> int:
-        """How many consecutive inputs belong together: M, C or 1."""
+        """How many consecutive inputs belong together: M of an N:M pattern, C of an RxC one, else 1."""
         return 1 if self.kind == "unstructured" else self.second
 
     def units(self, shape: Sequence[int]) -> int:
@@ -199,7 +199,7 @@ class Stats:
         return self._have(self.gram_II, "gram").diagonal() / self.tokens
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """`make()`, computed the first time that any layer with this input asks for `key`."""
+        """What `make()` returns, which is called the first time that any layer with this input asks for `key`."""
         if key not in self.cache:
             self.cache[key] = make()
         return self.cache[key]

@@ -72,7 +72,7 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         dtype: torch.dtype = self.network.dtype
         return dtype
 
