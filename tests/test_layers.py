@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import prunella
 from prunella.errors import DefectError
-from prunella.layers import UNSEEN, find_layers, products, survey
+from prunella.layers import NO_PRODUCT, UNSEEN, find_layers, products, survey
 from prunella.model.open import wrap_model
 from prunella.stream import Target, Watch
 from prunella.types import Pattern
@@ -263,6 +263,18 @@ def test_experts_that_are_all_idle_stop_the_run(ids: Tensor) -> None:
 def test_a_pattern_that_names_a_router_says_that_it_stays_dense(ids: Tensor) -> None:
     with pytest.raises(prunella.InputError, match=r"'mlp\.gate' matches no layer: '.*mlp\.gate' stays dense by itself"):
         prunella.prune(tiny.build("mixtral"), {"steps": ["wanda"], "skip": ["mlp.gate"]}, calibration=ids)
+
+
+def test_a_parameter_that_is_cast_twice_is_not_taken_for_another() -> None:
+    """Zamba casts A_log and D for each of its heads; what came of the first cast is gone at the second."""
+    model = wrap_model(zoo.build("zamba").bfloat16())
+    why = {
+        left.name.rpartition(".")[2]: left.why for name in model.blocks for left in survey(model.module(name), name)[1]
+    }
+    assert why["A_log"] == why["D"] == NO_PRODUCT
+    names = {slot.name for slot in find_layers(model.module(model.blocks[2]), model.blocks[2])}
+    for key in ("x_proj_weight", "dt_proj_weight"):
+        assert any(f".{key}." in name for name in names), key
 
 
 # ---------------------------------------------------------------------------------------------------------

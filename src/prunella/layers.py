@@ -532,7 +532,7 @@ class _Look(TorchFunctionMode):
         super().__init__()
         self.places = dict(places)
         self.seen: dict[tuple[nn.Module, str], set[Lens | None]] = {}
-        self.cast: dict[tuple[nn.Module, str], Tensor] = {}
+        self.cast: dict[tuple[nn.Module, str], list[Tensor]] = {}  # kept: no other tensor gets the address of one
 
     def _known(self, tensor: Tensor) -> bool:
         return storage_of(tensor) in self.places
@@ -541,7 +541,8 @@ class _Look(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in _CASTS and self._known(args[0]):
             place = self.places[storage_of(args[0])]
-            self.cast[place] = out = function(*args, **kwargs)
+            out = function(*args, **kwargs)
+            self.cast.setdefault(place, []).append(out)
             self.places[storage_of(out)] = place
             return out
         for found in products(function, args, kwargs, self._known):
