@@ -1,6 +1,7 @@
 """The commands that make and use packed models."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -31,6 +32,15 @@ def test_a_packed_model_unpacks_to_the_same_bytes_and_is_scored_the_same(run, pr
     assert scores[0] == scores[2]
     assert scores[1] == pytest.approx(scores[0], rel=0.02)
     assert run("generate", packed, "A garden", "--tokens", "4").code == 0
+
+
+def test_packing_says_that_an_adapter_stays_behind(run, pruned, tmp_path):
+    healed = shutil.copytree(pruned, tmp_path / "healed")
+    (healed / "adapter").mkdir()
+    done = run("pack", healed, "-o", tmp_path / "packed")
+    assert done.code == 0
+    assert "adapter' stays behind" in done.err
+    assert not (tmp_path / "packed" / "adapter").exists()
 
 
 def test_a_packed_model_is_not_pruned_again(run, pruned, tmp_path):

@@ -226,7 +226,7 @@ OwnDevice = Annotated[
     ),
 ]
 Seed = Annotated[int | None, of(RUN, metavar="N", help="Seed of everything random.", default="0")]
-Resume = Annotated[bool, flag(RUN, "--resume", help="Continue an interrupted run.")]
+Resume = Annotated[bool, flag(RUN, "--resume", help="Continue an interrupted run, or begin it.")]
 
 
 def settings_of(flags: Mapping[str, Any]) -> list[str]:

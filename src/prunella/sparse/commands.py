@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import pattern
 from ..compat import quiet_transformers, revert
-from ..errors import InputError, ModelError, disk_error
+from ..errors import InputError, ModelError, disk_error, say
 from ..grid import Grid
 from ..layers import Slot, find_layers
 from ..model.files import copy_companions
@@ -124,6 +124,8 @@ def pack_model(
     directory, out = find_directory(model), Path(out)
     if packed_config(directory) is not None:
         raise InputError(f"'{model}' is packed already.")
+    if (directory / "adapter").is_dir():
+        say(f"the adapter in '{directory / 'adapter'}' stays behind: it fits the model as it is now, not packed")
     opened = load_model(str(directory), device="cpu", remote_code=remote_code)
     grids = {name: grid for name, grid in read_grids(directory).items() if bits in (None, stored_bits(grid))}
     known = mask_shapes(directory) if (directory / MASKS).is_file() else None
