@@ -23,29 +23,12 @@ from torch import Tensor, nn
 
 from .errors import ModelError, PrunellaError, first_line
 from .layers import replaced
-from .model.network import Model
+from .model.network import Argument, Interface, Model
 
 Key = tuple[str, int]  # of something that travels beside the hidden state
-Path = int | str  # of an argument: where it stands after the hidden state, or its name
 
 TOLERANCE = 0.02  # of what a block adds to its input: how far its replay may be from the original
 CAUSAL = 16  # tokens on which `examine` looks whether a block sees what comes after
-
-
-@dataclass(frozen=True)
-class Interface:
-    """What blocks take and give, the same for all calls.
-
-    outputs:  of each class of blocks: empty if it returns a tensor, else which items of the tuple are tensors
-    takes:    arguments that are an output of the block before, {argument: number of the output}
-    batch:    the dimension of the hidden state that windows are stacked along
-    stateful: does anything but the hidden state travel from block to block?
-    """
-
-    outputs: dict[type, tuple[bool, ...]]
-    takes: dict[Path, int]
-    batch: int
-    stateful: bool
 
 
 @dataclass(frozen=True)
@@ -93,8 +76,8 @@ class Call:
             if not isinstance(value, _Place):
                 return value
             if value.key not in held:
-                now = beside.get(value.key, self.start[value.key])
-                held[value.key] = map_tree(copy.copy(now), back) if value.key in beside else copy.copy(now)
+                now = map_tree(beside[value.key], back) if value.key in beside else self.start[value.key]
+                held[value.key] = copy.copy(now) if _is_container(now) else now
             return held[value.key]
 
         args = tuple(_map(value, fill) for value in self.args)
@@ -131,24 +114,24 @@ def _map(value: Any, leaf: Callable[[Any], Any]) -> Any:
     return _like(value, [_map(item, leaf) for item in value])
 
 
-def _like(old: tuple[Any, ...], items: Sequence[Any]) -> tuple[Any, ...]:
-    """A tuple of the same type with these items; the old one where they are its own."""
-    if all(new is item for new, item in zip(items, old, strict=True)):
+def _like(old: Any, items: Sequence[Any]) -> Any:
+    """A tuple or a container of the same type with these items, in order; the old one where they are its own."""
+    before = _items(old)
+    if all(new is item for new, (_, item) in zip(items, before, strict=True)):
         return old
-    return type(old)(*items) if hasattr(old, "_fields") else tuple(items)
+    if isinstance(old, tuple):
+        return type(old)(*items) if hasattr(old, "_fields") else tuple(items)
+    found = copy.copy(old)
+    for (key, _), new in zip(before, items, strict=True):
+        found[key] = new
+    return found
 
 
 def map_tree(value: Any, leaf: Callable[[Any], Any]) -> Any:
     """A tree of tuples and containers with `leaf` applied to all else."""
     if not _is_container(value):
         return _map(value, lambda item: map_tree(item, leaf) if _is_container(item) else leaf(item))
-    items = [(key, item, map_tree(item, leaf)) for key, item in _items(value)]
-    if all(item is new for _, item, new in items):
-        return value
-    found = copy.copy(value)
-    for key, _, new in items:
-        found[key] = new
-    return found
+    return _like(value, [map_tree(item, leaf) for _, item in _items(value)])
 
 
 def _is_container(value: Any) -> bool:
@@ -156,6 +139,7 @@ def _is_container(value: Any) -> bool:
 
 
 def _items(container: Any) -> list[tuple[Any, Any]]:
+    """Keys and values, or places and items of a list or tuple."""
     return list(container.items() if isinstance(container, MutableMapping) else enumerate(container))
 
 
@@ -188,16 +172,11 @@ class _Shared:
             return new
         if type(new) is not type(old):
             return new
-        if isinstance(new, tuple) and len(new) == len(old):
-            return _like(old, [self(a, b) for a, b in zip(new, old, strict=True)])
-        if _is_container(new) and [k for k, _ in _items(new)] == [k for k, _ in _items(old)]:
-            pairs = [(k, self(a, b), b) for (k, a), (_, b) in zip(_items(new), _items(old), strict=True)]
-            if all(item is b for _, item, b in pairs):
-                return old
-            found = copy.copy(new)
-            for k, item, _ in pairs:
-                found[k] = item
-            return found
+        if isinstance(new, tuple) or _is_container(new):
+            ours, theirs = _items(new), _items(old)
+            if [key for key, _ in ours] != [key for key, _ in theirs]:
+                return new
+            return _like(old, [self(a, b) for (_, a), (_, b) in zip(ours, theirs, strict=True)])
         if isinstance(new, int | float | str | torch.dtype | torch.device) and new == old:
             return old
         return new
@@ -405,7 +384,7 @@ def _not_one_by_one(network: nn.Module, reason: str) -> ModelError:
     return ModelError(f"the blocks of {type(network).__name__} cannot be run one by one: {reason}.")
 
 
-def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], path: Path) -> Any:
+def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], path: Argument) -> Any:
     if isinstance(path, str):
         return kwargs.get(path)
     return args[path] if path < len(args) else None
@@ -541,12 +520,12 @@ def _check_causal(model: Model, interface: Interface, index: int, ids_BL: Tensor
         )
 
 
-def _taken(network: nn.Module, marked: _StandIns) -> dict[Path, int]:
+def _taken(network: nn.Module, marked: _StandIns) -> dict[Argument, int]:
     """Which arguments are an output of the block before. Raises ModelError where such an output goes elsewhere."""
-    takes: dict[Path, int] = {}
+    takes: dict[Argument, int] = {}
     for index, (args, kwargs, _) in enumerate(marked.raw[1:], 1):
         marks = {id(mark): number for number, mark in marked.marks[index - 1].items()}
-        arguments: list[tuple[Path, Any]] = [*enumerate(args), *kwargs.items()]
+        arguments: list[tuple[Argument, Any]] = [*enumerate(args), *kwargs.items()]
         for path, value in arguments:
             if id(value) in marks:
                 takes[path] = marks[id(value)]

@@ -1,4 +1,4 @@
-"""The only loop over blocks, the only watcher of activations, the only writer of pruned weights.
+"""Hidden states on their way through the blocks: the only watcher of activations, the only writer of pruned weights.
 
     for each block: its layers -> statistics -> steps -> pruned weights -> outputs, the next block's inputs
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -34,8 +35,23 @@ from ..fast import use_fast_attention
 from ..layers import learn
 from .checkpoint import Checkpoint
 
-if TYPE_CHECKING:
-    from ..calls import Interface
+Argument = int | str  # of a block: where it stands after the hidden state, or its name
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What blocks take and give, the same for all calls.
+
+    outputs:  of each class of blocks: empty if it returns a tensor, else which items of the tuple are tensors
+    takes:    arguments that are an output of the block before, {argument: number of the output}
+    batch:    the dimension of the hidden state that windows are stacked along
+    stateful: does anything but the hidden state travel from block to block?
+    """
+
+    outputs: dict[type, tuple[bool, ...]]
+    takes: dict[Argument, int]
+    batch: int
+    stateful: bool
 
 
 class Model:
