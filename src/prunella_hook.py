@@ -90,4 +90,4 @@ def _model() -> None:
     from lm_eval.api.registry import model_registry
 
     if "prunella" not in model_registry:
-        model_registry.register("prunella", target="prunella.harness:PrunellaLM")
+        model_registry.register("prunella", target="prunella.evaluate.harness:PrunellaLM")

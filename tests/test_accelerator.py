@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import prunella
-from prunella import InputError, ModelError, cells, make, stream
+from prunella import InputError, ModelError, cells, make
 from prunella.allocate import allocations
 from prunella.backward import gradients
+from prunella.hidden import Hidden
 from prunella.machine import fork_random, free_memory, pick_device
 from prunella.model.open import load_model
 from prunella.registry import find
 from prunella.save import Output
 from prunella.sparse.bench import bench
 from prunella.sparse.format import pack
-from prunella.stream import Hidden
 
 pytestmark = pytest.mark.usefixtures("sim")
 
@@ -163,7 +163,7 @@ def test_hidden_states_wait_where_there_is_room(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(Hidden, "__setitem__", spy)
     free = {"sim": 1 << 40, "cpu": 1 << 40}
-    monkeypatch.setattr(stream, "free_memory", lambda device: free[device.type])
+    monkeypatch.setattr("prunella.hidden.free_memory", lambda device: free[device.type])
     for device, size, place in (
         ("cpu", 1 << 40, ("sim", False)),
         ("sim", 0, ("cpu", False)),
@@ -181,7 +181,7 @@ def test_gradients_are_those_of_the_cpu(
 ) -> None:
     """Wherever the hidden states wait."""
     expected = [*gradients(load_model(str(llama), device="cpu"), ids)]
-    monkeypatch.setattr(stream, "free_memory", lambda device: main if device.type == "cpu" else 0)
+    monkeypatch.setattr("prunella.hidden.free_memory", lambda device: main if device.type == "cpu" else 0)
     found = gradients(load_model(str(llama), device="sim"), ids)
     for (_, _, layers), (_, _, there) in zip(expected, found, strict=True):
         assert all(gradient.device == sim for gradient in there.values())

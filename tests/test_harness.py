@@ -17,7 +17,7 @@ from torch.nn import functional
 
 import prunella
 from prunella import InputError
-from prunella.score import score
+from prunella.evaluate.score import score
 from prunella.sparse.commands import pack_model
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +72,7 @@ def by_hand(model: Path) -> tuple[list[int], list[int]]:
 
 @pytest.mark.usefixtures("lm_eval")
 def test_accuracies_are_those_computed_by_hand(llama: Path, questions: Path) -> None:
-    from prunella.harness import accuracies
+    from prunella.evaluate.harness import accuracies
 
     (found,) = accuracies(str(llama), files=[questions])
     plain, shared = by_hand(llama)
@@ -140,7 +140,7 @@ def test_a_packed_model_runs_in_the_harness_as_any_other(packed: Path, questions
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from prunella.harness import PrunellaLM
+    from prunella.evaluate.harness import PrunellaLM
 
     prompts = ["A garden", "Question: What is a spade?"]
     request = [
@@ -200,7 +200,7 @@ def test_tasks_that_cannot_be_had_say_why(llama: Path) -> None:
 def test_without_the_harness_it_says_what_to_install(
     run: Callable[..., Any], llama: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "prunella.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "prunella.evaluate.harness", raising=False)
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
@@ -218,7 +218,7 @@ def lm_eval() -> None:
 def test_accuracies_say_whether_requests_begin_with_bos(
     run: Callable[..., Any], bos: Path, llama: Path, questions: Path
 ) -> None:
-    from prunella.harness import accuracies
+    from prunella.evaluate.harness import accuracies
 
     (found,), (plain,) = (accuracies(str(path), files=[questions], limit=4) for path in (bos, llama))
     (without,) = accuracies(str(bos), files=[questions], limit=4, bos=False)

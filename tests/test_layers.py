@@ -17,8 +17,8 @@ import prunella
 from prunella.errors import DefectError
 from prunella.layers import NO_PRODUCT, UNSEEN, find_layers, products, survey
 from prunella.model.open import wrap_model
-from prunella.stream import Target, Watch
 from prunella.types import Pattern
+from prunella.watch import Target, Watch
 
 # Weights that are kept in other ways than as linear layers, and routers that own some.
 ODD: dict[str, dict[str, Any]] = {

@@ -275,7 +275,7 @@ def test_a_file_that_cannot_be_read_costs_no_finished_block(
 def test_an_evaluation_that_fails_costs_nothing_and_is_all_that_is_done_again(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, measure = tmp_path / "out", sys.modules["prunella.measure"]
+    out, measure = tmp_path / "out", sys.modules["prunella.evaluate.measure"]
     real: Any = vars(measure)["perplexity"]
 
     def fails(model: Any, ids_NL: Any, *, checkpoint: Any = None, track: Any = None) -> Any:

@@ -14,8 +14,9 @@ import torch
 
 import prunella
 from prunella import InputError, Perplexity, Report
-from prunella.evaluate import difference, fingerprint, overlap
-from prunella.score import score
+from prunella.evaluate.difference import difference
+from prunella.evaluate.overlap import fingerprint, overlap
+from prunella.evaluate.score import score
 
 SHORT: dict[str, Any] = {"steps": ["wanda"], "calibration": {"samples": 8, "length": 64}, "evaluate": {"source": None}}
 
@@ -186,6 +187,6 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_before_anything_
     tiny.build("llama", vocab_size=64, max_position_embeddings=128).save_pretrained(tmp_path / "small")
     tiny.write_tokenizer(tmp_path / "small")
     (tmp_path / "a.txt").write_text("!!!!" * 500)  # tokens of the small vocabulary alone
-    monkeypatch.setattr("prunella.score.perplexity", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr("prunella.evaluate.score.perplexity", lambda *_, **__: pytest.fail("measured"))
     with pytest.raises(InputError, match=r"token \d+ lies outside the model's vocabulary of 64"):
         score(str(tmp_path / "small"), [str(tmp_path / "a.txt"), "pydoc"], windows=2, length=32)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import prunella
-from prunella import InputError, Layer, NumericalError, Pattern, keep, make, register, stream
+from prunella import InputError, Layer, NumericalError, Pattern, keep, make, register
 from prunella.layers import find_layers, matches
 from prunella.model.open import wrap_model
 from prunella.pattern import unpack
 from prunella.registry import steps
-from prunella.stream import Stream, Target, pick_order, through
+from prunella.stream import Stream, pick_order, through
+from prunella.watch import Target
 
 
 def targets_of(model: prunella.Model, index: int, sparsity: float = 0.5) -> list[Target]:
@@ -126,12 +127,12 @@ def test_hidden_states_that_do_not_fit_lie_beside_the_output_and_claim_their_spa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 10))
-    monkeypatch.setattr(stream, "NamedTemporaryFile", watch)
+    monkeypatch.setattr("prunella.hidden.NamedTemporaryFile", watch)
     recipe: dict[str, Any] = {"steps": ["wanda"], "order": "block", "evaluate": {"source": None}}
     prunella.prune(llama, recipe, output=tmp_path / "out", calibration=ids)
     assert set(folders) == {tmp_path / "out.partial"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    monkeypatch.setattr(stream, "claim", full)
+    monkeypatch.setattr("prunella.hidden.claim", full)
     with pytest.raises(InputError, match=r"no space left on the disk of '.*other\.partial'"):
         prunella.prune(llama, recipe, output=tmp_path / "other", calibration=ids)
     with pytest.raises(InputError, match=r"no space left on the disk of '.*hidden'"):  # no output: in the cache

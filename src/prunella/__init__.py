@@ -16,7 +16,7 @@ from . import sparse as _sparse  # registers the packed format with transformers
 if _typing.TYPE_CHECKING:
     from .backward import gradients
     from .errors import InputError, ModelError, NumericalError, PrunellaError, StatisticError
-    from .evaluate import Perplexity, perplexity
+    from .evaluate.perplexity import Perplexity, perplexity
     from .heal.run import heal
     from .model.names import find_directory
     from .model.network import Model
@@ -62,7 +62,7 @@ __all__ = [
 _HOMES = {
     "backward": ("gradients",),
     "errors": ("InputError", "ModelError", "NumericalError", "PrunellaError", "StatisticError"),
-    "evaluate": ("Perplexity", "perplexity"),
+    "evaluate.perplexity": ("Perplexity", "perplexity"),
     "heal.run": ("heal",),
     "model.names": ("find_directory",),
     "model.network": ("Model",),

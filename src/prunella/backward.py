@@ -20,10 +20,12 @@ from torch.nn import functional
 
 from .calibrate import check_windows
 from .errors import InputError, ModelError, NumericalError
+from .hidden import Hidden, Shelf
 from .layers import Slot, find_layers
 from .model.checkpoint import Checkpoint
 from .model.network import Model
-from .stream import Hidden, Shelf, Stream, Track, no_track
+from .progress import Track, no_track
+from .stream import Stream
 
 ROWS = 256  # tokens at a time whose logits are made
 Loss = Callable[[Tensor, Tensor], Tensor]  # of a window's logits (L, V) and ids (L)

@@ -27,16 +27,17 @@ from torch import Tensor
 
 from .calibrate import windows, with_bos
 from .errors import InputError, PrunellaError, unknown
-from .evaluate import perplexity
+from .evaluate.measure import held_out_windows, same_file, window_length
+from .evaluate.perplexity import perplexity
 from .machine import free_memory
-from .measure import held_out_windows, same_file, window_length
 from .model.network import Model
 from .model.open import load_model, wrap_model
+from .outcome import LayerResult
+from .progress import Track, no_track
 from .prune import prune
 from .recipe import Evaluation, Healing, Recipe, only_dense, override
 from .results import Results, Row
 from .sparse.format import SPAN, expected
-from .stream import LayerResult, Track, no_track
 from .texts import same_text
 from .workshop import hold
 

@@ -18,9 +18,9 @@ from markupsafe import Markup
 from . import charts
 from .errors import InputError, ModelError
 from .histogram import SPAN
+from .outcome import LayerResult
 from .report import Report, bos_words, layer_table
 from .save import REPORT
-from .stream import LayerResult
 
 WORST = 10
 

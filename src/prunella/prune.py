@@ -14,19 +14,22 @@ from torch import Tensor
 from .allocate import Budget
 from .calibrate import check_windows, windows
 from .errors import InputError, PrunellaError, ReadError, kept
-from .evaluate import fingerprint, joined
+from .evaluate.measure import held_out_windows, measure_once, whole_name, window_length
+from .evaluate.overlap import fingerprint, joined
 from .layers import LeftOut, Slot, left_out, matches, survey
 from .machine import fork_random, most_memory
-from .measure import held_out_windows, measure_once, whole_name, window_length
 from .model.checks import check_plain, check_saveable
 from .model.names import at_revision, named
 from .model.network import Model
 from .model.open import load_model, wrap_model
+from .outcome import LayerResult
+from .progress import Track, Watcher, no_track
 from .recipe import Recipe
 from .registry import BESIDE
 from .report import Report, peak_memory, seen
 from .save import Output, begun_as, identity
-from .stream import TOKENS, LayerResult, Stream, Target, Track, Watcher, no_track, pick_order
+from .stream import TOKENS, Stream, pick_order
+from .watch import Target
 from .workshop import check_output, finished, workshop
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from .errors import ModelError
-from .evaluate import joined
+from .evaluate.overlap import joined
 from .layers import UNSEEN, LeftOut
+from .outcome import LayerResult
 from .save import REPORT
-from .stream import LayerResult
 
 
 @dataclass(frozen=True)

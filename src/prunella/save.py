@@ -33,9 +33,9 @@ from .layers import Slot
 from .model.checkpoint import Checkpoint
 from .model.files import SINGLE, copy_companions, files_in, read_json
 from .model.network import Model
+from .outcome import BlockResult, LayerResult
 from .pattern import unpack
 from .sparse.files import PackedFiles, write_index
-from .stream import BlockResult, LayerResult
 from .tensors import (
     CODES,
     FLOATS,

@@ -8,216 +8,33 @@ How a block is called is not hard-coded but recorded, see calls.py.
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import NamedTemporaryFile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from .calls import Calls, Key, examine, first, map_tree
-from .compat import attention_of, version_of
-from .errors import DefectError, InputError, NumericalError, StepError, disk_error, say
+from .calls import Calls, examine, first, map_tree
+from .compat import attention_of
+from .errors import DefectError, InputError, NumericalError, StepError, say
 from .grid import Grid, fit
+from .hidden import Hidden, Shelf
 from .histogram import histograms
-from .layers import Slot, find_layers, products, unpruned
+from .layers import Slot, find_layers, unpruned
 from .machine import cache_directory, free_memory
 from .model.checkpoint import Checkpoint
 from .model.network import Model
+from .outcome import BlockResult, LayerResult, share_of
 from .pattern import hold_zeros, pack
+from .progress import Track, no_track
 from .registry import Step, make
-from .tensors import claim
-from .types import Block, Layer, Pattern, Stats
+from .types import Block, Layer, Stats
+from .watch import Stop, Target, Watch
 
 TOKENS = 2048  # that go through a block at a time, in `block` order
 SAMPLE = 512  # calibration tokens on which the error of each layer is measured
-Track = Callable[[Iterable[int], str, int], Iterable[int]]
-Watcher = Callable[[int, int, float | None], None]  # of training: steps done, steps in all, the loss of the last
-
-
-def no_track(items: Iterable[int], description: str, total: int) -> Iterable[int]:
-    """Progress that nobody watches."""
-    return items
-
-
-# ---------------------------------------------------------------------------------------------------------
-# What is wanted
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the recipe and the allocation want of one layer."""
-
-    slot: Slot
-    sparsity: float
-    pattern: Pattern
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Watching
-
-
-class _Stop(Exception):
-    """The forward pass has shown all that was wanted."""
-
-
-class Watch(TorchFunctionMode):
-    """Sees every product of a block's inputs with one of its layers' weights, before it is made.
-
-    `see(layer name, input (T, I), is it the same tensor as at the layer before)`. Watching the products and
-    not the modules makes linear layers, transposed ones and the experts of a mixture one case. A product that meets
-    a layer's weight in another shape, or along its other side, is a defect.
-    """
-
-    def __init__(self, targets: Mapping[str, Target], see: Callable[[str, Tensor, bool], None]):
-        super().__init__()
-        views = {name: target.slot.view() for name, target in targets.items()}
-        self.by_address = {view.data_ptr(): (name, view) for name, view in views.items()}
-        self.storages = {view.untyped_storage().data_ptr() for view in views.values()}
-        self.see = see
-        self.last: tuple[Tensor, int] | None = None
-
-    def _known(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in self.storages
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for found in products(function, args, kwargs, self._known):
-            weight_OI = found.weight_OI
-            name, layer_OI = self.by_address.get(weight_OI.data_ptr(), ("", weight_OI))
-            if not name:
-                continue
-            if (weight_OI.shape, weight_OI.stride()) != (layer_OI.shape, layer_OI.stride()):
-                raise DefectError(
-                    f"layer '{name}' was taken for a matrix {tuple(layer_OI.shape)} (outputs, inputs), but the model"
-                    f" multiplies by {tuple(weight_OI.shape)} of its weights: leave it out with --skip '{name}'"
-                )
-            source, x_TI = found.source, found.x().detach()
-            if found.batched:  # the tokens of other experts come as zeros
-                x_TI = x_TI[x_TI.any(1)]
-            if x_TI.numel():
-                same = not found.batched and self.last is not None and source is self.last[0]
-                same = same and self.last is not None and version_of(source) == self.last[1]
-                self.last = (source, version_of(source))
-                self.see(name, x_TI, same)
-        return function(*args, **kwargs)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Hidden states
-
-
-class Shelf:
-    """Where tensors of so many bytes in all wait until they are used on a device: there while they fit; otherwise in
-    main memory, and if they do not fit there in files of a folder, that disappear with the process. A file's space is
-    claimed before it is written: where the disk is too small it is said, as InputError."""
-
-    def __init__(self, nbytes: int, device: torch.device, folder: Path):
-        main = torch.device("cpu")
-        self.place = main if device.type != "cpu" and nbytes >= free_memory(device) // 4 else device
-        self.on_disk = self.place.type == "cpu" and nbytes > free_memory(main) // 2
-        self.folder = folder
-
-    def put(self, value: Tensor, old: Tensor | None = None) -> Tensor:
-        """The tensor where it can wait; one that waited before gives its room if it is of the same shape."""
-        if not self.on_disk:
-            return value.to(self.place)
-        if old is None or old.shape != value.shape or old.dtype != value.dtype:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with NamedTemporaryFile(prefix=".hidden-", dir=self.folder) as file:
-                    claim(file.fileno(), value.numel() * value.element_size())
-                    flat = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
-            except OSError as error:
-                raise disk_error(error, self.folder) from None
-            old = flat.view(value.shape)
-        return old.copy_(value)
-
-
-class Hidden:
-    """The hidden states of all windows between two blocks, one tensor (B, L, D) a batch, on a shelf."""
-
-    def __init__(self, batches: int, device: torch.device, shelf: Shelf):
-        self._items: list[Tensor | None] = [None] * batches
-        self.beside: list[dict[Key, Any]] = [{} for _ in range(batches)]  # what travels with each batch, see calls.py
-        self.device = device
-        self.shelf = shelf
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def copy(self, shelf: Shelf | None = None) -> Hidden:
-        """Another with the same states, which may go other ways, or wait on another shelf."""
-        other = copy.copy(self)
-        other.shelf = shelf or self.shelf
-        other._items = [None] * len(self)
-        other.beside = list(self.beside)
-        for index, item in enumerate(self._items):
-            assert item is not None
-            other[index] = item
-        return other
-
-    def __getitem__(self, index: int) -> Tensor:
-        item = self._items[index]
-        assert item is not None
-        return item.to(self.device, non_blocking=True)
-
-    def __setitem__(self, index: int, value: Tensor) -> None:
-        self._items[index] = self.shelf.put(value, self._items[index])
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The loop
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """What happened to one layer; goes into the report.
-
-    sparsity: share of its weights that are zero: those that its mask prunes, and those that came in as zeros and still
-              are (not those that rounding made zero)
-    target:   share that was to be pruned; 0: it stayed as it was
-    before:   share that came in as zeros
-    bits:     of a quantized one, else None
-    """
-
-    name: str
-    shape: tuple[int, int]
-    sparsity: float
-    target: float
-    pattern: str
-    error: float | None
-    tokens: int
-    notes: tuple[str, ...] = ()
-    bits: int | None = None
-    weights: dict[str, float | str] | None = None  # `histograms` of a pruned layer
-    before: float = 0.0
-
-    @classmethod
-    def dense(cls, target: Target) -> LayerResult:
-        """Of a layer, loaded, that stays as it is."""
-        zeros = _share(target.slot.view() == 0)
-        return cls(target.slot.name, target.slot.shape, zeros, 0.0, str(target.pattern), None, 0, before=zeros)
-
-
-@dataclass(frozen=True)
-class BlockResult:
-    """One finished block: its layers, their masks as bits (`pattern.pack`), the grids of the quantized ones, and the
-    parameters that changed."""
-
-    index: int
-    name: str
-    layers: tuple[LayerResult, ...]
-    masks: dict[str, Tensor]
-    grids: dict[str, Grid]
-    changed: dict[str, Tensor]
-    seconds: float
-
 
 Order = Literal["auto", "layer", "block"]
 
@@ -348,7 +165,7 @@ class Stream:
         if target.slot.transposed:
             weight_OI = weight_OI.contiguous()
         notes: tuple[str, ...] = ()
-        if self.keep_zeros and (zeros := _share(weight_OI == 0)) > target.sparsity:
+        if self.keep_zeros and (zeros := share_of(weight_OI == 0)) > target.sparsity:
             notes = (f"came with {zeros:.1%} zeros, more than the {target.sparsity:.1%} asked for: all stay",)
         return Layer(
             target.slot.name,
@@ -473,7 +290,7 @@ class Stream:
                 order.append(layer_name)
             # Nothing after the last layer is of interest, nor is its product, unless outputs are wanted.
             if batch > 0 and whole and not keep_outputs and layer_name == order[-1]:
-                raise _Stop
+                raise Stop
 
         keep_outputs = "targets" in needs
         same = self.dense is None or "drift" not in needs  # the dense block's outputs, on the pruned model's inputs
@@ -484,7 +301,7 @@ class Stream:
         with torch.no_grad():
             for batch in batches:
                 dense = self._dense_inputs(index, block, active, batch, needs)
-                with contextlib.suppress(_Stop), Watch(active, see):
+                with contextlib.suppress(Stop), Watch(active, see):
                     out = self.forward(index, block, self.hidden, batch, keep=False)
                     if keep_outputs and same:
                         outputs.append(out)
@@ -561,10 +378,10 @@ class Stream:
             def stop(module: nn.Module, inputs: Any, output: Any) -> None:
                 nonlocal out
                 out = output
-                raise _Stop
+                raise Stop
 
             watched = contextlib.nullcontext() if at is None else block.get_submodule(at).register_forward_hook(stop)
-            with contextlib.suppress(_Stop), watched:
+            with contextlib.suppress(Stop), watched:
                 out = torch.func.functional_call(block, replaced, args, kwargs)
             return first(out)
 
@@ -595,10 +412,6 @@ def _only(stats: Stats, needs: frozenset[str]) -> Stats:
     )
 
 
-def _share(where: Tensor) -> float:
-    return where.count_nonzero().item() / where.numel()
-
-
 Settled = tuple[LayerResult, Tensor, Grid | None]
 
 
@@ -613,7 +426,7 @@ def _settle(layer: Layer, target: Target) -> Settled:
     result = LayerResult(
         layer.name,
         target.slot.shape,
-        _share(~layer.mask_OI | (zero_OI & (layer.weight_OI == 0))),
+        share_of(~layer.mask_OI | (zero_OI & (layer.weight_OI == 0))),
         target.sparsity,
         str(target.pattern),
         layer.error(),  # before the dense weight is overwritten: the two share their memory
@@ -621,7 +434,7 @@ def _settle(layer: Layer, target: Target) -> Settled:
         layer.notes,
         None if layer.grid is None else layer.grid.bits,
         histograms(layer.dense_OI, layer.weight_OI, layer.mask_OI),
-        _share(zero_OI),
+        share_of(zero_OI),
     )
     target.slot.view().copy_(layer.weight_OI)
     return result, pack(layer.mask_OI), None if layer.grid is None else layer.grid.on(torch.device("cpu"))

@@ -80,7 +80,7 @@ def test_what_the_pruning_measured_is_not_measured_again(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[Any] = []
-    module = sys.modules["prunella.measure"]
+    module = sys.modules["prunella.evaluate.measure"]
     real = module.measure
     monkeypatch.setattr(module, "measure", lambda *arguments: measured.append(0) or real(*arguments))
     recipe = settings(train=["norms"], tokens=256)

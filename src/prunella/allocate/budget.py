@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..model.network import Model
+from ..progress import Track, no_track
 from ..registry import Step
-from ..stream import Stream, Target, Track, no_track
+from ..stream import Stream
 from ..types import Block, Layer, Stats
+from ..watch import Target
 
 T = TypeVar("T")
 

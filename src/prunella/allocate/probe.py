@@ -6,9 +6,10 @@ import math
 import torch
 from pydantic import PositiveFloat, PositiveInt
 
-from ..evaluate import losses
+from ..evaluate.perplexity import losses
 from ..registry import make
-from ..stream import Stream, Target
+from ..stream import Stream
+from ..watch import Target
 from .budget import Budget
 from .registry import register_allocation
 

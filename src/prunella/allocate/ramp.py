@@ -6,9 +6,10 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from ..evaluate import losses
+from ..evaluate.perplexity import losses
 from ..registry import make
-from ..stream import Stream, Target, pick_order
+from ..stream import Stream, pick_order
+from ..watch import Target
 from .budget import Budget
 from .registry import register_allocation
 

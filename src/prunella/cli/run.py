@@ -84,7 +84,7 @@ def generate(
     from transformers import TextStreamer
 
     from ..errors import InputError
-    from ..measure import room
+    from ..evaluate.measure import room
     from ..model.open import load_model
 
     opened = load_model(

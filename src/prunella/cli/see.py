@@ -73,9 +73,9 @@ def evaluate_(
     allow_pickle: Pickle = False,
 ) -> None:
     """Measure MODEL: perplexity on texts, in consecutive windows each scored on its own; accuracy on tasks."""
+    from ..evaluate.score import score
     from ..model.names import at_revision
     from ..report import bos_words
-    from ..score import score
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     result = score(

@@ -19,9 +19,11 @@ from ..layers import find_layers
 from ..model.checkpoint import Checkpoint
 from ..model.files import copy_companions
 from ..model.network import Model
-from ..stream import Stream, Target, Track, Watch, no_track
+from ..progress import Track, no_track
+from ..stream import Stream
 from ..tensors import MASKS
 from ..types import Pattern
+from ..watch import Target, Watch
 from .parts import Change, Master, Part, trains
 
 LIST = "new-biases.list"

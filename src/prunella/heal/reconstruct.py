@@ -239,7 +239,8 @@ def reconstruct_blocks(
     """Stream the windows through the pruned model, fitting each block to the dense one; blocks that an interrupted
     run left on disk are only passed through. What happened, for the report."""
     from ..layers import find_layers
-    from ..stream import Stream, Target
+    from ..stream import Stream
+    from ..watch import Target
 
     assert dense.checkpoint is not None
     strange = sorted(set(model.plan()) - set(dense.checkpoint.where))

@@ -21,7 +21,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..compat import has_bfloat16_products, quiet_transformers, use_one_gpu
 from ..errors import InputError, NumericalError
 from ..model.network import Model
-from ..stream import Track, Watcher, no_track, through
+from ..progress import Track, Watcher, no_track
+from ..stream import through
 from .loss import next_token_loss
 from .parts import Chosen, trained
 from .processes import gather, is_sharded, scatter, shard, share_optimizer, told, world

@@ -22,10 +22,10 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from .calibrate import check_tokens
-from .errors import InputError, first_line, unknown
-from .model.open import load_model
-from .texts import lead
+from ..calibrate import check_tokens
+from ..errors import InputError, first_line, unknown
+from ..model.open import load_model
+from ..texts import lead
 
 
 class PrunellaLM(HFLM):  # type: ignore[misc]

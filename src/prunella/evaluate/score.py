@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calibrate import all_windows, check_windows, context, with_bos
-from .calibrate import windows as take
-from .errors import InputError
-from .evaluate import difference, overlap, perplexity
-from .model.network import Model
-from .model.open import load_model
-from .report import seen
-from .stream import Track, no_track
+from ..calibrate import all_windows, check_windows, context, with_bos
+from ..calibrate import windows as take
+from ..errors import InputError
+from ..model.network import Model
+from ..model.open import load_model
+from ..progress import Track, no_track
+from ..report import seen
+from .difference import difference
+from .overlap import overlap
+from .perplexity import perplexity
 
 SHARED = 0.05  # of a text's 13-grams in the calibration text: more than two texts have in common by chance
 
@@ -45,7 +47,7 @@ def score(
     Args:
         texts: sources of text (`prunella.texts`) for the perplexity, in windows of `length` tokens: the first
             `windows` of each, or all (of `c4` and other long data sets of the hub the first 256).
-        tasks, files, limit: for the accuracies, see `prunella.harness.accuracies`.
+        tasks, files, limit: for the accuracies, see `prunella.evaluate.harness.accuracies`.
         bos: every window, and every request of a task, begins with what the tokenizer puts before a text, if anything;
             else none does.
         beside: another model to measure on the same; differences are of `model` minus this one.

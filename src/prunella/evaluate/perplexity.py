@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .calibrate import check_windows
-from .errors import NumericalError
-from .model.checkpoint import Checkpoint
-from .model.network import Model
-from .stream import Stream, Track, no_track, through
+from ..calibrate import check_windows
+from ..errors import NumericalError
+from ..model.checkpoint import Checkpoint
+from ..model.network import Model
+from ..progress import Track, no_track
+from ..stream import Stream, through
 
 
 @dataclass(frozen=True)
@@ -76,80 +75,6 @@ def losses(stream: Stream, checkpoint: Checkpoint | None = None) -> list[float]:
             for ids_L, logits_LV in zip(ids_BL.to(logits_BLV.device), logits_BLV, strict=True):
                 out.append(nn.functional.cross_entropy(logits_LV[:-1].float(), ids_L[1:]).item())
     return out
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Two models on the same windows
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How much higher one perplexity is than another, and the interval that holds 95% of what other texts of the same
-    kind would show."""
-
-    difference: float
-    low: float
-    high: float
-
-
-_DRAWN = 1 << 21  # windows that are drawn at a time
-
-
-def difference(one: Perplexity, other: Perplexity, *, draws: int = 10_000, seed: int = 0) -> Difference:
-    """The perplexity of `one` minus that of `other`, measured on the same windows, with a paired bootstrap: windows are
-    drawn with replacement, the same for both, and the interval holds the middle 95% of the differences. What makes a
-    window hard for both models cancels out.
-
-    B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993.
-    """
-    nll_2N = np.array([one.nll, other.nll])
-    count = nll_2N.shape[1]
-    random, step = np.random.default_rng(seed), max(1, _DRAWN // count)
-    chunks = [min(step, draws - first) for first in range(0, draws, step)]
-    means_2D = np.concatenate([nll_2N[:, random.integers(count, size=(d, count))].mean(2) for d in chunks], 1)
-    apart_D = np.exp(means_2D[0]) - np.exp(means_2D[1])
-    low, high = np.quantile(apart_D, (0.025, 0.975))
-    return Difference(one.perplexity - other.perplexity, float(low), float(high))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Does a text hold what a model was calibrated on?
-
-GRAM = 13  # tokens in a row: hardly ever the same in two texts by chance
-_SAMPLE = 64  # of so many of these one is remembered
-
-
-def fingerprint(windows_NL: Tensor) -> str:
-    """Hashes of a sample of all runs of 13 tokens in the windows, 4 bytes each, base64: about a twelfth of a byte for a
-    token. The sample depends on the runs alone, so that two texts sample what they share alike."""
-    return base64.b64encode(_grams(windows_NL).astype("<u4").tobytes()).decode()
-
-
-def joined(*known: str) -> str:
-    """The fingerprint of several texts together."""
-    grams = [np.frombuffer(base64.b64decode(one), dtype="<u4") for one in known]
-    return base64.b64encode(np.unique(np.concatenate(grams)).tobytes()).decode() if any(known) else ""
-
-
-def overlap(known: str, windows_NL: Tensor) -> float | None:
-    """The share of the runs of 13 tokens in the windows that are in the text of a fingerprint too; None where the
-    windows are too short to tell."""
-    grams = _grams(windows_NL)
-    seen = np.frombuffer(base64.b64decode(known), dtype="<u4")
-    return float(np.isin(grams, seen).mean()) if len(grams) else None
-
-
-def _grams(windows_NL: Tensor) -> np.ndarray:
-    ids_NL = windows_NL.cpu().numpy().astype(np.uint64)
-    runs = ids_NL.shape[1] - GRAM + 1
-    if runs < 1:
-        return np.empty(0, np.uint32)
-    hash_NR = np.zeros((len(ids_NL), runs), np.uint64)
-    for j in range(GRAM):  # a polynomial of the tokens modulo 2^64
-        hash_NR = hash_NR * np.uint64(0x9E3779B97F4A7C15) + ids_NL[:, j : j + runs]
-    hash_NR = (hash_NR ^ hash_NR >> np.uint64(32)) * np.uint64(0xD6E8FEB86659FD93)
-    high_NR = (hash_NR >> np.uint64(32)).astype(np.uint32)
-    return np.unique(high_NR[high_NR % _SAMPLE == 0])
 
 
 def _culprit(model: Model, windows_NL: Tensor, checkpoint: Checkpoint | None) -> str:

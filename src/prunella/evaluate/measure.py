@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .calibrate import check_tokens, check_windows, context, positions, text_tokens, windows, with_bos
-from .errors import InputError
-from .evaluate import perplexity
-from .machine import free_memory
-from .model.checkpoint import Checkpoint
-from .model.network import Model
-from .recipe import Recipe
-from .stream import Track
-from .texts import same_text
+from ..calibrate import check_tokens, check_windows, context, positions, text_tokens, windows, with_bos
+from ..errors import InputError
+from ..machine import free_memory
+from ..model.checkpoint import Checkpoint
+from ..model.network import Model
+from ..progress import Track
+from ..recipe import Recipe
+from ..texts import same_text
+from .perplexity import perplexity
 
 if TYPE_CHECKING:
-    from .save import Output
+    from ..save import Output
 
 PROMPT = "The most important thing about a garden is"
 

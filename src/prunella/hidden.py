@@ -1,0 +1,75 @@
+"""Where hidden states wait between two blocks: on the device, in main memory, on disk."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calls import Key
+from .errors import disk_error
+from .machine import free_memory
+from .tensors import claim
+
+
+class Shelf:
+    """Where tensors of so many bytes in all wait until they are used on a device: there while they fit; otherwise in
+    main memory, and if they do not fit there in files of a folder, that disappear with the process. A file's space is
+    claimed before it is written: where the disk is too small it is said, as InputError."""
+
+    def __init__(self, nbytes: int, device: torch.device, folder: Path):
+        main = torch.device("cpu")
+        self.place = main if device.type != "cpu" and nbytes >= free_memory(device) // 4 else device
+        self.on_disk = self.place.type == "cpu" and nbytes > free_memory(main) // 2
+        self.folder = folder
+
+    def put(self, value: Tensor, old: Tensor | None = None) -> Tensor:
+        """The tensor where it can wait; one that waited before gives its room if it is of the same shape."""
+        if not self.on_disk:
+            return value.to(self.place)
+        if old is None or old.shape != value.shape or old.dtype != value.dtype:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with NamedTemporaryFile(prefix=".hidden-", dir=self.folder) as file:
+                    claim(file.fileno(), value.numel() * value.element_size())
+                    flat = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
+            except OSError as error:
+                raise disk_error(error, self.folder) from None
+            old = flat.view(value.shape)
+        return old.copy_(value)
+
+
+class Hidden:
+    """The hidden states of all windows between two blocks, one tensor (B, L, D) a batch, on a shelf."""
+
+    def __init__(self, batches: int, device: torch.device, shelf: Shelf):
+        self._items: list[Tensor | None] = [None] * batches
+        self.beside: list[dict[Key, Any]] = [{} for _ in range(batches)]  # what travels with each batch, see calls.py
+        self.device = device
+        self.shelf = shelf
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def copy(self, shelf: Shelf | None = None) -> Hidden:
+        """Another with the same states, which may go other ways, or wait on another shelf."""
+        other = copy.copy(self)
+        other.shelf = shelf or self.shelf
+        other._items = [None] * len(self)
+        other.beside = list(self.beside)
+        for index, item in enumerate(self._items):
+            assert item is not None
+            other[index] = item
+        return other
+
+    def __getitem__(self, index: int) -> Tensor:
+        item = self._items[index]
+        assert item is not None
+        return item.to(self.device, non_blocking=True)
+
+    def __setitem__(self, index: int, value: Tensor) -> None:
+        self._items[index] = self.shelf.put(value, self._items[index])

@@ -1,0 +1,59 @@
+"""What became of a block and of its layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .grid import Grid
+from .watch import Target
+
+
+def share_of(where: Tensor) -> float:
+    """The share of True, or of what is not zero."""
+    return where.count_nonzero().item() / where.numel()
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What happened to one layer; goes into the report.
+
+    sparsity: share of its weights that are zero: those that its mask prunes, and those that came in as zeros and still
+              are (not those that rounding made zero)
+    target:   share that was to be pruned; 0: it stayed as it was
+    before:   share that came in as zeros
+    bits:     of a quantized one, else None
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    target: float
+    pattern: str
+    error: float | None
+    tokens: int
+    notes: tuple[str, ...] = ()
+    bits: int | None = None
+    weights: dict[str, float | str] | None = None  # `histograms` of a pruned layer
+    before: float = 0.0
+
+    @classmethod
+    def dense(cls, target: Target) -> LayerResult:
+        """Of a layer, loaded, that stays as it is."""
+        zeros = share_of(target.slot.view() == 0)
+        return cls(target.slot.name, target.slot.shape, zeros, 0.0, str(target.pattern), None, 0, before=zeros)
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """One finished block: its layers, their masks as bits (`pattern.pack`), the grids of the quantized ones, and the
+    parameters that changed."""
+
+    index: int
+    name: str
+    layers: tuple[LayerResult, ...]
+    masks: dict[str, Tensor]
+    grids: dict[str, Grid]
+    changed: dict[str, Tensor]
+    seconds: float
