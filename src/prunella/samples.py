@@ -1,0 +1,69 @@
+"""What a network is run on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+Batch = Mapping[str, Tensor]  # what a network is called with: {argument: (B, …)}, a sample a row
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples in groups; those of a group are of one shape, so that nothing is ever padded.
+
+    groups: each {argument of the network: (n, …)}, a sample a row. What the network is not called with (the labels of
+            a task, say) may stand among them: the task knows which is which.
+    """
+
+    groups: tuple[Batch, ...]
+
+    @classmethod
+    def of(cls, value: Samples | Tensor | Batch | Iterable[Batch], name: str = "input_ids") -> Samples:
+        """Samples from a tensor (n, …), the argument `name`; from one group, or from several. Raises InputError where
+        there are none, or where the tensors of a group are of different lengths."""
+        if isinstance(value, Samples):
+            return value
+        if isinstance(value, Tensor):
+            value = {name: value}
+        groups = tuple(dict(group) for group in ([value] if isinstance(value, Mapping) else value))
+        for group in groups:
+            if len({len(tensor) for tensor in group.values()}) != 1:
+                shapes = {key: tuple(tensor.shape) for key, tensor in group.items()}
+                raise InputError(f"the tensors of a group of samples have a sample per row: {shapes} have not.")
+        samples = cls(tuple(group for group in groups if _size(group)))
+        if not samples.groups:
+            raise InputError("there are no samples to run the network on.")
+        return samples
+
+    def __len__(self) -> int:
+        return sum(map(_size, self.groups))
+
+    def first(self, count: int) -> Samples:
+        """The first so many samples."""
+        found = []
+        for group in self.groups:
+            if count > 0:
+                found.append({key: tensor[:count] for key, tensor in group.items()})
+                count -= _size(group)
+        return Samples(tuple(found))
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """At most `size` samples at a time, all of one shape, in order."""
+        for group in self.groups:
+            parts = {key: torch.split(tensor, size) for key, tensor in group.items()}
+            for number in range(-(-_size(group) // size)):
+                yield {key: some[number] for key, some in parts.items()}
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Each sample alone."""
+        return self.batches(1)
+
+
+def _size(group: Batch) -> int:
+    return len(next(iter(group.values())))

@@ -1,0 +1,1 @@
+"""Tasks: what networks are for. One file a task."""
