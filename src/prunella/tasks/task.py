@@ -45,5 +45,5 @@ class Task(ABC):
         """How far outputs are from a teacher's, one number, differentiable in the former."""
         raise NotImplementedError
 
-    def check(self, model: Model, samples: Samples) -> None:
+    def check(self, model: Model, samples: Samples) -> None:  # noqa: B027  (most take any)
         """Raises InputError for samples that the network cannot take."""
