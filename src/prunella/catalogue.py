@@ -14,7 +14,7 @@ KINDS = {"register": "step", "register_allocation": "allocation", "trains": "hea
 _REGISTRIES = {
     "step": ("prunella.registry", "steps"),
     "allocation": ("prunella.allocate.registry", "allocations"),
-    "healing": ("prunella.heal.parts", "groups"),
+    "healing": ("prunella.train.parts", "groups"),
 }
 _ROOT = Path(__file__).parent
 

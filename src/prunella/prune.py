@@ -23,7 +23,7 @@ from .model.names import at_revision, named
 from .model.network import Model
 from .model.open import load_model, wrap_model
 from .outcome import LayerResult
-from .progress import Track, Watcher, no_track
+from .progress import OnStep, Track, no_track
 from .recipe import Recipe
 from .registry import BESIDE
 from .report import Report, peak_memory, seen
@@ -45,7 +45,7 @@ def prune(
     calibration: Tensor | None = None,
     shared: dict[Any, Any] | None = None,
     track: Track = no_track,
-    watch: Watcher | None = None,
+    watch: OnStep | None = None,
     remote_code: bool = False,
     pickles: bool = False,
 ) -> Report:

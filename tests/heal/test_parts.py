@@ -12,9 +12,9 @@ from torch import Tensor
 
 from prunella import InputError
 from prunella.heal import Change, Part, groups, make_group, trains
-from prunella.heal.parts import Chosen, LowRank, attach, choose, detach, parts_of
 from prunella.layers import find_layers
 from prunella.model.network import Model
+from prunella.train.parts import Chosen, LowRank, attach, choose, detach, parts_of
 
 NEEDS_BIAS = {"biases", "new-biases"}
 

@@ -266,7 +266,7 @@ def heal(
     allow_pickle: Pickle = False,
 ) -> None:
     """Retrain a pruned model, the mask held, and save it exactly as sparse."""
-    from ..heal.run import calibrated
+    from ..heal.report import calibrated
     from ..heal.run import heal as run
     from ..recipe import Recipe, override
 

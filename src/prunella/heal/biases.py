@@ -22,9 +22,9 @@ from ..model.network import Model
 from ..progress import Track, no_track
 from ..stream import Stream
 from ..tensors import MASKS
+from ..train.parts import Change, Master, Part, trains
 from ..types import Pattern
 from ..watch import Target, Watch
-from .parts import Change, Master, Part, trains
 
 LIST = "new-biases.list"
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..calibrate import check_windows, context, text_tokens, up_to, windows
+from ..calibrate import check_windows
 from ..errors import (
     InputError,
     ModelError,
@@ -27,27 +26,27 @@ from ..errors import (
     disk_full,
     kept,
 )
-from ..evaluate.measure import digest, held_out_windows, measure, measure_once, window_length
+from ..evaluate.measure import measure, measure_once
 from ..evaluate.overlap import fingerprint, joined
-from ..layers import Slot, find_layers, survey
 from ..machine import fork_random, pick_device
-from ..model.names import named
 from ..model.network import Model
 from ..model.open import load_model, wrap_model
-from ..outcome import BlockResult, LayerResult
-from ..pattern import pack
-from ..progress import Track, Watcher, no_track
+from ..progress import OnStep, Track, no_track
 from ..recipe import Healing, Recipe
 from ..report import Report, peak_memory
-from ..save import REPORT, Output, identity
-from ..texts import same_text
+from ..save import Output, identity
+from ..team import Team, team
+from ..train.parts import Chosen, attach, choose, detach, parts_of, trained
+from ..train.retrain import retrain
+from ..train.shard import asked, gather, scatter, shard
 from ..workshop import BEFORE, Workshop, check_output, finished, partial_of, workshop
 from .biases import LIST, add_biases
 from .lora import save_adapter, undo
 from .masks import full, masks_of, slots_of, verify
-from .parts import Chosen, attach, choose, detach, parts_of, trained
-from .processes import asked, check_way, gather, scatter, shard, world
 from .reconstruct import reconstruct_blocks
+from .report import calibrated, known, report_of, said_of, taught, write
+from .teacher import check_dense, dense_name, teacher_in_memory, teacher_streamed
+from .text import Text
 
 DEFAULT: tuple[dict[str, dict[str, Any]], ...] = ({"mask-lora": {}},)  # what trains if nobody says what
 ADAPTING: tuple[dict[str, dict[str, Any]], ...] = ({"mask-lora": {"rate": 2e-3}},)  # of a dense model: the mask is full
@@ -60,7 +59,7 @@ def heal(
     output: str | Path,
     resume: bool = False,
     track: Track = no_track,
-    watch: Watcher | None = None,
+    watch: OnStep | None = None,
     remote_code: bool = False,
     pickles: bool = False,
     portion: tuple[int, int] = (0, 1),
@@ -108,14 +107,6 @@ def heal(
         return run.all()
 
 
-def calibrated(directory: str | Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain recipe data; what it does not say of the calibration is that of the pruning."""
-    said = Report.read(Path(directory)).recipe if (Path(directory) / REPORT).is_file() else {}
-    own = values.get("calibration") or {}
-    bos = {"bos": said["bos"]} if "bos" in said else {}
-    return {**bos, **values, "calibration": {**said.get("calibration", {}), **own}}
-
-
 def adapt(
     dense: str,
     recipe: Recipe,
@@ -123,7 +114,7 @@ def adapt(
     output: Path,
     resume: bool,
     track: Track,
-    watch: Watcher | None,
+    watch: OnStep | None,
     remote_code: bool,
     pickles: bool,
     sharded: bool = False,
@@ -163,18 +154,16 @@ def check_dtype(dtype: torch.dtype, way: str) -> None:
         )
 
 
+def check_way(way: str, crew: Team) -> None:
+    """Raises InputError if models are not healed this way by several processes."""
+    if way == "reconstruct" and crew.size > 1:
+        raise InputError("reconstruction runs in one process: start it without accelerate launch or torchrun.")
+
+
 def check_text(model: Model, recipe: Recipe, portions: int) -> None:
     """Raises InputError if there is too little text to heal on, or to measure on, or it cannot be read; what a model
     that is not there yet will write is not looked at."""
-    run = _Run(Path(), recipe, Path(), False, no_track, None, False, False, (0, portions))
-    run.check_text(model)
-
-
-def _portion(ids_NL: Tensor, portion: tuple[int, int]) -> Tensor:
-    """The k-th of n portions, from 0, or all of it where there are too few windows."""
-    at, portions = portion
-    own_NL = ids_NL.tensor_split(portions)[at]
-    return own_NL if len(own_NL) else ids_NL
+    Text(recipe, portion=(0, portions)).check(model)
 
 
 @dataclass
@@ -184,7 +173,7 @@ class _Run:
     path: Path
     resume: bool
     track: Track
-    watch: Watcher | None
+    watch: OnStep | None
     remote_code: bool
     pickles: bool
     portion: tuple[int, int] = (0, 1)
@@ -196,23 +185,26 @@ class _Run:
 
     @functools.cached_property
     def said(self) -> Report | None:
-        """The report of the pruning, if Prunella did it."""
-        return Report.read(self.directory) if (self.directory / REPORT).is_file() else None
+        return said_of(self.directory)
+
+    @property
+    def text(self) -> Text:
+        return Text(self.recipe, lambda: self._dense, self.portion, self.skip, self.whole)
 
     @property
     def settings(self) -> Healing:
         return self.recipe.heal
 
     def all(self) -> Report:
-        team = world(pick_device(self.recipe.device))
-        self.sharded = self.sharded and team.num_processes > 1
-        check_way(self.settings.way, team)
-        self.shop = workshop(self.path, self.resume) if team.is_main_process else None
+        crew = team(pick_device(self.recipe.device))
+        self.sharded = self.sharded and crew.size > 1
+        check_way(self.settings.way, crew)
+        self.shop = workshop(self.path, self.resume) if crew.main else None
         try:
-            return self._all(team)
+            return self._all()
         except NumericalError:
             raise  # the checkpoints are kept, the best one is named
-        except (OSError, RuntimeError, SafetensorError) as error:  # of the Trainer's checkpoints
+        except (OSError, RuntimeError, SafetensorError) as error:  # of the checkpoints
             if disk_full(error):
                 raise disk_error(error, self.path) from None
             raise
@@ -235,13 +227,13 @@ class _Run:
         training = (partial_of(self.path) / "training").exists()
         return blocks > 0 or training or self._adapted.exists() or partial_of(self._adapted).exists()
 
-    def _all(self, team: Any) -> Report:
+    def _all(self) -> Report:
         started, cpu = time.perf_counter(), time.process_time()
         source = self.directory
-        main: bool = team.is_main_process
+        main = team().main
         names = [name for item in self.settings.train for name in item]
         if self.settings.adapt:
-            self.check_text(self._open(source))
+            self.text.check(self._open(source))
             self._adapt()
         dense = None
         if self.settings.way == "reconstruct" or self.settings.distill or "new-biases" in names:
@@ -249,7 +241,7 @@ class _Run:
         new: list[str] = []
         if "new-biases" in names:
             assert dense is not None
-            new = self._add_biases(dense, team)
+            new = self._add_biases(dense)
             source = self._biased / "pruned"
             if self.settings.way == "reconstruct":
                 dense = self._open(self._biased / "dense")
@@ -258,30 +250,29 @@ class _Run:
         masks: Mapping[str, Tensor] = full(model) if self.whole else masks_of(model, self.directory)
         slots = [slot for slot in slots_of(model) if slot.name in masks]
         if self.settings.way == "reconstruct":
-            ids_NL, held_NL = self._calibration(model), None
+            ids_NL, held_NL = self.text.calibration(model), None
             check_windows(model, ids_NL)
             seen = fingerprint(ids_NL)
         else:
-            ids_NL, held_NL = self._text(model)
+            ids_NL, held_NL = self.text.training(model)
             all_NL = ids_NL if held_NL is None else torch.cat([ids_NL, held_NL])
             check_windows(model, all_NL)
             seen = fingerprint(all_NL)
-            ids_NL = _portion(ids_NL, self.portion)
+            ids_NL = self.text.own(ids_NL)
         if self.said is not None:  # it may have been healed before
             seen = joined(seen, self.said.healing.get("fingerprint", ""))
         recipe = self.recipe.model_copy(update={"model": str(self.directory), "dtype": str(model.dtype)[6:]})
-        author = self._author(model, recipe.evaluate.source)
-        test_NL = held_out_windows(author, recipe, self._calibrated(model))
+        test_NL = self.text.test(model, recipe)
         if self.shop:
             made = [] if self.whole else slots
             host = self._open(source, "cpu") if self.sharded else model  # merging needs all of it at once
             texts = [ids_NL] if held_NL is None else [ids_NL, held_NL]
-            texts += [self._calibration(model)] if new else []
+            texts += [self.text.calibration(model)] if new else []
             same = identity(model.checkpoint, recipe.plain(), texts, dense.checkpoint if dense else None)
             self.out = Output(self.path, host, made, same, self.shop)
         out = self.out
-        team.wait_for_everyone()  # the directory is there
-        before = self._known(model, test_NL) if source == self.directory else None
+        team().barrier()  # the directory is there
+        before = known(self.said, self.directory, model, test_NL) if source == self.directory else None
         if before is None:
             before = measure_once(out, "before", model, recipe, test_NL, None, self.track) if main else {}
         clock = time.perf_counter()
@@ -296,7 +287,7 @@ class _Run:
             )
         seconds = time.perf_counter() - clock
         if out is None:
-            team.wait_for_everyone()
+            team().barrier()
             return Report({}, {}, {}, {}, (), {})
         out.complete()
         weights = None
@@ -310,8 +301,8 @@ class _Run:
             "recipe": recipe.plain()["heal"],
             "source": str(self.directory),
             **did,
-            "taught": _taught(dense),
-            "processes": team.num_processes,
+            "taught": taught(dense),
+            "processes": team().size,
             "sharded": self.sharded,
             "before": before,
             "after": after,
@@ -322,20 +313,10 @@ class _Run:
             "seconds in all": time.perf_counter() - started,
             "peak_memory": peak_memory(),
         }
-        report = _report(self.said, model, masks, recipe, before, healing)
+        report = report_of(self.said, model, masks, recipe, before, healing)
         out.finish(report.plain(), report.card())
-        team.wait_for_everyone()
+        team().barrier()
         return report
-
-    def _known(self, model: Model, test_NL: Tensor | None) -> dict[str, Any] | None:
-        """What the pruning measured on these windows, if nothing has touched the model since."""
-        said, checkpoint = self.said, model.checkpoint
-        if said is None or said.healing or test_NL is None or checkpoint is None:
-            return None
-        written = (self.directory / REPORT).stat().st_mtime
-        touched = any((self.directory / file).stat().st_mtime > written for file in checkpoint.files)
-        same = said.pruned.get("text") == digest(test_NL) and said.model.get("dtype") == str(model.dtype)[6:]
-        return said.pruned if same and not touched else None
 
     def _open(self, directory: Path | str, device: str | None = None, dtype: str = "auto") -> Model:
         model = load_model(
@@ -352,16 +333,16 @@ class _Run:
     def _biased(self) -> Path:
         return partial_of(self.path) / BEFORE / "biased"
 
-    def _add_biases(self, dense: Model, team: Any) -> list[str]:
+    def _add_biases(self, dense: Model) -> list[str]:
         """Write the pruned model and the dense one with new biases; their names."""
         names = self._biased / "pruned" / LIST
         pruned = self._open(self.directory)
         check_dtype(pruned.dtype, self.settings.way)
         if self.settings.way == "retrain":
-            self.check_text(pruned)  # too little of it is said now, not when the biases have been computed
-        if team.is_main_process and not names.is_file():
-            add_biases(pruned, dense, self._calibration(pruned), self._biased, self.track)
-        team.wait_for_everyone()
+            self.text.check(pruned)  # too little of it is said now, not when the biases have been computed
+        if team().main and not names.is_file():
+            add_biases(pruned, dense, self.text.calibration(pruned), self._biased, self.track)
+        team().barrier()
         return names.read_text(encoding="utf-8").split()
 
     @property
@@ -390,21 +371,7 @@ class _Run:
 
     @property
     def _dense_name(self) -> str:
-        if self.settings.dense is not None:
-            return self.settings.dense
-        said = self.said.model if self.said else {}
-        name, path = said.get("name"), said.get("path")
-        elsewhere = self.said is not None and self.said.healing.get("source") == name  # pruned, and healed first, there
-        if name is None or name == "in memory" or elsewhere:
-            raise InputError(
-                f"'{self.directory}' does not say which model it was pruned from: give it with --dense MODEL."
-            )
-        if path is not None and not Path(path).exists():
-            raise InputError(
-                f"'{self.directory}' was pruned from '{path}', which is not there any more: say where it is now, with"
-                " --dense MODEL."
-            )
-        return str(path or name)
+        return dense_name(self.directory, self.said, self.settings.dense)
 
     @functools.cached_property
     def _dense(self) -> Model:
@@ -412,89 +379,8 @@ class _Run:
         name = str(self._adapted) if self.settings.adapt else self._dense_name
         pruned = self._open(self.directory)
         dense = self._open(name, dtype=str(pruned.dtype)[6:])
-        theirs = {key: value.shape for key, value in dense.network.named_parameters()}
-        for key, value in pruned.network.named_parameters():
-            if key not in theirs and key.endswith(".bias"):
-                continue  # one that healing added
-            if theirs.get(key) != value.shape:
-                raise InputError(
-                    f"'{name}' is not the dense model of '{self.directory}': its '{key}' has another shape, or it has"
-                    " none. Give the right one with --dense MODEL."
-                )
+        check_dense(dense, name, pruned, self.directory)
         return dense
-
-    def _author(self, model: Model, source: str | None) -> Model:
-        """Who writes the text: of `self` it is the dense model."""
-        return self._dense if source == "self" else model
-
-    def _length(self, model: Model) -> int:
-        """Tokens in a window to calibrate on, as when it was pruned."""
-        return window_length(model, self.recipe.calibration.length)
-
-    def _calibration(self, model: Model) -> Tensor:
-        wanted = self.recipe.calibration
-        author = self._author(model, wanted.source)
-        length = self._length(model)
-        return windows(author, wanted.source, wanted.samples, length, seed=self.recipe.seed, bos=self.recipe.bos)
-
-    def _calibrated(self, model: Model) -> int:
-        """At most so many tokens of the calibration come before those to evaluate on, if they are of one text."""
-        return self.recipe.calibration.samples * self._length(model)
-
-    def _check_step(self, length: int) -> None:
-        """Raises InputError if the tokens to train on are not enough for a step of windows of this length."""
-        settings, (_, rounds) = self.settings, self.portion
-        step, key = settings.batch * length, "adapt" if self.whole else "tokens"
-        if settings.tokens < step:
-            each = f" in each of {rounds} rounds" if rounds > 1 else ""
-            raise InputError(
-                f"{settings.tokens:,} tokens to train on{each} are less than a single step takes, {settings.batch}"
-                f" windows of {length}: give at least {step * rounds} (--set heal.{key}={step * rounds}), shorter"
-                " windows (--set heal.length=…) or fewer of them a step (--set heal.batch=…)."
-            )
-
-    def check_text(self, model: Model) -> None:
-        """What `_text` and the evaluation have to say against the text, before any work is done."""
-        sources = self.settings.text or (self.recipe.calibration.source,)
-        if self.settings.way == "retrain" and "self" not in sources:
-            self._text(model)
-        if self.recipe.evaluate.source != "self":
-            held_out_windows(model, self.recipe, self._calibrated(model))
-
-    def _text(self, model: Model) -> tuple[Tensor, Tensor | None]:
-        """Windows to train on in all portions, shuffled, and those that are held out; never those to evaluate on."""
-        settings, test, bos = self.settings, self.recipe.evaluate, self.recipe.bos
-        length = min(settings.length, context(model))
-        self._check_step(length)
-        sources = list(settings.text) or [self.recipe.calibration.source]
-        _, portions = self.portion
-        wanted = portions * (settings.tokens // length) + settings.held_out
-        missing = self.skip + wanted
-        parts: list[Tensor] = []
-        for source in sources:
-            if missing <= 0:
-                break
-            first = last = 0  # windows that hold tokens to evaluate on
-            if test.source is not None and same_text(source, test.source):
-                theirs = text_tokens(model, window_length(model, test.length), bos)
-                ours = text_tokens(model, length, bos)
-                same = same_text(self.recipe.calibration.source, test.source)
-                skip = -(-self._calibrated(model) // theirs) if same else 0
-                first, last = skip * theirs // ours, -(-(skip + test.windows) * theirs // ours)
-            author, count = self._author(model, source), missing + last - first
-            found_NL = up_to(author, source, count, length, self.recipe.seed, bos=bos)
-            parts.append(torch.cat([found_NL[:first], found_NL[last:]])[:missing])
-            missing -= len(parts[-1])
-        all_NL = torch.cat(parts)
-        all_NL = all_NL[self.skip :] if len(all_NL) >= self.skip + wanted else all_NL[:wanted]
-        if len(all_NL) <= settings.held_out:
-            raise InputError(
-                f"{' and '.join(sources)}: {len(all_NL)} windows of {length} tokens to train on are too few to hold"
-                f" {settings.held_out} of them out. Give more text, or --set heal.held_out=0."
-            )
-        order = torch.randperm(len(all_NL), generator=torch.Generator().manual_seed(self.recipe.seed))
-        shuffled_NL, held = all_NL[order], settings.held_out
-        return shuffled_NL[held:], shuffled_NL[:held] if held else None
 
     def _retrain(
         self,
@@ -509,9 +395,6 @@ class _Run:
         out: Output | None,
     ) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Train, merge, and write what changed."""
-        # Not before: transformers' Trainer takes seconds to import.
-        from .retrain import Plan, retrain, teacher_in_memory, teacher_streamed
-
         settings = self.settings
         folder = partial_of(self.path) / "training"
         groups = settings.make_groups()
@@ -540,22 +423,18 @@ class _Run:
             elif dense is not None:
                 teacher = stack.enter_context(teacher_streamed(dense, ids_NL, self.track))
             steps = settings.tokens // (settings.batch * ids_NL.shape[1])
-            plan = Plan(
-                steps=steps,
-                share=settings.distill,
-                seed=recipe.seed,
-                batch=settings.batch,
-                micro=settings.micro,
-                warmup=settings.warmup,
-                clip=settings.clip,
-                betas=settings.betas,
-                temperature=settings.temperature,
-                evaluations=settings.evaluations,
-                patience=settings.patience,
-                checkpointing=settings.checkpointing,
-            )
             did = retrain(
-                trainee, chosen, ids_NL, held_NL, plan, folder, teacher=teacher, resume=self.resume, watch=self.watch
+                trainee,
+                chosen,
+                ids_NL,
+                held_NL,
+                steps,
+                folder,
+                recipe.seed,
+                teacher,
+                self.resume,
+                self.watch,
+                **settings.retraining,
             )
             if self.sharded:
                 values = gather(trained(chosen), keep=out is not None)
@@ -578,7 +457,7 @@ class _Run:
             detach(apart)
             verify(model, masks)
             if out is not None:
-                _write(model, changed, {} if self.whole else masks, out)
+                write(model, changed, {} if self.whole else masks, out)
         return {
             "trained": count / total,
             "trained_parameters": count,
@@ -590,68 +469,3 @@ class _Run:
             "best_step": did.best_step,
             "apart": sorted({item.group.name for item in apart}),
         }, after
-
-
-def _results(said: Report | None, slots: Sequence[Slot], masks: Mapping[str, Tensor]) -> tuple[LayerResult, ...]:
-    """What the report says of these layers, or what their masks say."""
-    known = {layer.name: layer for layer in said.layers} if said else {}
-    out = []
-    for slot in slots:
-        mask = masks.get(slot.name)
-        share = 0.0 if mask is None else 1 - mask.count_nonzero().item() / mask.numel()
-        out.append(known.get(slot.name) or LayerResult(slot.name, slot.shape, share, share, "unstructured", None, 0))
-    return tuple(out)
-
-
-def _write(model: Model, changed: Mapping[str, Tensor], masks: Mapping[str, Tensor], out: Output) -> None:
-    """Put everything on disk: changed parameters, and the others as they were."""
-    for index, name in enumerate(model.blocks):
-        if index < out.blocks:
-            continue  # written by a run that was interrupted then
-        slots = find_layers(model.module(name), name)
-        inside = {key: value for key, value in changed.items() if key.startswith(name + ".")}
-        bits = {slot.name: pack(masks[slot.name]) for slot in slots if slot.name in masks}
-        out.write(BlockResult(index, name, _results(None, slots, masks), bits, {}, inside, 0.0))
-    outside = {key: value for key, value in changed.items() if model.block_of(key) is None}
-    assert model.checkpoint is not None
-    stored = {name for key, (name, _) in model.plan().items() if key in model.checkpoint.where}
-    for pair in model.network.all_tied_weights_keys.items():  # both may be in the files
-        for one, other in (pair, pair[::-1]):
-            same = model.network.get_parameter(one) is model.network.get_parameter(other)
-            if one in outside and other in stored and same:
-                outside[other] = outside[one]
-    if outside:
-        out.write_outside(outside)
-
-
-def _taught(dense: Model | None) -> dict[str, Any]:
-    """How the dense model was trained before it taught, if it was."""
-    if dense is None or dense.checkpoint is None or not (dense.checkpoint.directory / REPORT).is_file():
-        return {}
-    did = Report.read(dense.checkpoint.directory).healing
-    return {key: did[key] for key in ("tokens", "seconds", "held_out", "fingerprint") if key in did}
-
-
-def _report(
-    said: Report | None,
-    model: Model,
-    masks: Mapping[str, Tensor],
-    recipe: Recipe,
-    before: dict[str, Any],
-    healing: dict[str, Any],
-) -> Report:
-    """The report of the pruning, with the healing; a new one for a model that was pruned elsewhere."""
-    slots = slots_of(model)
-    if said is None:
-        about = {
-            **named(healing["source"]),
-            "class": type(model.network).__name__,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "parameters": model.parameters,
-            "prunable": sum(math.prod(slot.shape) for slot in slots),
-        }
-        run = {"seconds": {}, "cpu_seconds": 0.0, "peak_memory": peak_memory()}
-        unknown = {"perplexity": None, "sample": None}
-        left = tuple(item for name in model.blocks for item in survey(model.module(name), name)[1])
-        said = Report(recipe.plain(), about, unknown, before, _results(None, slots, masks), run, left_out=left)
-    return replace(said, healing=healing)
