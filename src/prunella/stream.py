@@ -31,7 +31,7 @@ from .pattern import hold_zeros, pack
 from .progress import Track, no_track
 from .registry import Step, make
 from .types import Block, Layer, Stats
-from .watch import Stop, Target, Watch
+from .watch import Stop, Watch
 
 TOKENS = 2048  # that go through a block at a time, in `block` order
 SAMPLE = 512  # calibration tokens on which the error of each layer is measured
@@ -44,7 +44,7 @@ class Stream:
 
     >>> stream = Stream(model, windows)                                        # doctest: +SKIP
     >>> for i in range(len(model.blocks)):                                     # doctest: +SKIP
-    ...     result = stream.prune(i, targets, steps, order="layer")
+    ...     result = stream.prune(i, slots, steps, order="layer")
 
     `order` says from which inputs statistics are made. `block`: one pass through the dense block shows the
     inputs of all its layers, and a second pass through the pruned block makes the next block's inputs; what
@@ -119,7 +119,7 @@ class Stream:
         return self.calls.logits(self.batches[batch], self.hidden[batch])
 
     def prune(
-        self, index: int, targets: Sequence[Target], steps: Sequence[Step], *, min_tokens: int = 32, last: bool = False
+        self, index: int, slots: Sequence[Slot], steps: Sequence[Step], *, min_tokens: int = 32, last: bool = False
     ) -> BlockResult:
         """Apply `steps` to block `index`, write the weights into the network and move the hidden states on.
 
@@ -130,10 +130,10 @@ class Stream:
         started = time.perf_counter()
         name = self.model.blocks[index]
         block = self.model.module(name)
-        active = {t.slot.name: t for t in targets if t.sparsity > 0}
-        for target in active.values():
-            if not torch.isfinite(target.slot.view()).all():
-                raise NumericalError(f"layer '{target.slot.name}' has NaN or infinite weights before pruning.")
+        active = {slot.name: slot for slot in slots if slot.sparsity > 0}
+        for slot in active.values():
+            if not torch.isfinite(slot.view()).all():
+                raise NumericalError(f"layer '{slot.name}' has NaN or infinite weights before pruning.")
         others: dict[str, Tensor] = {}
         if self.order == "layer":
             layers = self._prune_on_arrival(index, name, block, active, steps, min_tokens)
@@ -142,10 +142,9 @@ class Stream:
             if not last:
                 self.advance(index, block)
         results, masks, grids, changed = [], {}, {}, dict(others)
-        for target in targets:
-            slot = target.slot
+        for slot in slots:
             if slot.name not in layers:
-                results.append(LayerResult.dense(target))
+                results.append(LayerResult.dense(slot))
                 continue
             result, masks[slot.name], grid = layers[slot.name]
             results.append(result)
@@ -154,27 +153,27 @@ class Stream:
             changed[slot.key] = getattr(slot.module, slot.parameter).data
         return BlockResult(index, name, tuple(results), masks, grids, changed, time.perf_counter() - started)
 
-    def _layer(self, target: Target, stats: Stats) -> Layer:
+    def _layer(self, slot: Slot, stats: Stats) -> Layer:
         for value in (stats.sumsq_I, stats.sum_I):
             if value is not None and not torch.isfinite(value).all():
                 raise NumericalError(
-                    f"the inputs of layer '{target.slot.name}' hold NaN or infinity: the model overflows on the"
+                    f"the inputs of layer '{slot.name}' hold NaN or infinity: the model overflows on the"
                     " calibration text; use --dtype float32 or bfloat16."
                 )
-        weight_OI = target.slot.view()
-        if target.slot.transposed:
+        weight_OI = slot.view()
+        if slot.transposed:
             weight_OI = weight_OI.contiguous()
         notes: tuple[str, ...] = ()
-        if self.keep_zeros and (zeros := share_of(weight_OI == 0)) > target.sparsity:
-            notes = (f"came with {zeros:.1%} zeros, more than the {target.sparsity:.1%} asked for: all stay",)
+        if self.keep_zeros and (zeros := share_of(weight_OI == 0)) > slot.sparsity:
+            notes = (f"came with {zeros:.1%} zeros, more than the {slot.sparsity:.1%} asked for: all stay",)
         return Layer(
-            target.slot.name,
+            slot.name,
             weight_OI,
             weight_OI,
             stats,
-            target.sparsity,
-            target.pattern,
-            bias_O=target.slot.bias(),
+            slot.sparsity,
+            slot.pattern,
+            bias_O=slot.bias(),
             notes=notes,
         )
 
@@ -209,7 +208,7 @@ class Stream:
         return layer.pruned(grid.round(layer.weight_OI), layer.mask_OI, grid=grid)
 
     def _dense_inputs(
-        self, index: int, block: nn.Module, active: Mapping[str, Target], batch: int, needs: frozenset[str]
+        self, index: int, block: nn.Module, active: Mapping[str, Slot], batch: int, needs: frozenset[str]
     ) -> dict[str, Tensor]:
         """What the layers of the block, still dense, get from the dense model's hidden states, which move on; of
         layers that share an input, the first. Experts are left out: other tokens may be routed to them."""
@@ -222,7 +221,7 @@ class Stream:
             return inputs
 
         def see(layer_name: str, x_TI: Tensor, same: bool) -> None:
-            if not same and active[layer_name].slot.expert is None:
+            if not same and active[layer_name].expert is None:
                 inputs[layer_name] = x_TI
 
         with torch.no_grad(), Watch(active, see):
@@ -234,7 +233,7 @@ class Stream:
         index: int,
         name: str,
         block: nn.Module,
-        active: Mapping[str, Target],
+        active: Mapping[str, Slot],
         steps: Sequence[Step],
         min_tokens: int,
     ) -> dict[str, Settled]:
@@ -256,11 +255,11 @@ class Stream:
         with torch.no_grad(), Watch(active, see):
             self.forward(index, block, self.hidden, 0)
         _check_seen(name, done, active)
-        for layer_name, target in active.items():  # experts that no token reached
+        for layer_name, slot in active.items():  # experts that no token reached
             if layer_name not in done:
-                layer = self._layer(target, Stats())
+                layer = self._layer(slot, Stats())
                 result = self._apply(Block(index, name, (layer,)), steps, max(1, min_tokens)).layers[0]
-                done[layer_name] = _settle(result, target)
+                done[layer_name] = _settle(result, slot)
         return done
 
     def _prune_after_dense_pass(
@@ -268,7 +267,7 @@ class Stream:
         index: int,
         name: str,
         block: nn.Module,
-        active: Mapping[str, Target],
+        active: Mapping[str, Slot],
         steps: Sequence[Step],
         min_tokens: int,
     ) -> tuple[dict[str, Settled], dict[str, Tensor]]:
@@ -305,20 +304,20 @@ class Stream:
                     out = self.forward(index, block, self.hidden, batch, keep=False)
                     if keep_outputs and same:
                         outputs.append(out)
-                whole = len(order) == len(active) and all(t.slot.expert is None for t in active.values())
+                whole = len(order) == len(active) and all(slot.expert is None for slot in active.values())
         _check_seen(name, leader, active)
         if all(step.per_layer for step in steps):  # one layer at a time: its new weight and statistics can go
             done: dict[str, Settled] = {}
             waiting = [leader.get(layer_name, layer_name) for layer_name in active]
-            for (layer_name, target), source in zip(active.items(), tuple(waiting), strict=True):
+            for (layer_name, slot), source in zip(active.items(), tuple(waiting), strict=True):
                 waiting.remove(source)
                 found = stats.get(source, Stats()) if source in waiting else stats.pop(source, Stats())
-                one = Block(index, name, (self._layer(target, found),))
+                one = Block(index, name, (self._layer(slot, found),))
                 with torch.no_grad():
-                    done[layer_name] = _settle(self._apply(one, steps, min_tokens).layers[0], target)
+                    done[layer_name] = _settle(self._apply(one, steps, min_tokens).layers[0], slot)
             return done, {}
-        layers = tuple(self._layer(t, stats.get(leader.get(n, n), Stats())) for n, t in active.items())
-        weights = {id(getattr(t.slot.module, t.slot.parameter)) for t in active.values()}
+        layers = tuple(self._layer(slot, stats.get(leader.get(n, n), Stats())) for n, slot in active.items())
+        weights = {id(getattr(slot.module, slot.parameter)) for slot in active.values()}
         own = {f"{name}.{key}": p for key, p in block.named_parameters() if id(p) not in weights}
         beside: Any = self.dense
         whole_block = Block(
@@ -330,7 +329,7 @@ class Stream:
             targets=(lambda n: self.window(n, outputs if same else beside)) if keep_outputs else None,
             dense=(lambda n: self.window(n, beside)) if "dense" in needs else None,
             others={key: parameter.data for key, parameter in own.items()},
-            fixed=unpruned(block, name, {target.slot.key for target in active.values()}),
+            fixed=unpruned(block, name, {slot.key for slot in active.values()}),
         )
         with torch.no_grad():
             result = self._apply(whole_block, steps, min_tokens)
@@ -345,16 +344,15 @@ class Stream:
         batch = (self.hidden if batches is None else batches)[n // size]
         return batch.narrow(self.calls.interface.batch, n % size, 1)
 
-    def _runner(self, index: int, block: nn.Module, active: Mapping[str, Target]) -> Callable[..., Tensor]:
+    def _runner(self, index: int, block: nn.Module, active: Mapping[str, Slot]) -> Callable[..., Tensor]:
         """`Block.run`: the block on one window, with other weights in place of its own."""
-        slots = {name: target.slot for name, target in active.items()}
         prefix = self.model.blocks[index] + "."
 
         def run(weights: Mapping[str, Tensor], n: int, at: str | None = None) -> Tensor:
             replaced: dict[str, Tensor] = {}
             parts: dict[str, list[tuple[Slot, Tensor]]] = {}  # of one parameter each, which is copied once
             for name, weight in weights.items():
-                slot = slots.get(name)
+                slot = active.get(name)
                 if slot is None:
                     replaced[name.removeprefix(prefix)] = weight
                     continue
@@ -388,11 +386,11 @@ class Stream:
         return run
 
 
-def _check_seen(block: str, seen: Collection[str], active: Mapping[str, Target]) -> None:
+def _check_seen(block: str, seen: Collection[str], active: Mapping[str, Slot]) -> None:
     """Raises DefectError for a layer of whose product nothing was seen; of a parameter with several matrices, such as
     the experts of a mixture, one is enough: the router need not pick them all."""
-    reached = {active[name].slot.key for name in seen}
-    unseen = [name for name, target in active.items() if target.slot.key not in reached]
+    reached = {active[name].key for name in seen}
+    unseen = [name for name, slot in active.items() if slot.key not in reached]
     if unseen:
         short = dict.fromkeys(name.removeprefix(f"{block}.") for name in unseen)
         raise DefectError(
@@ -415,7 +413,7 @@ def _only(stats: Stats, needs: frozenset[str]) -> Stats:
 Settled = tuple[LayerResult, Tensor, Grid | None]
 
 
-def _settle(layer: Layer, target: Target) -> Settled:
+def _settle(layer: Layer, slot: Slot) -> Settled:
     """Write the weight into the network; keep what the report needs, the mask as bits and the grid, nothing large and
     nothing on the device."""
     if layer.mask_OI is None:
@@ -425,10 +423,10 @@ def _settle(layer: Layer, target: Target) -> Settled:
     zero_OI = layer.dense_OI == 0
     result = LayerResult(
         layer.name,
-        target.slot.shape,
+        slot.shape,
         share_of(~layer.mask_OI | (zero_OI & (layer.weight_OI == 0))),
-        target.sparsity,
-        str(target.pattern),
+        slot.sparsity,
+        str(slot.pattern),
         layer.error(),  # before the dense weight is overwritten: the two share their memory
         layer.stats.tokens,
         layer.notes,
@@ -436,7 +434,7 @@ def _settle(layer: Layer, target: Target) -> Settled:
         histograms(layer.dense_OI, layer.weight_OI, layer.mask_OI),
         share_of(zero_OI),
     )
-    target.slot.view().copy_(layer.weight_OI)
+    slot.view().copy_(layer.weight_OI)
     return result, pack(layer.mask_OI), None if layer.grid is None else layer.grid.on(torch.device("cpu"))
 
 

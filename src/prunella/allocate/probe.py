@@ -9,7 +9,6 @@ from pydantic import PositiveFloat, PositiveInt
 from ..evaluate.perplexity import losses
 from ..registry import make
 from ..stream import Stream
-from ..watch import Target
 from .budget import Budget
 from .registry import register_allocation
 
@@ -44,11 +43,11 @@ def probe(
         return sum(every) / len(every)
 
     for index in budget.track(range(count), "allocating", count):
-        targets = [Target(t.slot, t.sparsity, t.pattern) for t in budget.targets[index] if t.slot.name in budget.free]
+        slots = [slot for slot in budget.slots[index] if slot.name in budget.free]
         with model.block(index) as block:
-            if targets:
+            if slots:
                 dense = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-                learn.prune(index, targets, steps, last=True)
+                learn.prune(index, slots, steps, last=True)
                 damaged = copy.copy(held)
                 damaged.hidden = held.hidden.copy()
                 damaged.advance(index, block)
@@ -57,7 +56,7 @@ def probe(
                         tensor.copy_(dense[name])
             learn.advance(index, block)
             held.advance(index, block)
-        if targets:
+        if slots:
             for later in range(index + 1, count):
                 with model.block(later) as block:
                     damaged.advance(later, block)
@@ -67,6 +66,4 @@ def probe(
     found = {b: min(rise - base, worst) if math.isfinite(rise) else worst for b, rise in rises.items()}
     least = min((rise for rise in found.values() if rise > 0), default=1.0)
     logs = {b: math.log(max(rise, least)) for b, rise in found.items()}
-    return budget.spend(
-        {t.slot.name: -logs[b] / growth for b in logs for t in budget.targets[b] if t.slot.name in budget.free}
-    )
+    return budget.spend({s.name: -logs[b] / growth for b in logs for s in budget.slots[b] if s.name in budget.free})

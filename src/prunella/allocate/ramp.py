@@ -1,6 +1,7 @@
 """Ramp: sparsity rises from block to block, as steeply as held-out text likes it."""
 
 import math
+from dataclasses import replace
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -9,7 +10,6 @@ from torch import Tensor
 from ..evaluate.perplexity import losses
 from ..registry import make
 from ..stream import Stream, pick_order
-from ..watch import Target
 from .budget import Budget
 from .registry import register_allocation
 
@@ -87,12 +87,12 @@ def held_out_loss(budget: Budget, shares: dict[str, float], step: str, learn_NL:
     learn, held = Stream(model, learn_NL, order=order), Stream(model, held_NL)
     count = len(model.blocks)
     for index in budget.track(range(count), "allocating", count):
-        targets = [Target(t.slot, shares.get(t.slot.name, t.sparsity), t.pattern) for t in budget.targets[index]]
+        slots = [replace(s, sparsity=shares.get(s.name, s.sparsity)) for s in budget.slots[index]]
         with model.block(index) as block:
             # A model that lives in memory is not read again.
             dense = {} if model.checkpoint is not None else {n: p.clone() for n, p in block.state_dict().items()}
             try:
-                learn.prune(index, targets, steps, last=index == count - 1)
+                learn.prune(index, slots, steps, last=index == count - 1)
                 held.advance(index, block)
             finally:
                 with torch.no_grad():

@@ -14,7 +14,7 @@ from ..errors import InputError, NumericalError
 from ..model.network import Model
 from ..registry import Step, register
 from ..steps.wanda import wanda
-from ..types import Block, Pattern
+from ..types import Block
 from .parts import Chosen, Group, Part, choose, kinds_of, make_group
 
 
@@ -240,7 +240,6 @@ def reconstruct_blocks(
     run left on disk are only passed through. What happened, for the report."""
     from ..layers import find_layers
     from ..stream import Stream
-    from ..watch import Target
 
     assert dense.checkpoint is not None
     strange = sorted(set(model.plan()) - set(dense.checkpoint.where))
@@ -268,8 +267,8 @@ def reconstruct_blocks(
             values = {f"{name}.{key}": parameter.data.clone() for key, parameter in block.named_parameters()}
             values |= {slot.name: slot.view().clone() for slot in slots}
         kept = {slot.name: masks.get(slot.name) for slot in slots}
-        targets = [
-            Target(slot, 0.0 if mask is None else 1 - mask.count_nonzero().item() / mask.numel(), Pattern())
+        goals = [
+            replace(slot, sparsity=0.0 if mask is None else 1 - mask.count_nonzero().item() / mask.numel())
             for slot, mask in zip(slots, kept.values(), strict=True)
         ]
         seen: list[float] = []
@@ -290,7 +289,7 @@ def reconstruct_blocks(
 
         step = Step("reconstruct", frozenset({"dense"}), apply, per_layer=False, prunes=True, options={})
         with model.block(index, dense.checkpoint):
-            result = stream.prune(index, targets, [restore(values, masks), step], min_tokens=0, last=index == last)
+            result = stream.prune(index, goals, [restore(values, masks), step], min_tokens=0, last=index == last)
             losses[name], trained[name] = seen, count
             out.note("losses", losses)
             out.note("trained", trained)
