@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import errno
+from dataclasses import replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from types import SimpleNamespace
@@ -14,18 +15,17 @@ import torch
 from torch import Tensor, nn
 
 import prunella
-from prunella import InputError, Layer, NumericalError, Pattern, keep, make, register
-from prunella.layers import find_layers, matches
+from prunella import InputError, Layer, NumericalError, keep, make, register
+from prunella.layers import Slot, find_layers, matches
 from prunella.model.open import wrap_model
 from prunella.pattern import unpack
 from prunella.registry import steps
 from prunella.stream import Stream, pick_order, through
-from prunella.watch import Target
 
 
-def targets_of(model: prunella.Model, index: int, sparsity: float = 0.5) -> list[Target]:
+def slots_of(model: prunella.Model, index: int, sparsity: float = 0.5) -> list[Slot]:
     name = model.blocks[index]
-    return [Target(slot, sparsity, Pattern()) for slot in find_layers(model.module(name), name)]
+    return [replace(slot, sparsity=sparsity) for slot in find_layers(model.module(name), name)]
 
 
 def prune_first_block(order: Any, step: str, ids: Tensor) -> tuple[Any, dict[str, Tensor]]:

@@ -7,7 +7,6 @@ from pydantic import PositiveFloat, PositiveInt
 from ..evaluate.perplexity import losses
 from ..registry import make
 from ..stream import Stream
-from ..watch import Target
 from .budget import Budget
 from .registry import register_allocation
 

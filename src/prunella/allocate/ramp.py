@@ -1,6 +1,7 @@
 """Ramp: sparsity rises from block to block, as steeply as held-out text likes it."""
 
 import math
+from dataclasses import replace
 
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
@@ -8,7 +9,6 @@ from torch import Tensor
 from ..evaluate.perplexity import losses
 from ..registry import make
 from ..stream import Stream, pick_order
-from ..watch import Target
 from .budget import Budget
 from .registry import register_allocation
 

@@ -22,8 +22,7 @@ from ..model.network import Model
 from ..progress import Track, no_track
 from ..stream import Stream
 from ..tensors import MASKS
-from ..types import Pattern
-from ..watch import Target, Watch
+from ..watch import Watch
 from .parts import Change, Master, Part, trains
 
 LIST = "new-biases.list"

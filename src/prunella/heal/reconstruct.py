@@ -14,7 +14,7 @@ from ..errors import InputError, NumericalError
 from ..model.network import Model
 from ..registry import Step, register
 from ..steps.wanda import wanda
-from ..types import Block, Pattern
+from ..types import Block
 from .parts import Chosen, Group, Part, choose, kinds_of, make_group
 
 
@@ -227,7 +227,6 @@ def reconstruct_blocks(
     run left on disk are only passed through. What happened, for the report."""
     from ..layers import find_layers
     from ..stream import Stream
-    from ..watch import Target
 
     assert dense.checkpoint is not None
     strange = sorted(set(model.plan()) - set(dense.checkpoint.where))
