@@ -6,6 +6,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
+from ..errors import InputError
 from ..evaluate.perplexity import losses
 from ..registry import make
 from ..stream import Stream, pick_order
@@ -84,6 +85,10 @@ def held_out_loss(budget: Budget, shares: dict[str, float], step: str, learn_NL:
     """
     model, steps = budget.model, [make(step)]
     order = pick_order("auto", steps, learn_NL, model)
+    if order == "back":
+        raise InputError(
+            f"step '{step}' works on the way back, on which allocation 'ramp' tries none: use another step."
+        )
     learn, held = Stream(model, learn_NL, order=order), Stream(model, held_NL)
     count = len(model.blocks)
     for index in budget.track(range(count), "allocating", count):

@@ -1,0 +1,93 @@
+"""From the last block to the first: gradients of the whole model's loss, and pruning by them (`order: back`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .backward import Loss
+from .layers import LeftOut, left_out
+from .model.checkpoint import Checkpoint
+from .model.network import Model
+from .outcome import LayerResult
+from .progress import Track, no_track
+from .recipe import Recipe
+from .save import Output
+from .stream import Stream
+from .watch import Target
+
+
+def gradients(
+    model: Model,
+    windows_NL: Tensor,
+    *,
+    loss: Loss | None = None,
+    checkpoint: Checkpoint | None = None,
+    track: Track = no_track,
+) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+    """The gradients of the model's loss on each window, block by block from the last to the first.
+
+    Neither the model nor its gradients are ever held whole. Gradients have the model's dtype: in float16 small ones
+    become zero, in bfloat16 and float32 they do not.
+
+    Args:
+        model: from `load_model` or `wrap_model`.
+        windows_NL: token ids, one window a row.
+        loss: of a window's logits (L, V) and token ids (L), both on the model's device, a scalar; None: the mean cross
+            entropy of each next token.
+        checkpoint: read the weights from here in place of the model's own (its pruned version, say).
+        track: wraps each loop over blocks, `track(range, what, total)`, to show progress.
+
+    Yields:
+        (block, window, {layer name: gradient (O, I)}): all windows of a block, then those of the block before it. While
+        one is handed out, its block is loaded.
+
+    Raises:
+        InputError: the windows are not of the model's tokens, longer than it has positions, or of a single token.
+        ModelError: its blocks pass each other more than the hidden state.
+        NumericalError: the loss of a window is NaN or infinite.
+    """
+    back = Stream(model, windows_NL, alone=True, checkpoint=checkpoint).back(
+        loss=loss, checkpoint=checkpoint, track=track
+    )
+    count = len(model.blocks)
+    for index in track(range(count - 1, -1, -1), "gradients", count):
+        with model.block(index, checkpoint) as block:
+            for window, found in back.advance(index, block):
+                yield index, window, found
+
+
+def prune_back(
+    model: Model, recipe: Recipe, targets: list[list[Target]], ids_NL: Tensor, out: Output | None, track: Track
+) -> tuple[list[LayerResult], list[LeftOut]]:
+    """Prune each block when its gradients have arrived. What became of each layer, and what is left out.
+
+    All is made of the dense model. So a run that is resumed makes the gradients anew, and takes them through the dense
+    weights of the blocks that are on disk already, which are the last ones.
+    """
+    steps = recipe.make_steps()
+    stream = Stream(model, ids_NL, alone=True, rounding=recipe.rounding, keep_zeros=recipe.keep_zeros)
+    back = stream.back(track=track)
+    count = len(model.blocks)
+    done = out.finished if out else []
+    first = min(index for index, block in enumerate(targets) if any(target.sparsity > 0 for target in block))
+    layers: list[LayerResult] = []
+    left: list[LeftOut] = []
+    for index in track(range(count - 1, -1, -1), "pruning", count):
+        with model.block(index) as block:
+            left[:0] = left_out(block, model.blocks[index])
+            if index < first:  # all that comes before stays dense: no gradient has to get there
+                found = [LayerResult.dense(target) for target in targets[index]]
+            elif count - 1 - index < len(done):
+                found = list(done[count - 1 - index])
+                back.skip(index, block)
+            else:
+                torch.manual_seed(recipe.seed + index)  # a resumed run draws what an uninterrupted one does
+                result = back.prune(index, block, targets[index], steps, min_tokens=recipe.calibration.min_tokens)
+                found = list(result.layers)
+                if out:
+                    out.write(result)
+        layers[:0] = found
+    return layers, left
