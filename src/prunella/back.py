@@ -49,14 +49,11 @@ def gradients(
         ModelError: its blocks pass each other more than the hidden state.
         NumericalError: the loss of a window is NaN or infinite.
     """
-    back = Stream(model, windows_NL, alone=True, checkpoint=checkpoint).back(
-        loss=loss, checkpoint=checkpoint, track=track
-    )
-    count = len(model.blocks)
-    for index in track(range(count - 1, -1, -1), "gradients", count):
-        with model.block(index, checkpoint) as block:
-            for window, found in back.advance(index, block):
-                yield index, window, found
+    stream = Stream(model, windows_NL, alone=True, checkpoint=checkpoint)
+    back = stream.back(loss=loss, checkpoint=checkpoint, track=track)
+    for index, block in model.walk(checkpoint, back=True, track=track, what="gradients"):
+        for window, found in back.advance(block):
+            yield index, window, found
 
 
 def prune_back(
@@ -70,24 +67,26 @@ def prune_back(
     steps = recipe.make_steps()
     stream = Stream(model, ids_NL, alone=True, rounding=recipe.rounding, keep_zeros=recipe.keep_zeros)
     back = stream.back(track=track)
-    count = len(model.blocks)
+    last = len(model.blocks) - 1
     done = out.finished if out else []
     first = min(index for index, block in enumerate(targets) if any(target.sparsity > 0 for target in block))
     layers: list[LayerResult] = []
     left: list[LeftOut] = []
-    for index in track(range(count - 1, -1, -1), "pruning", count):
-        with model.block(index) as block:
-            left[:0] = left_out(block, model.blocks[index])
-            if index < first:  # all that comes before stays dense: no gradient has to get there
-                found = [LayerResult.dense(target) for target in targets[index]]
-            elif count - 1 - index < len(done):
-                found = list(done[count - 1 - index])
-                back.skip(index, block)
-            else:
-                torch.manual_seed(recipe.seed + index)  # a resumed run draws what an uninterrupted one does
-                result = back.prune(index, block, targets[index], steps, min_tokens=recipe.calibration.min_tokens)
-                found = list(result.layers)
-                if out:
-                    out.write(result)
-        layers[:0] = found
+    for index, block in model.walk(back=True, track=track, what="pruning"):
+        left[:0] = left_out(block.module, block.name)
+        if index < first:  # all that comes before stays dense: no gradient has to get there
+            layers[:0] = [LayerResult.dense(target) for target in targets[index]]
+            continue
+        if last - index < len(done):
+            layers[:0] = done[last - index]
+            back.skip(block)
+            continue
+        torch.manual_seed(recipe.seed + index)  # a resumed run draws what an uninterrupted one does
+        result = back.prune(block, targets[index], steps, min_tokens=recipe.calibration.min_tokens)
+        if out:
+            with block.use(result.changed):
+                out.write(result)
+        if model.checkpoint is None:
+            block.keep(result.changed)
+        layers[:0] = result.layers
     return layers, left

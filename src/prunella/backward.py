@@ -20,14 +20,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from .calibrate import check_windows
 from .errors import InputError, ModelError, NumericalError
-from .hidden import Hidden, Shelf
+from .hidden import Hidden
 from .layers import Slot, find_layers
 from .model.checkpoint import Checkpoint
+from .model.walk import LoadedBlock
 from .outcome import BlockResult
 from .progress import Track, no_track
 from .registry import Step
@@ -97,12 +98,11 @@ class Back:
             )
         self.model, self.stream, self.loss = model, stream, loss
         self._entering: list[Hidden] = []  # what enters each block that is yet to come
-        count, hidden = len(model.blocks), stream.hidden
-        shelf = Shelf(hidden[0].nbytes * len(hidden) * count, model.device, hidden.shelf.folder)
-        for index in track(range(count), "forward", count):
+        hidden = stream.hidden
+        shelf = hidden.shelf_for(len(model.blocks))
+        for _, block in model.walk(checkpoint, track=track, what="forward"):
             self._entering.append(hidden.copy(shelf))
-            with model.block(index, checkpoint) as block:
-                stream.advance(index, block)
+            stream.advance(block)
         with model.outside(checkpoint=checkpoint):
             self.losses = [self._begin(n) for n in range(len(hidden))]
 
@@ -138,30 +138,29 @@ class Back:
             yield functional.cross_entropy(logits_RV, ids_L[rows_R + 1], reduction="sum") / predicted
 
     def advance(
-        self, index: int, block: nn.Module, slots: Collection[Slot] | None = None, watch: Watch | None = None
+        self, block: LoadedBlock, slots: Collection[Slot] | None = None, watch: Watch | None = None
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Take the gradient of each window back through block `index`, whose weights are loaded: the window, and the
-        gradients of the block's layers, or of those in `slots`. Blocks are taken from the last to the first, each with
-        all windows."""
-        slots = find_layers(block, self.model.blocks[index]) if slots is None else slots
+        """Take the gradient of each window back through a block: the window, and the gradients of the block's layers,
+        or of those in `slots`. Blocks are taken from the last to the first, each with all windows."""
+        slots = find_layers(block.module, block.name) if slots is None else slots
         entering = self._entering.pop()
         for n in range(len(entering)):
-            yield n, self._through(index, block, slots, entering[n], n, watch)
+            yield n, self._through(block, slots, entering[n], n, watch)
 
-    def skip(self, index: int, block: nn.Module) -> None:
-        """Take the gradients back through block `index`, none of whose layers is of interest."""
-        for _ in self.advance(index, block, ()):
+    def skip(self, block: LoadedBlock) -> None:
+        """Take the gradients back through a block none of whose layers is of interest."""
+        for _ in self.advance(block, ()):
             pass
 
     def _through(
-        self, index: int, block: nn.Module, slots: Collection[Slot], entering: Tensor, n: int, watch: Watch | None
+        self, block: LoadedBlock, slots: Collection[Slot], entering: Tensor, n: int, watch: Watch | None
     ) -> dict[str, Tensor]:
         """The gradients of a block's layers on window n; that of its input takes the place of that of its output."""
         state = entering.detach().requires_grad_()
         weights = {slot.key: getattr(slot.module, slot.parameter) for slot in slots}
         with torch.enable_grad(), _asked(weights.values()):
             with watch or contextlib.nullcontext():
-                output, _ = self.stream.calls.batches[n][index].run(block, state, {})
+                output, _ = self.stream.calls.batches[n][block.index].run(block.module, state, {})
             found = torch.autograd.grad(
                 output,
                 (state, *weights.values()),
@@ -174,20 +173,18 @@ class Back:
         return {slot.name: slot.part(by_key[slot.key]) for slot in slots}
 
     def prune(
-        self, index: int, block: nn.Module, targets: Sequence[Target], steps: Sequence[Step], *, min_tokens: int = 32
+        self, block: LoadedBlock, targets: Sequence[Target], steps: Sequence[Step], *, min_tokens: int = 32
     ) -> BlockResult:
-        """Take the gradients back through block `index`, whose dense weights are loaded, and then apply `steps` to it,
-        as `Stream.prune` does. The statistics are those of its dense inputs and of the gradients."""
+        """Take the gradients back through a block, and apply `steps` to it as `Stream.prune` does. The statistics are
+        those of its dense inputs and of the gradients."""
         needs = frozenset().union(*[step.needs for step in steps])
         active = {target.slot.name: target for target in targets if target.sparsity > 0}
         if not active:
-            self.skip(index, block)
-        known = self._known(index, block, active, needs) if active else {}
-        return self.stream.prune(index, targets, steps, min_tokens=min_tokens, last=True, known=known)
+            self.skip(block)
+        known = self._known(block, active, needs) if active else {}
+        return self.stream.prune(block, targets, steps, min_tokens=min_tokens, last=True, known=known)
 
-    def _known(
-        self, index: int, block: nn.Module, active: Mapping[str, Target], needs: frozenset[str]
-    ) -> dict[str, Stats]:
+    def _known(self, block: LoadedBlock, active: Mapping[str, Target], needs: frozenset[str]) -> dict[str, Stats]:
         """The statistics of those layers of a block that a token reached."""
         of_gradient = taking("gradient_NOI", needs)
         of_input = frozenset(statistic.name for statistic in whole(needs)) - of_gradient
@@ -211,7 +208,7 @@ class Back:
             values[name] = merged(values[name], of_gradients(of_gradient, gradient_NOI))
 
         slots = [target.slot for target in active.values()]
-        for _, found in self.advance(index, block, slots, Watch(active, see)):
+        for _, found in self.advance(block, slots, Watch(active, see)):
             first = False
             for name, gradient_OI in found.items():
                 waiting.setdefault(name, []).append(gradient_OI)

@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
@@ -90,19 +89,12 @@ def held_out_loss(budget: Budget, shares: dict[str, float], step: str, learn_NL:
             f"step '{step}' works on the way back, on which allocation 'ramp' tries none: use another step."
         )
     learn, held = Stream(model, learn_NL, order=order), Stream(model, held_NL)
-    count = len(model.blocks)
-    for index in budget.track(range(count), "allocating", count):
+    last = len(model.blocks) - 1
+    for index, block in model.walk(track=budget.track, what="allocating"):
         targets = [Target(t.slot, shares.get(t.slot.name, t.sparsity), t.pattern) for t in budget.targets[index]]
-        with model.block(index) as block:
-            # A model that lives in memory is not read again.
-            dense = {} if model.checkpoint is not None else {n: p.clone() for n, p in block.state_dict().items()}
-            try:
-                learn.prune(index, targets, steps, last=index == count - 1)
-                held.advance(index, block)
-            finally:
-                with torch.no_grad():
-                    for name, tensor in block.state_dict().items() if dense else ():
-                        tensor.copy_(dense[name])
+        result = learn.prune(block, targets, steps, last=index == last)
+        with block.use(result.changed):
+            held.advance(block)
     every = losses(held)
     mean = sum(every) / len(every)
     return mean if math.isfinite(mean) else math.inf
