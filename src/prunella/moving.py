@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,14 +11,15 @@ from torch import Tensor
 
 from .layers import find_layers
 from .model.open import wrap_model
+from .outcome import BlockResult
+from .pattern import unpack
 from .prune import prune
 from .recipe import Recipe
+from .train.loop import Update
 from .train.parts import Chosen, attach, detach, parts_of
 
 
-def updates(
-    network: Any, chosen: Sequence[Chosen], recipe: Recipe, windows_NL: Tensor
-) -> Callable[..., dict[str, Any]]:
+def updates(network: Any, chosen: Sequence[Chosen], recipe: Recipe, windows_NL: Tensor) -> Update:
     """What chooses new masks for a `Training`: `update(share) -> {part: mask of its shape}`.
 
     The network is pruned as `prunella.prune` does it, to that share of the recipe's sparsities, by its steps and its
@@ -26,25 +27,33 @@ def updates(
 
     Args:
         network: its weights are loaded, what trains is attached.
-        chosen: what trains; layers that do not keep their masks.
+        chosen: what trains; layers that are not among it keep their masks.
         recipe: `sparsity` is what is wanted in the end.
         windows_NL: what statistics are made from.
     """
     wanted = {"*": recipe.default_sparsity, **recipe.sparsity}
-    plain = {"heal": recipe.heal.model_copy(update={"train": ()})}
-    plain |= {"evaluate": recipe.evaluate.model_copy(update={"source": None})}
+    evaluate = recipe.evaluate.model_copy(update={"source": None})
+    heal = recipe.heal.model_copy(update={"train": ()})
+    now = recipe.model_copy(update={"evaluate": evaluate, "heal": heal})
 
     def update(share: float) -> dict[str, Tensor]:
-        sparsity = {glob: part * share for glob, part in wanted.items()}
-        now = recipe.model_copy(update={**plain, "sparsity": sparsity})
-        masks = {}
+        bits: dict[str, Tensor] = {}
+
+        def keep(result: BlockResult) -> None:
+            bits.update(result.masks)
+
         with _plain(network, chosen), torch.random.fork_rng([]):
             if share:
-                prune(network, now, calibration=windows_NL)
+                sparsity = {glob: part * share for glob, part in wanted.items()}
+                prune(network, now.model_copy(update={"sparsity": sparsity}), calibration=windows_NL, on_block=keep)
             model = wrap_model(network)
-            for block in model.blocks:
-                for slot in find_layers(model.module(block), block):
-                    masks[slot.name] = slot.view() != 0 if share else torch.ones(slot.shape, dtype=torch.bool)
+            masks = {
+                slot.name: unpack(bits[slot.name], slot.shape)
+                if slot.name in bits
+                else torch.ones(slot.shape, dtype=torch.bool)
+                for name in model.blocks
+                for slot in find_layers(model.module(name), name)
+            }
             found = {part.name: part.mask for part in parts_of(model, masks) if part.mask is not None}
             model.give_back()
         return {item.part.name: found[item.part.name] for item in chosen if item.part.name in found}

@@ -62,7 +62,8 @@ def hold(network: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Itera
     with contextlib.ExitStack() as stack:
         for parameter, mask in held.items():
             parameter.data.masked_fill_(~mask, 0)
-            stack.callback(parameter.register_post_accumulate_grad_hook(masked).remove)
+            hook = parameter.register_post_accumulate_grad_hook(masked)  # type: ignore[no-untyped-call]
+            stack.callback(hook.remove)
         stack.callback(register_optimizer_step_post_hook(stepped).remove)
         yield
 

@@ -14,7 +14,8 @@ from typing import Annotated, Any
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from ..registry import Method, call, checked, lookup
+from ..foreign import call
+from ..registry import Method, checked, lookup
 
 
 class Schedule:
