@@ -28,7 +28,8 @@ def hold(network: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Itera
     Args:
         network: its parameters as the optimizer gets them: wrap it for several processes before.
         masks: {layer: mask (O, I)}, as `prunella.read_masks` returns them, or {parameter: mask of its shape}; True
-            where a weight is kept. None: the zeros of each matrix that has some.
+            where a weight is kept. None: the zeros of each
+            matrix that has some, embeddings apart.
 
     Raises:
         InputError: a mask fits no parameter, or there is none to hold.
@@ -93,9 +94,14 @@ def _found(network: nn.Module, masks: Mapping[str, Tensor] | None) -> Iterator[t
     """Parameters with their masks."""
     parameters = dict(network.named_parameters())
     if masks is None:
+        rows = {module.weight for module in network.modules() if isinstance(module, nn.Embedding)}  # of padding, say
         for parameter in parameters.values():
             mask = parameter.detach() != 0
-            if mask.ndim > 1 and int(mask.numel() - mask.count_nonzero()) >= DENSE * mask.numel():
+            if (
+                mask.ndim > 1
+                and parameter not in rows
+                and int(mask.numel() - mask.count_nonzero()) >= DENSE * mask.numel()
+            ):
                 yield parameter, mask
         return
     if not parameters.keys() >= masks.keys():
