@@ -25,11 +25,11 @@ from transformers import AutoModelForCausalLM
 import prunella
 from prunella import InputError, ModelError, NumericalError, Report
 from prunella.evaluate.measure import digest
+from prunella.heal import line
 from prunella.heal import rounds as in_rounds
-from prunella.heal import run
 from prunella.heal.report import calibrated
 from prunella.tensors import MASKS
-from prunella.train import loop, retrain
+from prunella.train import checkpoints, retrain
 from prunella.train.schedule import make_schedule
 from prunella.workshop import Workshop
 
@@ -266,7 +266,7 @@ def test_a_loss_that_is_not_finite_ends_it_and_the_best_checkpoint_stays(
         prunella.heal(pruned, settings(train=["norms"]), output=tmp_path / "out")
     best = tmp_path / "out.partial" / "training" / "checkpoint-4"
     assert str(best) in str(error.value)
-    assert (best / loop.WEIGHTS).is_file()
+    assert (best / checkpoints.WEIGHTS).is_file()
     assert not (tmp_path / "out").exists()
 
 
@@ -474,7 +474,7 @@ def test_each_round_trains_on_text_of_its_own(pruned: Path, tmp_path: Path, monk
         seen.append({tuple(ids.tolist()) for ids in held_NL})
         return real(model, chosen, windows_NL, held_NL, *rest, **options)
 
-    monkeypatch.setattr(run, "retrain", spy)
+    monkeypatch.setattr(line, "retrain", spy)
     for k in range(2):
         prunella.heal(pruned, settings(train=["norms"], tokens=256), output=tmp_path / str(k), portion=(k, 2))
     first, held, second, again = seen
@@ -529,7 +529,7 @@ def test_a_run_that_had_stopped_early_does_not_train_on(
     assert whole.healing["steps"] < 32
     climb(monkeypatch, after=16)
     with monkeypatch.context() as patch:
-        patch.setattr(run, "write", _interrupt)
+        patch.setattr(line, "write", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             prunella.heal(pruned, recipe, output=tmp_path / "out")
     again = prunella.heal(pruned, recipe, output=tmp_path / "out", resume=True)
@@ -544,7 +544,7 @@ def test_an_interrupted_run_with_new_biases_can_still_be_resumed(
 ) -> None:
     recipe = settings(train=["new-biases"], tokens=256)
     with monkeypatch.context() as patch:
-        patch.setattr(run, "write", _interrupt)
+        patch.setattr(line, "write", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             prunella.heal(pruned, recipe, output=tmp_path / "out")
     with pytest.raises(InputError, match="--resume"):
@@ -563,7 +563,7 @@ def test_killed_just_before_the_model_has_its_name_it_does_not_train_again(
         with pytest.raises(KeyboardInterrupt):
             prunella.heal(pruned, recipe, output=tmp_path / "out")
     steps: list[int] = []
-    monkeypatch.setattr(run, "add_biases", None)
+    monkeypatch.setattr(line, "add_biases", None)
     again = prunella.heal(
         pruned, recipe, output=tmp_path / "out", resume=True, watch=lambda step, *_: steps.append(step)
     )
@@ -618,7 +618,7 @@ def test_a_run_that_is_in_the_way_of_the_healing_is_said_before_the_pruning(
 ) -> None:
     recipe = settings(train=["norms"], tokens=256) | {"steps": ["magnitude"]}
     with monkeypatch.context() as patch:
-        patch.setattr(run, "write", _interrupt)
+        patch.setattr(line, "write", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             prunella.heal(pruned, recipe, output=tmp_path / "out")
     for resume in (False, True):
@@ -779,15 +779,15 @@ def test_a_dense_model_that_is_trained_first_teaches(
         seen.append({tuple(ids.tolist()) for ids in torch.cat([windows_NL, held_NL])})
         return real(model, chosen, windows_NL, held_NL, *rest, **options)
 
-    monkeypatch.setattr(run, "retrain", spy)
+    monkeypatch.setattr(line, "retrain", spy)
     kept: dict[str, Path] = {}
-    teach = run.teacher_in_memory
+    teach = line.teacher_in_memory
 
     def look(model: Any, *more: Any) -> Any:
         kept["teacher"] = Path(shutil.copytree(model.checkpoint.directory, tmp_path / "teacher"))
         return teach(model, *more)
 
-    monkeypatch.setattr(run, "teacher_in_memory", look)
+    monkeypatch.setattr(line, "teacher_in_memory", look)
     recipe = settings(train=["norms"], distill=0.5, adapt=512)
     prunella.heal(pruned, recipe, output=tmp_path / "out")
     first, then = seen
@@ -839,7 +839,7 @@ def test_every_window_to_train_on_begins_with_bos(
         seen.extend((windows_NL, held_NL))
         return real(model, chosen, windows_NL, held_NL, *rest, **options)
 
-    monkeypatch.setattr(run, "retrain", spy)
+    monkeypatch.setattr(line, "retrain", spy)
     recipe = settings(train=["norms"], tokens=128) | {"evaluate": {"windows": 2, "length": 48}}
     report = prunella.heal(source, recipe, output=tmp_path / "out")
     assert all((ids_NL[:, 0] == 1).all() for ids_NL in seen)

@@ -21,7 +21,9 @@ from ..tensors import write_text
 from ..train.schedule import make_schedule
 from ..train.shard import asked
 from ..workshop import MARK, RUN, Workshop, place, workshop
-from .run import adapt, check_dtype, check_text, check_way, heal
+from .line import adapt, check_dtype, check_way
+from .run import heal
+from .text import Text
 
 
 def prune_and_heal(
@@ -52,7 +54,7 @@ def prune_and_heal(
     opened = load_model(model, dtype=recipe.dtype, device=recipe.device, remote_code=remote_code, pickles=pickles)
     part = recipe.heal.model_copy(update={"tokens": recipe.heal.tokens // rounds, "adapt": 0})
     check_dtype(opened.dtype, recipe.heal.way)  # now, not when the model has been pruned
-    check_text(opened, recipe.model_copy(update={"heal": part}), rounds)
+    Text(recipe.model_copy(update={"heal": part}), portion=(0, rounds)).check(opened)
     dense = find_directory(recipe.heal.dense or model, remote_code=remote_code, pickles=pickles)
     shop = None
     if crew.main:
@@ -102,7 +104,7 @@ def _rounds(
         source = str(aside / "adapted")
         if not (aside / "adapted").exists():
             with asked() as sharded:
-                adapt(str(dense), recipe, output=aside / "adapted", resume=True, sharded=sharded, **options)
+                adapt(str(dense), recipe, aside / "adapted", sharded=sharded, **options)
         dense = aside / "adapted"
     for k in range(rounds):
         pruned, healed = aside / f"{k + 1}-pruned", path if k == rounds - 1 else aside / f"{k + 1}-healed"

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
-import re
-import shutil
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..compat import forget_accelerator
 from ..errors import InputError, NumericalError
-from ..pattern import pack, unpack
 from ..progress import OnStep
 from ..samples import Batch, Samples
 from ..team import meet, team, told
-from ..tensors import write_text
-from .parts import Chosen, trained
+from . import checkpoints
+from .around import own_forward, remade
+from .checkpoints import State
+from .parts import Change, Chosen, trained
 from .schedule import Schedule
 from .shard import gather, is_sharded, scatter, share_optimizer
-
-WEIGHTS, MASKS, OPTIMIZER, STATE = "model.safetensors", "masks.safetensors", "optimizer.pt", "state.json"
 
 Run = Callable[[nn.Module, Batch], Any]  # what the network makes of a batch
 Loss = Callable[[Any, Batch], Tensor]  # of what it made, the mean over the batch
@@ -54,18 +50,6 @@ class Outcome:
     held_out: dict[int, float]
     best_step: int
     steps: int
-
-
-@dataclass
-class _State:
-    """How far a training is: what a checkpoint holds beside weights and moments."""
-
-    step: int = 0
-    losses: list[float] = field(default_factory=list)
-    held_out: dict[int, float] = field(default_factory=dict)
-    best: dict[str, int] = field(default_factory=dict)  # {name of `Schedule.final`: step}
-    waited: int = 0  # evaluations since the best one
-    schedule: dict[str, Any] = field(default_factory=dict)
 
 
 class Training:
@@ -128,7 +112,7 @@ class Training:
         self.changes = tuple(dict.fromkeys(item.change for item in self.chosen))
         self.device = next(network.parameters()).device
         self.sharded = is_sharded(network)
-        self.state = _State()
+        self.state = State()
         self._rate = chosen if isinstance(chosen, float) else None
         self._stack = contextlib.ExitStack()
 
@@ -148,8 +132,8 @@ class Training:
         if self.team.size > 1 and len(self.samples.groups) > 1 and self.sharded:
             raise InputError("samples of several shapes cannot train a model that is sharded.")
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_own_forward(self.network))
-            stack.enter_context(self._remade())
+            stack.enter_context(own_forward(self.network))
+            stack.enter_context(remade(self.network, self.changes, self.recompute))
             forget_accelerator()
             with told(self.device), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
@@ -172,26 +156,6 @@ class Training:
         self.network.eval()
         self._stack.close()
         del self.model, self.accelerator, self.optimizer
-
-    @contextlib.contextmanager
-    def _remade(self) -> Iterator[None]:
-        """What is made in forward is kept for a step, or made again in backward."""
-        names = ("activation_checkpointing", "gradient_checkpointing")  # newer, older name
-        switch = next((name for name in names if hasattr(self.network, f"{name}_enable")), None)
-        if self.recompute and switch is None:
-            raise InputError(f"a {type(self.network).__name__} cannot recompute activations: leave checkpointing out.")
-        for change in self.changes:
-            change.keep = not self.recompute
-        if self.recompute:
-            getattr(self.network, f"{switch}_enable")()
-        try:
-            yield
-        finally:
-            if self.recompute:
-                getattr(self.network, f"{switch}_disable")()
-            for change in self.changes:
-                change.keep = False
-                change.forget()
 
     def _make_optimizer(self) -> torch.optim.AdamW:
         named: dict[str, dict[str, Any]] = {}
@@ -226,12 +190,12 @@ class Training:
             self._step()
         return not self.ended
 
-    def finish(self) -> Outcome:
-        """Take the best checkpoint, if samples were held out; what was done."""
+    def finish(self, name: str = "final") -> Outcome:
+        """Take the best checkpoint of this name, if samples were held out; what was done."""
         state = self.state
-        best = state.best.get("final", state.step)
-        if self.held_out is not None and "final" in state.best:
-            self._load(self._checkpoint(best))
+        best = state.best.get(name, state.step)
+        if name in state.best and (self.held_out is not None or best != state.step):
+            self._load(checkpoints.at(self.folder, best))
         if state.held_out.get(0, math.inf) <= state.held_out.get(best, -math.inf):
             best = 0
         return Outcome(tuple(state.losses), dict(state.held_out), best, state.step)
@@ -273,7 +237,9 @@ class Training:
                 loss = self.loss(self.run(self.model, batch), batch)
                 if not torch.isfinite(loss):
                     best = self.state.best.get("final", 0) if self.held_out is not None else 0
-                    raise Diverged(self.state.step + 1, loss.item(), self._checkpoint(best) if best else None)
+                    raise Diverged(
+                        self.state.step + 1, loss.item(), checkpoints.at(self.folder, best) if best else None
+                    )
                 part = loss / (self.batch / (rows * self.team.size))
                 part.backward()  # type: ignore[no-untyped-call]
                 total += part.detach()
@@ -353,8 +319,7 @@ class Training:
         if self.held_out is not None and not self.schedule.accept(divergence):
             self._hold(before)
             return
-        for name, change, where in changed:
-            del name
+        for change, where in changed:
             for parameter in change.parameters():
                 for moment in self.optimizer.state.get(parameter, {}).values():
                     if moment.shape == where.shape:
@@ -369,17 +334,14 @@ class Training:
             for name, mask in held.items()
         }
 
-    def _hold(self, masks: Mapping[str, Tensor]) -> list[tuple[str, Any, Tensor]]:
+    def _hold(self, masks: Mapping[str, Tensor]) -> list[tuple[Change, Tensor]]:
         return [
-            (item.part.name, item.change, item.change.hold(masks[item.part.name].to(self.device)))
+            (item.change, item.change.hold(masks[item.part.name].to(self.device)))
             for item in self.chosen
             if item.part.name in masks
         ]
 
     # --- checkpoints
-
-    def _checkpoint(self, step: int) -> Path:
-        return self.folder / f"checkpoint-{step}"
 
     def _tensors(self) -> dict[str, Tensor]:
         """What trains, by name: to read and to write. Running means of norms are part of it."""
@@ -397,51 +359,25 @@ class Training:
         moments = self.optimizer.state_dict() if main or self.sharded else {}
         if main:
             self.state.schedule = self.schedule.state()
-            folder = self._checkpoint(self.state.step)
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.contiguous() for name, tensor in values.items()}, folder / WEIGHTS)
-            torch.save(moments, folder / OPTIMIZER)
-            if any(change.moved for change in self.changes):
-                save_file({name: pack(mask) for name, mask in self._masks().items()}, folder / MASKS)
-            write_text(folder / STATE, json.dumps(asdict(self.state)))  # last: with it the checkpoint is whole
-            kept = {self.state.step, *self.state.best.values()}
-            for step, path in _checkpoints(self.folder):
-                if step not in kept:
-                    shutil.rmtree(path)
+            masks = {} if self.update is None else self._masks()
+            checkpoints.write(self.folder, self.state, values, moments, masks)
         self.team.barrier()  # it is there
 
     def _load(self, folder: Path) -> None:
-        scatter(load_file(folder / WEIGHTS), self._tensors())
-        if (folder / MASKS).is_file():
-            shapes = {item.part.name: item.part.value.shape for item in self.chosen}
-            bits = load_file(folder / MASKS)
-            self._hold(
-                {
-                    name: unpack(bits[name], (shape[:-1].numel(), shape[-1])).view(shape)
-                    for name, shape in shapes.items()
-                }
-            )
+        scatter(load_file(folder / checkpoints.WEIGHTS), self._tensors())
+        self._hold(checkpoints.masks(folder, {item.part.name: item.part.value.shape for item in self.chosen}))
         self._forget()
 
     def _go_on(self) -> None:
         """Continue from the newest checkpoint that is whole, if there is one."""
-        for _, folder in reversed(_checkpoints(self.folder)):
-            with contextlib.suppress(OSError, ValueError, TypeError):
-                said = json.loads((folder / STATE).read_text(encoding="utf-8"))
-                said["held_out"] = {int(step): loss for step, loss in said["held_out"].items()}
-                self.state = _State(**said)
-                break
-        else:
+        found = checkpoints.newest(self.folder)
+        if found is None:
             return
+        folder, self.state = found
         self._load(folder)
-        self.optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
+        moments = torch.load(folder / checkpoints.OPTIMIZER, map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(moments)
         self.schedule.load(self.state.schedule)
-
-
-def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """By step, the newest last."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*")]
-    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def _rows(samples: Samples, numbers: Sequence[int]) -> Iterator[tuple[int, Batch]]:
@@ -457,17 +393,3 @@ def _starts(pieces: Iterator[tuple[int, Batch]], start: int) -> Iterator[tuple[i
     for rows, piece in pieces:
         yield start, (rows, piece)
         start += rows
-
-
-@contextlib.contextmanager
-def _own_forward(network: nn.Module) -> Iterator[None]:
-    """What accelerate puts around the forward pass, such as autocast, goes with it: what is measured afterwards is the
-    network and nothing else."""
-    keys = ("forward", "_original_forward")  # accelerate's names
-    before = {key: vars(network)[key] for key in keys if key in vars(network)}
-    try:
-        yield
-    finally:
-        for key in keys:
-            vars(network).pop(key, None)
-        vars(network).update(before)

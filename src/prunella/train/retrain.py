@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -18,6 +17,7 @@ from ..model.network import Model
 from ..progress import OnStep
 from ..samples import Batch, Samples
 from ..team import team
+from .around import no_dropout
 from .loop import Diverged, Outcome, Training
 from .loss import next_token_loss
 from .parts import Chosen
@@ -126,25 +126,6 @@ def retrain(
                 f"healing diverged: {str(error).rstrip('.')}. Use a lower learning rate (--set heal.rate=…), and delete"
                 f" '{folder.parent}' before.{kept}"
             ) from None
-
-
-@contextlib.contextmanager
-def no_dropout(network: nn.Module) -> Iterator[None]:
-    """Nothing is dropped while it trains: the first step starts from the pruned model, and what was pruned has little
-    to spare. Dropout is a module here and a number of an attention module there."""
-    before = [
-        (module, key, value)
-        for module in network.modules()
-        for key, value in vars(module).items()
-        if isinstance(value, float) and (key == "p" if isinstance(module, nn.Dropout) else "drop" in key)
-    ]
-    try:
-        for module, key, _ in before:
-            setattr(module, key, 0.0)
-        yield
-    finally:
-        for module, key, value in before:
-            setattr(module, key, value)
 
 
 def _fast_bfloat16(device: torch.device) -> bool:
