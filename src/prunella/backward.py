@@ -22,7 +22,7 @@ from .calibrate import check_windows
 from .errors import InputError, ModelError, NumericalError
 from .hidden import Hidden, Shelf
 from .layers import Slot, find_layers
-from .model.checkpoint import Checkpoint
+from .model.checkpoint import Source
 from .model.network import Model
 from .progress import Track, no_track
 from .stream import Stream
@@ -36,7 +36,7 @@ def gradients(
     windows_NL: Tensor,
     *,
     loss: Loss | None = None,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Source | None = None,
     track: Track = no_track,
 ) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
     """The gradients of the model's loss on each window, block by block from the last to the first.
@@ -81,7 +81,7 @@ class Back:
         windows_NL: Tensor,
         *,
         loss: Loss | None = None,
-        checkpoint: Checkpoint | None = None,
+        checkpoint: Source | None = None,
         track: Track = no_track,
     ):
         check_windows(model, windows_NL)

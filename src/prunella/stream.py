@@ -24,7 +24,7 @@ from .hidden import Hidden, Shelf
 from .histogram import histograms
 from .layers import Slot, find_layers, unpruned
 from .machine import cache_directory, free_memory
-from .model.checkpoint import Checkpoint
+from .model.checkpoint import Source
 from .model.network import Model
 from .outcome import BlockResult, LayerResult, share_of
 from .pattern import hold_zeros, pack
@@ -69,7 +69,7 @@ class Stream:
         beside: bool = False,
         rounding: tuple[int, int] | None = None,
         keep_zeros: bool = False,
-        checkpoint: Checkpoint | None = None,
+        checkpoint: Source | None = None,
     ):
         self.model = model
         self.rounding = rounding
@@ -475,7 +475,7 @@ def pick_order(order: Order, steps: Sequence[Step], windows_NL: Tensor, model: M
 
 
 def through(
-    model: Model, windows_NL: Tensor, *, checkpoint: Checkpoint | None = None, track: Track = no_track, what: str
+    model: Model, windows_NL: Tensor, *, checkpoint: Source | None = None, track: Track = no_track, what: str
 ) -> Stream:
     """A stream with no steps: all windows through all blocks, one block in memory at a time."""
     stream = Stream(model, windows_NL, checkpoint=checkpoint)

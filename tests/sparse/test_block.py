@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import prunella
+from prunella.packing import pack_model
 from prunella.sparse import block, kernels
 from prunella.sparse.bench import packed_copy, random_packed
 from prunella.sparse.block import FusedBlock, Stack, _Weights, slow_down, speed_up
-from prunella.sparse.commands import pack_model
 from prunella.sparse.format import unpack
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="the C kernels were not compiled")

@@ -1,25 +1,51 @@
-"""Checkpoints: tensors in safetensors files, read one by one."""
+"""Where weights come from: a source, and the usual one, tensors in safetensors files that are read one by one."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ..errors import ModelError, ReadError
 from ..quantized import Scaled, find_scales
 from .files import read_json, weight_files
 
-if TYPE_CHECKING:
-    from .network import Model
+
+class Source:
+    """Where weights come from: what `Model.load` reads. Some stand there as tensors of the model's files (`where`,
+    `open`); others in a form of the source's own, of which `parameter` makes what the network has (`own`).
+
+    directory: what messages name
+    where:     {tensor: its file}, under the names of the model's files
+    own:       {parameter: what the source knows it by}, under its name in the network or in the files of a plain model
+    nbytes:    of all weights
+    """
+
+    directory: Path
+    where: Mapping[str, str] = {}
+    own: Mapping[str, Any] = {}
+
+    @property
+    def nbytes(self) -> int:
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def open(self, names: Iterable[str]) -> Iterator[Mapping[str, Any]]:
+        """Tensors of these names, each read when it is sliced, as those of `safe_open` are."""
+        yield {}
+
+    def parameter(self, name: str, dtype: torch.dtype) -> Tensor:
+        """One of `own`, in `dtype`. Raises ModelError, naming the tensor, if it is missing or damaged."""
+        raise NotImplementedError
 
 
-class Checkpoint:
+class Checkpoint(Source):
     """The safetensors files of a directory, read tensor by tensor: those that transformers would read, or those of
     these `names`. FP8 weights are read times their scales, and stand here as what they are read as, bfloat16.
 
@@ -80,9 +106,6 @@ class Checkpoint:
                 " BF16 and F16 can be pruned. Dequantize the model first."
             )
         return kinds[best]
-
-    def fill(self, model: Model, wanted: Callable[[str], bool]) -> None:
-        """Fill those `wanted` parameters that are not in the files under any name: a packed checkpoint has some."""
 
     @contextlib.contextmanager
     def open(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:

@@ -33,7 +33,7 @@ from ..compat import (
 from ..errors import ModelError, ReadError
 from ..fast import use_fast_attention
 from ..layers import learn
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Source
 
 Argument = int | str  # of a block: where it stands after the hidden state, or its name
 
@@ -193,7 +193,7 @@ class Model:
                         f"tensor '{name}' is missing from the checkpoint in '{self.checkpoint.directory}'."
                     )
 
-    def load(self, wanted: Callable[[str], bool], checkpoint: Checkpoint | None = None) -> None:
+    def load(self, wanted: Callable[[str], bool], checkpoint: Source | None = None) -> None:
         """Fill the parameters whose names are `wanted`, from the model's own checkpoint or from another one
         with the same tensors. Raises ModelError for a tensor that is missing or has the wrong shape."""
         checkpoint = checkpoint or self.checkpoint
@@ -223,7 +223,11 @@ class Model:
             name, reason = next(iter(info.conversion_errors.items()))
             said = [line.strip() for line in str(reason).splitlines() if line.strip()]
             raise ModelError(f"tensor '{name}' in '{checkpoint.directory}' cannot be converted: {said[-1]}")
-        checkpoint.fill(self, wanted)
+        for key in checkpoint.own:
+            if wanted(name := self.parameter_of(key)):
+                owner, _, last = name.rpartition(".")
+                weight = checkpoint.parameter(key, self.dtype).to(self.device)
+                self.network.get_submodule(owner)._parameters[last] = nn.Parameter(weight, requires_grad=False)
         self._tie()
         for name, parameter in self.network.named_parameters():
             if not wanted(name):
@@ -254,7 +258,7 @@ class Model:
                 self.network.get_submodule(owner)._parameters[key] = real
 
     @contextlib.contextmanager
-    def block(self, index: int, checkpoint: Checkpoint | None = None) -> Iterator[nn.Module]:
+    def block(self, index: int, checkpoint: Source | None = None) -> Iterator[nn.Module]:
         """Block `index` with its weights, which are loaded for as long as the context lasts: `with model.block(0) as
         block`. They are the model's own, or those in `checkpoint`."""
         prefix = self.blocks[index] + "."
@@ -265,7 +269,7 @@ class Model:
             self.release(lambda name: name.startswith(prefix))
 
     @contextlib.contextmanager
-    def outside(self, head: bool = True, checkpoint: Checkpoint | None = None) -> Iterator[None]:
+    def outside(self, head: bool = True, checkpoint: Source | None = None) -> Iterator[None]:
         """Loads everything but the blocks for as long as the context lasts: embeddings and norms, and with `head` the
         output head as well."""
         base = self.network.base_model_prefix + "."
@@ -281,7 +285,7 @@ class Model:
             self.release(wanted)
 
     @contextlib.contextmanager
-    def whole(self, checkpoint: Checkpoint | None = None) -> Iterator[Any]:
+    def whole(self, checkpoint: Source | None = None) -> Iterator[Any]:
         """The network with all its weights loaded, for as long as the context lasts: to generate text, say."""
         self.load(lambda name: True, checkpoint)
         try:
