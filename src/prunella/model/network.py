@@ -232,8 +232,11 @@ class Model:
         for key in checkpoint.own:
             if wanted(name := self.parameter_of(key)):
                 owner, _, last = name.rpartition(".")
+                held = self.network.get_submodule(owner)._parameters
                 weight = checkpoint.parameter(key, self.dtype).to(self.device)
-                self.network.get_submodule(owner)._parameters[last] = nn.Parameter(weight, requires_grad=False)
+                if last not in held or held[last].shape != weight.shape:
+                    raise ModelError(f"'{key}' in '{checkpoint.directory}' is no parameter of '{self.name}'.")
+                held[last] = nn.Parameter(weight, requires_grad=False)
         self._tie()
         for name, parameter in self.network.named_parameters():
             if not wanted(name):
