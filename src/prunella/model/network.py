@@ -9,6 +9,7 @@ wrapped the same way and simply has every block at hand.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ from ..compat import (
 from ..errors import ModelError, ReadError
 from ..fast import use_fast_attention
 from ..layers import learn
+from ..progress import Track, no_track
 from .checkpoint import Checkpoint
+from .walk import LoadedBlock, ReadAhead
 
 Argument = int | str  # of a block: where it stands after the hidden state, or its name
 
@@ -193,12 +196,8 @@ class Model:
                         f"tensor '{name}' is missing from the checkpoint in '{self.checkpoint.directory}'."
                     )
 
-    def load(self, wanted: Callable[[str], bool], checkpoint: Checkpoint | None = None) -> None:
-        """Fill the parameters whose names are `wanted`, from the model's own checkpoint or from another one
-        with the same tensors. Raises ModelError for a tensor that is missing or has the wrong shape."""
-        checkpoint = checkpoint or self.checkpoint
-        if checkpoint is None:
-            return
+    def _keys(self, wanted: Callable[[str], bool], checkpoint: Checkpoint) -> list[str]:
+        """The tensors of a checkpoint that these parameters are made of."""
         stored = {name for name, _ in self.plan().values()}
         also = {  # what is stored under the name of a parameter that it is tied to, in another block maybe
             other
@@ -207,9 +206,16 @@ class Model:
             if wanted(one) and one not in stored
         }
         found = ((key, name) for key, (name, _) in self.plan().items() if wanted(name) or name in also)
-        keys = [key for key, _ in found if key in checkpoint.where]
+        return [key for key, _ in found if key in checkpoint.where]
+
+    def load(self, wanted: Callable[[str], bool], checkpoint: Checkpoint | None = None) -> None:
+        """Fill the parameters whose names are `wanted`, from the model's own checkpoint or from another one
+        with the same tensors. Raises ModelError for a tensor that is missing or has the wrong shape."""
+        checkpoint = checkpoint or self.checkpoint
+        if checkpoint is None:
+            return
         try:
-            with quiet_transformers(), checkpoint.open(keys) as slices:
+            with quiet_transformers(), checkpoint.open(self._keys(wanted, checkpoint)) as slices:
                 info = fill(self.network, slices, self.dtype, self.device)
         except SafetensorError as error:
             raise ReadError(f"a tensor in '{checkpoint.directory}' cannot be read: {error}.") from None
@@ -257,12 +263,52 @@ class Model:
     def block(self, index: int, checkpoint: Checkpoint | None = None) -> Iterator[nn.Module]:
         """Block `index` with its weights, which are loaded for as long as the context lasts: `with model.block(0) as
         block`. They are the model's own, or those in `checkpoint`."""
-        prefix = self.blocks[index] + "."
-        self.load(lambda name: name.startswith(prefix), checkpoint)
+        within = self._within(index)
+        self.load(within, checkpoint)
         try:
             yield self.module(self.blocks[index])
         finally:
-            self.release(lambda name: name.startswith(prefix))
+            self.release(within)
+
+    def walk(
+        self, source: Checkpoint | None = None, *, back: bool = False, track: Track = no_track, what: str = ""
+    ) -> Iterator[tuple[int, LoadedBlock]]:
+        """All blocks, one after the other, each with its weights: its number and the block. This is the only loop over
+        blocks.
+
+        The weights are those of the source, whatever was done with a block before: `use` puts others in their place
+        for a while, and only a writer (`LoadedBlock.keep`, or an `Output`) makes them last. While one block is computed
+        a thread reads the next one.
+
+        Args:
+            source: a checkpoint with the same tensors as the model's own, in place of it.
+            back: from the last block to the first.
+            track: wraps the loop, `track(range, what, total)`, to show progress.
+        """
+        count = len(self.blocks)
+        order = range(count - 1, -1, -1) if back else range(count)
+        following = dict(itertools.pairwise(order))
+        checkpoint = source or self.checkpoint
+        with contextlib.ExitStack() as stack:
+            ahead: Any = None if checkpoint is None else ReadAhead(checkpoint, self.device)
+            if ahead is not None:
+                stack.callback(ahead.close)
+            for index in track(order, what, count):
+                with self.block(index, ahead) as module:
+                    if ahead is not None and index in following:
+                        ahead.expect(self._keys(self._within(following[index]), ahead))
+                    yield index, self.at(index, module)
+
+    def at(self, index: int, module: nn.Module | None = None) -> LoadedBlock:
+        """Block `index`, whose weights are loaded."""
+        name = self.blocks[index]
+        within = self._within(index)
+        return LoadedBlock(index, name, module or self.module(name), lambda source: self.load(within, source))
+
+    def _within(self, index: int) -> Callable[[str], bool]:
+        """Does a parameter belong to block `index`?"""
+        prefix = self.blocks[index] + "."
+        return lambda name: name.startswith(prefix)
 
     @contextlib.contextmanager
     def outside(self, head: bool = True, checkpoint: Checkpoint | None = None) -> Iterator[None]:
