@@ -173,10 +173,10 @@ def _compiled_swap(
 
 def _gpu_swap(*arguments: Any) -> Tensor:
     try:
-        from .. import sweep_gpu
+        from .. import columns_gpu
     except ImportError:  # no Triton
         return plain_swap(*arguments)
-    return sweep_gpu.swap(*arguments)
+    return columns_gpu.swap(*arguments)
 
 
 # By type of device; `plain_swap` serves all others.
