@@ -36,7 +36,7 @@ from .outcome import LayerResult
 from .progress import Track, no_track
 from .prune import prune
 from .recipe import Evaluation, Healing, Recipe, only_dense, override
-from .results import Results, Row
+from .report.results import Results, Row
 from .sparse.format import SPAN, expected
 from .texts import same_text
 from .workshop import hold

@@ -56,9 +56,13 @@ class Option(NamedTuple):
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=self.default, annotation=annotation)
 
 
-def ask(group: str, words: str, kind: Any, key: str, help: str, default: Any = None, **settings: Any) -> Option:
-    """An option in a group of the help that sets a key; its values are completed by what the key or the word takes."""
-    known = _KNOWN.get(key, _KNOWN.get(words.split()[-1]))
+def ask(group: str, words: str, key: str, help: str, default: Any = None, **settings: Any) -> Option:
+    """An option in a group of the help that sets a key. Its words, such as `--samples N` or `--text TEXT …`, say of
+    what type a value is, whether it may be repeated (…), and, if the key does not, what completes it."""
+    words, repeats, _ = words.partition(" …") if words.endswith(" …") else (words, "", "")
+    word = words.split()[-1]
+    kind = list[str] if repeats else bool if word.startswith("-") else _KINDS.get(word, str)
+    known = _KNOWN.get(key, _KNOWN.get(word))
     return Option(key, kind, of(group, words, help, autocompletion=known, **settings), default)
 
 
@@ -116,7 +120,7 @@ def recipes() -> list[str]:
     return sorted(file.stem for file in shipped if file.suffix == ".yaml")
 
 
-source = complete_from("pydoc", "self", "c4", "wikitext2")
+_KINDS = {"N": int, "TOKENS": int, "INPUTS": int, "8|4": int, "SHARE": float, "RATE": float}
 _KNOWN = {
     "steps": complete_by(lambda: catalogue.names("step")),
     "allocate": complete_by(lambda: catalogue.names("allocation")),
@@ -125,7 +129,7 @@ _KNOWN = {
     "heal.way": complete_from("retrain", "reconstruct"),
     "format": complete_from("dense", "packed"),
     "RECIPE": complete_by(recipes),
-    "TEXT": source,
+    "TEXT": complete_from("pydoc", "self", "c4", "wikitext2"),
     "DTYPE": complete_from("auto", "float32", "bfloat16", "float16"),
     "PATTERN": complete_from("unstructured", "2:4", "4:8", "1:4", "16x1"),
     "DEVICE": complete_from("auto", "cpu", "cuda"),
@@ -134,7 +138,6 @@ _KNOWN = {
 # ---------------------------------------------------------------------------------------------------------
 # Of several commands
 
-Strings = list[str]
 SOURCES = "pydoc, self, c4, wikitext2, hf:DATASET:CONFIG:SPLIT, or a file: .txt, .jsonl, .parquet …"
 
 ModelName = Annotated[
@@ -144,35 +147,31 @@ Out = Annotated[Path, of(MAIN, "--output -o DIR", "Directory for the result.")]
 Json = Annotated[bool, of(RUN, "--json", "Print JSON in place of tables.")]
 Resume = Annotated[bool, of(RUN, "--resume", "Continue an interrupted run, or begin it.")]
 TRUST = (
-    ask(RUN, "--trust-remote-code", bool, "remote_code", "Run Python that comes with the model."),
-    ask(RUN, "--allow-pickle", bool, "pickles", "Read weights that only come as pickles."),
+    ask(RUN, "--trust-remote-code", "remote_code", "Run Python that comes with the model."),
+    ask(RUN, "--allow-pickle", "pickles", "Read weights that only come as pickles."),
 )
 OPENING = (
-    ask(MAIN, "--revision REV", str, "revision", "Of a hub's model: a branch, tag or commit."),
-    ask(
-        MAIN, "--tokenizer DIR", str, "tokenizer", "A directory or hub id with a tokenizer. [default: the model's own]"
-    ),
+    ask(MAIN, "--revision REV", "revision", "Of a hub's model: a branch, tag or commit."),
+    ask(MAIN, "--tokenizer DIR", "tokenizer", "A directory or hub id with a tokenizer. [default: the model's own]"),
 )
 PLACE = (
-    ask(RUN, "--dtype DTYPE", str, "dtype", "float32, bfloat16, float16; auto: as the model is stored.", "auto"),
-    ask(RUN, "--device DEVICE", str, "device", "cpu, cuda, cuda:1 …; auto: cuda where there is one.", "auto"),
+    ask(RUN, "--dtype DTYPE", "dtype", "float32, bfloat16, float16; auto: as the model is stored.", "auto"),
+    ask(RUN, "--device DEVICE", "device", "cpu, cuda, cuda:1 …; auto: cuda where there is one.", "auto"),
 )
 ROUNDING = (
-    ask(SAVE, "--bits 8|4", int, "bits", "Round the kept weights to so many bits."),
+    ask(SAVE, "--bits 8|4", "bits", "Round the kept weights to so many bits."),
     ask(
         SAVE,
         "--group INPUTS",
-        int,
         "group",
         "With --bits: inputs that share a scale, a multiple of 128; 0: whole rows.",
         128,
     ),
-    ask(SAVE, "--round-head", bool, "head", "Round the embedding and the output head to 8 bits."),
+    ask(SAVE, "--round-head", "head", "Round the embedding and the output head to 8 bits."),
 )
 BOS = ask(
     MEASURE,
     "--bos/--no-bos",
-    bool,
     "bos",
     "Whether each window begins with a BOS where the tokenizer puts one before a text. [default: it does]",
 )
@@ -184,80 +183,57 @@ _MEASURING = (
     ask(
         MEASURE,
         "--evaluate TEXT",
-        str,
         "evaluate.source",
         "Text for the perplexities before and after, as for --calibration; or none. [default: pydoc]",
     ),
-    ask(MEASURE, "--windows N", int, "evaluate.windows", "Windows of that text. [default: 8]"),
+    ask(MEASURE, "--windows N", "evaluate.windows", "Windows of that text. [default: 8]"),
     BOS,
 )
 _RUNNING = (
-    ask(RUN, "--recipe RECIPE", str, "recipe", "fast, balanced, best, healed-50, or a YAML file; flags go before it."),
-    ask(RUN, "--set KEY=VALUE", Strings, "set", "Any recipe key, or an option of a step; repeat."),
-    ask(RUN, "--device DEVICE", str, "device", "cpu, cuda, cuda:1 … [default: cuda where there is one]"),
-    ask(RUN, "--seed N", int, "seed", "Seed of everything random. [default: 0]"),
+    ask(RUN, "--recipe RECIPE", "recipe", "fast, balanced, best, healed-50, or a YAML file; flags go before it."),
+    ask(RUN, "--set KEY=VALUE …", "set", "Any recipe key, or an option of a step; repeat."),
+    ask(RUN, "--device DEVICE", "device", "cpu, cuda, cuda:1 … [default: cuda where there is one]"),
+    ask(RUN, "--seed N", "seed", "Seed of everything random. [default: 0]"),
 )
 PRUNING = (
     ask(
         WHAT,
-        "--step NAME",
-        Strings,
+        "--step NAME …",
         "steps",
         "A step, or your own: file.py:name; repeat for several in a row. `prunella methods` lists them."
         " [default: sparsegpt]",
     ),
     ask(
         WHAT,
-        "--sparsity SHARE",
-        Strings,
+        "--sparsity SHARE …",
         "sparsity",
         "Share to prune, or LAYERS=SHARE for some layers; repeat. [default: 0.5]",
     ),
-    ask(
-        WHAT,
-        "--pattern PATTERN",
-        str,
-        "pattern",
-        "unstructured, N:M (N kept of M) or RxC blocks. [default: unstructured]",
-    ),
-    ask(WHAT, "--skip LAYERS", Strings, "skip", "Layers that stay dense, by name pattern; repeat."),
-    ask(WHAT, "--keep-zeros", bool, "keep_zeros", "Zeros that the model comes with stay, and count."),
-    ask(WHAT, "--allocate NAME", str, "allocate", "How sparsity is spread over layers. [default: uniform]"),
+    ask(WHAT, "--pattern PATTERN", "pattern", "unstructured, N:M (N kept of M) or RxC blocks. [default: unstructured]"),
+    ask(WHAT, "--skip LAYERS …", "skip", "Layers that stay dense, by name pattern; repeat."),
+    ask(WHAT, "--keep-zeros", "keep_zeros", "Zeros that the model comes with stay, and count."),
+    ask(WHAT, "--allocate NAME", "allocate", "How sparsity is spread over layers. [default: uniform]"),
     ask(
         WHAT,
         "--order block|layer",
-        str,
         "order",
         "block: statistics of the dense block; layer: of what each layer really sees. [default: by memory and steps]",
     ),
-    ask(
-        TEXT,
-        "--calibration TEXT",
-        str,
-        "calibration.source",
-        f"Where statistics come from: {SOURCES}. [default: pydoc]",
-    ),
-    ask(TEXT, "--samples N", int, "calibration.samples", "Windows of calibration text. [default: 32]"),
-    ask(
-        TEXT,
-        "--length TOKENS",
-        int,
-        "calibration.length",
-        "Tokens in a window. [default: 2048, or the model's context]",
-    ),
+    ask(TEXT, "--calibration TEXT", "calibration.source", f"Where statistics come from: {SOURCES}. [default: pydoc]"),
+    ask(TEXT, "--samples N", "calibration.samples", "Windows of calibration text. [default: 32]"),
+    ask(TEXT, "--length TOKENS", "calibration.length", "Tokens in a window. [default: 2048, or the model's context]"),
     ask(
         HEAL,
-        "--heal NAME",
-        Strings,
+        "--heal NAME …",
         "heal.train",
         "Retrain afterwards: what trains; repeat. `prunella methods` lists them. [default: nothing]",
     ),
     *_MEASURING,
-    ask(SAVE, "--format dense|packed", str, "format", "packed: saved without the zeros. [default: dense]"),
-    ask(SAVE, "--bits 8|4", int, "bits", "With packed: round weights to so many bits."),
-    ask(SAVE, "--group INPUTS", int, "group", "Inputs that share a scale; 0: whole rows. [default: 128]"),
-    ask(SAVE, "--round-head", bool, "round_head", "With packed: embedding and output head in 8 bits."),
-    ask(SAVE, "--dtype DTYPE", str, "dtype", "Compute and save in float32, bfloat16 or float16. [default: as stored]"),
+    ask(SAVE, "--format dense|packed", "format", "packed: saved without the zeros. [default: dense]"),
+    ask(SAVE, "--bits 8|4", "bits", "With packed: round weights to so many bits."),
+    ask(SAVE, "--group INPUTS", "group", "Inputs that share a scale; 0: whole rows. [default: 128]"),
+    ask(SAVE, "--round-head", "round_head", "With packed: embedding and output head in 8 bits."),
+    ask(SAVE, "--dtype DTYPE", "dtype", "Compute and save in float32, bfloat16 or float16. [default: as stored]"),
     *_RUNNING,
 )
 SWEEPING = (
@@ -265,91 +241,73 @@ SWEEPING = (
         PRUNING,
         ask(
             WHAT,
-            "--step NAME[+NAME]",
-            Strings,
+            "--step NAME[+NAME] …",
             "steps",
             "Steps of some cells, such as wanda+update; repeat for more cells. [default: sparsegpt]",
         ),
         ask(
             WHAT,
-            "--sparsity SHARE",
-            Strings,
+            "--sparsity SHARE …",
             "sparsity",
             "Share to prune; repeat for more cells. LAYERS=SHARE holds for some layers of all cells. [default: 0.5]",
         ),
         ask(
             WHAT,
-            "--pattern PATTERN",
-            Strings,
+            "--pattern PATTERN …",
             "pattern",
             "unstructured, N:M (N kept of M) or RxC blocks; repeat for more cells. [default: unstructured]",
         ),
         ask(
             WHAT,
-            "--allocate NAME",
-            Strings,
+            "--allocate NAME …",
             "allocate",
             "How sparsity is spread over layers; repeat for more cells. [default: uniform]",
         ),
         ask(
             MEASURE,
-            "--text --evaluate TEXT",
-            Strings,
+            "--text --evaluate TEXT …",
             "evaluate.source",
             "Text to measure perplexity on, as for --calibration; repeat. [default: pydoc]",
         ),
-        ask(
-            RUN, "--recipe FILE", str, "recipe", "A YAML file: a recipe, and under `grid` lists of values for its keys."
-        ),
-        ask(RUN, "--set KEY=VALUE", Strings, "set", "A recipe key, for all cells; repeat."),
+        ask(RUN, "--recipe FILE", "recipe", "A YAML file: a recipe, and under `grid` lists of values for its keys."),
+        ask(RUN, "--set KEY=VALUE …", "set", "A recipe key, for all cells; repeat."),
     ),
-    ask(WHAT, "--grid KEY=[VALUE, …]", Strings, "grid", "Values for any other recipe key; repeat."),
+    ask(WHAT, "--grid KEY=[VALUE, …] …", "grid", "Values for any other recipe key; repeat."),
 )
 HEALING = (
-    ask(
-        HEAL,
-        "--train NAME",
-        Strings,
-        "heal.train",
-        "What trains; repeat. `prunella methods` lists it. [default: mask-lora]",
-    ),
+    ask(HEAL, "--train NAME …", "heal.train", "What trains; repeat. `prunella methods` lists it. [default: mask-lora]"),
     ask(
         HEAL,
         "--way retrain|reconstruct",
-        str,
         "heal.way",
         "retrain: the whole model on text; reconstruct: block by block, to the dense one. [default: retrain]",
     ),
     ask(
         HEAL,
-        "--text TEXT",
-        Strings,
+        "--text TEXT …",
         "heal.text",
         "What to train on, as for --calibration of prune; repeat. [default: the calibration's]",
     ),
-    ask(HEAL, "--tokens N", int, "heal.tokens", "Tokens to train on in all. [default: 250000]"),
-    ask(HEAL, "--length TOKENS", int, "heal.length", "Tokens in a window. [default: 512]"),
-    ask(HEAL, "--rate RATE", float, "heal.rate", "Learning rate. [default: each method's own]"),
+    ask(HEAL, "--tokens N", "heal.tokens", "Tokens to train on in all. [default: 250000]"),
+    ask(HEAL, "--length TOKENS", "heal.length", "Tokens in a window. [default: 512]"),
+    ask(HEAL, "--rate RATE", "heal.rate", "Learning rate. [default: each method's own]"),
     ask(
         HEAL,
         "--distill SHARE",
-        float,
         "heal.distill",
         "Share of the loss that follows the dense model's predictions. [default: 0]",
     ),
-    ask(HEAL, "--dense MODEL", str, "heal.dense", "The dense model. [default: the one that was pruned]"),
+    ask(HEAL, "--dense MODEL", "heal.dense", "The dense model. [default: the one that was pruned]"),
     ask(
         TEXT,
         "--calibration TEXT",
-        str,
         "calibration.source",
         "Text for reconstruct and new-biases. [default: the pruning's]",
     ),
-    ask(TEXT, "--samples N", int, "calibration.samples", "Windows of that text. [default: the pruning's]"),
+    ask(TEXT, "--samples N", "calibration.samples", "Windows of that text. [default: the pruning's]"),
     *_MEASURING,
     *instead(
-        _RUNNING,
-        ask(RUN, "--recipe RECIPE", str, "recipe", "A named recipe or a YAML file; its `heal` section counts."),
+        _RUNNING, ask(RUN, "--recipe RECIPE", "recipe", "A named recipe or a YAML file; its `heal` section counts.")
     ),
 )
 

@@ -49,10 +49,7 @@ def pack(
 
 
 @app.command(rich_help_panel=RUNNING)
-def unpack(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A packed model.")],
-    output: Out,
-) -> None:
+def unpack(directory: Annotated[str, typer.Argument(metavar="DIR", help="A packed model.")], output: Out) -> None:
     """Make a plain model of a packed one."""
     from ..sparse.commands import unpack_model
 
@@ -108,10 +105,10 @@ def generate(
 
 
 LOAD = (
-    ask(MEASURE, "--prompt N", int, "prompt", "Tokens of the prefill.", 512, min=1),
-    ask(MEASURE, "--tokens N", int, "tokens", "Tokens generated, one at a time.", 32, min=1),
-    ask(MEASURE, "--rounds N", int, "rounds", "Turns of dense and packed; medians count.", 3, min=1),
-    ask(MEASURE, "--threads N", int, "threads", "Threads to run on. [default: as PyTorch has them]", min=1),
+    ask(MEASURE, "--prompt N", "prompt", "Tokens of the prefill.", 512, min=1),
+    ask(MEASURE, "--tokens N", "tokens", "Tokens generated, one at a time.", 32, min=1),
+    ask(MEASURE, "--rounds N", "rounds", "Turns of dense and packed; medians count.", 3, min=1),
+    ask(MEASURE, "--threads N", "threads", "Threads to run on. [default: as PyTorch has them]", min=1),
 )
 
 

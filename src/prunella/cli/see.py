@@ -12,27 +12,22 @@ import typer
 
 from .app import SEEING, app
 from .console import print_table, track
-from .options import BOS, MAIN, MEASURE, OPENING, PLACE, SOURCES, TRUST, Json, ModelName, Strings, ask, grouped, of
+from .options import BOS, MAIN, MEASURE, OPENING, PLACE, SOURCES, TRUST, Json, ModelName, ask, grouped, of
 
 MEASURING = (
     ask(
         MEASURE,
-        "--text TEXT",
-        Strings,
+        "--text TEXT …",
         "texts",
         f"What to measure perplexity on: {SOURCES}; repeat. [default: pydoc, or with tasks none]",
     ),
-    ask(
-        MEASURE, "--length TOKENS", int, "length", "Tokens in a window. [default: 2048, or the model's context]", min=2
-    ),
-    ask(MEASURE, "--windows N", int, "windows", "The first so many windows. [default: all; of c4 and hf:… 256]", min=1),
+    ask(MEASURE, "--length TOKENS", "length", "Tokens in a window. [default: 2048, or the model's context]", min=2),
+    ask(MEASURE, "--windows N", "windows", "The first so many windows. [default: all; of c4 and hf:… 256]", min=1),
     BOS,
-    ask(MEASURE, "--tasks NAMES", str, "tasks", "Tasks of lm-eval: arc_easy,piqa …"),
-    ask(
-        MEASURE, "--tasks-file FILE", Strings, "files", "JSON lines with query, choices and gold, for lm-eval; repeat."
-    ),
-    ask(MEASURE, "--limit N", int, "limit", "The first so many questions of each task. [default: all]", min=1),
-    ask(MEASURE, "--beside MODEL", str, "beside", "Compare with this model, the dense one say."),
+    ask(MEASURE, "--tasks NAMES", "tasks", "Tasks of lm-eval: arc_easy,piqa …"),
+    ask(MEASURE, "--tasks-file FILE …", "files", "JSON lines with query, choices and gold, for lm-eval; repeat."),
+    ask(MEASURE, "--limit N", "limit", "The first so many questions of each task. [default: all]", min=1),
+    ask(MEASURE, "--beside MODEL", "beside", "Compare with this model, the dense one say."),
 )
 
 
@@ -117,7 +112,7 @@ def report(
     ] = None,
 ) -> None:
     """Write a page of HTML that shows what was done to a pruned model; it needs no network."""
-    from ..page import write_page
+    from ..report.page import write_page
 
     print(f"saved to {write_page(directory, output)}")
 
@@ -129,8 +124,8 @@ def compare(
     json_: Json = False,
 ) -> None:
     """Pruned models side by side: what was done to each and what it measured."""
-    from ..compare import Comparison
-    from ..page import write_text
+    from ..report.compare import Comparison
+    from ..report.page import write_text
 
     found = Comparison.read(directories)
     if html is not None:

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from .errors import ModelError
-from .evaluate.overlap import joined
-from .layers import UNSEEN, LeftOut
-from .outcome import LayerResult
-from .save import REPORT
+from ..errors import ModelError
+from ..evaluate.overlap import joined
+from ..layers import UNSEEN, LeftOut
+from ..outcome import LayerResult
+from ..save import REPORT
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ def versions() -> dict[str, str]:
     import safetensors
     import transformers
 
-    from . import __version__
+    from .. import __version__
 
     return {
         "prunella": __version__,

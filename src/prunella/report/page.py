@@ -15,12 +15,12 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
+from ..errors import InputError, ModelError
+from ..histogram import SPAN
+from ..outcome import LayerResult
+from ..save import REPORT
 from . import charts
-from .errors import InputError, ModelError
-from .histogram import SPAN
-from .outcome import LayerResult
 from .report import Report, bos_words, layer_table
-from .save import REPORT
 
 WORST = 10
 
