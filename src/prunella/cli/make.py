@@ -124,7 +124,7 @@ def sweep(
     trust: Annotated[dict[str, Any], TRUST],
 ) -> None:
     """Prune MODEL in every combination of some choices; run again, it makes the cells that are missing."""
-    from ..cells import parse_grid
+    from ..cells import complete_plan
     from ..cells import sweep as run
     from ..model.names import at_revision
     from ..report import bos_words
@@ -141,7 +141,7 @@ def sweep(
     grid, texts = given.pop("grid", []), given.pop("evaluate.source", None)
     settings = [*settings_of(given), *(f"sparsity.{item}" for item in sparsity if "=" in item), *extra]
     name = at_revision(model, opening.pop("revision", None))
-    plan = parse_grid(plan, axes, grid, settings)
+    plan = complete_plan(plan, axes, grid, settings)
     results = run(name, plan, output, texts=texts, speed=speed, say=say, track=track, **opening, **trust)
     if json_:
         print(json.dumps(results.rows))

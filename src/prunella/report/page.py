@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from ..errors import InputError, ModelError
 from ..histogram import SPAN
-from ..outcome import LayerResult
+from ..outcome import LayerResult, mean
 from ..save import REPORT
 from . import charts
 from .report import Report, bos_words, layer_table
@@ -239,12 +239,6 @@ def by_block(layers: Sequence[LayerResult]) -> Blocks:
     for (block, parts), layer in zip(split, layers, strict=True):
         out.setdefault((block, names[parts]), []).append(layer)
     return out
-
-
-def mean(layers: Sequence[LayerResult], value: Callable[[LayerResult], float | None]) -> float | None:
-    """Over layers, weighted by their sizes; None where none has a value."""
-    known = [(found, la.shape[0] * la.shape[1]) for la in layers if (found := value(la)) is not None]
-    return sum(found * size for found, size in known) / sum(size for _, size in known) if known else None
 
 
 def per_layer(blocks: Blocks, kinds: Sequence[str]) -> list[Drawing]:

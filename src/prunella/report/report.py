@@ -16,7 +16,7 @@ import torch
 from ..errors import ModelError
 from ..evaluate.overlap import joined
 from ..layers import UNSEEN, LeftOut
-from ..outcome import LayerResult
+from ..outcome import LayerResult, mean
 from ..save import REPORT
 
 
@@ -52,7 +52,7 @@ class Report:
     @property
     def weights(self) -> int:
         """How many weights all matrices of the blocks hold, pruned or not."""
-        return sum(map(_size, self.layers)) + sum(item.weights for item in self.left_out)
+        return sum(la.size for la in self.layers) + sum(item.weights for item in self.left_out)
 
     @property
     def sparsity(self) -> float:
@@ -65,7 +65,7 @@ class Report:
         return self._zeros([la.before for la in self.layers])
 
     def _zeros(self, shares: Sequence[float]) -> float:
-        zeros = sum(share * _size(la) for share, la in zip(shares, self.layers, strict=True))
+        zeros = sum(share * la.size for share, la in zip(shares, self.layers, strict=True))
         return (zeros + sum(item.zeros for item in self.left_out)) / self.weights if self.weights else 0.0
 
     def _left(self) -> dict[str, list[int]]:
@@ -73,7 +73,7 @@ class Report:
         out: dict[str, list[int]] = {}
         for why, size in (
             *((item.why, item.weights) for item in self.left_out),
-            *(("skipped", _size(la)) for la in self.layers if not la.target),
+            *(("skipped", la.size) for la in self.layers if not la.target),
         ):
             out.setdefault(why, []).append(size)
         return out
@@ -115,7 +115,8 @@ class Report:
         def size(side: Mapping[str, Any]) -> str:
             return f"{side['bytes'] / 1e6:,.1f} MB" if "bytes" in side else "not saved"
 
-        before, after = self._active_sparsity()
+        active = [la for la in self.layers if la.target]
+        before, after = (mean(active, share) or 0.0 for share in (lambda la: la.before, lambda la: la.sparsity))
         rows = [
             (_perplexity_label(self.dense), _perplexity(self.dense), _perplexity(self.pruned)),
             ("sparsity of the pruned layers", f"{before:.1%}", f"{after:.1%}"),
@@ -202,14 +203,6 @@ class Report:
             rows["sample of text"] = self.dense["sample"], did["after"]["sample"]
         return [(what, dense, value) for what, (dense, value) in rows.items()]
 
-    def _active_sparsity(self) -> tuple[float, float]:
-        """Of the layers that were pruned: the share of zeros before and after."""
-        active = [la for la in self.layers if la.target]
-        total = sum(map(_size, active)) or 1
-        return sum(la.before * _size(la) for la in active) / total, sum(
-            la.sparsity * _size(la) for la in active
-        ) / total
-
     def notes(self) -> list[str]:
         """What happened to single layers that a user should know."""
         unknown = [f"{item.name}: stays dense; {item.why}" for item in self.left_out if item.why == UNSEEN]
@@ -261,10 +254,6 @@ def seen(directory: str | Path) -> str:
         return Report.read(directory).seen
     except ModelError:
         return ""
-
-
-def _size(layer: LayerResult) -> int:
-    return layer.shape[0] * layer.shape[1]
 
 
 def _perplexity(side: Mapping[str, Any]) -> str:
