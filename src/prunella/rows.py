@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, disk_error
-from .evaluate.measure import same_file
+from .texts import same_file
 from .workshop import hold
 
 Row = dict[str, Any]

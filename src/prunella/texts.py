@@ -88,9 +88,12 @@ def same_text(source: str, tested: str) -> bool:
     one, other = _hub(source, "train"), _hub(tested, "test")
     if one or other:
         return one == other
-    return source == tested or (
-        Path(source).is_file() and Path(tested).is_file() and Path(source).samefile(Path(tested))
-    )
+    return source == tested or same_file(source, tested)
+
+
+def same_file(name: str, other: str) -> bool:
+    """Are these two names of one file or directory?"""
+    return Path(name).exists() and Path(other).exists() and Path(name).samefile(other)
 
 
 def endless(source: str) -> bool:

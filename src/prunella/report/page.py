@@ -20,7 +20,7 @@ from ..histogram import SPAN
 from ..outcome import LayerResult, mean
 from ..save import REPORT
 from . import charts
-from .report import Report, bos_words, layer_table
+from .report import Report, bos_words, layer_table, numbers
 
 WORST = 10
 
@@ -85,13 +85,13 @@ def page(report: Report, directory: str | Path = "pruned") -> str:
         name=title_of_model(report),
         sentence=sentence(report),
         facts=facts(report),
-        rows=[row for row in report.rows() if row[0] != "sample of text"],
+        rows=numbers(report.rows()),
         samples=samples(report),
         layers=[drawing for drawing in per_layer(blocks, kinds) if drawing.svg],
         worst=[(row[0], row[4], row[2], row[1]) for row in layer_table(worst(report.layers)[:WORST])],
         notes=report.notes(),
         histograms=[(kind, chart) for kind, chart in histograms if chart],
-        healing=[row for row in report.healing_rows() if row[0] != "sample of text"] if report.healing else [],
+        healing=numbers(report.healing_rows()) if report.healing else [],
         losses=[drawing for drawing in losses(report.healing) if drawing.svg],
         command=command(report, directory),
         versions=report.versions,

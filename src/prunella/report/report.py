@@ -19,6 +19,9 @@ from ..layers import UNSEEN, LeftOut
 from ..outcome import LayerResult, mean
 from ..save import REPORT
 
+SAMPLE = "sample of text"
+Rows = list[tuple[str, str, str]]
+
 
 @dataclass(frozen=True)
 class Report:
@@ -109,7 +112,7 @@ class Report:
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"'{path}' is damaged: {error}.") from None
 
-    def rows(self) -> list[tuple[str, str, str]]:
+    def rows(self) -> Rows:
         """Dense beside pruned, ready for a table: (what, dense, pruned)."""
 
         def size(side: Mapping[str, Any]) -> str:
@@ -130,25 +133,23 @@ class Report:
             ("seconds in all, evaluation too", "", f"{self.run['seconds'].get('all', 0):.1f}"),
             ("peak memory", "", f"{self.run['peak_memory'] / 1e9:.2f} GB"),
         ]
-        if self.dense.get("sample") and self.pruned.get("sample"):
-            rows.append(("sample of text", self.dense["sample"], self.pruned["sample"]))
-        return rows
+        return rows + _sample(self.dense, self.pruned)
 
     def _healed_card(self) -> str:
         if not self.healing:
             return ""
-        rows = "\n".join(f"| {a} | {b} | {c} |" for a, b, c in self.healing_rows() if a != "sample of text")
         told = "Then it was retrained, the mask held"
         if self.apart:
             told += "; what is in `adapter`, in PEFT's format, `PeftModel.from_pretrained` adds to the model"
-        return f"\n{told}:\n\n| | pruned | healed |\n| --- | --- | --- |\n{rows}\n"
+        table = _markdown("pruned", "healed", self.healing_rows())
+        return f"\n{told}:\n\n{table}\n"
 
     @property
     def apart(self) -> list[str]:
         """What training left in an adapter, beside the weights."""
         return list(self.healing.get("apart", ()))
 
-    def healing_rows(self) -> list[tuple[str, str, str]]:
+    def healing_rows(self) -> Rows:
         """Pruned beside healed, ready for a table: (what, pruned, healed)."""
         did, apart = self.healing, self.apart
         label, before = _perplexity_label(did["before"]), _perplexity(did["before"])
@@ -176,9 +177,7 @@ class Report:
         if did.get("processes", 1) > 1:
             how = "sharded" if did["sharded"] else "each with the whole model"
             rows.append(("processes", "", f"{did['processes']}, {how}"))
-        if did["before"].get("sample") and did["after"].get("sample"):
-            rows.append(("sample of text", did["before"]["sample"], did["after"]["sample"]))
-        return rows
+        return rows + _sample(did["before"], did["after"])
 
     @property
     def healed(self) -> str:
@@ -187,7 +186,7 @@ class Report:
         with_it = " with the adapter" if self.apart and after.get("perplexity") is not None else ""
         return _perplexity(after) + with_it
 
-    def outcome(self) -> list[tuple[str, str, str]]:
+    def outcome(self) -> Rows:
         """As `rows`, of what the directory holds: where it was healed, that is no longer what pruning left."""
         did = self.healing
         if not did:
@@ -198,10 +197,8 @@ class Report:
         rows[first] = dense, f"{pruned} before healing" + ("" if measured else ", not measured since")
         if measured:  # maybe on other windows
             rows[label] = rows.get(label, ("", ""))[0], f"{self.healed}, healed ({_perplexity(did['before'])} before)"
-        rows.pop("sample of text", None)
-        if self.dense.get("sample") and did["after"].get("sample"):
-            rows["sample of text"] = self.dense["sample"], did["after"]["sample"]
-        return [(what, dense, value) for what, (dense, value) in rows.items()]
+        rows.pop(SAMPLE, None)
+        return [(what, *both) for what, both in rows.items()] + _sample(self.dense, did["after"])
 
     def notes(self) -> list[str]:
         """What happened to single layers that a user should know."""
@@ -211,7 +208,6 @@ class Report:
     def card(self) -> str:
         """A model card that says what was done."""
         steps = " + ".join(name for step in self.recipe["steps"] for name in step)
-        rows = "\n".join(f"| {a} | {b} | {c} |" for a, b, c in self.rows() if a != "sample of text")
         base = self.model["name"]
         front = f"base_model: {base}\n" if "/" in base and not Path(base).exists() else ""
         calibration = self.recipe["calibration"]
@@ -239,9 +235,7 @@ tags:
 {self.sparsity:.1%} of the block weights of `{Path(base).name or base}` are zero: pruned in one shot with
 `{steps}` (pattern `{self.recipe["pattern"]}`), {text}.
 
-| | dense | pruned |
-| --- | --- | --- |
-{rows}
+{_markdown("dense", "pruned", self.rows())}
 {self._healed_card()}
 {load}, and `prunella.json` holds the
 recipe, the versions and what happened to every layer. The license is that of the original model.
@@ -254,6 +248,20 @@ def seen(directory: str | Path) -> str:
         return Report.read(directory).seen
     except ModelError:
         return ""
+
+
+def _sample(before: Mapping[str, Any], after: Mapping[str, Any]) -> Rows:
+    return [(SAMPLE, before["sample"], after["sample"])] if before.get("sample") and after.get("sample") else []
+
+
+def numbers(rows: Rows) -> Rows:
+    """The rows of a table without those that show a sample of text."""
+    return [row for row in rows if row[0] != SAMPLE]
+
+
+def _markdown(before: str, after: str, rows: Rows) -> str:
+    head = (f"| | {before} | {after} |", "| --- | --- | --- |")
+    return "\n".join((*head, *(f"| {a} | {b} | {c} |" for a, b, c in numbers(rows))))
 
 
 def _perplexity(side: Mapping[str, Any]) -> str:
