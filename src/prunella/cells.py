@@ -46,7 +46,7 @@ SHARED = ("model", "calibration", "bos", "evaluate", "dtype", "device")  # recip
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep. `method` and `cell` name its row and its column in tables, and nothing else does."""
+    """One run of a sweep, known by its `method` and `cell`: its row and its column in tables."""
 
     method: str
     cell: str

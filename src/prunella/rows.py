@@ -20,8 +20,8 @@ Key = tuple[str, str]  # method and cell, as tables show them
 class Rows:
     """The cells of a JSON Lines file that were made with the same settings; the last line of a cell counts.
 
-    Lines that were made with other settings stay in the file and out of sight; half a line, left by a run that
-    was killed while it wrote it, is passed over.
+    Lines with other settings stay in the file but are not read; neither is half a line, which a run leaves that is
+    killed while it writes.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
@@ -52,7 +52,7 @@ class Rows:
             yield
 
     def add(self, key: Key, row: Mapping[str, Any]) -> None:
-        """Write one row, to stay whatever happens next."""
+        """Write one row; it is on the disk when this returns."""
         whole = {"settings": self.settings, "method": key[0], "cell": key[1], **row}
         text = json.dumps(whole).encode() + b"\n"
         try:

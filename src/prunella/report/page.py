@@ -104,7 +104,7 @@ def page(report: Report, directory: str | Path = "pruned") -> str:
 
 
 def sentence(report: Report) -> str:
-    """What was done."""
+    """What was done, in a paragraph."""
     recipe, calibration = report.recipe, report.recipe["calibration"]
     text = f"{report.sparsity:.1%} of the block weights of {title_of_model(report)} are zero"
     if pruned_here(report):
@@ -127,7 +127,7 @@ def sentence(report: Report) -> str:
 
 
 def _moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """What became of the perplexity, if it was measured."""
+    """How the perplexity changed, as a sentence; nothing if it was not measured."""
     first, last = before.get("perplexity"), after.get("perplexity")
     if first is None or last is None:
         return ""
@@ -138,7 +138,7 @@ def _moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 
 
 def pruned_here(report: Report) -> bool:
-    """Does the report tell of the pruning, or of no more than the healing of a model that was pruned elsewhere?"""
+    """Did this report's run prune? Else it only healed a model that was pruned elsewhere."""
     return bool(report.run["seconds"])
 
 

@@ -72,7 +72,7 @@ class Report:
         return (zeros + sum(item.zeros for item in self.left_out)) / self.weights if self.weights else 0.0
 
     def _left(self) -> dict[str, list[int]]:
-        """{why: sizes} of all matrices that stayed as they were."""
+        """The sizes of all matrices that stayed as they were, {why: sizes}."""
         out: dict[str, list[int]] = {}
         for why, size in (
             *((item.why, item.weights) for item in self.left_out),
@@ -181,13 +181,13 @@ class Report:
 
     @property
     def healed(self) -> str:
-        """The perplexity of what healing left."""
+        """The perplexity after healing, in words."""
         after = self.healing["after"]
         with_it = " with the adapter" if self.apart and after.get("perplexity") is not None else ""
         return _perplexity(after) + with_it
 
     def outcome(self) -> Rows:
-        """As `rows`, of what the directory holds: where it was healed, that is no longer what pruning left."""
+        """As `rows`, with what the directory holds now: after healing, if there was any."""
         did = self.healing
         if not did:
             return self.rows()
@@ -276,7 +276,7 @@ def _perplexity_label(side: Mapping[str, Any]) -> str:
 
 
 def bos_words(bos: bool | None) -> str:
-    """How the windows of a perplexity begin; nothing where an older report does not say."""
+    """How the windows of a perplexity begin, in words; none for an older report, which does not say."""
     return "" if bos is None else "each with BOS" if bos else "without BOS"
 
 
