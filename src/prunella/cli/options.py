@@ -125,7 +125,7 @@ _KNOWN = {
     "steps": complete_by(lambda: catalogue.names("step")),
     "allocate": complete_by(lambda: catalogue.names("allocation")),
     "heal.train": complete_by(lambda: catalogue.names("healing")),
-    "order": complete_from("auto", "block", "layer"),
+    "order": complete_from("auto", "block", "layer", "back"),
     "heal.way": complete_from("retrain", "reconstruct"),
     "format": complete_from("dense", "packed"),
     "RECIPE": complete_by(recipes),
@@ -215,9 +215,10 @@ PRUNING = (
     ask(WHAT, "--allocate NAME", "allocate", "How sparsity is spread over layers. [default: uniform]"),
     ask(
         WHAT,
-        "--order block|layer",
+        "--order block|layer|back",
         "order",
-        "block: statistics of the dense block; layer: of what each layer really sees. [default: by memory and steps]",
+        "block: statistics of the dense block; layer: of what each layer really sees; back: with gradients."
+        " [default: by memory and steps]",
     ),
     ask(TEXT, "--calibration TEXT", "calibration.source", f"Where statistics come from: {SOURCES}. [default: pydoc]"),
     ask(TEXT, "--samples N", "calibration.samples", "Windows of calibration text. [default: 32]"),
