@@ -138,10 +138,10 @@ def sweep(
         "allocate": given.pop("allocate", []),
     }
     axes = {key: values for key, values in axes.items() if values}
-    grid, texts = given.pop("grid", []), given.pop("evaluate.source", None)
+    lists, texts = given.pop("grid", []), given.pop("evaluate.source", None)
     settings = [*settings_of(given), *(f"sparsity.{item}" for item in sparsity if "=" in item), *extra]
     name = at_revision(model, opening.pop("revision", None))
-    plan = complete_plan(plan, axes, grid, settings)
+    plan = complete_plan(plan, axes, lists, settings)
     results = run(name, plan, output, texts=texts, speed=speed, say=say, track=track, **opening, **trust)
     if json_:
         print(json.dumps(results.rows))

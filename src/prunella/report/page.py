@@ -257,10 +257,10 @@ def per_layer(blocks: Blocks, kinds: Sequence[str]) -> list[Drawing]:
         positive = [v for v in found.values() if v]
         log = what != "Sparsity" and bool(positive) and max(positive) > 20 * min(positive)
         title = f"{what} by block and layer"
-        grid = charts.heat(title, kinds, indices, found, say, log)
+        heat = charts.heat(title, kinds, indices, found, say, log)
         series = {kind: [(int(b), v) for b in indices if (v := found.get((b, kind))) is not None] for kind in kinds}
         curves = charts.lines(f"{what} from block to block", series, "block", what.lower(), say, log)
-        out.append(Drawing(title, grid, caption=caption))
+        out.append(Drawing(title, heat, caption=caption))
         out.append(Drawing(f"{what} from block to block", curves, charts.legend(kinds), caption))
     return out
 
