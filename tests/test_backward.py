@@ -16,7 +16,7 @@ from prunella import InputError, Model, ModelError, NumericalError, backward, lo
 from prunella.backward import Back, gradients
 from prunella.layers import find_layers
 from prunella.model.checkpoint import Checkpoint
-from prunella.model.open import wrap_model
+from prunella.tasks.text import wrap_model
 
 EXACT = ("llama", "gpt2", "mixtral")  # linear layers, transposed ones, experts
 Found = dict[tuple[str, int], Tensor]

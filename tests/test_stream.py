@@ -15,10 +15,10 @@ from torch import Tensor, nn
 import prunella
 from prunella import InputError, Layer, NumericalError, Pattern, keep, make, register
 from prunella.layers import find_layers, matches
-from prunella.model.open import wrap_model
 from prunella.pattern import unpack
 from prunella.registry import steps
 from prunella.stream import Stream, pick_order, through
+from prunella.tasks.text import wrap_model
 from prunella.watch import Target
 
 

@@ -25,25 +25,33 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from .calibrate import windows, with_bos
+from .calibrate import window_length, windows, with_bos
 from .errors import InputError, PrunellaError, unknown
-from .evaluate.measure import held_out_windows, same_file, window_length
+from .evaluate.measure import held_out_windows, same_file
 from .evaluate.perplexity import perplexity
 from .machine import free_memory
 from .model.network import Model
-from .model.open import load_model, wrap_model
 from .outcome import LayerResult
 from .progress import Track, no_track
 from .prune import prune
 from .recipe import Evaluation, Healing, Recipe, only_dense, override
 from .results import Results, Row
 from .sparse.format import SPAN, expected
+from .tasks.text import load_model, wrap_model
 from .texts import same_text
 from .workshop import hold
 
 Key = tuple[str, str]
 DENSE: Key = ("dense", "")
-SHARED = ("model", "calibration", "bos", "evaluate", "dtype", "device")  # recipe keys that all cells have in common
+SHARED = (
+    "model",
+    "task",
+    "calibration",
+    "bos",
+    "evaluate",
+    "dtype",
+    "device",
+)  # recipe keys that all cells have in common
 
 
 @dataclass(frozen=True)
@@ -380,6 +388,8 @@ def sweep(
     base = {key: value for key, value in plan.items() if key != "grid"}
     cells = cells_of(base, plan.get("grid") or {})
     recipe = Recipe.of({**base, "model": model})
+    if "text" not in recipe.task:
+        raise InputError("a sweep compares causal language models only, yet: leave the task out.")
     again: dict[str, Any] = {"tokenizer": tokenizer, "remote_code": remote_code, "pickles": pickles}
     opened = load_model(model, dtype=recipe.dtype, device=recipe.device, **again)
     wanted = recipe.calibration

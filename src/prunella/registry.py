@@ -5,13 +5,14 @@ Third parties register their own: `@register("mine")` in a file of theirs, then 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Method:
-    """A registered function and what its signature says."""
+    """A registered function or class and what its signature says."""
 
     name: str
     needs: frozenset[str]
@@ -144,27 +145,39 @@ def call(method: Method, where: str, due: type | tuple[type, ...], thing: Any, o
     If it does not come with Prunella, and fails or gives back something else than what is due, raises StepError, which
     says where; a PrunellaError, which it raises on purpose, passes, as does a full memory.
     """
-    if method.function.__module__.partition(".")[0] == __package__.partition(".")[0]:
-        return method.function(thing, **options)
-    kind = where.partition(" '")[0]
-    try:
+    with blamed(method.function, where):
         result = method.function(thing, **options)
-    except (PrunellaError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == _file(method)]
-        line = f", line {frames[-1].lineno} of {_file(method)}" if frames else ""
-        raise StepError(
-            f"{where}: {type(error).__name__}: {first_line(error)}; the defect is in the {kind}{line}."
-        ) from error
-    if not isinstance(result, due):
+    if not isinstance(result, due) and not _own(method.function):
         wanted = " or ".join(one.__name__ for one in (due if isinstance(due, tuple) else (due,)))
-        raise StepError(f"{where} returned {type(result).__name__}, not {wanted}; the defect is in the {kind}.")
+        raise StepError(f"{where} returned {type(result).__name__}, not {wanted}; the defect is in the {_kind(where)}.")
     return result
 
 
-def _file(method: Method) -> str:
-    return inspect.getsourcefile(method.function) or ""
+@contextlib.contextmanager
+def blamed(made: Any, where: str) -> Iterator[None]:
+    """What fails inside is a defect of the function or class `made`, if it does not come with Prunella: StepError says
+    where. A PrunellaError, which it raises on purpose, passes, as does a full memory."""
+    try:
+        yield
+    except (PrunellaError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if _own(made):
+            raise
+        file = getattr(sys.modules.get(made.__module__), "__file__", "")
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+        line = f", line {frames[-1].lineno} of {file}" if frames else ""
+        raise StepError(
+            f"{where}: {type(error).__name__}: {first_line(error)}; the defect is in the {_kind(where)}{line}."
+        ) from error
+
+
+def _own(made: Any) -> bool:
+    return bool(made.__module__.partition(".")[0] == __package__.partition(".")[0])
+
+
+def _kind(where: str) -> str:
+    return where.partition(" '")[0]
 
 
 def lookup(kind: str, methods: Mapping[str, Method], name: str) -> Method:
@@ -183,7 +196,8 @@ def lookup(kind: str, methods: Mapping[str, Method], name: str) -> Method:
 def checked(kind: str, method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options as the method's signature wants them. Raises InputError for an unknown one or a wrong value."""
     out = dict(options)
-    hints = typing.get_type_hints(method.function, include_extras=True)
+    made: Any = method.function
+    hints = typing.get_type_hints(made.__init__ if inspect.isclass(made) else made, include_extras=True)
     for key, value in options.items():
         if key not in method.options:
             raise InputError(unknown(f"option of {kind} {method.name}", key, method.options))

@@ -27,7 +27,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .compat import quiet_transformers
 from .errors import InputError, disk_error
 from .layers import Slot
 from .model.checkpoint import Checkpoint
@@ -129,8 +128,7 @@ class _DenseFiles:
         """Copy what no block holds."""
         checkpoint = self.model.checkpoint
         if checkpoint is None:
-            with quiet_transformers():
-                self.model.network.save_pretrained(self.folder)
+            self.model.task.save(self.model, self.folder)
             return
         for name, file in checkpoint.where.items():
             if name not in self.files[file].written:

@@ -42,6 +42,7 @@ from .options import (
     Set,
     Skip,
     Steps,
+    Task,
     Tokenizer,
     Train,
     Trust,
@@ -66,6 +67,7 @@ def prune(
     output: Out,
     revision: Revision = None,
     tokenizer: Tokenizer = None,
+    task: Task = None,
     step: Steps = None,
     sparsity: Annotated[
         list[str] | None,
@@ -127,6 +129,7 @@ def prune(
     values = Recipe.read(recipe) if recipe else {}
     flags: dict[str, Any] = {
         "model": model,
+        "task": task,
         "steps": step,
         "pattern": pattern,
         "skip": skip,

@@ -121,6 +121,17 @@ Steps = Annotated[
         autocompletion=methods_of("step"),
     ),
 ]
+Task = Annotated[
+    str | None,
+    of(
+        WHAT,
+        "--task",
+        metavar="NAME",
+        help="What the network is for, or your own: file.py:name. `prunella methods` lists them.",
+        default="text: a causal language model",
+        autocompletion=methods_of("task"),
+    ),
+]
 Skip = Annotated[list[str] | None, of(WHAT, metavar="LAYERS", help="Layers that stay dense, by name pattern; repeat.")]
 KeepZeros = Annotated[bool | None, flag(WHAT, "--keep-zeros", help="Zeros that the model comes with stay, and count.")]
 Order = Annotated[

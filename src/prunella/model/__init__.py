@@ -8,7 +8,7 @@
     names.py        hub id | local directory | .gguf file | built-in name  ->  directory
     checkpoint.py   tensors in safetensors files, read one by one
     network.py      Model: one block at a time has its weights
-    checks.py       what can be pruned, and what is refused
+    checks.py       what is refused of a network in memory
     open.py         a name, or a network in memory  ->  Model
 
 A program takes what it needs from `prunella` itself.

@@ -20,7 +20,7 @@ from ..grid import Grid
 from ..layers import Slot, find_layers
 from ..model.files import copy_companions
 from ..model.names import find_directory
-from ..model.open import load_model
+from ..tasks.text import load_model
 from ..tensors import (
     GRIDS,
     MASKS,
