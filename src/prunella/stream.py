@@ -8,6 +8,7 @@ How a block is called is not hard-coded but recorded, see calls.py.
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -26,12 +27,13 @@ from .layers import Slot, find_layers, unpruned
 from .machine import cache_directory, free_memory
 from .model.checkpoint import Checkpoint
 from .model.network import Model
+from .model.walk import LoadedBlock, Source
 from .outcome import BlockResult, LayerResult, share_of
 from .pattern import hold_zeros, pack
 from .progress import Track, no_track
 from .registry import Step, make
 from .types import Block, Layer, Stats
-from .watch import Stop, Target, Watch
+from .watch import Stop, Watch
 
 TOKENS = 2048  # that go through a block at a time, in `block` order
 SAMPLE = 512  # calibration tokens on which the error of each layer is measured
@@ -43,8 +45,8 @@ class Stream:
     """Hidden states on their way through the blocks of a model.
 
     >>> stream = Stream(model, windows)                                        # doctest: +SKIP
-    >>> for i in range(len(model.blocks)):                                     # doctest: +SKIP
-    ...     result = stream.prune(i, targets, steps, order="layer")
+    >>> for index, block in model.walk():                                      # doctest: +SKIP
+    ...     result = stream.prune(block, targets[index], steps)
 
     `order` says from which inputs statistics are made. `block`: one pass through the dense block shows the
     inputs of all its layers, and a second pass through the pruned block makes the next block's inputs; what
@@ -57,6 +59,8 @@ class Stream:
     `keep_zeros`: zeros that the weights come with stay zero, and count towards the sparsity (`hold_zeros`).
     `rounding`: bits and group of the grid to which pruned layers are rounded that no step has quantized; layers after
     them see what that does.
+    `start`: the weights that the steps begin with, and `masks` theirs, where the model is pruned already; the blocks
+    have the dense ones then, as always.
     """
 
     def __init__(
@@ -70,8 +74,12 @@ class Stream:
         rounding: tuple[int, int] | None = None,
         keep_zeros: bool = False,
         checkpoint: Checkpoint | None = None,
+        start: Source | None = None,
+        masks: Mapping[str, Tensor] | None = None,
     ):
         self.model = model
+        self.start = start
+        self.masks = masks or {}
         self.rounding = rounding
         self.keep_zeros = keep_zeros
         self.windows_NL = windows_NL
@@ -98,85 +106,106 @@ class Stream:
         self.hidden = streams[0]
         self.dense = streams[1] if beside else None  # what the dense model has in place of `hidden`
 
-    def advance(self, index: int, block: nn.Module, hidden: Hidden | None = None) -> None:
-        """Run block `index` (with its weights loaded) on all windows: its outputs become the hidden states (or
-        those in `hidden`)."""
+    def advance(self, block: LoadedBlock, hidden: Hidden | None = None) -> None:
+        """Run a block on all windows: its outputs become the hidden states (or those in `hidden`)."""
         hidden = self.hidden if hidden is None else hidden
         with torch.no_grad():
             for b in range(len(hidden)):
-                self.forward(index, block, hidden, b)
+                self.forward(block, hidden, b)
 
-    def forward(self, index: int, block: nn.Module, hidden: Hidden, batch: int, *, keep: bool = True) -> Tensor:
-        """Run block `index` on one batch of the hidden states, which move on if `keep` says so; what it puts out."""
-        out, beside = self.calls.batches[batch][index].run(block, hidden[batch], hidden.beside[batch])
+    def forward(self, block: LoadedBlock, hidden: Hidden, batch: int, *, keep: bool = True) -> Tensor:
+        """Run a block on one batch of the hidden states, which move on if `keep` says so; what it puts out."""
+        call = self.calls.batches[batch][block.index]
+        out, beside = call.run(block.module, hidden[batch], hidden.beside[batch])
         if keep:
             hidden[batch] = out
             hidden.beside[batch] = {key: map_tree(value, hidden.shelf.put) for key, value in beside.items()}
         return out
+
+    def fork(self, shelf: Shelf) -> Stream:
+        """Another stream whose hidden states, the same as now, go on by themselves and wait on that shelf."""
+        other = copy.copy(self)
+        other.hidden = self.hidden.copy(shelf)
+        return other
 
     def logits(self, batch: int) -> Tensor:
         """The model's logits for one batch of windows, once the hidden states have passed the last block."""
         return self.calls.logits(self.batches[batch], self.hidden[batch])
 
     def prune(
-        self, index: int, targets: Sequence[Target], steps: Sequence[Step], *, min_tokens: int = 32, last: bool = False
+        self,
+        block: LoadedBlock,
+        targets: Sequence[Target],
+        steps: Sequence[Step],
+        *,
+        min_tokens: int = 32,
+        last: bool = False,
     ) -> BlockResult:
-        """Apply `steps` to block `index`, write the weights into the network and move the hidden states on.
+        """Apply `steps` to a block, and move the hidden states on with what they made of it, unless it is the `last`.
+        The block itself stays as it is: who wants the new weights finds them in the result.
 
-        The block must be loaded. Layers that fewer than `min_tokens` tokens reached (experts that the router
-        seldom picks) are pruned by magnitude, and say so. Raises NumericalError, naming the layer, for NaN
-        or infinity in weights, inputs or results.
+        Layers that fewer than `min_tokens` tokens reached (experts that the router seldom picks) are pruned by
+        magnitude, and say so. Raises NumericalError, naming the layer, for NaN or infinity in weights, inputs or
+        results.
         """
         started = time.perf_counter()
-        name = self.model.blocks[index]
-        block = self.model.module(name)
         active = {t.slot.name: t for t in targets if t.sparsity > 0}
         for target in active.values():
             if not torch.isfinite(target.slot.view()).all():
                 raise NumericalError(f"layer '{target.slot.name}' has NaN or infinite weights before pruning.")
+        own = block.tensors()
+        begin = {} if self.start is None else block.read(self.start)
         others: dict[str, Tensor] = {}
-        if self.order == "layer":
-            layers = self._prune_on_arrival(index, name, block, active, steps, min_tokens)
-        else:
-            layers, others = self._prune_after_dense_pass(index, name, block, active, steps, min_tokens)
-            if not last:
-                self.advance(index, block)
-        results, masks, grids, changed = [], {}, {}, dict(others)
-        for target in targets:
-            slot = target.slot
-            if slot.name not in layers:
-                results.append(LayerResult.dense(target))
-                continue
-            result, masks[slot.name], grid = layers[slot.name]
-            results.append(result)
-            if grid is not None:
-                grids[slot.name] = grid
-            changed[slot.key] = getattr(slot.module, slot.parameter).data
-        return BlockResult(index, name, tuple(results), masks, grids, changed, time.perf_counter() - started)
+        with block.use({t.slot.key: own[t.slot.key].clone() for t in active.values()}):
+            if self.order == "layer":
+                layers = self._prune_on_arrival(block, active, steps, min_tokens, begin)
+            else:
+                layers, others = self._prune_after_dense_pass(block, active, steps, min_tokens, begin)
+                if not last:
+                    with block.use({**{k: v for k, v in begin.items() if k not in _keys(active)}, **others}):
+                        self.advance(block)
+            results, masks, grids, changed = [], {}, {}, dict(others)
+            for target in targets:
+                slot = target.slot
+                if slot.name not in layers:
+                    results.append(LayerResult.dense(target))
+                    continue
+                result, masks[slot.name], grid = layers[slot.name]
+                results.append(result)
+                if grid is not None:
+                    grids[slot.name] = grid
+                changed[slot.key] = getattr(slot.module, slot.parameter).data
+        seconds = time.perf_counter() - started
+        return BlockResult(block.index, block.name, tuple(results), masks, grids, changed, seconds)
 
-    def _layer(self, target: Target, stats: Stats) -> Layer:
+    def _layer(self, target: Target, stats: Stats, begin: Mapping[str, Tensor]) -> Layer:
         for value in (stats.sumsq_I, stats.sum_I):
             if value is not None and not torch.isfinite(value).all():
                 raise NumericalError(
-                    f"the inputs of layer '{target.slot.name}' hold NaN or infinity: the model overflows on the"
+                    f"the inputs of layer '{slot.name}' hold NaN or infinity: the model overflows on the"
                     " calibration text; use --dtype float32 or bfloat16."
                 )
-        weight_OI = target.slot.view()
-        if target.slot.transposed:
+        weight_OI = slot.view()
+        if slot.transposed:
             weight_OI = weight_OI.contiguous()
         notes: tuple[str, ...] = ()
         if self.keep_zeros and (zeros := share_of(weight_OI == 0)) > target.sparsity:
             notes = (f"came with {zeros:.1%} zeros, more than the {target.sparsity:.1%} asked for: all stay",)
-        return Layer(
-            target.slot.name,
+        slot = target.slot
+        layer = Layer(
+            slot.name,
             weight_OI,
             weight_OI,
             stats,
             target.sparsity,
             target.pattern,
-            bias_O=target.slot.bias(),
+            bias_O=slot.bias(),
             notes=notes,
         )
+        if slot.name in self.masks:
+            mask_OI = self.masks[slot.name].to(weight_OI.device)
+            return layer.pruned(slot.part(begin[slot.key]), mask_OI)
+        return layer
 
     def _starved(self, layer: Layer, steps: Sequence[Step], min_tokens: int) -> bool:
         return any(step.needs for step in steps) and layer.stats.tokens < min_tokens
@@ -209,7 +238,7 @@ class Stream:
         return layer.pruned(grid.round(layer.weight_OI), layer.mask_OI, grid=grid)
 
     def _dense_inputs(
-        self, index: int, block: nn.Module, active: Mapping[str, Target], batch: int, needs: frozenset[str]
+        self, block: LoadedBlock, active: Mapping[str, Target], batch: int, needs: frozenset[str]
     ) -> dict[str, Tensor]:
         """What the layers of the block, still dense, get from the dense model's hidden states, which move on; of
         layers that share an input, the first. Experts are left out: other tokens may be routed to them."""
@@ -218,25 +247,24 @@ class Stream:
             return inputs
         if "drift" not in needs:
             with torch.no_grad():
-                self.forward(index, block, self.dense, batch)
+                self.forward(block, self.dense, batch)
             return inputs
 
         def see(layer_name: str, x_TI: Tensor, same: bool) -> None:
-            if not same and active[layer_name].slot.expert is None:
+            if not same and active[layer_name].expert is None:
                 inputs[layer_name] = x_TI
 
         with torch.no_grad(), Watch(active, see):
-            self.forward(index, block, self.dense, batch)
+            self.forward(block, self.dense, batch)
         return inputs
 
     def _prune_on_arrival(
         self,
-        index: int,
-        name: str,
-        block: nn.Module,
+        block: LoadedBlock,
         active: Mapping[str, Target],
         steps: Sequence[Step],
         min_tokens: int,
+        begin: Mapping[str, Tensor],
     ) -> dict[str, Settled]:
         needs = frozenset().union(*[step.needs for step in steps])
         done: dict[str, Settled] = {}
@@ -248,29 +276,28 @@ class Stream:
                 return
             if not same:
                 stats = Stats.of(x_TI, needs, SAMPLE, dense.pop(layer_name, None))
-            layer = self._layer(active[layer_name], stats)
-            result = self._apply(Block(index, name, (layer,)), steps, min_tokens).layers[0]
+            layer = self._layer(active[layer_name], stats, begin)
+            result = self._apply(Block(block.index, block.name, (layer,)), steps, min_tokens).layers[0]
             done[layer_name] = _settle(result, active[layer_name])
 
-        dense = self._dense_inputs(index, block, active, 0, needs)
+        dense = self._dense_inputs(block, active, 0, needs)
         with torch.no_grad(), Watch(active, see):
-            self.forward(index, block, self.hidden, 0)
-        _check_seen(name, done, active)
+            self.forward(block, self.hidden, 0)
+        _check_seen(block.name, done, active)
         for layer_name, target in active.items():  # experts that no token reached
             if layer_name not in done:
-                layer = self._layer(target, Stats())
-                result = self._apply(Block(index, name, (layer,)), steps, max(1, min_tokens)).layers[0]
+                layer = self._layer(target, Stats(), begin)
+                result = self._apply(Block(block.index, block.name, (layer,)), steps, max(1, min_tokens)).layers[0]
                 done[layer_name] = _settle(result, target)
         return done
 
     def _prune_after_dense_pass(
         self,
-        index: int,
-        name: str,
-        block: nn.Module,
+        block: LoadedBlock,
         active: Mapping[str, Target],
         steps: Sequence[Step],
         min_tokens: int,
+        begin: Mapping[str, Tensor],
     ) -> tuple[dict[str, Settled], dict[str, Tensor]]:
         needs = frozenset().union(*[step.needs for step in steps])
         leader: dict[str, str] = {}  # layers fed by the same tensor share the statistics of the first of them
@@ -300,43 +327,41 @@ class Stream:
         batches = range(len(self.hidden)) if needs else range(1)
         with torch.no_grad():
             for batch in batches:
-                dense = self._dense_inputs(index, block, active, batch, needs)
+                dense = self._dense_inputs(block, active, batch, needs)
                 with contextlib.suppress(Stop), Watch(active, see):
-                    out = self.forward(index, block, self.hidden, batch, keep=False)
+                    out = self.forward(block, self.hidden, batch, keep=False)
                     if keep_outputs and same:
                         outputs.append(out)
                 whole = len(order) == len(active) and all(t.slot.expert is None for t in active.values())
-        _check_seen(name, leader, active)
+        _check_seen(block.name, leader, active)
         if all(step.per_layer for step in steps):  # one layer at a time: its new weight and statistics can go
             done: dict[str, Settled] = {}
             waiting = [leader.get(layer_name, layer_name) for layer_name in active]
-            for (layer_name, target), source in zip(active.items(), tuple(waiting), strict=True):
+            for (layer_name, slot), source in zip(active.items(), tuple(waiting), strict=True):
                 waiting.remove(source)
                 found = stats.get(source, Stats()) if source in waiting else stats.pop(source, Stats())
-                one = Block(index, name, (self._layer(target, found),))
+                one = Block(block.index, block.name, (self._layer(target, found, begin),))
                 with torch.no_grad():
-                    done[layer_name] = _settle(self._apply(one, steps, min_tokens).layers[0], target)
+                    done[layer_name] = _settle(self._apply(one, steps, min_tokens).layers[0], slot)
             return done, {}
-        layers = tuple(self._layer(t, stats.get(leader.get(n, n), Stats())) for n, t in active.items())
+        layers = tuple(self._layer(t, stats.get(leader.get(n, n), Stats()), begin) for n, t in active.items())
         weights = {id(getattr(t.slot.module, t.slot.parameter)) for t in active.values()}
-        own = {f"{name}.{key}": p for key, p in block.named_parameters() if id(p) not in weights}
+        own = {f"{block.name}.{key}": p.data for key, p in block.module.named_parameters() if id(p) not in weights}
         beside: Any = self.dense
         whole_block = Block(
-            index,
-            name,
+            block.index,
+            block.name,
             layers,
-            run=self._runner(index, block, active),
+            run=self._runner(block, active),
             windows=len(self.windows_NL),
             targets=(lambda n: self.window(n, outputs if same else beside)) if keep_outputs else None,
             dense=(lambda n: self.window(n, beside)) if "dense" in needs else None,
-            others={key: parameter.data for key, parameter in own.items()},
-            fixed=unpruned(block, name, {target.slot.key for target in active.values()}),
+            others={key: begin.get(key, value) for key, value in own.items()},
+            fixed=unpruned(block.module, block.name, _keys(active)),
         )
         with torch.no_grad():
             result = self._apply(whole_block, steps, min_tokens)
         changed = {key: value for key, value in result.others.items() if value is not whole_block.others[key]}
-        for key, value in changed.items():
-            own[key].data.copy_(value)
         return {la.name: _settle(la, active[la.name]) for la in result.layers}, changed
 
     def window(self, n: int, batches: Sequence[Tensor] | Hidden | None = None) -> Tensor:
@@ -345,16 +370,17 @@ class Stream:
         batch = (self.hidden if batches is None else batches)[n // size]
         return batch.narrow(self.calls.interface.batch, n % size, 1)
 
-    def _runner(self, index: int, block: nn.Module, active: Mapping[str, Target]) -> Callable[..., Tensor]:
+    def _runner(self, block: LoadedBlock, active: Mapping[str, Target]) -> Callable[..., Tensor]:
         """`Block.run`: the block on one window, with other weights in place of its own."""
+        module = block.module
         slots = {name: target.slot for name, target in active.items()}
-        prefix = self.model.blocks[index] + "."
+        prefix = block.name + "."
 
         def run(weights: Mapping[str, Tensor], n: int, at: str | None = None) -> Tensor:
             replaced: dict[str, Tensor] = {}
             parts: dict[str, list[tuple[Slot, Tensor]]] = {}  # of one parameter each, which is copied once
             for name, weight in weights.items():
-                slot = slots.get(name)
+                slot = active.get(name)
                 if slot is None:
                     replaced[name.removeprefix(prefix)] = weight
                     continue
@@ -364,7 +390,7 @@ class Stream:
                 else:
                     parts.setdefault(slot.key.removeprefix(prefix), []).append((slot, weight))
             for key, several in parts.items():
-                slot, parameter = several[0][0], block.get_parameter(key)
+                slot, parameter = several[0][0], module.get_parameter(key)
                 whole = slot.matrices(parameter)
                 rows = torch.tensor([one.expert for one, _ in several], device=parameter.device)
                 replaced[key] = whole.index_copy(0, rows, torch.stack([w for _, w in several])).view(parameter.shape)
@@ -372,7 +398,7 @@ class Stream:
                 with self.model.outside(head=False):
                     self.calls.record_windows(self.windows_NL)
             beside = self.hidden.beside[n // len(self.batches[0])]  # of this window alone, if there is anything
-            args, kwargs, _ = self.calls.windows[n][index].arguments(self.window(n), beside)
+            args, kwargs, _ = self.calls.windows[n][block.index].arguments(self.window(n), beside)
             out: Any = None
 
             def stop(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -380,19 +406,24 @@ class Stream:
                 out = output
                 raise Stop
 
-            watched = contextlib.nullcontext() if at is None else block.get_submodule(at).register_forward_hook(stop)
+            watched = contextlib.nullcontext() if at is None else module.get_submodule(at).register_forward_hook(stop)
             with contextlib.suppress(Stop), watched:
-                out = torch.func.functional_call(block, replaced, args, kwargs)
+                out = torch.func.functional_call(module, replaced, args, kwargs)
             return first(out)
 
         return run
 
 
+def _keys(active: Mapping[str, Target]) -> set[str]:
+    """The parameters that hold these layers."""
+    return {target.slot.key for target in active.values()}
+
+
 def _check_seen(block: str, seen: Collection[str], active: Mapping[str, Target]) -> None:
     """Raises DefectError for a layer of whose product nothing was seen; of a parameter with several matrices, such as
     the experts of a mixture, one is enough: the router need not pick them all."""
-    reached = {active[name].slot.key for name in seen}
-    unseen = [name for name, target in active.items() if target.slot.key not in reached]
+    reached = {active[name].key for name in seen}
+    unseen = [name for name, slot in active.items() if slot.key not in reached]
     if unseen:
         short = dict.fromkeys(name.removeprefix(f"{block}.") for name in unseen)
         raise DefectError(
@@ -415,7 +446,7 @@ def _only(stats: Stats, needs: frozenset[str]) -> Stats:
 Settled = tuple[LayerResult, Tensor, Grid | None]
 
 
-def _settle(layer: Layer, target: Target) -> Settled:
+def _settle(layer: Layer, slot: Slot) -> Settled:
     """Write the weight into the network; keep what the report needs, the mask as bits and the grid, nothing large and
     nothing on the device."""
     if layer.mask_OI is None:
@@ -425,10 +456,10 @@ def _settle(layer: Layer, target: Target) -> Settled:
     zero_OI = layer.dense_OI == 0
     result = LayerResult(
         layer.name,
-        target.slot.shape,
+        slot.shape,
         share_of(~layer.mask_OI | (zero_OI & (layer.weight_OI == 0))),
-        target.sparsity,
-        str(target.pattern),
+        slot.sparsity,
+        str(slot.pattern),
         layer.error(),  # before the dense weight is overwritten: the two share their memory
         layer.stats.tokens,
         layer.notes,
@@ -436,7 +467,7 @@ def _settle(layer: Layer, target: Target) -> Settled:
         histograms(layer.dense_OI, layer.weight_OI, layer.mask_OI),
         share_of(zero_OI),
     )
-    target.slot.view().copy_(layer.weight_OI)
+    slot.view().copy_(layer.weight_OI)
     return result, pack(layer.mask_OI), None if layer.grid is None else layer.grid.on(torch.device("cpu"))
 
 
@@ -479,7 +510,6 @@ def through(
 ) -> Stream:
     """A stream with no steps: all windows through all blocks, one block in memory at a time."""
     stream = Stream(model, windows_NL, checkpoint=checkpoint)
-    for index in track(range(len(model.blocks)), what, len(model.blocks)):
-        with model.block(index, checkpoint) as block:
-            stream.advance(index, block)
+    for _, block in model.walk(checkpoint, track=track, what=what):
+        stream.advance(block)
     return stream
