@@ -335,10 +335,10 @@ def _run(
     left: list[LeftOut] = []
     done = out.finished if out else []
     written = out.checkpoint if out and done else None
-    last = max(index for index, block in enumerate(targets) if any(target.sparsity > 0 for target in block))
+    last = max(index for index, block in enumerate(slots) if any(slot.sparsity > 0 for slot in block))
     for index, block in model.walk(track=track, what="pruning"):
         if index > last:  # all that follows stays dense: nothing has to flow through it
-            layers += [LayerResult.dense(target) for target in targets[index]]
+            layers += [LayerResult.dense(slot) for slot in slots[index]]
             left += left_out(block.module, block.name)
             continue
         if index < len(done):
@@ -353,9 +353,7 @@ def _run(
             continue
         torch.manual_seed(recipe.seed + index)  # a resumed run draws what an uninterrupted one does
         left += left_out(block.module, block.name)
-        result = stream.prune(
-            block, targets[index], steps, min_tokens=recipe.calibration.min_tokens, last=index == last
-        )
+        result = stream.prune(block, slots[index], steps, min_tokens=recipe.calibration.min_tokens, last=index == last)
         if out:
             with block.use(result.changed):
                 out.write(result)

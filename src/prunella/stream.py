@@ -46,7 +46,7 @@ class Stream:
 
     >>> stream = Stream(model, windows)                                        # doctest: +SKIP
     >>> for index, block in model.walk():                                      # doctest: +SKIP
-    ...     result = stream.prune(block, targets[index], steps)
+    ...     result = stream.prune(block, slots[index], steps)
 
     `order` says from which inputs statistics are made. `block`: one pass through the dense block shows the
     inputs of all its layers, and a second pass through the pruned block makes the next block's inputs; what
@@ -135,7 +135,7 @@ class Stream:
     def prune(
         self,
         block: LoadedBlock,
-        targets: Sequence[Target],
+        slots: Sequence[Slot],
         steps: Sequence[Step],
         *,
         min_tokens: int = 32,
@@ -149,14 +149,14 @@ class Stream:
         results.
         """
         started = time.perf_counter()
-        active = {t.slot.name: t for t in targets if t.sparsity > 0}
-        for target in active.values():
-            if not torch.isfinite(target.slot.view()).all():
-                raise NumericalError(f"layer '{target.slot.name}' has NaN or infinite weights before pruning.")
+        active = {slot.name: slot for slot in slots if slot.sparsity > 0}
+        for slot in active.values():
+            if not torch.isfinite(slot.view()).all():
+                raise NumericalError(f"layer '{slot.name}' has NaN or infinite weights before pruning.")
         own = block.tensors()
         begin = {} if self.start is None else block.read(self.start)
         others: dict[str, Tensor] = {}
-        with block.use({t.slot.key: own[t.slot.key].clone() for t in active.values()}):
+        with block.use({slot.key: own[slot.key].clone() for slot in active.values()}):
             if self.order == "layer":
                 layers = self._prune_on_arrival(block, active, steps, min_tokens, begin)
             else:
@@ -165,10 +165,9 @@ class Stream:
                     with block.use({**{k: v for k, v in begin.items() if k not in _keys(active)}, **others}):
                         self.advance(block)
             results, masks, grids, changed = [], {}, {}, dict(others)
-            for target in targets:
-                slot = target.slot
+            for slot in slots:
                 if slot.name not in layers:
-                    results.append(LayerResult.dense(target))
+                    results.append(LayerResult.dense(slot))
                     continue
                 result, masks[slot.name], grid = layers[slot.name]
                 results.append(result)
@@ -178,7 +177,7 @@ class Stream:
         seconds = time.perf_counter() - started
         return BlockResult(block.index, block.name, tuple(results), masks, grids, changed, seconds)
 
-    def _layer(self, target: Target, stats: Stats, begin: Mapping[str, Tensor]) -> Layer:
+    def _layer(self, slot: Slot, stats: Stats, begin: Mapping[str, Tensor]) -> Layer:
         for value in (stats.sumsq_I, stats.sum_I):
             if value is not None and not torch.isfinite(value).all():
                 raise NumericalError(
@@ -189,16 +188,15 @@ class Stream:
         if slot.transposed:
             weight_OI = weight_OI.contiguous()
         notes: tuple[str, ...] = ()
-        if self.keep_zeros and (zeros := share_of(weight_OI == 0)) > target.sparsity:
-            notes = (f"came with {zeros:.1%} zeros, more than the {target.sparsity:.1%} asked for: all stay",)
-        slot = target.slot
+        if self.keep_zeros and (zeros := share_of(weight_OI == 0)) > slot.sparsity:
+            notes = (f"came with {zeros:.1%} zeros, more than the {slot.sparsity:.1%} asked for: all stay",)
         layer = Layer(
             slot.name,
             weight_OI,
             weight_OI,
             stats,
-            target.sparsity,
-            target.pattern,
+            slot.sparsity,
+            slot.pattern,
             bias_O=slot.bias(),
             notes=notes,
         )
@@ -238,7 +236,7 @@ class Stream:
         return layer.pruned(grid.round(layer.weight_OI), layer.mask_OI, grid=grid)
 
     def _dense_inputs(
-        self, block: LoadedBlock, active: Mapping[str, Target], batch: int, needs: frozenset[str]
+        self, block: LoadedBlock, active: Mapping[str, Slot], batch: int, needs: frozenset[str]
     ) -> dict[str, Tensor]:
         """What the layers of the block, still dense, get from the dense model's hidden states, which move on; of
         layers that share an input, the first. Experts are left out: other tokens may be routed to them."""
@@ -261,7 +259,7 @@ class Stream:
     def _prune_on_arrival(
         self,
         block: LoadedBlock,
-        active: Mapping[str, Target],
+        active: Mapping[str, Slot],
         steps: Sequence[Step],
         min_tokens: int,
         begin: Mapping[str, Tensor],
@@ -284,17 +282,17 @@ class Stream:
         with torch.no_grad(), Watch(active, see):
             self.forward(block, self.hidden, 0)
         _check_seen(block.name, done, active)
-        for layer_name, target in active.items():  # experts that no token reached
+        for layer_name, slot in active.items():  # experts that no token reached
             if layer_name not in done:
-                layer = self._layer(target, Stats(), begin)
+                layer = self._layer(slot, Stats(), begin)
                 result = self._apply(Block(block.index, block.name, (layer,)), steps, max(1, min_tokens)).layers[0]
-                done[layer_name] = _settle(result, target)
+                done[layer_name] = _settle(result, slot)
         return done
 
     def _prune_after_dense_pass(
         self,
         block: LoadedBlock,
-        active: Mapping[str, Target],
+        active: Mapping[str, Slot],
         steps: Sequence[Step],
         min_tokens: int,
         begin: Mapping[str, Tensor],
@@ -332,7 +330,7 @@ class Stream:
                     out = self.forward(block, self.hidden, batch, keep=False)
                     if keep_outputs and same:
                         outputs.append(out)
-                whole = len(order) == len(active) and all(t.slot.expert is None for t in active.values())
+                whole = len(order) == len(active) and all(slot.expert is None for slot in active.values())
         _check_seen(block.name, leader, active)
         if all(step.per_layer for step in steps):  # one layer at a time: its new weight and statistics can go
             done: dict[str, Settled] = {}
@@ -340,12 +338,12 @@ class Stream:
             for (layer_name, slot), source in zip(active.items(), tuple(waiting), strict=True):
                 waiting.remove(source)
                 found = stats.get(source, Stats()) if source in waiting else stats.pop(source, Stats())
-                one = Block(block.index, block.name, (self._layer(target, found, begin),))
+                one = Block(block.index, block.name, (self._layer(slot, found, begin),))
                 with torch.no_grad():
                     done[layer_name] = _settle(self._apply(one, steps, min_tokens).layers[0], slot)
             return done, {}
         layers = tuple(self._layer(t, stats.get(leader.get(n, n), Stats()), begin) for n, t in active.items())
-        weights = {id(getattr(t.slot.module, t.slot.parameter)) for t in active.values()}
+        weights = {id(getattr(slot.module, slot.parameter)) for slot in active.values()}
         own = {f"{block.name}.{key}": p.data for key, p in block.module.named_parameters() if id(p) not in weights}
         beside: Any = self.dense
         whole_block = Block(
@@ -370,10 +368,9 @@ class Stream:
         batch = (self.hidden if batches is None else batches)[n // size]
         return batch.narrow(self.calls.interface.batch, n % size, 1)
 
-    def _runner(self, block: LoadedBlock, active: Mapping[str, Target]) -> Callable[..., Tensor]:
+    def _runner(self, block: LoadedBlock, active: Mapping[str, Slot]) -> Callable[..., Tensor]:
         """`Block.run`: the block on one window, with other weights in place of its own."""
         module = block.module
-        slots = {name: target.slot for name, target in active.items()}
         prefix = block.name + "."
 
         def run(weights: Mapping[str, Tensor], n: int, at: str | None = None) -> Tensor:
@@ -414,12 +411,12 @@ class Stream:
         return run
 
 
-def _keys(active: Mapping[str, Target]) -> set[str]:
+def _keys(active: Mapping[str, Slot]) -> set[str]:
     """The parameters that hold these layers."""
-    return {target.slot.key for target in active.values()}
+    return {slot.key for slot in active.values()}
 
 
-def _check_seen(block: str, seen: Collection[str], active: Mapping[str, Target]) -> None:
+def _check_seen(block: str, seen: Collection[str], active: Mapping[str, Slot]) -> None:
     """Raises DefectError for a layer of whose product nothing was seen; of a parameter with several matrices, such as
     the experts of a mixture, one is enough: the router need not pick them all."""
     reached = {active[name].key for name in seen}

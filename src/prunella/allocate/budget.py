@@ -68,7 +68,7 @@ class Budget:
         known = self.shared.get(key, {} if key[0] else dict.fromkeys(self.free, Stats()))
         if known:
             for index, block in self.model.walk():
-                layers = [_dense(t, known[t.slot.name]) for t in self.targets[index] if t.slot.name in known]
+                layers = [_dense(slot, known[slot.name]) for slot in self.slots[index] if slot.name in known]
                 if layers:
                     seen.append(visit(Block(index, block.name, tuple(layers))))
             return seen
@@ -84,7 +84,7 @@ class Budget:
         stream = Stream(self.model, self.windows_NL)
         last = len(self.model.blocks) - 1
         for index, block in self.model.walk(track=self.track, what="allocating"):
-            wanted = [replace(t, sparsity=0.5) for t in self.targets[index] if t.slot.name in self.free]
+            wanted = [replace(slot, sparsity=0.5) for slot in self.slots[index] if slot.name in self.free]
             if wanted:
                 stream.prune(block, wanted, [step], min_tokens=0, last=index == last)
             else:
