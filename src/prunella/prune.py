@@ -166,17 +166,8 @@ def _prune(
     if recipe.packing is not None and not hasattr(opened.network, "save_pretrained"):
         kind = type(opened.network).__name__
         raise InputError(f"packed files are of transformers models, and a {kind} is none: leave --format packed out.")
-    blind = calibration is None and not task.reads(opened) and not reads_samples(recipe)
     with blamed(type(task), f"task '{task.name}'"):
-        if blind:  # something has to pass through the blocks, and nobody looks at it
-            samples = Samples.of(task.example(opened.network))
-        elif calibration is None:
-            own = recipe.make_task(wanted.length)
-            samples = own.samples(opened, wanted.source, wanted.samples, seed=recipe.seed)
-        elif isinstance(calibration, Tensor):
-            samples = Samples(({task.argument: calibration},))
-        else:
-            samples = Samples.of(calibration)
+        samples, blind = _calibration(opened, recipe, calibration)
         task.check(opened, samples)
         measured = held_out(opened, recipe, task.size(samples))
     ids_NL = samples.groups[0]["input_ids"]
@@ -277,6 +268,19 @@ def _prune(
             out.close()
         elif shop:
             shop.close()
+
+
+def _calibration(model: Model, recipe: Recipe, given: Tensor | Samples | None) -> tuple[Samples, bool]:
+    """What statistics are made from, and whether nobody looks at it."""
+    task, wanted = model.task, recipe.calibration
+    if isinstance(given, Tensor):
+        return Samples(({task.argument: given},)), False
+    if given is not None:
+        return Samples.of(given), False
+    if not task.reads(model) and not reads_samples(recipe):  # something has to pass through the blocks
+        return Samples.of(task.example(model.network)), True
+    own = recipe.make_task(wanted.length)
+    return own.samples(model, wanted.source, wanted.samples, seed=recipe.seed), False
 
 
 def choose_slots(model: Model, recipe: Recipe) -> list[list[Slot]]:

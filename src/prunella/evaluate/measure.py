@@ -57,12 +57,14 @@ def measure(
 ) -> dict[str, Any]:
     """The task's scores on held-out samples and something that the model makes; of the weights in `checkpoint`, if one
     is given."""
+    task = model.task
+    figure = {} if task.figure == "perplexity" else {"figure": task.figure}
     if samples is None:
-        return {**model.task.scores(model, Samples(()), ()), "sample": None}
+        return {**figure, **task.scores(model, Samples(()), ()), "sample": None}
     samples = Samples.of(samples)
     losses = measured(model, samples, checkpoint=checkpoint, track=track)
-    scores = model.task.scores(model, samples, losses)
-    return {"source": recipe.evaluate.source, **scores, "sample": model.task.specimen(model, checkpoint)}
+    scores = task.scores(model, samples, losses)
+    return {"source": recipe.evaluate.source, **figure, **scores, "sample": task.specimen(model, checkpoint)}
 
 
 def measure_once(

@@ -133,7 +133,8 @@ class Task(ABC):
     # --- what a report says
 
     def scores(self, model: Model, samples: Samples, losses: Sequence[float]) -> dict[str, Any]:
-        """What a report says of the losses of samples; of no samples, that nothing was measured."""
+        """What a report says of the losses of samples, `figure` and `samples` (how many) among it; of none, that
+        nothing was measured."""
         if not losses:
             return {"loss": None}
         return {"samples": len(losses), "loss": sum(losses) / len(losses), "losses": list(losses)}
