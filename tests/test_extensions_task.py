@@ -19,6 +19,8 @@ from prunella.allocate import allocations
 from prunella.registry import steps
 from prunella.samples import Samples
 
+pytest.importorskip("prunella.model.cut")  # what finds the blocks of any network
+
 FILE = Path(__file__).parent / "extensions" / "toy_task.py"
 TASK = f"{FILE}:toy"
 NEEDS_TEXT = {"probe", "ramp"}  # allocations that hold out windows of text
@@ -150,7 +152,9 @@ def test_tied_weights_are_saved_once(tmp_path: Path) -> None:
 def test_what_does_not_fit_a_toy_is_refused_in_one_line(toy: Path, tmp_path: Path) -> None:
     wanda = {"task": TASK, "steps": ["wanda"]}
 
-    def refused(message: str, recipe: Any = None, net: Any = None, kind: type[Exception] = InputError, **more: Any) -> None:
+    def refused(
+        message: str, recipe: Any = None, net: Any = None, kind: type[Exception] = InputError, **more: Any
+    ) -> None:
         with pytest.raises(kind, match=message) as error:
             prunella.prune(network() if net is None else net, {**wanda, **(recipe or {})}, **more)
         assert "\n" not in str(error.value)
@@ -198,5 +202,3 @@ def test_it_shows_up_among_the_methods_once_it_is_imported(run: Callable[..., An
     (row,) = [row for row in json.loads(run("methods", "--json").out) if row["name"] == "toy"]
     assert (row["kind"], row["summary"]) == ("task", "Turn eight numbers around.")
     assert row["options"] == {"width": 16, "noise": 0.0}
-
-

@@ -133,7 +133,7 @@ def test_samples_are_taken_in_place_of_the_recipes(ids: Tensor) -> None:
         report = prunella.prune(network, {"steps": ["wanda"]}, calibration=calibration)
         found.append(network.state_dict())
         assert report.recipe["calibration"] == {"source": "pydoc", "samples": 5, "length": 32, "min_tokens": 32}
-    assert all(torch.equal(one, two) for other in found[1:] for one, two in zip(*map(dict.values, (found[0], other))))
+    assert all(torch.equal(tensor, other[name]) for other in found[1:] for name, tensor in found[0].items())
     with pytest.raises(InputError, match="samples of text are token ids, `input_ids`; these are pixel_values"):
         prunella.prune(tiny.build(), {"steps": ["wanda"]}, calibration=Samples.of({"pixel_values": ids}))
 

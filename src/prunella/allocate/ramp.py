@@ -1,6 +1,7 @@
 """Ramp: sparsity rises from block to block, as steeply as held-out text likes it."""
 
 import math
+from dataclasses import replace
 
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
