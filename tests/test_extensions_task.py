@@ -115,7 +115,7 @@ def test_the_command_line_prunes_what_the_task_opens(toy: Path, tmp_path: Path, 
     assert sorted(masks) == ["first.0", "second"]
     assert all((tensors[f"{name}.weight"][~mask] == 0).all() for name, mask in masks.items())
     assert report.pruned["bytes"] == sum(tensor.nbytes for tensor in tensors.values()) == report.dense["bytes"]
-    assert f"It is of task `{TASK}`" in (out / "README.md").read_text()
+    assert "It is of task `toy_task.py:toy`" in (out / "README.md").read_text()
     again = prunella.prune(str(toy), report.recipe, output=tmp_path / "again")
     assert again.layers == report.layers
     twice = prunella.prune(str(out), {**report.recipe, "sparsity": 0.75}, output=tmp_path / "twice")

@@ -14,7 +14,7 @@ import typing as _typing
 from . import sparse as _sparse  # registers the packed format with transformers
 
 if _typing.TYPE_CHECKING:
-    from .backward import gradients
+    from .back import gradients
     from .errors import InputError, ModelError, NumericalError, PrunellaError, StatisticError
     from .evaluate.perplexity import perplexity
     from .heal.run import heal
@@ -25,6 +25,7 @@ if _typing.TYPE_CHECKING:
     from .recipe import Recipe
     from .registry import Step, make, register
     from .report import Report
+    from .statistics import register_statistic
     from .tasks import Task, register_task
     from .tasks.text import Perplexity, load_model, wrap_model
     from .tensors import read_masks
@@ -58,12 +59,13 @@ __all__ = [
     "prune",
     "read_masks",
     "register",
+    "register_statistic",
     "register_task",
     "wrap_model",
 ]
 
 _HOMES = {
-    "backward": ("gradients",),
+    "back": ("gradients",),
     "errors": ("InputError", "ModelError", "NumericalError", "PrunellaError", "StatisticError"),
     "evaluate.perplexity": ("perplexity",),
     "heal.run": ("heal",),
@@ -74,6 +76,7 @@ _HOMES = {
     "recipe": ("Recipe",),
     "registry": ("Step", "make", "register"),
     "report": ("Report",),
+    "statistics": ("register_statistic",),
     "tasks": ("Task", "register_task"),
     "tasks.text": ("Perplexity", "load_model", "wrap_model"),
     "tensors": ("read_masks",),

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from .allocate import Budget
+from .back import prune_back
 from .errors import InputError, PrunellaError, ReadError, kept
 from .evaluate.measure import held_out, measure_once, whole_name
 from .evaluate.overlap import joined
+from .foreign import blamed
 from .layers import LeftOut, Slot, left_out, matches, survey
 from .machine import fork_random, most_memory
 from .model.checks import check_plain, check_saveable
@@ -23,7 +25,6 @@ from .model.network import Model
 from .outcome import LayerResult
 from .progress import Track, Watcher, no_track
 from .recipe import Recipe
-from .registry import BESIDE, blamed
 from .report import Report, peak_memory, seen
 from .samples import Samples
 from .save import Output, begun_as, identity
@@ -163,7 +164,7 @@ def _prune(
     allocation = recipe.make_allocation()
     slots = choose_slots(opened, recipe)
     task, wanted = opened.task, recipe.calibration
-    if recipe.packing is not None and not hasattr(opened.network, "save_pretrained"):
+    if recipe.format == "packed" and not hasattr(opened.network, "save_pretrained"):
         kind = type(opened.network).__name__
         raise InputError(f"packed files are of transformers models, and a {kind} is none: leave --format packed out.")
     with blamed(type(task), f"task '{task.name}'"):
@@ -200,7 +201,7 @@ def _prune(
             raise InputError("nothing is left to prune: every layer is skipped or has sparsity 0.")
         if path is not None and shop is not None:
             run = identity(opened.checkpoint, recipe.plain(), samples.tensors)
-            out = Output(path, opened, active, run, shop, recipe.packing)
+            out = Output(path, opened, active, run, shop, recipe.make_store())
             opened.scratch = shop.directory
         clock = time.perf_counter()
         dense = measure_once(out, "dense", opened, recipe, measured, None, track)
@@ -215,7 +216,7 @@ def _prune(
         slots = [[replace(s, sparsity=shares.get(s.name, s.sparsity)) for s in block] for block in slots]
         seconds["allocate"] = time.perf_counter() - clock
         clock = time.perf_counter()
-        layers, left = _run(opened, recipe, slots, ids_NL, out, track)
+        layers, left = (prune_back if order == "back" else _run)(opened, recipe, slots, ids_NL, out, track)
         if blind:
             layers = [replace(layer, error=None, tokens=0) for layer in layers]
         seconds["prune"] = time.perf_counter() - clock
@@ -333,7 +334,7 @@ def _run(
     order: Literal["layer", "block"] = "layer" if recipe.order == "layer" else "block"
     if order == "block" and not any(step.needs for step in steps):  # errors are measured on the first batch alone
         ids_NL = ids_NL[: max(1, TOKENS // ids_NL.shape[1])]
-    beside = any(step.needs & BESIDE for step in steps)
+    beside = any(step.beside for step in steps)
     stream = Stream(model, ids_NL, order=order, beside=beside, rounding=recipe.rounding, keep_zeros=recipe.keep_zeros)
     layers: list[LayerResult] = []
     left: list[LeftOut] = []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..model.checkpoint import Checkpoint
+from ..model.checkpoint import Source
 from ..model.network import Model
 from ..progress import Track
 from ..recipe import Recipe
@@ -38,11 +38,6 @@ def held_out_windows(model: Model, recipe: Recipe, used: int) -> Tensor | None:
     return None if found is None else found.groups[0]["input_ids"]
 
 
-def same_file(name: str, other: str) -> bool:
-    """Are these two names of one file or directory?"""
-    return Path(name).exists() and Path(other).exists() and Path(name).samefile(other)
-
-
 def whole_name(source: str) -> str:
     """A source as it can be found from anywhere."""
     return os.path.abspath(source) if Path(source).is_file() else source
@@ -52,7 +47,7 @@ def measure(
     model: Model,
     recipe: Recipe,
     samples: Samples | Tensor | None,
-    checkpoint: Checkpoint | None,
+    checkpoint: Source | None,
     track: Track,
 ) -> dict[str, Any]:
     """The task's scores on held-out samples and something that the model makes; of the weights in `checkpoint`, if one
@@ -73,7 +68,7 @@ def measure_once(
     model: Model,
     recipe: Recipe,
     samples: Samples | Tensor | None,
-    checkpoint: Checkpoint | None,
+    checkpoint: Source | None,
     track: Track,
 ) -> dict[str, Any]:
     """As `measure`; a run that resumes does not measure the same side (dense, pruned, …) on the same samples again."""

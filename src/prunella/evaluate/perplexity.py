@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..calibrate import check_windows
 from ..errors import NumericalError
-from ..model.checkpoint import Checkpoint
+from ..model.checkpoint import Source
 from ..model.network import Model
 from ..progress import Track, no_track
 from ..samples import Samples
@@ -19,7 +19,7 @@ from ..tasks.text import Perplexity
 
 
 def perplexity(
-    model: Model, windows_NL: Tensor, *, checkpoint: Checkpoint | None = None, track: Track = no_track
+    model: Model, windows_NL: Tensor, *, checkpoint: Source | None = None, track: Track = no_track
 ) -> Perplexity:
     """The model's perplexity, measured block by block, so that the model may be larger than memory.
 
@@ -40,7 +40,7 @@ def perplexity(
 
 
 def measured(
-    model: Model, samples: Samples, *, checkpoint: Checkpoint | None = None, track: Track = no_track
+    model: Model, samples: Samples, *, checkpoint: Source | None = None, track: Track = no_track
 ) -> list[float]:
     """The task's loss of each sample, as `perplexity` makes it of windows. Raises NumericalError."""
     windows_NL, figure = samples.groups[0]["input_ids"], model.task.figure
@@ -51,7 +51,7 @@ def measured(
     return every
 
 
-def losses(stream: Stream, checkpoint: Checkpoint | None = None) -> list[float]:
+def losses(stream: Stream, checkpoint: Source | None = None) -> list[float]:
     """The task's loss of each sample that has passed all blocks."""
     out: list[float] = []
     with stream.model.outside(checkpoint=checkpoint), torch.no_grad():
@@ -61,7 +61,7 @@ def losses(stream: Stream, checkpoint: Checkpoint | None = None) -> list[float]:
     return out
 
 
-def _culprit(model: Model, windows_NL: Tensor, checkpoint: Checkpoint | None) -> str:
+def _culprit(model: Model, windows_NL: Tensor, checkpoint: Source | None) -> str:
     """The tensor that is damaged or, if none is, the block that overflows first."""
 
     def damaged(inside: str | None) -> str | None:

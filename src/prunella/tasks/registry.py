@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from ..registry import Method, blamed, checked, lookup
+from ..foreign import blamed
+from ..registry import Method, checked, lookup
 from .task import Task
 
 T = TypeVar("T", bound=type[Task])

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ..compat import quiet_transformers
 from ..errors import InputError, ModelError, first_line
+from ..foreign import blamed
 from ..model.files import SINGLE
 from ..model.open import wrap
-from ..registry import blamed
 
 if TYPE_CHECKING:
-    from ..model.checkpoint import Checkpoint
+    from ..model.checkpoint import Source
     from ..model.network import Model
     from ..samples import Batch, Samples
 
@@ -139,7 +139,7 @@ class Task(ABC):
             return {"loss": None}
         return {"samples": len(losses), "loss": sum(losses) / len(losses), "losses": list(losses)}
 
-    def specimen(self, model: Model, checkpoint: Checkpoint | None = None) -> str | None:
+    def specimen(self, model: Model, checkpoint: Source | None = None) -> str | None:
         """Something that the model makes, for a reader to look at; of the weights in `checkpoint`, if one is given."""
         return None
 

@@ -23,7 +23,7 @@ from .registry import register_task
 from .task import Task
 
 if TYPE_CHECKING:
-    from ..model.checkpoint import Checkpoint
+    from ..model.checkpoint import Source
     from ..model.network import Model
 
 PROMPT = "The most important thing about a garden is"
@@ -117,7 +117,7 @@ class Text(Task):
         found = Perplexity.of(losses, ids_NL.shape[1])
         return {"text": samples.digest, "bos": with_bos(model, ids_NL), **found.as_dict()}
 
-    def specimen(self, model: Model, checkpoint: Checkpoint | None = None, tokens: int = 24) -> str | None:
+    def specimen(self, model: Model, checkpoint: Source | None = None, tokens: int = 24) -> str | None:
         """A greedy continuation of a fixed prompt, where the whole model fits comfortably in memory."""
         size = model.parameters * model.dtype.itemsize
         if model.checkpoint is not None and size > free_memory(model.device) // 3:
