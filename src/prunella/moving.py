@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .layers import find_layers
-from .model.open import wrap_model
 from .outcome import BlockResult
 from .pattern import unpack
 from .prune import prune
 from .recipe import Recipe
+from .tasks.text import wrap_model
 from .train.loop import Update
 from .train.parts import Chosen, attach, detach, parts_of
 

@@ -9,5 +9,5 @@ OnStep = Callable[[int, int, float | None], None]  # of training: steps done, st
 
 
 def no_track(items: Iterable[int], description: str, total: int) -> Iterable[int]:
-    """Progress that nobody watches."""
+    """Show no progress."""
     return items

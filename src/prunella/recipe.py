@@ -16,6 +16,8 @@ from pydantic.fields import FieldInfo
 from .allocate import Allocation, allocations, make_allocation
 from .errors import InputError, unknown
 from .registry import Step, find, lookup, make, steps
+from .store import MakeStore, find_store, make_store
+from .tasks import Task, find_task, make_task, tasks
 from .train.parts import Group, groups, make_group
 from .train.retrain import retrain
 from .types import Pattern
@@ -166,10 +168,19 @@ class Healing(_Part):
         return [make_group(name, {**own, **options, **rate}) for item in self.train for name, options in item.items()]
 
 
+def _method(kind: str, value: Any) -> dict[str, dict[str, Any]]:
+    """A name, or {name: {option: value}}, as the latter."""
+    value = {value: {}} if isinstance(value, str) else value
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise ValueError(f"{kind}: {value!r} should be one name, or {{name: {{option: value}}}}")
+    return {name: dict(options or {}) for name, options in value.items()}
+
+
 class Recipe(_Part):
     """Everything a run is, and the only configuration there is. `Recipe.of` makes one from plain data.
 
     model:    hub id, directory, .gguf file or built-in name
+    task:     what the network is for: a name, or `{name: {option: value}}`
     calibration: the text that statistics are made from: `source`, `samples` (windows), `length` (tokens in each),
               `min_tokens` (a layer that fewer tokens reach is pruned by magnitude)
     pattern:  where zeros may stand: `unstructured`, `N:M` (N kept of M) or `RxC` (blocks), see `Pattern`
@@ -185,7 +196,7 @@ class Recipe(_Part):
               first, with gradients; `auto`: `back` where a step reads gradients, `layer` where every step looks at
               single layers, one of them at their inputs, and the activations are less than 8 GiB
     evaluate: the text on which dense and pruned perplexity are compared: `source` (null: none), `windows`, `length`
-    format:   how the weights are saved: `dense`, zeros and all, or `packed`, without them
+    format:   the store that the weights are saved in: `dense`, zeros and all, or `packed`, without them
     bits:     packed weights that no step has quantized are rounded to 8 or 4 bits; null: they keep their dtype
     group:    inputs that share a scale, a multiple of 128; 0: whole rows
     round_head: a packed model's embedding and output head are rounded to 8 bits
@@ -198,6 +209,7 @@ class Recipe(_Part):
     """
 
     model: str = "smollm2-135m"
+    task: dict[str, dict[str, Any]] = {"text": {}}
     calibration: Calibration = Calibration()
     bos: bool = True
     pattern: str = "unstructured"
@@ -208,7 +220,7 @@ class Recipe(_Part):
     steps: tuple[dict[str, dict[str, Any]], ...] = ({"sparsegpt": {}},)
     order: Literal["auto", "layer", "block", "back"] = "auto"
     evaluate: Evaluation = Evaluation()
-    format: Literal["dense", "packed"] = "dense"
+    format: str = "dense"
     bits: Literal[8, 4] | None = None
     group: int = 128
     round_head: bool = False
@@ -216,6 +228,25 @@ class Recipe(_Part):
     device: str = "auto"
     seed: int = 0
     heal: Healing = Healing()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_task(cls, values: Any) -> Any:
+        """What the task says of samples stands where the recipe says it: where they come from if nobody says so, and
+        those of its options that are keys of the recipe."""
+        if not isinstance(values, Mapping):
+            return values
+        task = _method("task", values.get("task", "text"))
+        ((name, options),) = task.items()
+        out = {**values, "task": task, **{key: options.pop(key) for key in ("bos",) if key in options}}
+        length = options.pop("length", None)
+        for key in ("calibration", "evaluate"):
+            part = values.get(key, {})
+            if isinstance(part, Mapping):
+                out[key] = {"source": find_task(name).function.source, **part}  # type: ignore[attr-defined]
+                if out[key].get("length") is None and length is not None:
+                    out[key]["length"] = length
+        return out
 
     @field_validator("sparsity", mode="before")
     @classmethod
@@ -248,10 +279,7 @@ class Recipe(_Part):
     @field_validator("allocate", mode="before")
     @classmethod
     def _allocate(cls, value: Any) -> Any:
-        value = {value: {}} if isinstance(value, str) else value
-        if not isinstance(value, Mapping) or len(value) != 1:
-            raise ValueError(f"allocate: {value!r} should be one name, or {{name: {{option: value}}}}")
-        return {name: options or {} for name, options in value.items()}
+        return _method("allocate", value)
 
     @field_validator("skip", mode="before")
     @classmethod
@@ -263,9 +291,10 @@ class Recipe(_Part):
         for step in self.steps:
             if len(step) != 1:
                 raise ValueError(f"steps: {step} should be one step, {{name: {{option: value}}}}")
-        if self.bits is not None and self.format == "dense":
+        takes = find_store(self.format).options
+        if self.bits is not None and "bits" not in takes:
             raise ValueError(f"bits: {self.bits} is of packed weights: add format: packed (--format packed)")
-        if self.round_head and self.format == "dense":
+        if self.round_head and "round_head" not in takes:
             raise ValueError("round_head is of packed models: add format: packed (--format packed)")
         if self.group < 0 or self.group % 128:
             raise ValueError(f"group {self.group} is no multiple of 128 inputs, nor 0 for whole rows")
@@ -295,16 +324,19 @@ class Recipe(_Part):
         fixed = self.shape.sparsity
         return self.sparsity.get("*", fixed if fixed is not None else 0.5)
 
+    def make_task(self, length: int | None = None) -> Task:
+        """What the network is for; with samples of this length, where the task knows lengths. Raises InputError."""
+        said = ({} if length is None else {"length": length}) | ({} if self.bos else {"bos": False})
+        return next(make_task(name, {**options, **said}) for name, options in self.task.items())
+
     def make_allocation(self) -> Allocation:
         return next(make_allocation(name, options) for name, options in self.allocate.items())
 
     def make_steps(self) -> list[Step]:
         return [make(name, options) for step in self.steps for name, options in step.items()]
 
-    @property
-    def packing(self) -> tuple[int | None, int, bool] | None:
-        """Bits and group of the packed format, and whether the head is rounded; None for plain weights."""
-        return (self.bits, self.group, self.round_head) if self.format == "packed" else None
+    def make_store(self) -> MakeStore:
+        return make_store(self.format, {"bits": self.bits, "group": self.group, "round_head": self.round_head})
 
     @property
     def rounding(self) -> tuple[int, int] | None:
@@ -313,7 +345,11 @@ class Recipe(_Part):
         if self.bits is not None:
             return self.bits, self.group
         options = [step.options for step in self.make_steps() if {"bits", "group"} <= step.options.keys()]
-        return (options[-1]["bits"], options[-1]["group"]) if options and self.format == "packed" else None
+        return (
+            (options[-1]["bits"], options[-1]["group"])
+            if options and "bits" in find_store(self.format).options
+            else None
+        )
 
     # --- from files, flags and dictionaries
 
@@ -329,6 +365,7 @@ class Recipe(_Part):
             names = ", ".join(step.name for step in made)
             raise InputError(f"steps: {names} chooses no weights to prune: add a step that does, such as wanda.")
         recipe.make_allocation()
+        recipe.make_task(recipe.calibration.length or recipe.evaluate.length)
         recipe.heal.make_groups()
         return recipe
 
@@ -376,7 +413,7 @@ def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, An
         except yaml.YAMLError:
             raise InputError(f"--set {setting}: '{text}' is not a YAML value.") from None
         methods = [("step", steps, part) for part in out["steps"]]
-        methods += [("allocation", allocations, out["allocate"])]
+        methods += [("allocation", allocations, out["allocate"]), ("task", tasks, out["task"])]
         methods += [("healing method", groups, part) for part in out["heal"]["train"]]
         used = [name for _, _, part in methods for name in part]
         named = (name for name in used if key.startswith(f"{name}."))
@@ -397,7 +434,7 @@ def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, An
                 raise InputError(f"--set {setting}: '{head}' is a single value; write {head}=VALUE.")
             out[head][rest] = _methods("train", value) if (head, rest) == ("heal", "train") else value
         else:
-            out[head] = {value: {}} if head == "allocate" and isinstance(value, str) else value
+            out[head] = {value: {}} if head in ("allocate", "task") and isinstance(value, str) else value
     return out
 
 

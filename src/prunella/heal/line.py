@@ -28,11 +28,11 @@ from ..evaluate.measure import measure, measure_once
 from ..evaluate.overlap import fingerprint, joined
 from ..machine import pick_device
 from ..model.network import Model
-from ..model.open import load_model, wrap_model
 from ..progress import OnStep, Track
 from ..recipe import Healing, Recipe
 from ..report import Report, peak_memory
 from ..save import Output, identity
+from ..tasks.text import load_model, wrap_model
 from ..team import Team, team
 from ..train.parts import Chosen, attach, choose, detach, parts_of, trained
 from ..train.retrain import retrain

@@ -12,10 +12,10 @@ from typing import Any
 from ..errors import InputError, PrunellaError
 from ..machine import pick_device
 from ..model.names import find_directory, named
-from ..model.open import load_model
 from ..recipe import Recipe
 from ..report import Report
 from ..save import REPORT, begun_as, compare, model_files
+from ..tasks.text import load_model
 from ..team import Team, team
 from ..tensors import write_text
 from ..train.schedule import make_schedule
@@ -46,8 +46,10 @@ def prune_and_heal(
     check_way(recipe.heal.way, crew)
     if rounds > 1 and recipe.shape.sparsity is not None:
         raise InputError(f"pattern {recipe.pattern} has one sparsity, which leaves nothing to do in {rounds} rounds.")
-    if recipe.packing is not None:
-        raise InputError("healing writes dense checkpoints: leave --format packed out, then prunella pack the result.")
+    if recipe.format != "dense":
+        raise InputError(
+            f"healing writes dense checkpoints: leave --format {recipe.format} out, then prunella pack the result."
+        )
     names = {name for item in recipe.heal.train for name in item}
     for name in sorted(names & {"new-biases", "lora"} if rounds > 1 else ()):
         raise InputError(f"'{name}' is for one round: what it adds is not there when the next one prunes.")

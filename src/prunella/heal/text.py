@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calibrate import context, text_tokens, up_to, windows
+from ..calibrate import context, text_tokens, up_to, window_length, windows
 from ..errors import InputError
-from ..evaluate.measure import held_out_windows, window_length
+from ..evaluate.measure import held_out_windows
 from ..model.network import Model
 from ..recipe import Healing, Recipe
 from ..texts import same_text

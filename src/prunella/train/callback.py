@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from ..errors import InputError
 from ..layers import find_layers
-from ..model.open import wrap_model
+from ..tasks.text import wrap_model
 from .parts import DENSE, parts_of
 from .shard import share
 
