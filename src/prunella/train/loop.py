@@ -85,7 +85,7 @@ class Training:
         samples: Samples,
         loss: Loss,
         schedule: Schedule,
-        folder: Path,
+        folder: str | Path,
         *,
         run: Run = lambda network, batch: network(**batch),
         held_out: Samples | None = None,
@@ -103,7 +103,13 @@ class Training:
         resume: bool = False,
         on_step: OnStep | None = None,
     ):
-        self.network, self.samples, self.loss, self.schedule, self.folder = network, samples, loss, schedule, folder
+        self.network, self.samples, self.loss, self.schedule, self.folder = (
+            network,
+            samples,
+            loss,
+            schedule,
+            Path(folder),
+        )
         self.run, self.held_out, self.score = run, held_out, score or loss
         self.batch, self.micro, self.every, self.clip, self.betas = batch, micro, every, clip, betas
         self.patience, self.seed, self.bfloat16, self.recompute = patience, seed, bfloat16, recompute
