@@ -110,7 +110,7 @@ class Back:
         output = self.stream.hidden[n].detach().requires_grad_()
         total, gradient = 0.0, torch.zeros_like(output)
         with torch.enable_grad():
-            for part in self._losses(self.stream.batches[n], output):
+            for part in self._losses(self.stream.batches[n]["input_ids"], output):
                 gradient += torch.autograd.grad(part, output)[0]
                 total += part.item()
         if not math.isfinite(total):

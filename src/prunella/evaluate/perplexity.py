@@ -70,9 +70,9 @@ def losses(stream: Stream, checkpoint: Checkpoint | None = None) -> list[float]:
     """Mean negative log-likelihood per predicted token of each window that has passed all blocks."""
     out: list[float] = []
     with stream.model.outside(checkpoint=checkpoint), torch.no_grad():
-        for batch, ids_BL in enumerate(stream.batches):
+        for batch, given in enumerate(stream.batches):
             logits_BLV = stream.logits(batch)
-            for ids_L, logits_LV in zip(ids_BL.to(logits_BLV.device), logits_BLV, strict=True):
+            for ids_L, logits_LV in zip(given["input_ids"].to(logits_BLV.device), logits_BLV, strict=True):
                 out.append(nn.functional.cross_entropy(logits_LV[:-1].float(), ids_L[1:]).item())
     return out
 
