@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..compat import version_of
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 from ..layers import replaced
 from ..samples import Batch
 from ..tasks.task import Task
@@ -74,14 +74,18 @@ def inside(name: str, block: str) -> bool:
 
 def find_stacks(network: nn.Module, task: Task) -> Stacks:
     """Names of the network's blocks in the order in which they run, a tuple a stack; `WHOLE` where it is no chain, or
-    cannot be run to see. Those of a language model are its list of decoder blocks. Raises ModelError if it has none."""
+    cannot be run without its weights to see. Those of a language model are its list of decoder blocks. Raises
+    ModelError if it has none, or if the network does not run on its task's example."""
     if task.name == "text":
         return (tuple(_listed(network)),)
     try:
-        trace = _traced(network, task)
-    except Exception:  # data that decide what is run, where there are none; the whole network is always right
-        return WHOLE
-    return _chosen(network, trace)
+        return _chosen(network, _traced(network, task))
+    except Exception as error:
+        if any(parameter.is_meta for parameter in network.parameters()):  # where no numbers are, none can be asked for
+            return WHOLE
+        raise ModelError(
+            f"{type(network).__name__} does not run on the example of its task, '{task.name}': {first_line(error)}"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -215,7 +219,8 @@ def _chosen(network: nn.Module, trace: _Trace) -> Stacks:
         _trimmed(piece)
         for outer in trace.calls
         for run in _runs(_within(outer, trace), twice)
-        for piece in _pieces([one for seen in run for one in _expanded(seen, trace, twice)], trace, tied)
+        for chain in (run, [one for seen in run for one in _expanded(seen, trace, twice)])
+        for piece in _pieces(chain, trace, tied)
     ]
     found = [chain for chain in found if sum(_weights(seen.module) > 0 for seen in chain) > 1]
     found.sort(key=_worth, reverse=True)
@@ -277,12 +282,18 @@ def _runs(calls: Iterator[_Seen], twice: set[int]) -> Iterator[list[_Seen]]:
     yield run
 
 
+def _refined(run: list[_Seen], trace: _Trace, twice: set[int]) -> list[_Seen]:
+    """A chain with its calls as the chains of those that they make, unless more than one thing passes between these."""
+    chain = [one for seen in run for one in _expanded(seen, trace, twice)]
+    return run if _leak(chain, trace) else chain
+
+
 def _expanded(seen: _Seen, trace: _Trace, twice: set[int]) -> list[_Seen]:
     """A call as the chain of those that it makes, if these are one from its input to its output; else itself."""
     runs = [run for run in _runs(_within(seen, trace), twice) if run]
     if len(runs) != 1 or runs[0][0].entering is not seen.entering or runs[0][-1].out is not seen.out:
         return [seen]
-    chain = [one for inner in runs[0] for one in _expanded(inner, trace, twice)]
+    chain = _refined(runs[0], trace, twice)
     return [seen] if _leak(chain, trace) else chain
 
 
