@@ -82,6 +82,10 @@ class Hidden:
         self._items = [None] * len(self)
         self.beside = [{} for _ in self._items]
 
+    def shelf_for(self, copies: int) -> Shelf:
+        """Where so many copies of these states can wait."""
+        return Shelf(self[0].nbytes * len(self) * copies, self.device, self.shelf.folder)
+
     def states(self, index: int) -> list[Any]:
         """Of one batch, the states that left each stack that has been passed."""
         return [map_tensors(items[index], self._here) for items in self.left]

@@ -158,8 +158,8 @@ class StandIns:
             None if isinstance(item, Tensor) else map_tensors(item, lambda _: None) for _, item in items_of(like)
         ]
         if self.mark and stack == self.stack:
-            found = [n for n, (_, item) in enumerate(items_of(like)) if n and isinstance(item, Tensor)]
-            marks |= {n: hidden.new_full((1,), torch.nan) for n in found}
+            found = {n: item for n, (_, item) in enumerate(items_of(like)) if n and isinstance(item, Tensor)}
+            marks |= {n: torch.full(t.shape, torch.nan, device=hidden.device) for n, t in found.items()}
         for number, one in {0: out, **marks}.items():
             items[number] = one
         for path, number in self.interface.takes.get(stack, {}).items():

@@ -8,6 +8,7 @@ How a block is called is not hard-coded but recorded, see calls.py.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -28,6 +29,7 @@ from .layers import Slot, find_layers, unpruned
 from .machine import cache_directory, free_memory
 from .model.checkpoint import Checkpoint
 from .model.network import Model
+from .model.walk import LoadedBlock, Source
 from .outcome import BlockResult, LayerResult, share_of
 from .pattern import hold_zeros, pack
 from .progress import Track, no_track
@@ -36,7 +38,7 @@ from .samples import Batch, Samples, size_of
 from .standins import not_one_by_one
 from .trees import first, map_tensors
 from .types import Block, Layer, Stats
-from .watch import Stop, Target, Watch
+from .watch import Stop, Watch
 
 TOKENS = 2048  # that go through a block at a time, in `block` order
 NUMBERS = 1024  # of a picture or a sound that take the room of a token
@@ -49,8 +51,8 @@ class Stream:
     """Hidden states on their way through the blocks of a model.
 
     >>> stream = Stream(model, windows)                                        # doctest: +SKIP
-    >>> for i in range(len(model.blocks)):                                     # doctest: +SKIP
-    ...     result = stream.prune(i, targets, steps, order="layer")
+    >>> for index, block in model.walk():                                      # doctest: +SKIP
+    ...     result = stream.prune(block, slots[index], steps)
 
     `order` says from which inputs statistics are made. `block`: one pass through the dense block shows the
     inputs of all its layers, and a second pass through the pruned block makes the next block's inputs; what
@@ -63,6 +65,8 @@ class Stream:
     `keep_zeros`: zeros that the weights come with stay zero, and count towards the sparsity (`hold_zeros`).
     `rounding`: bits and group of the grid to which pruned layers are rounded that no step has quantized; layers after
     them see what that does.
+    `start`: the weights that the steps begin with, and `masks` theirs, where the model is pruned already; the blocks
+    have the dense ones then, as always.
     """
 
     def __init__(
@@ -76,10 +80,15 @@ class Stream:
         rounding: tuple[int, int] | None = None,
         keep_zeros: bool = False,
         checkpoint: Checkpoint | None = None,
+        start: Source | None = None,
+        masks: Mapping[str, Tensor] | None = None,
     ):
         self.model = model
+        self.start = start
+        self.masks = masks or {}
         self.rounding = rounding
         self.keep_zeros = keep_zeros
+        self.checkpoint = checkpoint
         self.samples = samples = Samples.of(samples)
         self.order = order
         if order == "layer" and len(samples.groups) > 1:
@@ -118,14 +127,13 @@ class Stream:
     def _shelf(self, nbytes: int) -> Callable[[Any], Any]:
         return Shelf(nbytes, self.model.device, self._folder).put
 
-    def advance(self, index: int, block: nn.Module, hidden: Hidden | None = None) -> None:
-        """Run block `index` (with its weights loaded) on all samples: its outputs become the hidden states (or
-        those in `hidden`)."""
+    def advance(self, block: LoadedBlock, hidden: Hidden | None = None) -> None:
+        """Run a block on all samples: its outputs become the hidden states (or those in `hidden`)."""
         hidden = self.hidden if hidden is None else hidden
         with torch.no_grad():
             for b in range(len(hidden)):
-                self.forward(index, block, hidden, b)
-        self.pass_on(index, hidden)
+                self.forward(block, hidden, b)
+        self.pass_on(block.index, hidden)
 
     def pass_on(self, index: int, hidden: Hidden) -> None:
         """Where block `index`, which all samples have passed, was the last of its stack, let them enter the next."""
@@ -133,18 +141,18 @@ class Stream:
         if index != self.model.spans[stack].stop - 1 or stack == len(self.model.spans) - 1:
             return
         hidden.leave()
-        with torch.no_grad(), self.model.outside(head=False):
+        with torch.no_grad(), self.model.outside(head=False, checkpoint=self.checkpoint):
             for b, batch in enumerate(self.batches):
                 hidden[b], calls = self.calls.enter(batch, hidden.states(b))
                 hidden.calls[b] += calls
 
-    def forward(self, index: int, block: nn.Module, hidden: Hidden, batch: int, *, keep: bool = True) -> Any:
-        """Run block `index` on one batch of the hidden states, which move on if `keep` says so; what it puts out."""
+    def forward(self, block: LoadedBlock, hidden: Hidden, batch: int, *, keep: bool = True) -> Any:
+        """Run a block on one batch of the hidden states, which move on if `keep` says so; what it puts out."""
         state = hidden[batch]
         version = version_of(state)
-        out, beside = hidden.calls[batch][index].run(block, state, hidden.beside[batch])
+        out, beside = hidden.calls[batch][block.index].run(block.module, state, hidden.beside[batch])
         if version_of(state) != version:
-            raise not_one_by_one(self.model.network, f"block {index} overwrites what it is given")
+            raise not_one_by_one(self.model.network, f"block {block.index} overwrites what it is given")
         if keep:
             hidden[batch] = out
             hidden.beside[batch] = {key: map_tensors(value, hidden.shelf.put) for key, value in beside.items()}
@@ -155,73 +163,92 @@ class Stream:
         states = [*self.hidden.states(batch), self.hidden[batch]]
         return self.calls.outputs(self.batches[batch], states, **options)
 
+    def fork(self, shelf: Shelf) -> Stream:
+        """Another stream whose hidden states, the same as now, go on by themselves and wait on that shelf."""
+        other = copy.copy(self)
+        other.hidden = self.hidden.copy(shelf)
+        return other
+
     def logits(self, batch: int) -> Tensor:
         """A language model's logits for one batch, once the hidden states have passed the last block."""
         logits: Tensor = self.outputs(batch).logits
         return logits
 
     def prune(
-        self, index: int, targets: Sequence[Target], steps: Sequence[Step], *, min_tokens: int = 32, last: bool = False
+        self,
+        block: LoadedBlock,
+        slots: Sequence[Slot],
+        steps: Sequence[Step],
+        *,
+        min_tokens: int = 32,
+        last: bool = False,
     ) -> BlockResult:
-        """Apply `steps` to block `index`, write the weights into the network and move the hidden states on.
+        """Apply `steps` to a block, and move the hidden states on with what they made of it, unless it is the `last`.
+        The block itself stays as it is: who wants the new weights finds them in the result.
 
-        The block must be loaded. Layers that fewer than `min_tokens` tokens reached (experts that the router
-        seldom picks) are pruned by magnitude, and say so. Raises NumericalError, naming the layer, for NaN
-        or infinity in weights, inputs or results.
+        Layers that fewer than `min_tokens` tokens reached (experts that the router seldom picks) are pruned by
+        magnitude, and say so. Raises NumericalError, naming the layer, for NaN or infinity in weights, inputs or
+        results.
         """
         started = time.perf_counter()
-        name = self.model.blocks[index]
-        block = self.model.module(name)
-        active = {t.slot.name: t for t in targets if t.sparsity > 0}
-        for target in active.values():
-            if not torch.isfinite(target.slot.view()).all():
-                raise NumericalError(f"layer '{target.slot.name}' has NaN or infinite weights before pruning.")
+        active = {slot.name: slot for slot in slots if slot.sparsity > 0}
+        for slot in active.values():
+            if not torch.isfinite(slot.view()).all():
+                raise NumericalError(f"layer '{slot.name}' has NaN or infinite weights before pruning.")
+        own = block.tensors()
+        begin = {} if self.start is None else block.read(self.start)
         others: dict[str, Tensor] = {}
-        if self.order == "layer":
-            layers = self._prune_on_arrival(index, name, block, active, steps, min_tokens)
-            self.pass_on(index, self.hidden)
-        else:
-            layers, others = self._prune_after_dense_pass(index, name, block, active, steps, min_tokens)
-            if not last:
-                self.advance(index, block)
-        if self.dense is not None:
-            self.pass_on(index, self.dense)
-        results, masks, grids, changed = [], {}, {}, dict(others)
-        for target in targets:
-            slot = target.slot
-            if slot.name not in layers:
-                results.append(LayerResult.dense(target))
-                continue
-            result, masks[slot.name], grid = layers[slot.name]
-            results.append(result)
-            if grid is not None:
-                grids[slot.name] = grid
-            changed[slot.key] = getattr(slot.module, slot.parameter).data
-        return BlockResult(index, name, tuple(results), masks, grids, changed, time.perf_counter() - started)
+        with block.use({slot.key: own[slot.key].clone() for slot in active.values()}):
+            if self.order == "layer":
+                layers = self._prune_on_arrival(block, active, steps, min_tokens, begin)
+                self.pass_on(block.index, self.hidden)
+            else:
+                layers, others = self._prune_after_dense_pass(block, active, steps, min_tokens, begin)
+                if not last:
+                    with block.use({**{k: v for k, v in begin.items() if k not in _keys(active)}, **others}):
+                        self.advance(block)
+            if self.dense is not None:
+                self.pass_on(block.index, self.dense)
+            results, masks, grids, changed = [], {}, {}, dict(others)
+            for slot in slots:
+                if slot.name not in layers:
+                    results.append(LayerResult.dense(slot))
+                    continue
+                result, masks[slot.name], grid = layers[slot.name]
+                results.append(result)
+                if grid is not None:
+                    grids[slot.name] = grid
+                changed[slot.key] = getattr(slot.module, slot.parameter).data
+        seconds = time.perf_counter() - started
+        return BlockResult(block.index, block.name, tuple(results), masks, grids, changed, seconds)
 
-    def _layer(self, target: Target, stats: Stats) -> Layer:
+    def _layer(self, slot: Slot, stats: Stats, begin: Mapping[str, Tensor]) -> Layer:
         for value in (stats.sumsq_I, stats.sum_I):
             if value is not None and not torch.isfinite(value).all():
                 raise NumericalError(
-                    f"the inputs of layer '{target.slot.name}' hold NaN or infinity: the model overflows on the"
+                    f"the inputs of layer '{slot.name}' hold NaN or infinity: the model overflows on the"
                     " calibration text; use --dtype float32 or bfloat16."
                 )
-        weight_OI = target.slot.view()
-        if target.slot.transposed:
+        weight_OI = slot.view()
+        if slot.transposed:
             weight_OI = weight_OI.contiguous()
         notes: tuple[str, ...] = ()
-        if self.keep_zeros and (zeros := share_of(weight_OI == 0)) > target.sparsity:
-            notes = (f"came with {zeros:.1%} zeros, more than the {target.sparsity:.1%} asked for: all stay",)
-        return Layer(
-            target.slot.name,
+        if self.keep_zeros and (zeros := share_of(weight_OI == 0)) > slot.sparsity:
+            notes = (f"came with {zeros:.1%} zeros, more than the {slot.sparsity:.1%} asked for: all stay",)
+        layer = Layer(
+            slot.name,
             weight_OI,
             weight_OI,
             stats,
-            target.sparsity,
-            target.pattern,
-            bias_O=target.slot.bias(),
+            slot.sparsity,
+            slot.pattern,
+            bias_O=slot.bias(),
             notes=notes,
         )
+        if slot.name in self.masks:
+            mask_OI = self.masks[slot.name].to(weight_OI.device)
+            return layer.pruned(slot.part(begin[slot.key]), mask_OI)
+        return layer
 
     def _starved(self, layer: Layer, steps: Sequence[Step], min_tokens: int) -> bool:
         return any(step.needs for step in steps) and layer.stats.tokens < min_tokens
@@ -254,7 +281,7 @@ class Stream:
         return layer.pruned(grid.round(layer.weight_OI), layer.mask_OI, grid=grid)
 
     def _dense_inputs(
-        self, index: int, block: nn.Module, active: Mapping[str, Target], batch: int, needs: frozenset[str]
+        self, block: LoadedBlock, active: Mapping[str, Slot], batch: int, needs: frozenset[str]
     ) -> dict[str, Tensor]:
         """What the layers of the block, still dense, get from the dense model's hidden states, which move on; of
         layers that share an input, the first. Experts are left out: other tokens may be routed to them."""
@@ -263,25 +290,24 @@ class Stream:
             return inputs
         if "drift" not in needs:
             with torch.no_grad():
-                self.forward(index, block, self.dense, batch)
+                self.forward(block, self.dense, batch)
             return inputs
 
         def see(layer_name: str, x_TI: Tensor, same: bool) -> None:
-            if not same and active[layer_name].slot.expert is None:
+            if not same and active[layer_name].expert is None:
                 inputs[layer_name] = x_TI
 
         with torch.no_grad(), Watch(active, see):
-            self.forward(index, block, self.dense, batch)
+            self.forward(block, self.dense, batch)
         return inputs
 
     def _prune_on_arrival(
         self,
-        index: int,
-        name: str,
-        block: nn.Module,
-        active: Mapping[str, Target],
+        block: LoadedBlock,
+        active: Mapping[str, Slot],
         steps: Sequence[Step],
         min_tokens: int,
+        begin: Mapping[str, Tensor],
     ) -> dict[str, Settled]:
         needs = frozenset().union(*[step.needs for step in steps])
         done: dict[str, Settled] = {}
@@ -293,29 +319,28 @@ class Stream:
                 return
             if not same:
                 stats = Stats.of(x_TI, needs, SAMPLE, dense.pop(layer_name, None))
-            layer = self._layer(active[layer_name], stats)
-            result = self._apply(Block(index, name, (layer,)), steps, min_tokens).layers[0]
+            layer = self._layer(active[layer_name], stats, begin)
+            result = self._apply(Block(block.index, block.name, (layer,)), steps, min_tokens).layers[0]
             done[layer_name] = _settle(result, active[layer_name])
 
-        dense = self._dense_inputs(index, block, active, 0, needs)
+        dense = self._dense_inputs(block, active, 0, needs)
         with torch.no_grad(), Watch(active, see):
-            self.forward(index, block, self.hidden, 0)
-        _check_seen(name, done, active)
-        for layer_name, target in active.items():  # experts that no token reached
+            self.forward(block, self.hidden, 0)
+        _check_seen(block.name, done, active)
+        for layer_name, slot in active.items():  # experts that no token reached
             if layer_name not in done:
-                layer = self._layer(target, Stats())
-                result = self._apply(Block(index, name, (layer,)), steps, max(1, min_tokens)).layers[0]
-                done[layer_name] = _settle(result, target)
+                layer = self._layer(slot, Stats(), begin)
+                result = self._apply(Block(block.index, block.name, (layer,)), steps, max(1, min_tokens)).layers[0]
+                done[layer_name] = _settle(result, slot)
         return done
 
     def _prune_after_dense_pass(
         self,
-        index: int,
-        name: str,
-        block: nn.Module,
-        active: Mapping[str, Target],
+        block: LoadedBlock,
+        active: Mapping[str, Slot],
         steps: Sequence[Step],
         min_tokens: int,
+        begin: Mapping[str, Tensor],
     ) -> tuple[dict[str, Settled], dict[str, Tensor]]:
         needs = frozenset().union(*[step.needs for step in steps])
         leader: dict[str, str] = {}  # layers fed by the same tensor share the statistics of the first of them
@@ -345,43 +370,41 @@ class Stream:
         batches = range(len(self.hidden)) if needs else range(1)
         with torch.no_grad():
             for batch in batches:
-                dense = self._dense_inputs(index, block, active, batch, needs)
+                dense = self._dense_inputs(block, active, batch, needs)
                 with contextlib.suppress(Stop), Watch(active, see):
-                    out = self.forward(index, block, self.hidden, batch, keep=False)
+                    out = self.forward(block, self.hidden, batch, keep=False)
                     if keep_outputs and same:
                         outputs.append(out)
-                whole = len(order) == len(active) and all(t.slot.expert is None for t in active.values())
-        _check_seen(name, leader, active)
+                whole = len(order) == len(active) and all(slot.expert is None for slot in active.values())
+        _check_seen(block.name, leader, active)
         if all(step.per_layer for step in steps):  # one layer at a time: its new weight and statistics can go
             done: dict[str, Settled] = {}
             waiting = [leader.get(layer_name, layer_name) for layer_name in active]
-            for (layer_name, target), source in zip(active.items(), tuple(waiting), strict=True):
+            for (layer_name, slot), source in zip(active.items(), tuple(waiting), strict=True):
                 waiting.remove(source)
                 found = stats.get(source, Stats()) if source in waiting else stats.pop(source, Stats())
-                one = Block(index, name, (self._layer(target, found),))
+                one = Block(block.index, block.name, (self._layer(slot, found, begin),))
                 with torch.no_grad():
-                    done[layer_name] = _settle(self._apply(one, steps, min_tokens).layers[0], target)
+                    done[layer_name] = _settle(self._apply(one, steps, min_tokens).layers[0], slot)
             return done, {}
-        layers = tuple(self._layer(t, stats.get(leader.get(n, n), Stats())) for n, t in active.items())
-        weights = {id(getattr(t.slot.module, t.slot.parameter)) for t in active.values()}
-        own = {f"{name}.{key}": p for key, p in block.named_parameters() if id(p) not in weights}
+        layers = tuple(self._layer(t, stats.get(leader.get(n, n), Stats()), begin) for n, t in active.items())
+        weights = {id(getattr(slot.module, slot.parameter)) for slot in active.values()}
+        own = {f"{block.name}.{key}": p.data for key, p in block.module.named_parameters() if id(p) not in weights}
         beside: Any = self.dense
         whole_block = Block(
-            index,
-            name,
+            block.index,
+            block.name,
             layers,
-            run=self._runner(index, block, active),
+            run=self._runner(block, active),
             windows=len(self.samples),
             targets=(lambda n: self.window(n, outputs if same else beside)) if keep_outputs else None,
             dense=(lambda n: self.window(n, beside)) if "dense" in needs else None,
-            others={key: parameter.data for key, parameter in own.items()},
-            fixed=unpruned(block, name, {target.slot.key for target in active.values()}),
+            others={key: begin.get(key, value) for key, value in own.items()},
+            fixed=unpruned(block.module, block.name, _keys(active)),
         )
         with torch.no_grad():
             result = self._apply(whole_block, steps, min_tokens)
         changed = {key: value for key, value in result.others.items() if value is not whole_block.others[key]}
-        for key, value in changed.items():
-            own[key].data.copy_(value)
         return {la.name: _settle(la, active[la.name]) for la in result.layers}, changed
 
     def window(self, n: int, batches: Sequence[Any] | Hidden | None = None) -> Any:
@@ -396,7 +419,7 @@ class Stream:
     def _record_windows(self, index: int) -> None:
         """See to it that it is known how the stack of block `index` is called on each sample alone."""
         while not self.calls.windows or len(self.calls.windows[0]) <= index:
-            with self.model.outside(head=False):
+            with self.model.outside(head=False, checkpoint=self.checkpoint):
                 self.calls.record_windows(self.samples, self._left)
 
     def _left(self, n: int) -> list[Any]:
@@ -406,16 +429,16 @@ class Stream:
         passed = self.hidden.states(batch)[: sum(span.stop <= known for span in self.model.spans)]
         return [self._one(state, place) for state in passed]
 
-    def _runner(self, index: int, block: nn.Module, active: Mapping[str, Target]) -> Callable[..., Tensor]:
+    def _runner(self, block: LoadedBlock, active: Mapping[str, Slot]) -> Callable[..., Tensor]:
         """`Block.run`: the block on one window, with other weights in place of its own."""
-        slots = {name: target.slot for name, target in active.items()}
-        prefix = self.model.blocks[index] + "."
+        module = block.module
+        prefix = block.name + "."
 
         def run(weights: Mapping[str, Tensor], n: int, at: str | None = None) -> Tensor:
             replaced: dict[str, Tensor] = {}
             parts: dict[str, list[tuple[Slot, Tensor]]] = {}  # of one parameter each, which is copied once
             for name, weight in weights.items():
-                slot = slots.get(name)
+                slot = active.get(name)
                 if slot is None:
                     replaced[name.removeprefix(prefix)] = weight
                     continue
@@ -425,13 +448,13 @@ class Stream:
                 else:
                     parts.setdefault(slot.key.removeprefix(prefix), []).append((slot, weight))
             for key, several in parts.items():
-                slot, parameter = several[0][0], block.get_parameter(key)
+                slot, parameter = several[0][0], module.get_parameter(key)
                 whole = slot.matrices(parameter)
                 rows = torch.tensor([one.expert for one, _ in several], device=parameter.device)
                 replaced[key] = whole.index_copy(0, rows, torch.stack([w for _, w in several])).view(parameter.shape)
-            self._record_windows(index)
+            self._record_windows(block.index)
             beside = self.hidden.beside[self._places[n][0]]  # of this sample alone, if there is anything
-            call = self.calls.windows[n][index]
+            call = self.calls.windows[n][block.index]
             args, kwargs, _ = call.arguments(self.window(n), beside)
             out: Any = None
 
@@ -440,20 +463,25 @@ class Stream:
                 out = output
                 raise Stop
 
-            watched = contextlib.nullcontext() if at is None else block.get_submodule(at).register_forward_hook(stop)
+            watched = contextlib.nullcontext() if at is None else module.get_submodule(at).register_forward_hook(stop)
             with contextlib.suppress(Stop), watched:
-                out = torch.func.functional_call(block, replaced, args, kwargs)
+                out = torch.func.functional_call(module, replaced, args, kwargs)
             result: Tensor = out if call.whole and at is None else first(out)
             return result
 
         return run
 
 
-def _check_seen(block: str, seen: Collection[str], active: Mapping[str, Target]) -> None:
+def _keys(active: Mapping[str, Slot]) -> set[str]:
+    """The parameters that hold these layers."""
+    return {slot.key for slot in active.values()}
+
+
+def _check_seen(block: str, seen: Collection[str], active: Mapping[str, Slot]) -> None:
     """Raises DefectError for a layer of whose product nothing was seen; of a parameter with several matrices, such as
     the experts of a mixture, one is enough: the router need not pick them all."""
-    reached = {active[name].slot.key for name in seen}
-    unseen = [name for name, target in active.items() if target.slot.key not in reached]
+    reached = {active[name].key for name in seen}
+    unseen = [name for name, slot in active.items() if slot.key not in reached]
     if unseen:
         short = dict.fromkeys(name.removeprefix(f"{block}.") for name in unseen)
         raise DefectError(
@@ -476,7 +504,7 @@ def _only(stats: Stats, needs: frozenset[str]) -> Stats:
 Settled = tuple[LayerResult, Tensor, Grid | None]
 
 
-def _settle(layer: Layer, target: Target) -> Settled:
+def _settle(layer: Layer, slot: Slot) -> Settled:
     """Write the weight into the network; keep what the report needs, the mask as bits and the grid, nothing large and
     nothing on the device."""
     if layer.mask_OI is None:
@@ -486,10 +514,10 @@ def _settle(layer: Layer, target: Target) -> Settled:
     zero_OI = layer.dense_OI == 0
     result = LayerResult(
         layer.name,
-        target.slot.shape,
+        slot.shape,
         share_of(~layer.mask_OI | (zero_OI & (layer.weight_OI == 0))),
-        target.sparsity,
-        str(target.pattern),
+        slot.sparsity,
+        str(slot.pattern),
         layer.error(),  # before the dense weight is overwritten: the two share their memory
         layer.stats.tokens,
         layer.notes,
@@ -497,7 +525,7 @@ def _settle(layer: Layer, target: Target) -> Settled:
         histograms(layer.dense_OI, layer.weight_OI, layer.mask_OI),
         share_of(zero_OI),
     )
-    target.slot.view().copy_(layer.weight_OI)
+    slot.view().copy_(layer.weight_OI)
     return result, pack(layer.mask_OI), None if layer.grid is None else layer.grid.on(torch.device("cpu"))
 
 
@@ -550,7 +578,6 @@ def through(
 ) -> Stream:
     """A stream with no steps: all samples through all blocks, one block in memory at a time."""
     stream = Stream(model, samples, checkpoint=checkpoint)
-    for index in track(range(len(model.blocks)), what, len(model.blocks)):
-        with model.block(index, checkpoint) as block:
-            stream.advance(index, block)
+    for _, block in model.walk(checkpoint, track=track, what=what):
+        stream.advance(block)
     return stream
