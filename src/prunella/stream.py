@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .backward import SAMPLE, Back, Loss, goes_back
 from .calls import Calls
 from .compat import attention_of, version_of
 from .errors import DefectError, InputError, NumericalError, StepError, say
@@ -36,15 +37,15 @@ from .progress import Track, no_track
 from .registry import Step, make
 from .samples import Batch, Samples, size_of
 from .standins import not_one_by_one
+from .statistics.registry import taking
 from .trees import first, map_tensors
 from .types import Block, Layer, Stats
 from .watch import Stop, Watch
 
 TOKENS = 2048  # that go through a block at a time, in `block` order
 NUMBERS = 1024  # of a picture or a sound that take the room of a token
-SAMPLE = 512  # calibration tokens on which the error of each layer is measured
 
-Order = Literal["auto", "layer", "block"]
+Order = Literal["auto", "layer", "block", "back"]
 
 
 class Stream:
@@ -174,6 +175,10 @@ class Stream:
         logits: Tensor = self.outputs(batch).logits
         return logits
 
+    def back(self, *, loss: Loss | None = None, checkpoint: Checkpoint | None = None, track: Track = no_track) -> Back:
+        """Take all windows through all blocks, and the gradient of each one's loss the way back, see `Back`."""
+        return Back(self, loss=loss, checkpoint=checkpoint, track=track)
+
     def prune(
         self,
         block: LoadedBlock,
@@ -182,9 +187,11 @@ class Stream:
         *,
         min_tokens: int = 32,
         last: bool = False,
+        known: dict[str, Stats] | None = None,
     ) -> BlockResult:
         """Apply `steps` to a block, and move the hidden states on with what they made of it, unless it is the `last`.
-        The block itself stays as it is: who wants the new weights finds them in the result.
+        The block itself stays as it is: who wants the new weights finds them in the result. `known`: statistics of its
+        layers that were made elsewhere, each of which goes when it was used.
 
         Layers that fewer than `min_tokens` tokens reached (experts that the router seldom picks) are pruned by
         magnitude, and say so. Raises NumericalError, naming the layer, for NaN or infinity in weights, inputs or
@@ -203,7 +210,7 @@ class Stream:
                 layers = self._prune_on_arrival(block, active, steps, min_tokens, begin)
                 self.pass_on(block.index, self.hidden)
             else:
-                layers, others = self._prune_after_dense_pass(block, active, steps, min_tokens, begin)
+                layers, others = self._prune_after_dense_pass(block, active, steps, min_tokens, begin, known)
                 if not last:
                     with block.use({**{k: v for k, v in begin.items() if k not in _keys(active)}, **others}):
                         self.advance(block)
@@ -223,8 +230,8 @@ class Stream:
         return BlockResult(block.index, block.name, tuple(results), masks, grids, changed, seconds)
 
     def _layer(self, slot: Slot, stats: Stats, begin: Mapping[str, Tensor]) -> Layer:
-        for value in (stats.sumsq_I, stats.sum_I):
-            if value is not None and not torch.isfinite(value).all():
+        for value in stats.values.values():
+            if value.ndim < 2 and not torch.isfinite(value).all():  # matrices would take long, and come with a norm
                 raise NumericalError(
                     f"the inputs of layer '{slot.name}' hold NaN or infinity: the model overflows on the"
                     " calibration text; use --dtype float32 or bfloat16."
@@ -259,7 +266,7 @@ class Stream:
         fed = replace(block, layers=tuple(la for la in block.layers if la.name not in starved))
         if fed.layers:
             for step in steps:
-                allowed = {la.name: _only(la.stats, step.needs) for la in fed.layers}
+                allowed = {la.name: la.stats.only(step.needs) for la in fed.layers}
                 kept = {la.name: la.stats for la in fed.layers}
                 lent = tuple(replace(la, stats=allowed[la.name]) for la in fed.layers)
                 fed = step.apply(replace(fed, layers=lent))
@@ -288,7 +295,7 @@ class Stream:
         inputs: dict[str, Tensor] = {}
         if self.dense is None:
             return inputs
-        if "drift" not in needs:
+        if not taking("dense_TI", needs):
             with torch.no_grad():
                 self.forward(block, self.dense, batch)
             return inputs
@@ -341,10 +348,11 @@ class Stream:
         steps: Sequence[Step],
         min_tokens: int,
         begin: Mapping[str, Tensor],
+        known: dict[str, Stats] | None,
     ) -> tuple[dict[str, Settled], dict[str, Tensor]]:
         needs = frozenset().union(*[step.needs for step in steps])
-        leader: dict[str, str] = {}  # layers fed by the same tensor share the statistics of the first of them
-        stats: dict[str, Stats] = {}
+        stats: dict[str, Stats] = {} if known is None else known
+        leader = {key: key for key in stats}  # layers fed by the same tensor share the statistics of the first of them
         previous, batch = "", 0
         order: list[str] = []
 
@@ -363,11 +371,12 @@ class Stream:
                 raise Stop
 
         keep_outputs = "targets" in needs
-        same = self.dense is None or "drift" not in needs  # the dense block's outputs, on the pruned model's inputs
+        # The dense block's outputs are those on the pruned model's inputs where it does not run beside.
+        same = self.dense is None or not taking("dense_TI", needs)
         outputs: list[Tensor] = []
         dense: dict[str, Tensor] = {}
         whole = False
-        batches = range(len(self.hidden)) if needs else range(1)
+        batches = range(0 if known is not None else len(self.hidden) if needs else 1)
         with torch.no_grad():
             for batch in batches:
                 dense = self._dense_inputs(block, active, batch, needs)
@@ -395,8 +404,8 @@ class Stream:
             block.index,
             block.name,
             layers,
-            run=self._runner(block, active),
-            windows=len(self.samples),
+            run=self._runner(block, active) if known is None else None,
+            windows=len(self.samples) if known is None else 0,
             targets=(lambda n: self.window(n, outputs if same else beside)) if keep_outputs else None,
             dense=(lambda n: self.window(n, beside)) if "dense" in needs else None,
             others={key: begin.get(key, value) for key, value in own.items()},
@@ -490,17 +499,6 @@ def _check_seen(block: str, seen: Collection[str], active: Mapping[str, Slot]) -
         )
 
 
-def _only(stats: Stats, needs: frozenset[str]) -> Stats:
-    """What a step that declared `needs` may read; the cache of shared results stays shared."""
-    return replace(
-        stats,
-        sum_I=stats.sum_I if "moments" in needs else None,
-        sumsq_I=stats.sumsq_I if needs & {"norm", "moments", "gram"} else None,
-        gram_II=stats.gram_II if "gram" in needs else None,
-        drift_II=stats.drift_II if "drift" in needs else None,
-    )
-
-
 Settled = tuple[LayerResult, Tensor, Grid | None]
 
 
@@ -539,14 +537,16 @@ def _tokens(group: Batch) -> int:
 
 def pick_order(
     order: Order, steps: Sequence[Step], samples: Samples | Tensor, model: Model
-) -> Literal["layer", "block"]:
-    """`layer` where every step looks at one layer at a time and the activations of all windows are no more than
-    `ACTIVATIONS`; else `block`. Nothing but sizes decides, so that a command gives the same masks whatever memory is
-    free. Raises InputError where `layer` was asked for and cannot be."""
+) -> Literal["layer", "block", "back"]:
+    """`back` where a step reads gradients; `layer` where every step looks at one layer at a time and the activations of
+    all windows are no more than `ACTIVATIONS`; else `block`. Nothing but sizes decides, so that a command gives the
+    same masks whatever memory is free. Raises InputError where what was asked for cannot be."""
+    if goes_back(order, steps, model.dtype):
+        return "back"
     whole_block = [step.name for step in steps if not step.per_layer]
     if order == "layer" and whole_block:
         raise InputError(f"step '{whole_block[0]}' works on whole blocks: use --order block.")
-    if order != "auto":
+    if order == "layer" or order == "block":
         return order
     if whole_block or not any(step.needs for step in steps):
         return "block"
@@ -559,7 +559,7 @@ def pick_order(
     tokens = windows_NL.numel()
     size = torch.empty(0, dtype=model.dtype).element_size()
     need = tokens * widest * size * 4 + tokens * widest * 4
-    if any("drift" in step.needs for step in steps):
+    if any(taking("dense_TI", step.needs) for step in steps):
         need += tokens * widest * size * 3  # the dense model's inputs of all layers of a block
     if attention_of(config) == "eager":
         need += 3 * 4 * tokens * windows_NL.shape[1] * getattr(config, "num_attention_heads", 1)

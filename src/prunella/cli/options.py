@@ -127,10 +127,10 @@ Order = Annotated[
     str | None,
     of(
         WHAT,
-        metavar="block|layer",
-        help="block: statistics of the dense block; layer: of what each layer really sees.",
+        metavar="block|layer|back",
+        help="block: statistics of the dense block; layer: of what each layer really sees; back: with gradients.",
         default="by memory and steps",
-        autocompletion=complete_from("auto", "block", "layer"),
+        autocompletion=complete_from("auto", "block", "layer", "back"),
     ),
 ]
 Calibration = Annotated[
