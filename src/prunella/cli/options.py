@@ -175,7 +175,7 @@ Format = Annotated[
         SAVE,
         "--format",
         metavar="dense|packed",
-        help="packed: saved without the zeros.",
+        help="packed: saved without the zeros; or a store of your own, FILE.py:NAME.",
         default="dense",
         autocompletion=complete_from("dense", "packed"),
     ),

@@ -42,7 +42,7 @@ def pack(
     trust_remote_code: Trust = False,
 ) -> None:
     """Store a pruned model without its zeros; transformers loads it where Prunella is installed."""
-    from ..sparse.commands import pack_model
+    from ..packing import pack_model
 
     result = pack_model(model, output, bits, group, head=round_head, remote_code=trust_remote_code)
     print(
@@ -59,7 +59,7 @@ def unpack(
     output: Out,
 ) -> None:
     """Make a plain model of a packed one."""
-    from ..sparse.commands import unpack_model
+    from ..packing import unpack_model
 
     print(f"{unpack_model(directory, output)} layers unpacked; saved to {output}")
 
@@ -148,7 +148,7 @@ def bench(
     json_: Json = False,
 ) -> None:
     """Measure prefill and decode speed on this machine, dense beside packed."""
-    from ..sparse.commands import bench as measure
+    from ..sparse.bench import bench as measure
 
     result = measure(
         model,
