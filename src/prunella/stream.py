@@ -90,7 +90,7 @@ class Stream:
         self.rounding = rounding
         self.keep_zeros = keep_zeros
         self.checkpoint = checkpoint
-        self.samples = samples = Samples.of(samples)
+        self.samples = samples = Samples.of(samples, model.task.argument)
         self.order = order
         if order == "layer" and len(samples.groups) > 1:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Pruning and rounding in one sweep, on grids that the packed format stores as they are."""
+"""Pruning and rounding in one pass, on grids that the packed format stores as they are."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -35,10 +35,12 @@ from ..fast import use_fast_attention
 from ..layers import learn
 from ..progress import Track, no_track
 from ..samples import Batch
-from ..tasks.task import Task
 from .checkpoint import Checkpoint, Source
 from .cut import WHOLE, Interface, find_stacks, inside, whole_run
 from .walk import LoadedBlock, ReadAhead
+
+if TYPE_CHECKING:
+    from ..tasks.task import Task
 
 
 class Model:
@@ -47,12 +49,12 @@ class Model:
 
     network:     a model of transformers, or any module; parameters that are not loaded are on the meta device
     tokenizer:   its tokenizer, or None
-    task:        what it is for
     stacks:      names of its blocks, in order, a tuple a stack: most networks have one
     blocks:      all of them
     spans:       the numbers of each stack's blocks
     undivided:   the network is no chain of blocks, but itself the only one
     checkpoint:  where its weights come from, or None if the model is in memory
+    task:        what the network is for
     scratch:     folder for hidden states that do not fit into memory; None: one in the cache
     """
 
@@ -65,10 +67,9 @@ class Model:
         checkpoint: Checkpoint | None,
         device: torch.device,
         name: str,
-        task: Task | None = None,
+        task: Task,
     ):
-        from ..tasks.text import Text
-
+        self.task = task
         self.tokenizer_given = False  # it is not the one in the checkpoint's directory
         self._training = network.training
         self.network = network.eval()
@@ -76,7 +77,6 @@ class Model:
         self.checkpoint = checkpoint
         self.device = device
         self.name = name
-        self.task = task or Text()
         self.stacks = find_stacks(network, self.task)
         self.blocks = [name for stack in self.stacks for name in stack]
         ends = list(itertools.accumulate(map(len, self.stacks)))

@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 
-from .errors import ModelError
-from .evaluate.overlap import joined
-from .layers import UNSEEN, LeftOut
-from .outcome import LayerResult
-from .save import REPORT
+from ..errors import ModelError
+from ..evaluate.overlap import joined
+from ..layers import UNSEEN, LeftOut
+from ..outcome import LayerResult, mean
+from ..save import REPORT
+
+SAMPLE = "sample of text"
+Rows = list[tuple[str, str, str]]
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Report:
 
     recipe:   the resolved recipe; `Recipe.of(report.recipe)` repeats the run
     model:    name, class, dtype, parameters (all), prunable (weights in layers that could be pruned)
-    dense, pruned: perplexity (None if not measured), its windows and length, a sample of text, bytes of the files
+    dense, pruned: of text perplexity (None if not measured), its windows and length, a sample of text; of another task
+              what it measures, `figure` being the name of what counts; bytes of the files
     layers:   what became of each layer, in order: name, shape, sparsity, error and more
     left_out: the matrices of the blocks that are no layers to prune (routers, convolutions, …), and why
     run:      seconds by phase, cpu_seconds, peak memory in bytes (resident, and of the GPU), threads, blocks that an
@@ -52,7 +56,7 @@ class Report:
     @property
     def weights(self) -> int:
         """How many weights all matrices of the blocks hold, pruned or not."""
-        return sum(map(_size, self.layers)) + sum(item.weights for item in self.left_out)
+        return sum(la.size for la in self.layers) + sum(item.weights for item in self.left_out)
 
     @property
     def sparsity(self) -> float:
@@ -65,15 +69,15 @@ class Report:
         return self._zeros([la.before for la in self.layers])
 
     def _zeros(self, shares: Sequence[float]) -> float:
-        zeros = sum(share * _size(la) for share, la in zip(shares, self.layers, strict=True))
+        zeros = sum(share * la.size for share, la in zip(shares, self.layers, strict=True))
         return (zeros + sum(item.zeros for item in self.left_out)) / self.weights if self.weights else 0.0
 
     def _left(self) -> dict[str, list[int]]:
-        """{why: sizes} of all matrices that stayed as they were."""
+        """The sizes of all matrices that stayed as they were, {why: sizes}."""
         out: dict[str, list[int]] = {}
         for why, size in (
             *((item.why, item.weights) for item in self.left_out),
-            *(("skipped", _size(la)) for la in self.layers if not la.target),
+            *(("skipped", la.size) for la in self.layers if not la.target),
         ):
             out.setdefault(why, []).append(size)
         return out
@@ -98,8 +102,7 @@ class Report:
             data = json.loads(path.read_text(encoding="utf-8"))
             data.pop("sparsity")
             for side in (data["dense"], data["pruned"]):  # said now, not when hours of healing are to be reported
-                if side.get("perplexity") is not None:
-                    _perplexity_label(side)
+                _label(side)
             layers = tuple(
                 LayerResult(**{**la, "shape": tuple(la["shape"]), "notes": tuple(la["notes"])})
                 for la in data.pop("layers")
@@ -109,15 +112,16 @@ class Report:
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"'{path}' is damaged: {error}.") from None
 
-    def rows(self) -> list[tuple[str, str, str]]:
+    def rows(self) -> Rows:
         """Dense beside pruned, ready for a table: (what, dense, pruned)."""
 
         def size(side: Mapping[str, Any]) -> str:
             return f"{side['bytes'] / 1e6:,.1f} MB" if "bytes" in side else "not saved"
 
-        before, after = self._active_sparsity()
+        active = [la for la in self.layers if la.target]
+        before, after = (mean(active, share) or 0.0 for share in (lambda la: la.before, lambda la: la.sparsity))
         rows = [
-            (_perplexity_label(self.dense), _perplexity(self.dense), _perplexity(self.pruned)),
+            (_label(self.dense), _figure(self.dense), _figure(self.pruned)),
             ("sparsity of the pruned layers", f"{before:.1%}", f"{after:.1%}"),
             ("sparsity of all block weights", f"{self.before:.1%}", f"{self.sparsity:.1%}"),
             *(
@@ -129,33 +133,31 @@ class Report:
             ("seconds in all, evaluation too", "", f"{self.run['seconds'].get('all', 0):.1f}"),
             ("peak memory", "", f"{self.run['peak_memory'] / 1e9:.2f} GB"),
         ]
-        if self.dense.get("sample") and self.pruned.get("sample"):
-            rows.append(("sample of text", self.dense["sample"], self.pruned["sample"]))
-        return rows
+        return rows + _sample(self.dense, self.pruned)
 
     def _healed_card(self) -> str:
         if not self.healing:
             return ""
-        rows = "\n".join(f"| {a} | {b} | {c} |" for a, b, c in self.healing_rows() if a != "sample of text")
         told = "Then it was retrained, the mask held"
         if self.apart:
             told += "; what is in `adapter`, in PEFT's format, `PeftModel.from_pretrained` adds to the model"
-        return f"\n{told}:\n\n| | pruned | healed |\n| --- | --- | --- |\n{rows}\n"
+        table = _markdown("pruned", "healed", self.healing_rows())
+        return f"\n{told}:\n\n{table}\n"
 
     @property
     def apart(self) -> list[str]:
         """What training left in an adapter, beside the weights."""
         return list(self.healing.get("apart", ()))
 
-    def healing_rows(self) -> list[tuple[str, str, str]]:
+    def healing_rows(self) -> Rows:
         """Pruned beside healed, ready for a table: (what, pruned, healed)."""
         did, apart = self.healing, self.apart
-        label, before = _perplexity_label(did["before"]), _perplexity(did["before"])
+        label, before = _label(did["before"]), _figure(did["before"])
         within = [name for item in did["recipe"]["train"] for name in item if name not in apart]
         rows = [(label, before, self.healed)]
         if apart:
             rows += [
-                (f"{label}, the weights alone", before, _perplexity(did["weights"])),
+                (f"{label}, the weights alone", before, _figure(did["weights"])),
                 ("trained, in the adapter", "", ", ".join(apart)),
                 ("trained, in the weights", "", ", ".join(within) or "nothing"),
             ]
@@ -175,40 +177,28 @@ class Report:
         if did.get("processes", 1) > 1:
             how = "sharded" if did["sharded"] else "each with the whole model"
             rows.append(("processes", "", f"{did['processes']}, {how}"))
-        if did["before"].get("sample") and did["after"].get("sample"):
-            rows.append(("sample of text", did["before"]["sample"], did["after"]["sample"]))
-        return rows
+        return rows + _sample(did["before"], did["after"])
 
     @property
     def healed(self) -> str:
-        """The perplexity of what healing left."""
+        """The perplexity after healing, in words."""
         after = self.healing["after"]
         with_it = " with the adapter" if self.apart and after.get("perplexity") is not None else ""
-        return _perplexity(after) + with_it
+        return _figure(after) + with_it
 
-    def outcome(self) -> list[tuple[str, str, str]]:
-        """As `rows`, of what the directory holds: where it was healed, that is no longer what pruning left."""
+    def outcome(self) -> Rows:
+        """As `rows`, with what the directory holds now: after healing, if there was any."""
         did = self.healing
         if not did:
             return self.rows()
         rows = {what: (dense, pruned) for what, dense, pruned in self.rows()}
-        (first, (dense, pruned)), label = next(iter(rows.items())), _perplexity_label(did["after"])
+        (first, (dense, pruned)), label = next(iter(rows.items())), _label(did["after"])
         measured = did["after"].get("perplexity") is not None
         rows[first] = dense, f"{pruned} before healing" + ("" if measured else ", not measured since")
         if measured:  # maybe on other windows
-            rows[label] = rows.get(label, ("", ""))[0], f"{self.healed}, healed ({_perplexity(did['before'])} before)"
-        rows.pop("sample of text", None)
-        if self.dense.get("sample") and did["after"].get("sample"):
-            rows["sample of text"] = self.dense["sample"], did["after"]["sample"]
-        return [(what, dense, value) for what, (dense, value) in rows.items()]
-
-    def _active_sparsity(self) -> tuple[float, float]:
-        """Of the layers that were pruned: the share of zeros before and after."""
-        active = [la for la in self.layers if la.target]
-        total = sum(map(_size, active)) or 1
-        return sum(la.before * _size(la) for la in active) / total, sum(
-            la.sparsity * _size(la) for la in active
-        ) / total
+            rows[label] = rows.get(label, ("", ""))[0], f"{self.healed}, healed ({_figure(did['before'])} before)"
+        rows.pop(SAMPLE, None)
+        return [(what, *both) for what, both in rows.items()] + _sample(self.dense, did["after"])
 
     def notes(self) -> list[str]:
         """What happened to single layers that a user should know."""
@@ -218,27 +208,27 @@ class Report:
     def card(self) -> str:
         """A model card that says what was done."""
         steps = " + ".join(name for step in self.recipe["steps"] for name in step)
-        rows = "\n".join(f"| {a} | {b} | {c} |" for a, b, c in self.rows() if a != "sample of text")
         base = self.model["name"]
+        library = "library_name: transformers\n" if "text" in self.recipe.get("task", "text") else ""
         front = f"base_model: {base}\n" if "/" in base and not Path(base).exists() else ""
-        calibration = self.recipe["calibration"]
-        text = "which reads no text"
+        calibration, task = self.recipe["calibration"], next(iter(self.recipe.get("task", ["text"])))
+        text = "which reads no text" if task == "text" else "which reads no samples"
         if any(layer.tokens for layer in self.layers):
-            text = (
-                f"calibrated on {calibration['samples']} windows of\n{calibration['length']} tokens of"
-                f" `{Path(calibration['source']).name}`"
-            )
-        if self.recipe.get("format") == "packed":
+            what = f"windows of\n{calibration['length']} tokens" if task == "text" else "samples"
+            text = f"calibrated on {calibration['samples']} {what} of `{Path(calibration['source']).name}`"
+        format_, masks = self.recipe.get("format", "dense"), "The masks are in `prunella.masks` (bit-packed)"
+        if format_ == "packed":
             load = (
                 "`AutoModelForCausalLM.from_pretrained` loads it where Prunella is installed. Its zeros are not stored"
             )
-        elif (format_ := self.recipe.get("format", "dense")) != "dense":
+        elif format_ != "dense":
             load = f"Its weights are in the format `{Path(format_).name}`"
+        elif task != "text":
+            load = f"It is of task `{Path(task).name}`. {masks}"
         else:
-            load = "Load it with `AutoModelForCausalLM.from_pretrained`. The masks are in `prunella.masks` (bit-packed)"
+            load = f"Load it with `AutoModelForCausalLM.from_pretrained`. {masks}"
         return f"""---
-library_name: transformers
-tags:
+{library}tags:
 - prunella
 - pruned
 {front}---
@@ -248,9 +238,7 @@ tags:
 {self.sparsity:.1%} of the block weights of `{Path(base).name or base}` are zero: pruned in one shot with
 `{steps}` (pattern `{self.recipe["pattern"]}`), {text}.
 
-| | dense | pruned |
-| --- | --- | --- |
-{rows}
+{_markdown("dense", "pruned", self.rows())}
 {self._healed_card()}
 {load}, and `prunella.json` holds the
 recipe, the versions and what happened to every layer. The license is that of the original model.
@@ -265,23 +253,37 @@ def seen(directory: str | Path) -> str:
         return ""
 
 
-def _size(layer: LayerResult) -> int:
-    return layer.shape[0] * layer.shape[1]
+def _sample(before: Mapping[str, Any], after: Mapping[str, Any]) -> Rows:
+    return [(SAMPLE, before["sample"], after["sample"])] if before.get("sample") and after.get("sample") else []
 
 
-def _perplexity(side: Mapping[str, Any]) -> str:
-    return f"{side['perplexity']:.2f}" if side.get("perplexity") is not None else "not measured"
+def numbers(rows: Rows) -> Rows:
+    """The rows of a table without those that show a sample of text."""
+    return [row for row in rows if row[0] != SAMPLE]
 
 
-def _perplexity_label(side: Mapping[str, Any]) -> str:
-    if side.get("perplexity") is None:
-        return "perplexity"
-    said = f"{Path(side['source']).name}, {side['windows']} windows of {side['length']}"
-    return f"perplexity ({', '.join(filter(None, (said, bos_words(side.get('bos')))))})"
+def _markdown(before: str, after: str, rows: Rows) -> str:
+    head = (f"| | {before} | {after} |", "| --- | --- | --- |")
+    return "\n".join((*head, *(f"| {a} | {b} | {c} |" for a, b, c in numbers(rows))))
+
+
+def _figure(side: Mapping[str, Any]) -> str:
+    value = side.get(side.get("figure", "perplexity"))
+    return "not measured" if value is None else f"{value:.4g}" if "figure" in side else f"{value:.2f}"
+
+
+def _label(side: Mapping[str, Any]) -> str:
+    figure = side.get("figure", "perplexity")
+    if side.get(figure) is None:
+        return str(figure)
+    source = Path(side["source"]).name
+    count = f"{side['samples']} samples" if "figure" in side else f"{side['windows']} windows of {side['length']}"
+    said = filter(None, (source, count, bos_words(side.get("bos"))))
+    return f"{figure} ({', '.join(said)})"
 
 
 def bos_words(bos: bool | None) -> str:
-    """How the windows of a perplexity begin; nothing where an older report does not say."""
+    """How the windows of a perplexity begin, in words; none for an older report, which does not say."""
     return "" if bos is None else "each with BOS" if bos else "without BOS"
 
 
@@ -290,7 +292,7 @@ def versions() -> dict[str, str]:
     import safetensors
     import transformers
 
-    from . import __version__
+    from .. import __version__
 
     return {
         "prunella": __version__,
