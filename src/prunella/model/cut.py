@@ -76,8 +76,8 @@ def inside(name: str, block: str) -> bool:
 
 def find_stacks(network: nn.Module, task: Task) -> Stacks:
     """Names of the network's blocks in the order in which they run, a tuple a stack. Those of a language model are its
-    list of decoder blocks. `WHOLE` where a network is no chain, or cannot be run without its weights to see, or its task
-    has no example. Raises ModelError where a language model has no blocks, or where the example does not run."""
+    list of decoder blocks. `WHOLE` where a network is no chain, or cannot be run without its weights to see, or its
+    task has no example. Raises ModelError where a language model has no blocks, or where the example does not run."""
     if task.name == "text":
         return (tuple(_listed(network)),)
     if (batch := _example(network, task)) is None:
