@@ -49,12 +49,12 @@ class Model:
 
     network:     a model of transformers, or any module; parameters that are not loaded are on the meta device
     tokenizer:   its tokenizer, or None
+    task:        what the network is for
     stacks:      names of its blocks, in order, a tuple a stack: most networks have one
     blocks:      all of them
     spans:       the numbers of each stack's blocks
     undivided:   the network is no chain of blocks, but itself the only one
     checkpoint:  where its weights come from, or None if the model is in memory
-    task:        what the network is for
     scratch:     folder for hidden states that do not fit into memory; None: one in the cache
     """
 
