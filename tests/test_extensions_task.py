@@ -19,11 +19,8 @@ from prunella.allocate import allocations
 from prunella.registry import steps
 from prunella.samples import Samples
 
-pytest.importorskip("prunella.model.cut")  # what finds the blocks of any network
-
 FILE = Path(__file__).parent / "extensions" / "toy_task.py"
 TASK = f"{FILE}:toy"
-NEEDS_TEXT = {"probe", "ramp"}  # allocations that hold out windows of text
 
 
 def network(seed: int = 0) -> Any:
@@ -45,15 +42,6 @@ def toy(tmp_path: Path) -> Path:
     return tmp_path / "toy"
 
 
-def zeros(net: nn.Module) -> dict[str, float]:
-    return {name: (p == 0).float().mean().item() for name, p in net.named_parameters() if p.ndim == 2}
-
-
-def options_of(step: str) -> dict[str, Any]:
-    """So that a step of other networks' widths works on eight inputs."""
-    return {"group": 8} if step == "gptq" else {}
-
-
 @pytest.mark.parametrize("order", ["layer", "block"])
 @pytest.mark.parametrize("name", sorted(steps))
 def test_every_step_prunes_a_toy(name: str, order: str) -> None:
@@ -62,13 +50,11 @@ def test_every_step_prunes_a_toy(name: str, order: str) -> None:
         pytest.skip("works on whole blocks")
     before = [] if method.prunes else ["wanda"]
     net = network()
-    recipe = {"task": TASK, "steps": [*before, {name: options_of(name)}], "order": order}
+    recipe = {"task": TASK, "steps": [*before, name], "order": order}
     report = prunella.prune(net, recipe)
     assert [layer.name for layer in report.layers] == ["first.0", "second"]
-    if name == "besa":  # which shares out over the layers of a block what it prunes
-        assert report.sparsity == pytest.approx(0.5, abs=0.02)
-    else:
-        assert zeros(net) == {"first.0.weight": 0.5, "second.weight": 0.5}
+    assert report.sparsity == pytest.approx(0.5, abs=0.02 if name == "besa" else 0)  # which moves it between layers
+    assert all((net.get_submodule(la.name).weight == 0).float().mean() >= la.sparsity for la in report.layers)
     assert report.dense["figure"] == "loss"
     assert report.pruned["loss"] > 0
     assert report.pruned["loss"] != report.dense["loss"]
@@ -76,16 +62,11 @@ def test_every_step_prunes_a_toy(name: str, order: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(allocations))
-def test_every_allocation_spreads_over_a_toy_or_says_that_it_needs_text(name: str) -> None:
-    recipe = {"task": TASK, "steps": ["wanda"], "allocate": name}
-    if name in NEEDS_TEXT:
-        with pytest.raises(InputError, match=f"allocation '{name}' .* text"):
-            prunella.prune(network(), recipe)
-        return
-    net = network()
-    report = prunella.prune(net, recipe)
+def test_every_allocation_spreads_over_a_toy(name: str) -> None:
+    report = prunella.prune(network(), {"task": TASK, "steps": ["wanda"], "allocate": name})
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
     assert list(report.recipe["allocate"]) == [name]
+    assert len({layer.sparsity for layer in report.layers}) == (1 if name == "uniform" else 2)
 
 
 def test_losses_are_those_of_the_network_before_and_after() -> None:

@@ -15,6 +15,7 @@ from ..errors import InputError, ModelError, first_line
 from ..foreign import blamed
 from ..model.files import SINGLE
 from ..model.open import wrap
+from ..samples import on
 
 if TYPE_CHECKING:
     from ..model.checkpoint import Source
@@ -101,7 +102,7 @@ class Task(ABC):
         if model.checkpoint is not None:
             return
         for group in samples.groups:
-            one = {key: tensor[:1].to(model.device) for key, tensor in group.items()}
+            one = on({key: tensor[:1] for key, tensor in group.items()}, model.device)
             try:
                 with torch.no_grad():
                     outputs = self.run(model.network, one)

@@ -84,7 +84,7 @@ class Text(Task):
         return {"length": lengths.pop() if len(lengths) == 1 else None}
 
     def example(self, network: nn.Module) -> Batch:
-        return {"input_ids": torch.zeros(1, 2, dtype=torch.int64)}
+        return {"input_ids": torch.arange(8)[None]}
 
     def check(self, model: Model, samples: Samples) -> None:
         for group in samples.groups:
@@ -99,8 +99,9 @@ class Text(Task):
 
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
         """Mean negative log-likelihood per predicted token of each window."""
-        ids_BL = batch["input_ids"].to(outputs.logits.device)
-        each = zip(outputs.logits, ids_BL, strict=True)  # one at a time: in float32 its logits are as large as all
+        each = zip(
+            outputs.logits, batch["input_ids"], strict=True
+        )  # one at a time: in float32 its logits are as large as all
         return torch.stack([cross_entropy(logits_LV[:-1].float(), ids_L[1:]) for logits_LV, ids_L in each])
 
     def divergence(self, outputs: Any, teacher: Any, batch: Batch) -> Tensor:
