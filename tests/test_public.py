@@ -39,6 +39,7 @@ PUBLIC = [
     "prune",
     "read_masks",
     "register",
+    "register_statistic",
     "register_task",
     "wrap_model",
 ]

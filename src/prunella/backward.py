@@ -32,7 +32,7 @@ from .model.walk import LoadedBlock
 from .outcome import BlockResult
 from .progress import Track, no_track
 from .registry import Step
-from .samples import Batch
+from .samples import Batch, on
 from .statistics.registry import OUTPUTS, concatenate, merged, of_gradients, taking, whole
 from .types import Stats
 from .watch import Watch
@@ -127,7 +127,7 @@ class Back:
     def _losses(self, batch: Batch, output: Tensor) -> Iterator[Tensor]:
         """The loss of a window, or parts that add up to it, each made when the one before it may go."""
         if self.model.task.name != "text":
-            yield self.model.task.losses(self.stream.calls.outputs(batch, [output]), batch)[0]
+            yield self.model.task.losses(self.stream.calls.outputs(batch, [output]), on(batch, output.device))[0]
             return
         ids_1L = batch["input_ids"]
         ids_L = ids_1L[0].to(self.model.device)

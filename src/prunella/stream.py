@@ -26,7 +26,7 @@ from .examine import examine
 from .grid import Grid, fit
 from .hidden import Hidden, Shelf
 from .histogram import histograms
-from .layers import Slot, find_layers, unpruned
+from .layers import Slot, find_layers, unpruned, within
 from .machine import cache_directory, free_memory
 from .model.checkpoint import Source
 from .model.network import Model
@@ -90,7 +90,7 @@ class Stream:
         self.rounding = rounding
         self.keep_zeros = keep_zeros
         self.checkpoint = checkpoint
-        self.samples = samples = Samples.of(samples)
+        self.samples = samples = Samples.of(samples, model.task.argument)
         self.order = order
         if order == "layer" and len(samples.groups) > 1:
             raise InputError(
@@ -398,7 +398,7 @@ class Stream:
             return done, {}
         layers = tuple(self._layer(t, stats.get(leader.get(n, n), Stats()), begin) for n, t in active.items())
         weights = {id(getattr(slot.module, slot.parameter)) for slot in active.values()}
-        own = {f"{block.name}.{key}": p.data for key, p in block.module.named_parameters() if id(p) not in weights}
+        own = {within(block.name, key): p.data for key, p in block.module.named_parameters() if id(p) not in weights}
         beside: Any = self.dense
         whole_block = Block(
             block.index,

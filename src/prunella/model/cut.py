@@ -75,13 +75,15 @@ def inside(name: str, block: str) -> bool:
 
 
 def find_stacks(network: nn.Module, task: Task) -> Stacks:
-    """Names of the network's blocks in the order in which they run, a tuple a stack; `WHOLE` where it is no chain, or
-    cannot be run without its weights to see. Those of a language model are its list of decoder blocks. Raises
-    ModelError if it has none, or if the network does not run on its task's example."""
+    """Names of the network's blocks in the order in which they run, a tuple a stack. Those of a language model are its
+    list of decoder blocks. `WHOLE` where a network is no chain, or cannot be run without its weights to see, or its
+    task has no example. Raises ModelError where a language model has no blocks, or where the example does not run."""
     if task.name == "text":
         return (tuple(_listed(network)),)
+    if (batch := _example(network, task)) is None:
+        return WHOLE
     try:
-        return _chosen(network, _traced(network, task))
+        return _chosen(network, _traced(network, task, batch))
     except Exception as error:
         if any(parameter.is_meta for parameter in network.parameters()):  # where no numbers are, none can be asked for
             return WHOLE
@@ -183,12 +185,18 @@ def whole_run(network: Any, task: Task) -> tuple[nn.Module, dict[str, Any]]:
     """A module that runs the network, without the head of a language model, and its arguments."""
     if task.name == "text":
         return network.base_model, {"input_ids": torch.zeros((2, 16), dtype=torch.long), "use_cache": False}
-    return _Run(network, task), {"batch": task.example(network)}
+    return _Run(network, task), {"batch": _example(network, task) or {}}
 
 
-def _traced(network: nn.Module, task: Task) -> _Trace:
-    """The network's calls on its task's example: with its weights where all are in memory, else on the meta device."""
-    batch = task.example(network)
+def _example(network: nn.Module, task: Task) -> Batch | None:
+    try:
+        return task.example(network)
+    except NotImplementedError:  # a task need not have one
+        return None
+
+
+def _traced(network: nn.Module, task: Task, batch: Batch) -> _Trace:
+    """The network's calls on a batch: with its weights where all are in memory, else on the meta device."""
     named = dict(network.named_modules())
     trace = _Trace()
 

@@ -49,7 +49,6 @@ class Model:
 
     network:     a model of transformers, or any module; parameters that are not loaded are on the meta device
     tokenizer:   its tokenizer, or None
-    task:        what it is for
     stacks:      names of its blocks, in order, a tuple a stack: most networks have one
     blocks:      all of them
     spans:       the numbers of each stack's blocks
