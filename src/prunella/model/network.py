@@ -49,6 +49,7 @@ class Model:
 
     network:     a model of transformers, or any module; parameters that are not loaded are on the meta device
     tokenizer:   its tokenizer, or None
+    task:        what the network is for
     stacks:      names of its blocks, in order, a tuple a stack: most networks have one
     blocks:      all of them
     spans:       the numbers of each stack's blocks
@@ -68,6 +69,7 @@ class Model:
         name: str,
         task: Task,
     ):
+        self.task = task
         self.tokenizer_given = False  # it is not the one in the checkpoint's directory
         self._training = network.training
         self.network = network.eval()
@@ -75,7 +77,6 @@ class Model:
         self.checkpoint = checkpoint
         self.device = device
         self.name = name
-        self.task = task
         self.stacks = find_stacks(network, self.task)
         self.blocks = [name for stack in self.stacks for name in stack]
         ends = list(itertools.accumulate(map(len, self.stacks)))
