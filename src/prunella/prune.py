@@ -97,7 +97,7 @@ def prune(
         check_output(path)
     task = recipe.make_task()
     if recipe.heal.train:
-        if task.name != "text":
+        if not task.language:
             raise InputError(f"healing trains causal language models only, yet: leave it out for task '{task.name}'.")
         if in_memory or path is None or calibration is not None:
             raise InputError(

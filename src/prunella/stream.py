@@ -551,7 +551,7 @@ def pick_order(
     if whole_block or not any(step.needs for step in steps):
         return "block"
     samples = Samples.of(samples)
-    if model.task.name != "text" or len(samples.groups) > 1:
+    if not model.task.language or len(samples.groups) > 1:
         return "block"
     config, windows_NL = model.network.config.get_text_config(), samples.groups[0]["input_ids"]
     shapes = [s.shape for s in find_layers(model.module(model.blocks[0]), model.blocks[0])]
