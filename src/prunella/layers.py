@@ -27,6 +27,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from .compat import CONVOLUTIONS, GROUPED_PRODUCT, storage_of
+from .trees import map_tensors
 from .types import Pattern
 
 
@@ -131,17 +132,22 @@ def find_layers(module: nn.Module, prefix: str) -> list[Slot]:
     return survey(module, prefix)[0]
 
 
+def within(block: str, path: str) -> str:
+    """The name in the network of what has this one in a block; a block without a name is the network itself."""
+    return ".".join(filter(None, (block, path)))
+
+
 def survey(module: nn.Module, prefix: str) -> tuple[list[Slot], list[LeftOut]]:
     """All parameters of a block that have two or more dimensions: those that are layers, and the others."""
     slots: list[Slot] = []
     left: list[LeftOut] = []
     mixtures = _mixtures(module)
     for path, child in module.named_modules():
-        name = f"{prefix}.{path}" if path else prefix
+        name = within(prefix, path)
         for key, parameter in child.named_parameters(recurse=False):
             if parameter.ndim < 2:
                 continue
-            full = f"{name}.{key}"
+            full = within(name, key)
             lens = _lens(module, path, key, mixtures)
             if isinstance(lens, str):
                 left.append(LeftOut(full, tuple(parameter.shape), lens))
@@ -172,11 +178,11 @@ def unpruned(module: nn.Module, prefix: str, pruned: Collection[str]) -> frozens
     routers = {item.name.rpartition(".")[0] for item in left if item.why == ROUTER}
     names = set()
     for path, child in module.named_modules():
-        name = f"{prefix}.{path}" if path else prefix
+        name = within(prefix, path)
         routes = name in routers or _routes(module, path, 0, {})
         for key, _ in child.named_parameters(recurse=False):
-            full = f"{name}.{key}"
-            owner = f"{name}.weight" if key == "bias" else full.removesuffix("_bias")
+            full = within(name, key)
+            owner = within(name, "weight") if key == "bias" else full.removesuffix("_bias")
             if routes or owner in kept:
                 names.add(full)
     return frozenset(names)
@@ -415,16 +421,16 @@ def _einsum(args: Sequence[Any], known: Callable[[Tensor], bool]) -> Iterator[Pr
 _learned: WeakKeyDictionary[nn.Module, dict[str, Lens | str]] = WeakKeyDictionary()
 
 
-def learn(network: Any, blocks: Sequence[str]) -> None:
+def learn(network: Any, blocks: Sequence[str], base: nn.Module, given: Mapping[str, Any]) -> None:
     """Find out how those parameters of the blocks are read that nothing else tells about: from a forward pass of the
-    whole network on the meta device, which computes nothing. Where that cannot be, what it did not reach stays
-    unknown, and `_assumed` says what becomes of it. Of blocks with the same modules and shapes the first one runs."""
+    whole network on the meta device, which computes nothing: of `base`, a module that has it or most of it in it, with
+    these arguments. Where that cannot be, what it did not reach stays unknown, and `_assumed` says what becomes of it.
+    Of blocks with the same modules and shapes the first one runs."""
     _learn_shared(network, blocks)
     modules = [network.get_submodule(name) for name in blocks]
     unknown = [_unknown(block) for block in modules]
     if not any(unknown):
         return
-    base = network.base_model
     names = {id(parameter): name for name, parameter in base.named_parameters()}
     named = (*base.named_parameters(), *base.named_buffers())
     values = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in named}
@@ -437,11 +443,10 @@ def learn(network: Any, blocks: Sequence[str]) -> None:
         if id(getattr(module, key)) in names
     }
     look = _Look(places)
-    ids = torch.zeros((2, 16), dtype=torch.long, device="meta")
     complete = False
     # A forward pass that needs numbers ends where it needs them.
     with contextlib.suppress(Exception), torch.no_grad(), _first_of_a_kind(modules, kinds), look:
-        torch.func.functional_call(base, values, kwargs={"input_ids": ids, "use_cache": False})
+        torch.func.functional_call(base, values, kwargs=map_tensors(given, lambda tensor: tensor.to("meta")))
         complete = True
     for module, key in places.values():
         seen = look.seen.get((module, key), set())
