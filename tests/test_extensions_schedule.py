@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from processes import together
 from torch import Tensor
 
 import prunella
@@ -110,6 +111,27 @@ def test_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         ends.append((weights(network), training.state.losses))
     assert ends[0][1] == ends[1][1]
     assert all(torch.equal(weight, ends[1][0][name]) for name, weight in ends[0][0].items())
+
+
+def in_company(folder: str) -> None:
+    training, network, chosen = trained_by("magnitude", make_schedule(f"{FILE}:cubic", STEPS), Path(folder))
+    with training:
+        training.advance()
+    detach(chosen)
+    if training.team.main:
+        torch.save((weights(network), training.state.losses), Path(folder) / f"{training.team.size}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_hold_the_masks_of_one(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    in_company(str(tmp_path))
+    assert together(log, in_company, str(tmp_path)) == 0, log.read_text()
+    one, two = (torch.load(tmp_path / f"{size}.pt") for size in (1, 2))
+    assert two[1] == pytest.approx(one[1], rel=1e-3)
+    for name, weight in one[0].items():
+        assert int((two[0][name] == 0).sum()) == int((weight == 0).sum()) == round(SPARSITY * weight.numel())
+        assert ((two[0][name] == 0) == (weight == 0)).float().mean() > 0.99
 
 
 def test_masks_that_are_not_accepted_are_taken_back(tmp_path: Path) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import warnings
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from ..compat import forget_accelerator
 from ..errors import InputError, NumericalError
 from ..progress import OnStep
-from ..samples import Batch, Samples
+from ..samples import Batch, Samples, on, size_of
 from ..team import meet, team, told
 from . import checkpoints
 from .around import own_forward, remade
@@ -233,20 +231,20 @@ class Training:
         first, count = self.state.step * self.batch, len(self.samples)
         numbers = [(first + i) % count for i in range(self.batch)]
         chunks = [numbers[i : i + self.micro] for i in range(0, self.batch, self.micro)]
-        pieces = [piece for chunk in self.team.share(chunks) for piece in _rows(self.samples, chunk)]
+        pieces = [piece for chunk in self.team.share(chunks) for piece in self.samples.pick(chunk)]
         total = torch.zeros((), device=self.device)
-        for left, (rows, piece) in zip(reversed(range(len(pieces))), pieces, strict=True):
+        for left, piece in zip(reversed(range(len(pieces))), pieces, strict=True):
             # Deferred where it is sharded, every process would hold whole gradients meanwhile.
             together = left == 0 or self.sharded
             with contextlib.nullcontext() if together else self.accelerator.no_sync(self.model):
-                batch = self._here(piece)
+                batch = on(piece, self.device)
                 loss = self.loss(self.run(self.model, batch), batch)
                 if not torch.isfinite(loss):
                     best = self.state.best.get("final", 0) if self.held_out is not None else 0
                     raise Diverged(
                         self.state.step + 1, loss.item(), checkpoints.at(self.folder, best) if best else None
                     )
-                part = loss / (self.batch / (rows * self.team.size))
+                part = loss / (self.batch / (size_of(piece) * self.team.size))
                 part.backward()  # type: ignore[no-untyped-call]
                 total += part.detach()
         return total
@@ -261,12 +259,14 @@ class Training:
         losses = torch.zeros(count, device=self.device)
         for number in range(self.team.rank, -(-len(chunks) // size) * size, size):  # as many in each process
             chunk = chunks[number % len(chunks)]
-            for start, (rows, piece) in _starts(_rows(self.held_out, chunk), chunk.start):
-                batch = self._here(piece)
+            start = chunk.start
+            for piece in self.held_out.pick(chunk):
+                batch = on(piece, self.device)
                 with torch.no_grad():
                     loss = self.score(self.run(self.network, batch), batch)
                 if number < len(chunks):
-                    losses[start : start + rows] = loss
+                    losses[start : start + size_of(piece)] = loss
+                start += size_of(piece)
         self._forget()
         return float(self.team.reduce(losses).cpu().numpy().mean())
 
@@ -282,9 +282,6 @@ class Training:
         if better:
             state.best[name] = state.step
         state.waited = 0 if better else state.waited + 1
-
-    def _here(self, batch: Batch) -> Batch:
-        return {key: tensor.to(self.device) for key, tensor in batch.items()}
 
     def _forget(self) -> None:
         """What trains has changed."""
@@ -384,18 +381,3 @@ class Training:
         moments = torch.load(folder / checkpoints.OPTIMIZER, map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(moments)
         self.schedule.load(self.state.schedule)
-
-
-def _rows(samples: Samples, numbers: Sequence[int]) -> Iterator[tuple[int, Batch]]:
-    """Samples by their numbers, those that are side by side and of one shape together: how many, and the batch."""
-    starts = list(itertools.accumulate((len(next(iter(group.values()))) for group in samples.groups), initial=0))
-    for at, some in itertools.groupby(numbers, lambda number: bisect_right(starts, number) - 1):
-        rows = torch.tensor([number - starts[at] for number in some])
-        yield len(rows), {key: tensor[rows] for key, tensor in samples.groups[at].items()}
-
-
-def _starts(pieces: Iterator[tuple[int, Batch]], start: int) -> Iterator[tuple[int, tuple[int, Batch]]]:
-    """Pieces with the number of their first sample."""
-    for rows, piece in pieces:
-        yield start, (rows, piece)
-        start += rows
