@@ -101,7 +101,7 @@ def meet(device: torch.device) -> torch.device:
                 break
             forget_accelerator()  # a run before this one was on another device
     found: torch.device = state.device
-    return found
+    return torch.device("cuda", torch.cuda.current_device()) if str(found) == "cuda" else found
 
 
 @contextlib.contextmanager

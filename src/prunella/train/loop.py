@@ -127,7 +127,7 @@ class Training:
 
         device = meet(self.device)
         self.team = team()
-        if self.device.index not in (None, device.index):  # `cuda` without a number is any of them
+        if device.index is not None and self.device.index not in (None, device.index):
             raise InputError(
                 f"retraining runs on {device} here, not on {self.device}: choose with CUDA_VISIBLE_DEVICES."
             )
