@@ -302,8 +302,8 @@ class Training:
     def _move(self, share: float) -> None:
         """Choose masks, and hold them."""
         if self.update is None or self.sharded or not self.chosen:
-            why = "a sharded model's" if self.sharded else "nobody says which weights go: these"
-            raise InputError(f"the schedule moves masks, and {why} masks stay: use the schedule `constant`.")
+            why = "a sharded model's stay" if self.sharded else "nothing here chooses them (`update`)"
+            raise InputError(f"the schedule moves masks, but {why}: use the schedule `constant`.")
         with torch.no_grad():
             masks = self.team.broadcast(dict(self.update(share)) if self.team.main else {})
         before = self._masks()
