@@ -161,7 +161,7 @@ class Back:
             )
         self.stream.hidden[n] = found[0]
         by_key = dict(zip(weights, found[1:], strict=True))
-        return {slot.name: slot.part(by_key[slot.key]) for slot in slots}
+        return {slot.name: slot.read(by_key[slot.key]) for slot in slots}
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError, PrunellaError, first_line
-from .layers import replaced
+from .learn import replaced
 from .model.network import Argument, Interface, Model
 
 Key = tuple[str, int]  # of something that travels beside the hidden state

@@ -23,6 +23,7 @@ from .grid import Grid, fit
 from .hidden import Hidden, Shelf
 from .histogram import histograms
 from .layers import Slot, find_layers, unpruned
+from .lenses import Chunks
 from .machine import cache_directory, free_memory
 from .model.checkpoint import Checkpoint
 from .model.network import Model
@@ -31,7 +32,7 @@ from .pattern import hold_zeros, pack
 from .progress import Track, no_track
 from .registry import Step, make
 from .types import Block, Layer, Stats
-from .watch import Stop, Watch
+from .watch import Stop, Watch, statistics
 
 TOKENS = 2048  # that go through a block at a time, in `block` order
 SAMPLE = 512  # calibration tokens on which the error of each layer is measured
@@ -132,7 +133,7 @@ class Stream:
         block = self.model.module(name)
         active = {slot.name: slot for slot in slots if slot.sparsity > 0}
         for slot in active.values():
-            if not torch.isfinite(slot.view()).all():
+            if not torch.isfinite(slot.read()).all():
                 raise NumericalError(f"layer '{slot.name}' has NaN or infinite weights before pruning.")
         others: dict[str, Tensor] = {}
         if self.order == "layer":
@@ -150,7 +151,7 @@ class Stream:
             results.append(result)
             if grid is not None:
                 grids[slot.name] = grid
-            changed[slot.key] = getattr(slot.module, slot.parameter).data
+            changed[slot.key] = slot.tensor
         return BlockResult(index, name, tuple(results), masks, grids, changed, time.perf_counter() - started)
 
     def _layer(self, slot: Slot, stats: Stats) -> Layer:
@@ -160,9 +161,7 @@ class Stream:
                     f"the inputs of layer '{slot.name}' hold NaN or infinity: the model overflows on the"
                     " calibration text; use --dtype float32 or bfloat16."
                 )
-        weight_OI = slot.view()
-        if slot.transposed:
-            weight_OI = weight_OI.contiguous()
+        weight_OI = slot.read().contiguous()
         notes: tuple[str, ...] = ()
         if self.keep_zeros and (zeros := share_of(weight_OI == 0)) > slot.sparsity:
             notes = (f"came with {zeros:.1%} zeros, more than the {slot.sparsity:.1%} asked for: all stay",)
@@ -209,10 +208,10 @@ class Stream:
 
     def _dense_inputs(
         self, index: int, block: nn.Module, active: Mapping[str, Slot], batch: int, needs: frozenset[str]
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Chunks]:
         """What the layers of the block, still dense, get from the dense model's hidden states, which move on; of
         layers that share an input, the first. Experts are left out: other tokens may be routed to them."""
-        inputs: dict[str, Tensor] = {}
+        inputs: dict[str, Chunks] = {}
         if self.dense is None:
             return inputs
         if "drift" not in needs:
@@ -220,9 +219,9 @@ class Stream:
                 self.forward(index, block, self.dense, batch)
             return inputs
 
-        def see(layer_name: str, x_TI: Tensor, same: bool) -> None:
-            if not same and active[layer_name].expert is None:
-                inputs[layer_name] = x_TI
+        def see(layer_name: str, rows: Chunks, same: bool) -> None:
+            if not same and not active[layer_name].routed:
+                inputs[layer_name] = rows
 
         with torch.no_grad(), Watch(active, see):
             self.forward(index, block, self.dense, batch)
@@ -241,12 +240,12 @@ class Stream:
         done: dict[str, Settled] = {}
         stats = Stats()
 
-        def see(layer_name: str, x_TI: Tensor, same: bool) -> None:
+        def see(layer_name: str, rows: Chunks, same: bool) -> None:
             nonlocal stats
             if layer_name in done:
                 return
             if not same:
-                stats = Stats.of(x_TI, needs, SAMPLE, dense.pop(layer_name, None))
+                stats = statistics(rows, needs, SAMPLE, dense.pop(layer_name, None))
             layer = self._layer(active[layer_name], stats)
             result = self._apply(Block(index, name, (layer,)), steps, min_tokens).layers[0]
             done[layer_name] = _settle(result, active[layer_name])
@@ -277,12 +276,12 @@ class Stream:
         previous, batch = "", 0
         order: list[str] = []
 
-        def see(layer_name: str, x_TI: Tensor, same: bool) -> None:
+        def see(layer_name: str, rows: Chunks, same: bool) -> None:
             nonlocal previous
             if not same:
                 previous = layer_name
                 sample = SAMPLE if batch == 0 or layer_name not in stats else 0
-                new = Stats.of(x_TI, needs, sample, dense.pop(layer_name, None))
+                new = statistics(rows, needs, sample, dense.pop(layer_name, None))
                 stats[layer_name] = stats[layer_name] + new if layer_name in stats else new
             leader[layer_name] = previous
             if batch == 0 and layer_name not in order:
@@ -294,7 +293,7 @@ class Stream:
         keep_outputs = "targets" in needs
         same = self.dense is None or "drift" not in needs  # the dense block's outputs, on the pruned model's inputs
         outputs: list[Tensor] = []
-        dense: dict[str, Tensor] = {}
+        dense: dict[str, Chunks] = {}
         whole = False
         batches = range(len(self.hidden)) if needs else range(1)
         with torch.no_grad():
@@ -304,7 +303,7 @@ class Stream:
                     out = self.forward(index, block, self.hidden, batch, keep=False)
                     if keep_outputs and same:
                         outputs.append(out)
-                whole = len(order) == len(active) and all(slot.expert is None for slot in active.values())
+                whole = len(order) == len(active) and not any(slot.routed for slot in active.values())
         _check_seen(name, leader, active)
         if all(step.per_layer for step in steps):  # one layer at a time: its new weight and statistics can go
             done: dict[str, Settled] = {}
@@ -350,22 +349,17 @@ class Stream:
 
         def run(weights: Mapping[str, Tensor], n: int, at: str | None = None) -> Tensor:
             replaced: dict[str, Tensor] = {}
-            parts: dict[str, list[tuple[Slot, Tensor]]] = {}  # of one parameter each, which is copied once
+            parts: dict[str, dict[int, Tensor]] = {}  # of one parameter each, which is put together once
             for name, weight in weights.items():
                 slot = active.get(name)
                 if slot is None:
                     replaced[name.removeprefix(prefix)] = weight
                     continue
-                weight = weight.T if slot.transposed else weight
-                if slot.expert is None:
-                    replaced[slot.key.removeprefix(prefix)] = weight
-                else:
-                    parts.setdefault(slot.key.removeprefix(prefix), []).append((slot, weight))
-            for key, several in parts.items():
-                slot, parameter = several[0][0], block.get_parameter(key)
-                whole = slot.matrices(parameter)
-                rows = torch.tensor([one.expert for one, _ in several], device=parameter.device)
-                replaced[key] = whole.index_copy(0, rows, torch.stack([w for _, w in several])).view(parameter.shape)
+                parts.setdefault(slot.key, {})[slot.part or 0] = weight
+            for slot in active.values():
+                if slot.key in parts:
+                    some = parts.pop(slot.key)
+                    replaced[slot.key.removeprefix(prefix)] = slot.lens.put(slot.tensor, some)
             if not self.calls.windows:
                 with self.model.outside(head=False):
                     self.calls.record_windows(self.windows_NL)
@@ -434,7 +428,7 @@ def _settle(layer: Layer, slot: Slot) -> Settled:
         histograms(layer.dense_OI, layer.weight_OI, layer.mask_OI),
         share_of(zero_OI),
     )
-    slot.view().copy_(layer.weight_OI)
+    slot.write(layer.weight_OI)
     return result, pack(layer.mask_OI), None if layer.grid is None else layer.grid.on(torch.device("cpu"))
 
 

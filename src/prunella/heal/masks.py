@@ -69,7 +69,7 @@ def _zeros(model: Model) -> Iterator[tuple[str, Tensor]]:
     for index, name in enumerate(model.blocks):
         with model.block(index) as block:
             for slot in find_layers(block, name):
-                mask_OI = slot.view() != 0
+                mask_OI = slot.read() != 0
                 if mask_OI.numel() - int(mask_OI.count_nonzero()) >= DENSE * mask_OI.numel():
                     yield slot.name, mask_OI
 
@@ -78,5 +78,5 @@ def verify(model: Model, masks: Mapping[str, Tensor]) -> None:
     """Raises NumericalError, naming the layer, if a pruned weight is not zero."""
     for slot in slots_of(model):
         mask_OI = masks.get(slot.name)
-        if mask_OI is not None and slot.view()[~mask_OI.to(slot.view().device)].any():
+        if mask_OI is not None and slot.read()[~mask_OI.to(slot.read().device)].any():
             raise NumericalError(f"layer '{slot.name}' lost zeros while it was healed: this is a defect.")

@@ -265,7 +265,7 @@ def reconstruct_blocks(
         torch.manual_seed(recipe.seed + index)
         with model.block(index) as block:
             values = {f"{name}.{key}": parameter.data.clone() for key, parameter in block.named_parameters()}
-            values |= {slot.name: slot.view().clone() for slot in slots}
+            values |= {slot.name: slot.read().clone() for slot in slots}
         kept = {slot.name: masks.get(slot.name) for slot in slots}
         goals = [
             replace(slot, sparsity=0.0 if mask is None else 1 - mask.count_nonzero().item() / mask.numel())

@@ -33,7 +33,7 @@ from ..compat import (
 )
 from ..errors import ModelError, ReadError
 from ..fast import use_fast_attention
-from ..layers import learn
+from ..learn import learn
 from ..progress import Track, no_track
 from .checkpoint import Checkpoint
 from .walk import LoadedBlock, ReadAhead

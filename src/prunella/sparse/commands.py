@@ -158,7 +158,7 @@ def _mask(slot: Slot, known: dict[str, Tensor] | None) -> Tensor | None:
     """Where the weight is kept, by its mask if masks are `known`, else by its zeros; None for a weight that is not
     pruned. Without a mask a negative zero counts as kept, so that the same bytes come back; where a mask prunes, it
     becomes a plain zero."""
-    weight_OI = slot.view()
+    weight_OI = slot.read()
     if known is None:
         integers = {2: torch.int16, 4: torch.int32}[weight_OI.element_size()]
         nonzero_OI = weight_OI.contiguous().view(integers) != 0
@@ -179,7 +179,7 @@ def _mask(slot: Slot, known: dict[str, Tensor] | None) -> Tensor | None:
 
 
 def _check_grid(slot: Slot, grid: Grid) -> None:
-    weight_OI = slot.view()
+    weight_OI = slot.read()
     rows, columns = slot.shape
     if grid.scale_OG.shape != (rows, groups(columns, grid.group)) or not torch.equal(grid.round(weight_OI), weight_OI):
         raise ModelError(

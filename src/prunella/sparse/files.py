@@ -110,12 +110,12 @@ class PackedFiles:
             about: dict[str, Any] = {"shape": list(slots[0].shape)}
             if kinds != {self._kind(slots[0].shape[1])}:
                 about["bits"], about["group"] = kinds.pop()
-            if slots[0].expert is not None:
+            if slots[0].part is not None:
                 about["experts"] = len(slots)
-            if slots[0].transposed:
+            if slots[0].lens.transposed:
                 about["transposed"] = True
             if [slot.name for slot in slots] != module_names(name, about):
-                about["layer"] = parameter.removesuffix(".weight") if slots[0].expert is None else parameter
+                about["layer"] = parameter.removesuffix(".weight") if slots[0].part is None else parameter
             for module, content in zip(module_names(name, about), packed, strict=True):
                 tensors |= {f"{module}.{part}": tensor for part, tensor in content.parts().items()}
             tensors |= self._mark(name, about, found)
@@ -197,16 +197,12 @@ class PackedFiles:
         weights can take its place, transformers makes it of tensors that other parameters are made of too, or it has a
         dtype of its own."""
         parameter = slot.key
-        if slot.expert is None:
-            takes = isinstance(slot.module, nn.Linear) or type(slot.module).__name__ == "Conv1D"
-        else:  # a list of packed experts: the model must ask for one after the other
-            takes = slot.alone and getattr(slot.module, slot.parameter).ndim == 3
-        if not takes:
+        if slot.lens.packed is None:
             return None
         keys = {key: converted for key, (p, converted) in self.plan.items() if p == parameter}
         if not keys or any(self._code(key) not in (None, self.model.dtype) for key in keys):
             return None
-        if slot.expert is not None:
+        if slot.part is not None:
             names = {name for name, _ in self.plan.values()}
             whole = (f"{block}.{name}" for name, _ in self.model.module(block).named_parameters())
             if not any(keys.values()):
@@ -242,7 +238,7 @@ class PackedFiles:
         for grid in (grids[slot.name] for slot in slots if slot.name in grids):
             bits, group = stored_bits(grid), grid.group
         return [
-            pack(slot.view().cpu().contiguous(), masks[slot.name], bits, group, grid=grids.get(slot.name))
+            pack(slot.read().cpu().contiguous(), masks[slot.name], bits, group, grid=grids.get(slot.name))
             for slot in slots
         ]
 
