@@ -134,8 +134,7 @@ def test_states_are_let_go_when_their_block_is_done(ids: Tensor) -> None:
     back = Back(wrap_model(tiny.build(num_hidden_layers=4)), ids)
     for index in (3, 2, 1, 0):
         assert len(back._entering) == index + 1
-        block = back.model.module(back.model.blocks[index])
-        assert [window for window, _ in back.advance(index, block)] == list(range(len(ids)))
+        assert [window for window, _ in back.advance(back.model.at(index))] == list(range(len(ids)))
 
 
 def test_states_on_disk_give_the_same(ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

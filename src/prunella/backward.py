@@ -15,15 +15,16 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from .calibrate import check_windows
 from .errors import InputError, ModelError, NumericalError
-from .hidden import Hidden, Shelf
+from .hidden import Hidden
 from .layers import Slot, find_layers
 from .model.checkpoint import Checkpoint
 from .model.network import Model
+from .model.walk import LoadedBlock
 from .progress import Track, no_track
 from .stream import Stream
 
@@ -62,11 +63,9 @@ def gradients(
         NumericalError: the loss of a window is NaN or infinite.
     """
     back = Back(model, windows_NL, loss=loss, checkpoint=checkpoint, track=track)
-    count = len(model.blocks)
-    for index in track(range(count - 1, -1, -1), "gradients", count):
-        with model.block(index, checkpoint) as block:
-            for window, found in back.advance(index, block):
-                yield index, window, found
+    for index, block in model.walk(checkpoint, back=True, track=track, what="gradients"):
+        for window, found in back.advance(block):
+            yield index, window, found
 
 
 class Back:
@@ -96,12 +95,11 @@ class Back:
                 " gradients cannot be made block by block."
             )
         self._entering: list[Hidden] = []  # what enters each block that is yet to come
-        count, hidden = len(model.blocks), self.stream.hidden
-        shelf = Shelf(hidden[0].nbytes * len(hidden) * count, model.device, hidden.shelf.folder)
-        for index in track(range(count), "forward", count):
+        hidden = self.stream.hidden
+        shelf = hidden.shelf_for(len(model.blocks))
+        for _, block in model.walk(checkpoint, track=track, what="forward"):
             self._entering.append(hidden.copy(shelf))
-            with model.block(index, checkpoint) as block:
-                self.stream.advance(index, block)
+            self.stream.advance(block)
         with model.outside(checkpoint=checkpoint):
             self.losses = [self._begin(n) for n in range(len(hidden))]
 
@@ -136,22 +134,20 @@ class Back:
             logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
             yield functional.cross_entropy(logits_RV, ids_L[rows_R + 1], reduction="sum") / predicted
 
-    def advance(self, index: int, block: nn.Module) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Take the gradient of each window back through block `index`, whose weights are loaded: the window, and the
+    def advance(self, block: LoadedBlock) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Take the gradient of each window back through a block: the window, and the
         gradients of the block's layers. Blocks are taken from the last to the first, each with all windows."""
-        slots = find_layers(block, self.model.blocks[index])
+        slots = find_layers(block.module, block.name)
         entering = self._entering.pop()
         for n in range(len(entering)):
-            yield n, self._through(index, block, slots, entering[n], n)
+            yield n, self._through(block, slots, entering[n], n)
 
-    def _through(
-        self, index: int, block: nn.Module, slots: Sequence[Slot], entering: Tensor, n: int
-    ) -> dict[str, Tensor]:
+    def _through(self, block: LoadedBlock, slots: Sequence[Slot], entering: Tensor, n: int) -> dict[str, Tensor]:
         """The gradients of a block's layers on window n; that of its input takes the place of that of its output."""
         state = entering.detach().requires_grad_()
         weights = {slot.key: getattr(slot.module, slot.parameter) for slot in slots}
         with torch.enable_grad(), _asked(weights.values()):
-            output, _ = self.stream.calls.batches[n][index].run(block, state, {})
+            output, _ = self.stream.calls.batches[n][block.index].run(block.module, state, {})
             found = torch.autograd.grad(
                 output,
                 (state, *weights.values()),

@@ -326,30 +326,28 @@ def _run(
     done = out.finished if out else []
     written = out.checkpoint if out and done else None
     last = max(index for index, block in enumerate(slots) if any(slot.sparsity > 0 for slot in block))
-    for index in track(range(len(model.blocks)), "pruning", len(model.blocks)):
-        name = model.blocks[index]
+    for index, block in model.walk(track=track, what="pruning"):
         if index > last:  # all that follows stays dense: nothing has to flow through it
-            with model.block(index) as block:
-                layers += [LayerResult.dense(slot) for slot in slots[index]]
-                left += left_out(block, name)
+            layers += [LayerResult.dense(slot) for slot in slots[index]]
+            left += left_out(block.module, block.name)
             continue
         if index < len(done):
             layers += done[index]
-            with model.block(index, written) as block:
-                left += left_out(block, name)
+            assert written is not None
+            with block.use(written):
+                left += left_out(block.module, block.name)
                 if index < last:
-                    stream.advance(index, block)
+                    stream.advance(block)
             if index < last and stream.dense is not None:
-                with model.block(index) as block:
-                    stream.advance(index, block, stream.dense)
+                stream.advance(block, stream.dense)
             continue
         torch.manual_seed(recipe.seed + index)  # a resumed run draws what an uninterrupted one does
-        with model.block(index) as block:
-            left += left_out(block, name)
-            result = stream.prune(
-                index, slots[index], steps, min_tokens=recipe.calibration.min_tokens, last=index == last
-            )
-            if out:
+        left += left_out(block.module, block.name)
+        result = stream.prune(block, slots[index], steps, min_tokens=recipe.calibration.min_tokens, last=index == last)
+        if out:
+            with block.use(result.changed):
                 out.write(result)
+        if model.checkpoint is None:
+            block.keep(result.changed)
         layers += result.layers
     return layers, left

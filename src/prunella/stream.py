@@ -8,6 +8,7 @@ How a block is called is not hard-coded but recorded, see calls.py.
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +28,7 @@ from .lenses import Chunks
 from .machine import cache_directory, free_memory
 from .model.checkpoint import Checkpoint
 from .model.network import Model
+from .model.walk import LoadedBlock, Source
 from .outcome import BlockResult, LayerResult, share_of
 from .pattern import hold_zeros, pack
 from .progress import Track, no_track
@@ -44,8 +46,8 @@ class Stream:
     """Hidden states on their way through the blocks of a model.
 
     >>> stream = Stream(model, windows)                                        # doctest: +SKIP
-    >>> for i in range(len(model.blocks)):                                     # doctest: +SKIP
-    ...     result = stream.prune(i, slots, steps, order="layer")
+    >>> for index, block in model.walk():                                      # doctest: +SKIP
+    ...     result = stream.prune(block, slots[index], steps)
 
     `order` says from which inputs statistics are made. `block`: one pass through the dense block shows the
     inputs of all its layers, and a second pass through the pruned block makes the next block's inputs; what
@@ -58,6 +60,8 @@ class Stream:
     `keep_zeros`: zeros that the weights come with stay zero, and count towards the sparsity (`hold_zeros`).
     `rounding`: bits and group of the grid to which pruned layers are rounded that no step has quantized; layers after
     them see what that does.
+    `start`: the weights that the steps begin with, and `masks` theirs, where the model is pruned already; the blocks
+    have the dense ones then, as always.
     """
 
     def __init__(
@@ -71,8 +75,12 @@ class Stream:
         rounding: tuple[int, int] | None = None,
         keep_zeros: bool = False,
         checkpoint: Checkpoint | None = None,
+        start: Source | None = None,
+        masks: Mapping[str, Tensor] | None = None,
     ):
         self.model = model
+        self.start = start
+        self.masks = masks or {}
         self.rounding = rounding
         self.keep_zeros = keep_zeros
         self.windows_NL = windows_NL
@@ -99,62 +107,78 @@ class Stream:
         self.hidden = streams[0]
         self.dense = streams[1] if beside else None  # what the dense model has in place of `hidden`
 
-    def advance(self, index: int, block: nn.Module, hidden: Hidden | None = None) -> None:
-        """Run block `index` (with its weights loaded) on all windows: its outputs become the hidden states (or
-        those in `hidden`)."""
+    def advance(self, block: LoadedBlock, hidden: Hidden | None = None) -> None:
+        """Run a block on all windows: its outputs become the hidden states (or those in `hidden`)."""
         hidden = self.hidden if hidden is None else hidden
         with torch.no_grad():
             for b in range(len(hidden)):
-                self.forward(index, block, hidden, b)
+                self.forward(block, hidden, b)
 
-    def forward(self, index: int, block: nn.Module, hidden: Hidden, batch: int, *, keep: bool = True) -> Tensor:
-        """Run block `index` on one batch of the hidden states, which move on if `keep` says so; what it puts out."""
-        out, beside = self.calls.batches[batch][index].run(block, hidden[batch], hidden.beside[batch])
+    def forward(self, block: LoadedBlock, hidden: Hidden, batch: int, *, keep: bool = True) -> Tensor:
+        """Run a block on one batch of the hidden states, which move on if `keep` says so; what it puts out."""
+        call = self.calls.batches[batch][block.index]
+        out, beside = call.run(block.module, hidden[batch], hidden.beside[batch])
         if keep:
             hidden[batch] = out
             hidden.beside[batch] = {key: map_tree(value, hidden.shelf.put) for key, value in beside.items()}
         return out
+
+    def fork(self, shelf: Shelf) -> Stream:
+        """Another stream whose hidden states, the same as now, go on by themselves and wait on that shelf."""
+        other = copy.copy(self)
+        other.hidden = self.hidden.copy(shelf)
+        return other
 
     def logits(self, batch: int) -> Tensor:
         """The model's logits for one batch of windows, once the hidden states have passed the last block."""
         return self.calls.logits(self.batches[batch], self.hidden[batch])
 
     def prune(
-        self, index: int, slots: Sequence[Slot], steps: Sequence[Step], *, min_tokens: int = 32, last: bool = False
+        self,
+        block: LoadedBlock,
+        slots: Sequence[Slot],
+        steps: Sequence[Step],
+        *,
+        min_tokens: int = 32,
+        last: bool = False,
     ) -> BlockResult:
-        """Apply `steps` to block `index`, write the weights into the network and move the hidden states on.
+        """Apply `steps` to a block, and move the hidden states on with what they made of it, unless it is the `last`.
+        The block itself stays as it is: who wants the new weights finds them in the result.
 
-        The block must be loaded. Layers that fewer than `min_tokens` tokens reached (experts that the router
-        seldom picks) are pruned by magnitude, and say so. Raises NumericalError, naming the layer, for NaN
-        or infinity in weights, inputs or results.
+        Layers that fewer than `min_tokens` tokens reached (experts that the router seldom picks) are pruned by
+        magnitude, and say so. Raises NumericalError, naming the layer, for NaN or infinity in weights, inputs or
+        results.
         """
         started = time.perf_counter()
-        name = self.model.blocks[index]
-        block = self.model.module(name)
         active = {slot.name: slot for slot in slots if slot.sparsity > 0}
         for slot in active.values():
             if not torch.isfinite(slot.read()).all():
                 raise NumericalError(f"layer '{slot.name}' has NaN or infinite weights before pruning.")
+        own = block.tensors()
+        begin = {} if self.start is None else block.read(self.start)
         others: dict[str, Tensor] = {}
-        if self.order == "layer":
-            layers = self._prune_on_arrival(index, name, block, active, steps, min_tokens)
-        else:
-            layers, others = self._prune_after_dense_pass(index, name, block, active, steps, min_tokens)
-            if not last:
-                self.advance(index, block)
-        results, masks, grids, changed = [], {}, {}, dict(others)
-        for slot in slots:
-            if slot.name not in layers:
-                results.append(LayerResult.dense(slot))
-                continue
-            result, masks[slot.name], grid = layers[slot.name]
-            results.append(result)
-            if grid is not None:
-                grids[slot.name] = grid
-            changed[slot.key] = slot.tensor
-        return BlockResult(index, name, tuple(results), masks, grids, changed, time.perf_counter() - started)
+        with block.use({slot.key: own[slot.key].clone() for slot in active.values()}):
+            if self.order == "layer":
+                layers = self._prune_on_arrival(block, active, steps, min_tokens, begin)
+            else:
+                layers, others = self._prune_after_dense_pass(block, active, steps, min_tokens, begin)
+                if not last:
+                    with block.use({**{k: v for k, v in begin.items() if k not in _keys(active)}, **others}):
+                        self.advance(block)
+            results, masks, grids, changed = [], {}, {}, dict(others)
+            for slot in slots:
+                if slot.name not in layers:
+                    results.append(LayerResult.dense(slot))
+                    continue
+                result, masks[slot.name], grid = layers[slot.name]
+                results.append(result)
+                if grid is not None:
+                    grids[slot.name] = grid
+                changed[slot.key] = slot.tensor
+        seconds = time.perf_counter() - started
+        return BlockResult(block.index, block.name, tuple(results), masks, grids, changed, seconds)
 
-    def _layer(self, slot: Slot, stats: Stats) -> Layer:
+    def _layer(self, slot: Slot, stats: Stats, begin: Mapping[str, Tensor]) -> Layer:
         for value in (stats.sumsq_I, stats.sum_I):
             if value is not None and not torch.isfinite(value).all():
                 raise NumericalError(
@@ -165,7 +189,7 @@ class Stream:
         notes: tuple[str, ...] = ()
         if self.keep_zeros and (zeros := share_of(weight_OI == 0)) > slot.sparsity:
             notes = (f"came with {zeros:.1%} zeros, more than the {slot.sparsity:.1%} asked for: all stay",)
-        return Layer(
+        layer = Layer(
             slot.name,
             weight_OI,
             weight_OI,
@@ -175,6 +199,10 @@ class Stream:
             bias_O=slot.bias(),
             notes=notes,
         )
+        if slot.name in self.masks:
+            mask_OI = self.masks[slot.name].to(weight_OI.device)
+            return layer.pruned(slot.read(begin[slot.key]), mask_OI)
+        return layer
 
     def _starved(self, layer: Layer, steps: Sequence[Step], min_tokens: int) -> bool:
         return any(step.needs for step in steps) and layer.stats.tokens < min_tokens
@@ -207,7 +235,7 @@ class Stream:
         return layer.pruned(grid.round(layer.weight_OI), layer.mask_OI, grid=grid)
 
     def _dense_inputs(
-        self, index: int, block: nn.Module, active: Mapping[str, Slot], batch: int, needs: frozenset[str]
+        self, block: LoadedBlock, active: Mapping[str, Slot], batch: int, needs: frozenset[str]
     ) -> dict[str, Chunks]:
         """What the layers of the block, still dense, get from the dense model's hidden states, which move on; of
         layers that share an input, the first. Experts are left out: other tokens may be routed to them."""
@@ -216,7 +244,7 @@ class Stream:
             return inputs
         if "drift" not in needs:
             with torch.no_grad():
-                self.forward(index, block, self.dense, batch)
+                self.forward(block, self.dense, batch)
             return inputs
 
         def see(layer_name: str, rows: Chunks, same: bool) -> None:
@@ -224,17 +252,16 @@ class Stream:
                 inputs[layer_name] = rows
 
         with torch.no_grad(), Watch(active, see):
-            self.forward(index, block, self.dense, batch)
+            self.forward(block, self.dense, batch)
         return inputs
 
     def _prune_on_arrival(
         self,
-        index: int,
-        name: str,
-        block: nn.Module,
+        block: LoadedBlock,
         active: Mapping[str, Slot],
         steps: Sequence[Step],
         min_tokens: int,
+        begin: Mapping[str, Tensor],
     ) -> dict[str, Settled]:
         needs = frozenset().union(*[step.needs for step in steps])
         done: dict[str, Settled] = {}
@@ -246,29 +273,28 @@ class Stream:
                 return
             if not same:
                 stats = statistics(rows, needs, SAMPLE, dense.pop(layer_name, None))
-            layer = self._layer(active[layer_name], stats)
-            result = self._apply(Block(index, name, (layer,)), steps, min_tokens).layers[0]
+            layer = self._layer(active[layer_name], stats, begin)
+            result = self._apply(Block(block.index, block.name, (layer,)), steps, min_tokens).layers[0]
             done[layer_name] = _settle(result, active[layer_name])
 
-        dense = self._dense_inputs(index, block, active, 0, needs)
+        dense = self._dense_inputs(block, active, 0, needs)
         with torch.no_grad(), Watch(active, see):
-            self.forward(index, block, self.hidden, 0)
-        _check_seen(name, done, active)
+            self.forward(block, self.hidden, 0)
+        _check_seen(block.name, done, active)
         for layer_name, slot in active.items():  # experts that no token reached
             if layer_name not in done:
-                layer = self._layer(slot, Stats())
-                result = self._apply(Block(index, name, (layer,)), steps, max(1, min_tokens)).layers[0]
+                layer = self._layer(slot, Stats(), begin)
+                result = self._apply(Block(block.index, block.name, (layer,)), steps, max(1, min_tokens)).layers[0]
                 done[layer_name] = _settle(result, slot)
         return done
 
     def _prune_after_dense_pass(
         self,
-        index: int,
-        name: str,
-        block: nn.Module,
+        block: LoadedBlock,
         active: Mapping[str, Slot],
         steps: Sequence[Step],
         min_tokens: int,
+        begin: Mapping[str, Tensor],
     ) -> tuple[dict[str, Settled], dict[str, Tensor]]:
         needs = frozenset().union(*[step.needs for step in steps])
         leader: dict[str, str] = {}  # layers fed by the same tensor share the statistics of the first of them
@@ -298,43 +324,41 @@ class Stream:
         batches = range(len(self.hidden)) if needs else range(1)
         with torch.no_grad():
             for batch in batches:
-                dense = self._dense_inputs(index, block, active, batch, needs)
+                dense = self._dense_inputs(block, active, batch, needs)
                 with contextlib.suppress(Stop), Watch(active, see):
-                    out = self.forward(index, block, self.hidden, batch, keep=False)
+                    out = self.forward(block, self.hidden, batch, keep=False)
                     if keep_outputs and same:
                         outputs.append(out)
                 whole = len(order) == len(active) and not any(slot.routed for slot in active.values())
-        _check_seen(name, leader, active)
+        _check_seen(block.name, leader, active)
         if all(step.per_layer for step in steps):  # one layer at a time: its new weight and statistics can go
             done: dict[str, Settled] = {}
             waiting = [leader.get(layer_name, layer_name) for layer_name in active]
             for (layer_name, slot), source in zip(active.items(), tuple(waiting), strict=True):
                 waiting.remove(source)
                 found = stats.get(source, Stats()) if source in waiting else stats.pop(source, Stats())
-                one = Block(index, name, (self._layer(slot, found),))
+                one = Block(block.index, block.name, (self._layer(slot, found, begin),))
                 with torch.no_grad():
                     done[layer_name] = _settle(self._apply(one, steps, min_tokens).layers[0], slot)
             return done, {}
-        layers = tuple(self._layer(slot, stats.get(leader.get(n, n), Stats())) for n, slot in active.items())
+        layers = tuple(self._layer(t, stats.get(leader.get(n, n), Stats()), begin) for n, t in active.items())
         weights = {id(getattr(slot.module, slot.parameter)) for slot in active.values()}
-        own = {f"{name}.{key}": p for key, p in block.named_parameters() if id(p) not in weights}
+        own = {f"{block.name}.{key}": p.data for key, p in block.module.named_parameters() if id(p) not in weights}
         beside: Any = self.dense
         whole_block = Block(
-            index,
-            name,
+            block.index,
+            block.name,
             layers,
-            run=self._runner(index, block, active),
+            run=self._runner(block, active),
             windows=len(self.windows_NL),
             targets=(lambda n: self.window(n, outputs if same else beside)) if keep_outputs else None,
             dense=(lambda n: self.window(n, beside)) if "dense" in needs else None,
-            others={key: parameter.data for key, parameter in own.items()},
-            fixed=unpruned(block, name, {slot.key for slot in active.values()}),
+            others={key: begin.get(key, value) for key, value in own.items()},
+            fixed=unpruned(block.module, block.name, _keys(active)),
         )
         with torch.no_grad():
             result = self._apply(whole_block, steps, min_tokens)
         changed = {key: value for key, value in result.others.items() if value is not whole_block.others[key]}
-        for key, value in changed.items():
-            own[key].data.copy_(value)
         return {la.name: _settle(la, active[la.name]) for la in result.layers}, changed
 
     def window(self, n: int, batches: Sequence[Tensor] | Hidden | None = None) -> Tensor:
@@ -343,9 +367,10 @@ class Stream:
         batch = (self.hidden if batches is None else batches)[n // size]
         return batch.narrow(self.calls.interface.batch, n % size, 1)
 
-    def _runner(self, index: int, block: nn.Module, active: Mapping[str, Slot]) -> Callable[..., Tensor]:
+    def _runner(self, block: LoadedBlock, active: Mapping[str, Slot]) -> Callable[..., Tensor]:
         """`Block.run`: the block on one window, with other weights in place of its own."""
-        prefix = self.model.blocks[index] + "."
+        module = block.module
+        prefix = block.name + "."
 
         def run(weights: Mapping[str, Tensor], n: int, at: str | None = None) -> Tensor:
             replaced: dict[str, Tensor] = {}
@@ -364,7 +389,7 @@ class Stream:
                 with self.model.outside(head=False):
                     self.calls.record_windows(self.windows_NL)
             beside = self.hidden.beside[n // len(self.batches[0])]  # of this window alone, if there is anything
-            args, kwargs, _ = self.calls.windows[n][index].arguments(self.window(n), beside)
+            args, kwargs, _ = self.calls.windows[n][block.index].arguments(self.window(n), beside)
             out: Any = None
 
             def stop(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -372,12 +397,17 @@ class Stream:
                 out = output
                 raise Stop
 
-            watched = contextlib.nullcontext() if at is None else block.get_submodule(at).register_forward_hook(stop)
+            watched = contextlib.nullcontext() if at is None else module.get_submodule(at).register_forward_hook(stop)
             with contextlib.suppress(Stop), watched:
-                out = torch.func.functional_call(block, replaced, args, kwargs)
+                out = torch.func.functional_call(module, replaced, args, kwargs)
             return first(out)
 
         return run
+
+
+def _keys(active: Mapping[str, Slot]) -> set[str]:
+    """The parameters that hold these layers."""
+    return {slot.key for slot in active.values()}
 
 
 def _check_seen(block: str, seen: Collection[str], active: Mapping[str, Slot]) -> None:
@@ -471,7 +501,6 @@ def through(
 ) -> Stream:
     """A stream with no steps: all windows through all blocks, one block in memory at a time."""
     stream = Stream(model, windows_NL, checkpoint=checkpoint)
-    for index in track(range(len(model.blocks)), what, len(model.blocks)):
-        with model.block(index, checkpoint) as block:
-            stream.advance(index, block)
+    for _, block in model.walk(checkpoint, track=track, what=what):
+        stream.advance(block)
     return stream

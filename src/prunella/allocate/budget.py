@@ -67,12 +67,10 @@ class Budget:
         key = (frozenset(needs), self.free)
         known = self.shared.get(key, {} if key[0] else dict.fromkeys(self.free, Stats()))
         if known:
-            for index, slots in enumerate(self.slots):
-                name = self.model.blocks[index]
-                with self.model.block(index):
-                    layers = [_dense(slot, known[slot.name]) for slot in slots if slot.name in known]
-                    if layers:
-                        seen.append(visit(Block(index, name, tuple(layers))))
+            for index, block in self.model.walk():
+                layers = [_dense(slot, known[slot.name]) for slot in self.slots[index] if slot.name in known]
+                if layers:
+                    seen.append(visit(Block(index, block.name, tuple(layers))))
             return seen
         made: dict[str, Stats] = {}
 
@@ -84,14 +82,13 @@ class Budget:
 
         step = Step("look", key[0], apply, per_layer=False, prunes=False, options={})
         stream = Stream(self.model, self.windows_NL)
-        count = len(self.model.blocks)
-        for index in self.track(range(count), "allocating", count):
+        last = len(self.model.blocks) - 1
+        for index, block in self.model.walk(track=self.track, what="allocating"):
             wanted = [replace(slot, sparsity=0.5) for slot in self.slots[index] if slot.name in self.free]
-            with self.model.block(index) as block:
-                if wanted:
-                    stream.prune(index, wanted, [step], min_tokens=0, last=index == count - 1)
-                else:
-                    stream.advance(index, block)
+            if wanted:
+                stream.prune(block, wanted, [step], min_tokens=0, last=index == last)
+            else:
+                stream.advance(block)
         if key[0] <= {"norm", "moments"}:
             self.shared[key] = made
         return seen

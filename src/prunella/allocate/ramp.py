@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 
-import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
@@ -85,19 +84,12 @@ def held_out_loss(budget: Budget, shares: dict[str, float], step: str, learn_NL:
     model, steps = budget.model, [make(step)]
     order = pick_order("auto", steps, learn_NL, model)
     learn, held = Stream(model, learn_NL, order=order), Stream(model, held_NL)
-    count = len(model.blocks)
-    for index in budget.track(range(count), "allocating", count):
-        slots = [replace(s, sparsity=shares.get(s.name, s.sparsity)) for s in budget.slots[index]]
-        with model.block(index) as block:
-            # A model that lives in memory is not read again.
-            dense = {} if model.checkpoint is not None else {n: p.clone() for n, p in block.state_dict().items()}
-            try:
-                learn.prune(index, slots, steps, last=index == count - 1)
-                held.advance(index, block)
-            finally:
-                with torch.no_grad():
-                    for name, tensor in block.state_dict().items() if dense else ():
-                        tensor.copy_(dense[name])
+    last = len(model.blocks) - 1
+    for index, block in model.walk(track=budget.track, what="allocating"):
+        slots = [replace(slot, sparsity=shares.get(slot.name, slot.sparsity)) for slot in budget.slots[index]]
+        result = learn.prune(block, slots, steps, last=index == last)
+        with block.use(result.changed):
+            held.advance(block)
     every = losses(held)
     mean = sum(every) / len(every)
     return mean if math.isfinite(mean) else math.inf

@@ -81,28 +81,27 @@ def mean_errors(
     corrected already."""
     stream = Stream(model, windows_NL)
     out: dict[str, Tensor] = {}
-    for index in track(range(len(model.blocks)), "biases", len(model.blocks)):
-        name = model.blocks[index]
-        with dense.block(index) as block:
-            weights = {slot.name: slot.read().clone() for slot in find_layers(block, name)}
-        with model.block(index) as block:
-            slots = {s.name: s for s in find_layers(block, name) if f"{s.name}.bias" in names}
-            sums: dict[str, Tensor] = {}
+    assert dense.checkpoint is not None
+    for _, block in model.walk(track=track, what="biases"):
+        weights = block.read(dense.checkpoint)
+        slots = {s.name: s for s in find_layers(block.module, block.name) if f"{s.name}.bias" in names}
+        sums: dict[str, Tensor] = {}
 
-            def see(layer: str, rows: Chunks, same: bool, sums: dict[str, Tensor] = sums) -> None:
-                for x_TI in rows():
-                    sum_I = x_TI.sum(0, dtype=torch.float32)
-                    sums[layer] = sums[layer] + sum_I if layer in sums else sum_I
+        def see(layer: str, rows: Chunks, same: bool, sums: dict[str, Tensor] = sums) -> None:
+            for x_TI in rows():
+                sum_I = x_TI.sum(0, dtype=torch.float32)
+                sums[layer] = sums[layer] + sum_I if layer in sums else sum_I
 
-            with torch.no_grad(), Watch(slots, see):
-                for batch in range(len(stream.hidden)):
-                    stream.forward(index, block, stream.hidden, batch, keep=False)
-            for key, slot in slots.items():
-                mean_I = sums[key] / windows_NL.numel()
-                bias_O = ((weights[key].float() - slot.read().float()) @ mean_I).to(slot.read().dtype)
-                slot.module.bias = nn.Parameter(bias_O, requires_grad=False)
-                out[f"{key}.bias"] = bias_O
-            stream.advance(index, block)
+        with torch.no_grad(), Watch(slots, see):
+            for batch in range(len(stream.hidden)):
+                stream.forward(block, stream.hidden, batch, keep=False)
+        for key, slot in slots.items():
+            mean_I = sums[key] / windows_NL.numel()
+            dense_OI = slot.read(weights[slot.key])
+            bias_O = ((dense_OI.float() - slot.read().float()) @ mean_I).to(slot.read().dtype)
+            slot.module.bias = nn.Parameter(bias_O, requires_grad=False)
+            out[f"{key}.bias"] = bias_O
+        stream.advance(block)
         for slot in slots.values():
             slot.module.bias = None  # type: ignore[assignment]
     return out
