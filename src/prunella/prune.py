@@ -17,6 +17,7 @@ from .errors import InputError, PrunellaError, ReadError, kept
 from .evaluate.measure import held_out_windows, measure_once, whole_name, window_length
 from .evaluate.overlap import fingerprint, joined
 from .layers import LeftOut, Slot, left_out, matches, survey
+from .lenses import wear
 from .machine import fork_random, most_memory
 from .model.checks import check_plain, check_saveable
 from .model.names import at_revision, named
@@ -159,6 +160,7 @@ def _prune(
     torch.manual_seed(recipe.seed)
     steps = recipe.make_steps()
     allocation = recipe.make_allocation()
+    wear(map(opened.module, opened.blocks), recipe.lenses)
     slots = choose_slots(opened, recipe)
     ids_NL = calibration
     wanted = recipe.calibration

@@ -93,5 +93,6 @@ def statistics(rows: Chunks, needs: frozenset[str], sample: int = 0, dense: Chun
     made = [Stats.of(x_TI, needs, sample, y_TI) for x_TI, y_TI in zip(rows(), beside, strict=dense is not None)]
     whole = functools.reduce(operator.add, made)
     if len(made) > 1 and whole.sample_TI is not None:
-        whole = replace(whole, sample_TI=whole.sample_TI[:: len(made)][:sample].clone())
+        stride = max(1, len(whole.sample_TI) // sample)
+        whole = replace(whole, sample_TI=whole.sample_TI[::stride][:sample].clone())
     return whole

@@ -1,6 +1,7 @@
 """The registry of lenses.
 
-Third parties register their own: `@register_lens("mine")` in a file of theirs, then `--lens path/to/mine.py:mine`.
+Third parties register their own: `@register_lens("mine")` in a file of theirs, then name it in the recipe,
+`--set lenses=path/to/mine.py:mine`.
 """
 
 from __future__ import annotations
