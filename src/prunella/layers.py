@@ -172,14 +172,12 @@ _GATE = re.compile(r"(gate|gating|router)$", re.IGNORECASE)  # at the end of a m
 def _lens(block: nn.Module, path: str, key: str, mixtures: Mapping[str, set[int]]) -> Lens | str:
     """How a parameter is read, or why it is left out."""
     module = block.get_submodule(path)
-    lens: Lens | str | None = worn_by(module, key)
-    if lens is None:
-        if why := apart(module, key):
-            return why
-        found = learned.get(module, {}).get(key)
-        if found == SHARED:
-            return SHARED
-        lens = fitting(module, key) or found or assumed(module, key, UNSEEN)
+    worn, found = worn_by(module, key), learned.get(module, {}).get(key)
+    if worn is None and (why := apart(module, key)):
+        return why
+    if found == SHARED:
+        return SHARED
+    lens = worn or fitting(module, key) or found or assumed(module, key, UNSEEN)
     parameter = getattr(module, key)
     shape = parameter.shape if isinstance(lens, str) else lens.shape(parameter)[1:]
     if not holds_experts(module) and routes(block, path, shape[0], mixtures):
