@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .allocate import Budget
+from .back import prune_back
 from .calibrate import check_windows, windows
 from .errors import InputError, PrunellaError, ReadError, kept
 from .evaluate.measure import held_out_windows, measure_once, whole_name, window_length
@@ -26,7 +27,6 @@ from .model.open import load_model, wrap_model
 from .outcome import LayerResult
 from .progress import Track, Watcher, no_track
 from .recipe import Recipe
-from .registry import BESIDE
 from .report import Report, peak_memory, seen
 from .save import Output, begun_as, identity
 from .stream import TOKENS, Stream, pick_order
@@ -201,7 +201,7 @@ def _prune(
             raise InputError("nothing is left to prune: every layer is skipped or has sparsity 0.")
         if path is not None and shop is not None:
             run = identity(opened.checkpoint, recipe.plain(), [ids_NL])
-            out = Output(path, opened, active, run, shop, recipe.packing)
+            out = Output(path, opened, active, run, shop, recipe.make_store())
             opened.scratch = shop.directory
         clock = time.perf_counter()
         dense = measure_once(out, "dense", opened, recipe, held_out, None, track)
@@ -216,7 +216,7 @@ def _prune(
         slots = [[replace(s, sparsity=shares.get(s.name, s.sparsity)) for s in block] for block in slots]
         seconds["allocate"] = time.perf_counter() - clock
         clock = time.perf_counter()
-        layers, left = _run(opened, recipe, slots, ids_NL, out, track)
+        layers, left = (prune_back if order == "back" else _run)(opened, recipe, slots, ids_NL, out, track)
         if blind:
             layers = [replace(layer, error=None, tokens=0) for layer in layers]
         seconds["prune"] = time.perf_counter() - clock
@@ -321,7 +321,7 @@ def _run(
     order: Literal["layer", "block"] = "layer" if recipe.order == "layer" else "block"
     if order == "block" and not any(step.needs for step in steps):  # errors are measured on the first batch alone
         ids_NL = ids_NL[: max(1, TOKENS // ids_NL.shape[1])]
-    beside = any(step.needs & BESIDE for step in steps)
+    beside = any(step.beside for step in steps)
     stream = Stream(model, ids_NL, order=order, beside=beside, rounding=recipe.rounding, keep_zeros=recipe.keep_zeros)
     layers: list[LayerResult] = []
     left: list[LeftOut] = []

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .backward import SAMPLE, Back, Loss, goes_back
 from .calls import Calls, examine, first, map_tree
 from .compat import attention_of
 from .errors import DefectError, InputError, NumericalError, StepError, say
@@ -26,20 +27,20 @@ from .histogram import histograms
 from .layers import Slot, find_layers, unpruned
 from .lenses import Chunks
 from .machine import cache_directory, free_memory
-from .model.checkpoint import Checkpoint
+from .model.checkpoint import Source
 from .model.network import Model
-from .model.walk import LoadedBlock, Source
+from .model.walk import LoadedBlock, Weights
 from .outcome import BlockResult, LayerResult, share_of
 from .pattern import hold_zeros, pack
 from .progress import Track, no_track
 from .registry import Step, make
+from .statistics.registry import taking
 from .types import Block, Layer, Stats
-from .watch import Stop, Watch, statistics
+from .watch import Stop, Watch, stats_of
 
 TOKENS = 2048  # that go through a block at a time, in `block` order
-SAMPLE = 512  # calibration tokens on which the error of each layer is measured
 
-Order = Literal["auto", "layer", "block"]
+Order = Literal["auto", "layer", "block", "back"]
 
 
 class Stream:
@@ -74,8 +75,8 @@ class Stream:
         beside: bool = False,
         rounding: tuple[int, int] | None = None,
         keep_zeros: bool = False,
-        checkpoint: Checkpoint | None = None,
-        start: Source | None = None,
+        checkpoint: Source | None = None,
+        start: Weights | None = None,
         masks: Mapping[str, Tensor] | None = None,
     ):
         self.model = model
@@ -133,6 +134,10 @@ class Stream:
         """The model's logits for one batch of windows, once the hidden states have passed the last block."""
         return self.calls.logits(self.batches[batch], self.hidden[batch])
 
+    def back(self, *, loss: Loss | None = None, checkpoint: Source | None = None, track: Track = no_track) -> Back:
+        """Take all windows through all blocks, and the gradient of each one's loss the way back, see `Back`."""
+        return Back(self, loss=loss, checkpoint=checkpoint, track=track)
+
     def prune(
         self,
         block: LoadedBlock,
@@ -141,9 +146,11 @@ class Stream:
         *,
         min_tokens: int = 32,
         last: bool = False,
+        known: dict[str, Stats] | None = None,
     ) -> BlockResult:
         """Apply `steps` to a block, and move the hidden states on with what they made of it, unless it is the `last`.
-        The block itself stays as it is: who wants the new weights finds them in the result.
+        The block itself stays as it is: who wants the new weights finds them in the result. `known`: statistics of its
+        layers that were made elsewhere, each of which goes when it was used.
 
         Layers that fewer than `min_tokens` tokens reached (experts that the router seldom picks) are pruned by
         magnitude, and say so. Raises NumericalError, naming the layer, for NaN or infinity in weights, inputs or
@@ -161,7 +168,7 @@ class Stream:
             if self.order == "layer":
                 layers = self._prune_on_arrival(block, active, steps, min_tokens, begin)
             else:
-                layers, others = self._prune_after_dense_pass(block, active, steps, min_tokens, begin)
+                layers, others = self._prune_after_dense_pass(block, active, steps, min_tokens, begin, known)
                 if not last:
                     with block.use({**{k: v for k, v in begin.items() if k not in _keys(active)}, **others}):
                         self.advance(block)
@@ -179,8 +186,8 @@ class Stream:
         return BlockResult(block.index, block.name, tuple(results), masks, grids, changed, seconds)
 
     def _layer(self, slot: Slot, stats: Stats, begin: Mapping[str, Tensor]) -> Layer:
-        for value in (stats.sumsq_I, stats.sum_I):
-            if value is not None and not torch.isfinite(value).all():
+        for value in stats.values.values():
+            if value.ndim < 2 and not torch.isfinite(value).all():  # matrices would take long, and come with a norm
                 raise NumericalError(
                     f"the inputs of layer '{slot.name}' hold NaN or infinity: the model overflows on the"
                     " calibration text; use --dtype float32 or bfloat16."
@@ -213,7 +220,7 @@ class Stream:
         fed = replace(block, layers=tuple(la for la in block.layers if la.name not in starved))
         if fed.layers:
             for step in steps:
-                allowed = {la.name: _only(la.stats, step.needs) for la in fed.layers}
+                allowed = {la.name: la.stats.only(step.needs) for la in fed.layers}
                 kept = {la.name: la.stats for la in fed.layers}
                 lent = tuple(replace(la, stats=allowed[la.name]) for la in fed.layers)
                 fed = step.apply(replace(fed, layers=lent))
@@ -242,7 +249,7 @@ class Stream:
         inputs: dict[str, Chunks] = {}
         if self.dense is None:
             return inputs
-        if "drift" not in needs:
+        if not taking("dense_TI", needs):
             with torch.no_grad():
                 self.forward(block, self.dense, batch)
             return inputs
@@ -272,7 +279,7 @@ class Stream:
             if layer_name in done:
                 return
             if not same:
-                stats = statistics(rows, needs, SAMPLE, dense.pop(layer_name, None))
+                stats = stats_of(rows, needs, SAMPLE, dense.pop(layer_name, None))
             layer = self._layer(active[layer_name], stats, begin)
             result = self._apply(Block(block.index, block.name, (layer,)), steps, min_tokens).layers[0]
             done[layer_name] = _settle(result, active[layer_name])
@@ -295,10 +302,11 @@ class Stream:
         steps: Sequence[Step],
         min_tokens: int,
         begin: Mapping[str, Tensor],
+        known: dict[str, Stats] | None,
     ) -> tuple[dict[str, Settled], dict[str, Tensor]]:
         needs = frozenset().union(*[step.needs for step in steps])
-        leader: dict[str, str] = {}  # layers fed by the same tensor share the statistics of the first of them
-        stats: dict[str, Stats] = {}
+        stats: dict[str, Stats] = {} if known is None else known
+        leader = {key: key for key in stats}  # layers fed by the same tensor share the statistics of the first of them
         previous, batch = "", 0
         order: list[str] = []
 
@@ -307,7 +315,7 @@ class Stream:
             if not same:
                 previous = layer_name
                 sample = SAMPLE if batch == 0 or layer_name not in stats else 0
-                new = statistics(rows, needs, sample, dense.pop(layer_name, None))
+                new = stats_of(rows, needs, sample, dense.pop(layer_name, None))
                 stats[layer_name] = stats[layer_name] + new if layer_name in stats else new
             leader[layer_name] = previous
             if batch == 0 and layer_name not in order:
@@ -317,11 +325,12 @@ class Stream:
                 raise Stop
 
         keep_outputs = "targets" in needs
-        same = self.dense is None or "drift" not in needs  # the dense block's outputs, on the pruned model's inputs
+        # The dense block's outputs are those on the pruned model's inputs where it does not run beside.
+        same = self.dense is None or not taking("dense_TI", needs)
         outputs: list[Tensor] = []
         dense: dict[str, Chunks] = {}
         whole = False
-        batches = range(len(self.hidden)) if needs else range(1)
+        batches = range(0 if known is not None else len(self.hidden) if needs else 1)
         with torch.no_grad():
             for batch in batches:
                 dense = self._dense_inputs(block, active, batch, needs)
@@ -349,8 +358,8 @@ class Stream:
             block.index,
             block.name,
             layers,
-            run=self._runner(block, active),
-            windows=len(self.windows_NL),
+            run=self._runner(block, active) if known is None else None,
+            windows=len(self.windows_NL) if known is None else 0,
             targets=(lambda n: self.window(n, outputs if same else beside)) if keep_outputs else None,
             dense=(lambda n: self.window(n, beside)) if "dense" in needs else None,
             others={key: begin.get(key, value) for key, value in own.items()},
@@ -423,17 +432,6 @@ def _check_seen(block: str, seen: Collection[str], active: Mapping[str, Slot]) -
         )
 
 
-def _only(stats: Stats, needs: frozenset[str]) -> Stats:
-    """What a step that declared `needs` may read; the cache of shared results stays shared."""
-    return replace(
-        stats,
-        sum_I=stats.sum_I if "moments" in needs else None,
-        sumsq_I=stats.sumsq_I if needs & {"norm", "moments", "gram"} else None,
-        gram_II=stats.gram_II if "gram" in needs else None,
-        drift_II=stats.drift_II if "drift" in needs else None,
-    )
-
-
 Settled = tuple[LayerResult, Tensor, Grid | None]
 
 
@@ -465,14 +463,18 @@ def _settle(layer: Layer, slot: Slot) -> Settled:
 ACTIVATIONS = 8 << 30  # bytes of them that `layer` order may hold at once where nobody chose it
 
 
-def pick_order(order: Order, steps: Sequence[Step], windows_NL: Tensor, model: Model) -> Literal["layer", "block"]:
-    """`layer` where every step looks at one layer at a time and the activations of all windows are no more than
-    `ACTIVATIONS`; else `block`. Nothing but sizes decides, so that a command gives the same masks whatever memory is
-    free. Raises InputError where `layer` was asked for and cannot be."""
+def pick_order(
+    order: Order, steps: Sequence[Step], windows_NL: Tensor, model: Model
+) -> Literal["layer", "block", "back"]:
+    """`back` where a step reads gradients; `layer` where every step looks at one layer at a time and the activations of
+    all windows are no more than `ACTIVATIONS`; else `block`. Nothing but sizes decides, so that a command gives the
+    same masks whatever memory is free. Raises InputError where what was asked for cannot be."""
+    if goes_back(order, steps, model.dtype):
+        return "back"
     whole_block = [step.name for step in steps if not step.per_layer]
     if order == "layer" and whole_block:
         raise InputError(f"step '{whole_block[0]}' works on whole blocks: use --order block.")
-    if order != "auto":
+    if order == "layer" or order == "block":
         return order
     if whole_block or not any(step.needs for step in steps):
         return "block"
@@ -482,7 +484,7 @@ def pick_order(order: Order, steps: Sequence[Step], windows_NL: Tensor, model: M
     tokens = windows_NL.numel()
     size = torch.empty(0, dtype=model.dtype).element_size()
     need = tokens * widest * size * 4 + tokens * widest * 4
-    if any("drift" in step.needs for step in steps):
+    if any(taking("dense_TI", step.needs) for step in steps):
         need += tokens * widest * size * 3  # the dense model's inputs of all layers of a block
     if attention_of(config) == "eager":
         need += 3 * 4 * tokens * windows_NL.shape[1] * getattr(config, "num_attention_heads", 1)
@@ -497,7 +499,7 @@ def pick_order(order: Order, steps: Sequence[Step], windows_NL: Tensor, model: M
 
 
 def through(
-    model: Model, windows_NL: Tensor, *, checkpoint: Checkpoint | None = None, track: Track = no_track, what: str
+    model: Model, windows_NL: Tensor, *, checkpoint: Source | None = None, track: Track = no_track, what: str
 ) -> Stream:
     """A stream with no steps: all windows through all blocks, one block in memory at a time."""
     stream = Stream(model, windows_NL, checkpoint=checkpoint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -86,7 +86,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def statistics(rows: Chunks, needs: frozenset[str], sample: int = 0, dense: Chunks | None = None) -> Stats:
+def stats_of(rows: Chunks, needs: Collection[str], sample: int = 0, dense: Chunks | None = None) -> Stats:
     """The statistics of a layer's inputs in one call, as `Stats.of` makes them of the rows (T, I), chunk by chunk;
     `sample` of them are kept, evenly spread. `dense` is what the dense model has in their place."""
     beside = itertools.repeat(None) if dense is None else dense()

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
+from ..errors import InputError
 from ..evaluate.perplexity import losses
 from ..registry import make
 from ..stream import Stream, pick_order
@@ -83,6 +84,10 @@ def held_out_loss(budget: Budget, shares: dict[str, float], step: str, learn_NL:
     """
     model, steps = budget.model, [make(step)]
     order = pick_order("auto", steps, learn_NL, model)
+    if order == "back":
+        raise InputError(
+            f"step '{step}' works on the way back, on which allocation 'ramp' tries none: use another step."
+        )
     learn, held = Stream(model, learn_NL, order=order), Stream(model, held_NL)
     last = len(model.blocks) - 1
     for index, block in model.walk(track=budget.track, what="allocating"):
