@@ -12,8 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import prunella
-from prunella.lenses import wear
-from prunella.registry import steps
+from prunella.heal.masks import masks_of
+from prunella.lenses import lenses, wear
+from prunella.model.open import load_model
+from prunella.packing import pack_model
+from prunella.pattern import pack
+from prunella.registry import lookup, steps
+from prunella.tensors import MASKS, mask_shapes, write_masks
 
 LENS = f"{Path(__file__).parent / 'extensions' / 'toy_lens.py'}:patches"
 BUILT_IN = sorted(name for name, step in steps.items() if step.function.__module__.startswith("prunella."))
@@ -101,6 +106,26 @@ def test_without_it_convolutions_are_left_out_in_the_same_process_too(ids: Tenso
     report = prunella.prune(network, {"steps": ["magnitude"]}, calibration=ids)
     assert {item.why for item in report.left_out} == {"convolution"}
     assert "lenses" not in report.recipe
+
+
+def test_masks_that_nobody_can_hold_are_refused(tmp_path: Path, ids: Tensor) -> None:
+    model, strange = tmp_path / "m", "model.layers.0.self_attn.v_proj.conv"
+    tiny.build("llama").save_pretrained(model)
+    prunella.prune(model, {"steps": ["magnitude"]}, output=tmp_path / "p", calibration=ids)
+    masks = {name: pack(mask_OI) for name, mask_OI in prunella.read_masks(tmp_path / "p").items()}
+    shapes = mask_shapes(tmp_path / "p")
+    write_masks(tmp_path / "p" / MASKS, masks | {strange: pack(torch.ones(2, 8).bool())}, shapes | {strange: (2, 8)})
+    with pytest.raises(prunella.ModelError, match=rf"'{strange}' was pruned.*--set lenses="):
+        pack_model(str(tmp_path / "p"), tmp_path / "k")
+    with pytest.raises(prunella.ModelError, match=rf"'{strange}' was pruned.*--set lenses="):
+        masks_of(load_model(str(tmp_path / "p")), tmp_path / "p")
+
+
+def test_a_lens_that_does_not_give_a_weight_back_is_refused(ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    patches: Any = lookup("lens", lenses, LENS).function
+    monkeypatch.setattr(patches, "tensor", lambda self, matrices, shape: matrices.reshape(*shape))
+    with pytest.raises(prunella.StepError, match=r"lens '.*' does not give a parameter of shape \(16, 32, 3\) back"):
+        prunella.prune(build(), {"steps": ["magnitude"], "lenses": LENS}, calibration=ids)
 
 
 def test_a_lens_that_fits_nothing_or_is_unknown_is_refused(ids: Tensor) -> None:

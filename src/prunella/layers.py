@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
 from .compat import CONVOLUTIONS
+from .errors import ModelError
 from .lenses import Experts, Lens, Linear, fitting, holds_experts, learned, worn_by
 from .types import Pattern
 
@@ -154,6 +155,15 @@ def unpruned(module: nn.Module, prefix: str, pruned: Collection[str]) -> frozens
             if router or owner in kept:
                 names.add(full)
     return frozenset(names)
+
+
+def check_found(masked: Iterable[str], slots: Iterable[Slot]) -> None:
+    """Raises ModelError, naming the layer, for a mask of which no layer is found."""
+    if strange := set(masked) - {slot.name for slot in slots}:
+        raise ModelError(
+            f"'{min(strange)}' was pruned, and is no layer that is known here: if it was pruned through a lens of its"
+            " own, only what takes a recipe (prune, heal) can be told: --set lenses=FILE.py:NAME."
+        )
 
 
 def matches(name: str, glob: str) -> bool:

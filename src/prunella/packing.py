@@ -16,7 +16,7 @@ from . import pattern
 from .compat import quiet_transformers, revert
 from .errors import InputError, ModelError, disk_error, say
 from .grid import Grid
-from .layers import Slot, find_layers
+from .layers import Slot, check_found, find_layers
 from .model.files import copy_companions, read_json
 from .model.names import find_directory
 from .model.open import load_model
@@ -104,6 +104,7 @@ def pack_model(
     opened = load_model(str(directory), device="cpu", remote_code=remote_code)
     grids = {name: grid for name, grid in read_grids(directory).items() if bits in (None, stored_bits(grid))}
     known = mask_shapes(directory) if (directory / MASKS).is_file() else None
+    check_found(known or (), (slot for name in opened.blocks for slot in find_layers(opened.module(name), name)))
     with _making(out) as shop:
         store = PackedStore(shop.model, shop.directory, opened, bits=bits, group=group, round_head=head)
         for index, block in opened.walk():

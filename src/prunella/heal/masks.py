@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, NumericalError, command
-from ..layers import Slot, find_layers
+from ..layers import Slot, check_found, find_layers
 from ..model.network import Model
 from ..pattern import pack, unpack
 from ..tensors import MASKS, mask_shapes, read_masks
@@ -46,9 +46,11 @@ class Masks(Mapping[str, Tensor]):
 
 def masks_of(model: Model, directory: Path) -> Masks:
     """{layer: mask (O, I)}: those saved with the model or, for a model pruned elsewhere, its zeros. Raises InputError
-    for a dense model."""
+    for a dense model, ModelError for a mask of what is no layer."""
     if (directory / MASKS).is_file():
-        masks = Masks((name, read_masks(directory, [name])[name]) for name in mask_shapes(directory))
+        names = mask_shapes(directory)
+        check_found(names, slots_of(model))
+        masks = Masks((name, read_masks(directory, [name])[name]) for name in names)
     else:
         masks = Masks(_zeros(model))
     if not masks:

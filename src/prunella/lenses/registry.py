@@ -6,13 +6,15 @@ Third parties register their own: `@register_lens("mine")` in a file of theirs, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
-from ..errors import InputError
+from ..errors import InputError, StepError
 from ..registry import Method, lookup
 from .lens import Lens
 
@@ -55,7 +57,7 @@ def worn_by(module: nn.Module, key: str) -> Lens | None:
 def wear(blocks: Iterable[nn.Module], names: Sequence[str]) -> None:
     """From here on, read the parameters of these modules through the lenses of these names, each through the first one
     that fits it, before any other; through those of an earlier call no more. Raises InputError for a name that is
-    unknown, and for a lens that fits nothing."""
+    unknown and for a lens that fits nothing, StepError for one that does not give a parameter back as it was."""
     chosen: dict[str, Any] = {name: lookup("lens", lenses, name).function for name in names}
     idle = set(names)
     for module in {child for block in blocks for child in block.modules()}:
@@ -63,8 +65,18 @@ def wear(blocks: Iterable[nn.Module], names: Sequence[str]) -> None:
         for key, parameter in module.named_parameters(recurse=False):
             for name, lens in chosen.items() if parameter.ndim > 1 else ():
                 if (found := lens.of(module, key)) is not None:
+                    _check(name, found, parameter.shape)
                     _worn.setdefault(module, {})[key] = found
                     idle.discard(name)
                     break
+    _check.cache_clear()
     if idle:
         raise InputError(f"lens '{min(idle)}' fits no parameter of the model's blocks.")
+
+
+@functools.cache  # blocks are alike
+def _check(name: str, lens: Lens, shape: torch.Size) -> None:
+    numbers = torch.arange(shape.numel()).view(shape)
+    matrices = lens.matrices(numbers)
+    if matrices.ndim != 3 or not torch.equal(lens.tensor(matrices, shape), numbers):
+        raise StepError(f"lens '{name}' does not give a parameter of shape {tuple(shape)} back as it was.")
