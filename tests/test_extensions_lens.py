@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import prunella
+from prunella.errors import StepError
 from prunella.heal.masks import masks_of
 from prunella.lenses import lenses, wear
-from prunella.model.open import load_model
 from prunella.packing import pack_model
 from prunella.pattern import pack
 from prunella.registry import lookup, steps
+from prunella.tasks.text import load_model
 from prunella.tensors import MASKS, mask_shapes, write_masks
 
 LENS = f"{Path(__file__).parent / 'extensions' / 'toy_lens.py'}:patches"
@@ -124,7 +125,7 @@ def test_masks_that_nobody_can_hold_are_refused(tmp_path: Path, ids: Tensor) -> 
 def test_a_lens_that_does_not_give_a_weight_back_is_refused(ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     patches: Any = lookup("lens", lenses, LENS).function
     monkeypatch.setattr(patches, "tensor", lambda self, matrices, shape: matrices.reshape(*shape))
-    with pytest.raises(prunella.StepError, match=r"lens '.*' does not give a parameter of shape \(16, 32, 3\) back"):
+    with pytest.raises(StepError, match=r"lens '.*' does not give a parameter of shape \(16, 32, 3\) back"):
         prunella.prune(build(), {"steps": ["magnitude"], "lenses": LENS}, calibration=ids)
 
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 import prunella
 from prunella.errors import DefectError
 from prunella.layers import NO_PRODUCT, UNSEEN, find_layers, survey
-from prunella.model.open import wrap_model
 from prunella.products import products
+from prunella.tasks.text import wrap_model
 from prunella.watch import Watch
 
 # Weights that are kept in other ways than as linear layers, and routers that own some.

@@ -6,7 +6,6 @@ Third parties register their own: `@register_lens("mine")` in a file of theirs, 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError, StepError
+from ..foreign import blamed
 from ..registry import Method, lookup
 from .lens import Lens
 
@@ -64,17 +64,18 @@ def wear(blocks: Iterable[nn.Module], names: Sequence[str]) -> None:
         _worn.pop(module, None)
         for key, parameter in module.named_parameters(recurse=False):
             for name, lens in chosen.items() if parameter.ndim > 1 else ():
-                if (found := lens.of(module, key)) is not None:
-                    _check(name, found, parameter.shape)
+                with blamed(lens, f"lens '{name}'"):
+                    found = lens.of(module, key)
+                    if found is not None:
+                        _check(name, found, parameter.shape)
+                if found is not None:
                     _worn.setdefault(module, {})[key] = found
                     idle.discard(name)
                     break
-    _check.cache_clear()
     if idle:
         raise InputError(f"lens '{min(idle)}' fits no parameter of the model's blocks.")
 
 
-@functools.cache  # blocks are alike
 def _check(name: str, lens: Lens, shape: torch.Size) -> None:
     numbers = torch.arange(shape.numel()).view(shape)
     matrices = lens.matrices(numbers)
