@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prunella.lenses import Inputs, Lens, register_lens
+from prunella import Inputs, Lens, register_lens
 
 
 @register_lens("patches")

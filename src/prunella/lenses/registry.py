@@ -60,7 +60,7 @@ def wear(blocks: Iterable[nn.Module], names: Sequence[str]) -> None:
     unknown and for a lens that fits nothing, StepError for one that does not give a parameter back as it was."""
     chosen: dict[str, Any] = {name: lookup("lens", lenses, name).function for name in names}
     idle = set(names)
-    for module in {child for block in blocks for child in block.modules()}:
+    for module in dict.fromkeys(child for block in blocks for child in block.modules()):
         _worn.pop(module, None)
         for key, parameter in module.named_parameters(recurse=False):
             for name, lens in chosen.items() if parameter.ndim > 1 else ():
