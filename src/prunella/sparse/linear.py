@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ModelError
-from .format import Packed, expected, of_parts, unpack
+from .format import Packed, of_parts, unpack
 from .kernels import dense_linear, sparse_linear
 
 
@@ -78,37 +78,18 @@ class SparseLinear(PackedModule):
         self.register_parameter("bias", bias_O)
         self.training = False
 
-    @classmethod
-    def empty(
-        cls,
-        columns: int,
-        rows: int,
-        count: int,
-        values: torch.dtype,
-        group: int,
-        bias_O: nn.Parameter | None = None,
-        transposed: bool = False,
-    ) -> Self:
-        """With the sizes of what is to be loaded and no memory."""
-        bits = {torch.int8: 8, torch.uint8: 4}.get(values)
-        shapes = expected(rows, columns, count, bits, group)
-        dtypes = (torch.uint8, torch.int32, values, torch.bfloat16)
-        parts = [torch.empty(s, dtype=d, device="meta") for s, d in zip(shapes.values(), dtypes, strict=False)]
-        packed = Packed(parts[0], parts[1], parts[2], parts[3] if bits else None, columns, group if bits else 0)
-        return cls(packed, bias_O, transposed)
-
     def packed(self, name: str = "weight") -> Packed:
         """The weight, checked. Raises ModelError, naming the tensor, if it is damaged."""
-        parts = {"weight_mask": self.weight_mask, "weight_offsets": self.weight_offsets}
-        parts["weight_values"] = self.weight_values
-        if self.weight_scales is not None:
-            parts["weight_scales"] = self.weight_scales
-        return of_parts(name, parts, self.in_features, self.group)
+        return of_parts(name, self._packed.parts(), self.in_features, self.group)
+
+    @property
+    def _packed(self) -> Packed:
+        parts = (self.weight_mask, self.weight_offsets, self.weight_values, self.weight_scales)
+        return Packed(*parts, self.in_features, self.group)
 
     @property
     def weight(self) -> Tensor:
-        parts = (self.weight_mask, self.weight_offsets, self.weight_values, self.weight_scales)
-        weight_OI = unpack(Packed(*parts, self.in_features, self.group))
+        weight_OI = unpack(self._packed)
         return weight_OI.T if self.transposed else weight_OI
 
     def product(self, x: Tensor) -> Tensor:
