@@ -82,8 +82,8 @@ def test_blocks_replayed_one_by_one_give_the_models_logits_exactly(architecture:
     model = wrap_model(tiny.build(architecture))
     stream = Stream(model, tiny.token_windows(40, 64), order=order)
     assert len(stream.batches) == (1 if order == "layer" else 2)
-    for index, name in enumerate(model.blocks):
-        stream.advance(index, model.module(name))
+    for _, block in model.walk():
+        stream.advance(block)
     for number, ids in enumerate(stream.batches):
         with torch.no_grad():
             whole = model.network(ids, use_cache=False).logits

@@ -43,8 +43,8 @@ def test_every_batch_gets_the_models_logits_exactly(kind: str, order: Any, three
     model = wrap_model(zoo.build(kind))
     stream = Stream(model, three_batches, order=order)
     assert len(stream.batches) == 1 if order == "layer" else len(stream.batches) in (3, 6)
-    for index, name in enumerate(model.blocks):
-        stream.advance(index, model.module(name))
+    for _, block in model.walk():
+        stream.advance(block)
     for number, ids_BL in enumerate(stream.batches):
         assert torch.equal(stream.logits(number), whole(model.network, ids_BL))
 
@@ -53,11 +53,10 @@ def test_every_batch_gets_the_models_logits_exactly(kind: str, order: Any, three
 def test_a_window_alone_is_what_it_is_among_others(kind: str, three_batches: Tensor) -> None:
     model = wrap_model(zoo.build(kind))
     stream = Stream(model, three_batches)
-    for index, name in enumerate(model.blocks):
-        block = model.module(name)
-        run = stream._runner(index, block, {})
+    for _, block in model.walk():
+        run = stream._runner(block, {})
         alone = [run({}, n) for n in range(len(three_batches))]
-        stream.advance(index, block)
+        stream.advance(block)
         for n, found in enumerate(alone):
             torch.testing.assert_close(found, stream.window(n), rtol=1e-4, atol=1e-5)
 
@@ -69,9 +68,9 @@ def test_two_streams_beside_each_other_do_not_mix_what_travels(three_batches: Te
     assert stream.dense is not None
     for batch in range(len(stream.dense)):
         stream.dense[batch] = stream.dense[batch] + 1.0
-    for index, name in enumerate(model.blocks):
-        stream.advance(index, model.module(name))
-        stream.advance(index, model.module(name), stream.dense)
+    for _, block in model.walk():
+        stream.advance(block)
+        stream.advance(block, stream.dense)
     last = [stream.logits(batch) for batch in range(len(stream.batches))]
     for logits_BLV, ids_BL in zip(last, stream.batches, strict=True):
         assert torch.equal(logits_BLV, whole(model.network, ids_BL))
@@ -96,8 +95,8 @@ def test_what_does_not_fit_into_memory_waits_on_disk(
     model.scratch = tmp_path / "hidden"
     stream = Stream(model, three_batches)
     assert stream.hidden.shelf.on_disk
-    for index, name in enumerate(model.blocks):
-        stream.advance(index, model.module(name))
+    for _, block in model.walk():
+        stream.advance(block)
     for number, ids_BL in enumerate(stream.batches):
         assert torch.equal(stream.logits(number), whole(model.network, ids_BL))
     assert model.scratch.is_dir()  # they were there

@@ -248,7 +248,7 @@ def test_a_step_that_draws_at_random_resumes_to_the_same_bytes(
 # What may go wrong
 
 
-@pytest.mark.parametrize(("method", "blocks"), [("__init__", 0), ("write", 1)])
+@pytest.mark.parametrize(("method", "blocks"), [("__init__", 0), ("write", 2)])
 def test_a_file_that_cannot_be_read_costs_no_finished_block(
     method: str, blocks: int, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

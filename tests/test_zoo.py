@@ -56,8 +56,8 @@ def test_blocks_are_replayed_exactly_and_every_weight_is_accounted_for(kind: str
     orders: list[Any] = ["block", "layer"]
     for order in orders:
         stream = Stream(model, windows, order=order)
-        for index, name in enumerate(model.blocks):
-            stream.advance(index, model.module(name))
+        for _, block in model.walk():
+            stream.advance(block)
         for number, ids_BL in enumerate(stream.batches):
             with torch.no_grad():
                 whole = network(input_ids=ids_BL, use_cache=False).logits

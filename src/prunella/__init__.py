@@ -14,7 +14,7 @@ import typing as _typing
 from . import sparse as _sparse  # registers the packed format with transformers
 
 if _typing.TYPE_CHECKING:
-    from .backward import gradients
+    from .back import gradients
     from .errors import InputError, ModelError, NumericalError, PrunellaError, StatisticError
     from .evaluate.perplexity import Perplexity, perplexity
     from .heal.run import heal
@@ -26,6 +26,7 @@ if _typing.TYPE_CHECKING:
     from .recipe import Recipe
     from .registry import Step, make, register
     from .report import Report
+    from .statistics import register_statistic
     from .tensors import read_masks
     from .types import Block, Layer, Pattern, Stats
 
@@ -56,11 +57,12 @@ __all__ = [
     "prune",
     "read_masks",
     "register",
+    "register_statistic",
     "wrap_model",
 ]
 
 _HOMES = {
-    "backward": ("gradients",),
+    "back": ("gradients",),
     "errors": ("InputError", "ModelError", "NumericalError", "PrunellaError", "StatisticError"),
     "evaluate.perplexity": ("Perplexity", "perplexity"),
     "heal.run": ("heal",),
@@ -72,6 +74,7 @@ _HOMES = {
     "recipe": ("Recipe",),
     "registry": ("Step", "make", "register"),
     "report": ("Report",),
+    "statistics": ("register_statistic",),
     "tensors": ("read_masks",),
     "types": ("Block", "Layer", "Pattern", "Stats"),
 }

@@ -5,6 +5,9 @@
 
 The hidden states that are kept wait where there is room for them: on the device, in main memory, on disk. Each window
 goes on its own, so that its gradients can be told from those of the others.
+
+Steps that read gradients are applied here, to each block when its gradients have arrived (`order: back`): what comes
+before a block is dense still, and what comes behind it was dense when the gradients were made.
 """
 
 from __future__ import annotations
@@ -12,61 +15,56 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from .calibrate import check_windows
 from .errors import InputError, ModelError, NumericalError
-from .hidden import Hidden, Shelf
+from .hidden import Hidden
 from .layers import Slot, find_layers
 from .model.checkpoint import Source
-from .model.network import Model
+from .model.walk import LoadedBlock
+from .outcome import BlockResult
 from .progress import Track, no_track
-from .stream import Stream
+from .registry import Step
+from .statistics.registry import OUTPUTS, concatenate, merged, of_gradients, taking, whole
+from .types import Stats
+from .watch import Watch
+
+if TYPE_CHECKING:
+    from .stream import Stream
 
 ROWS = 256  # tokens at a time whose logits are made
+SAMPLE = 512  # calibration tokens on which the error of each layer is measured
 Loss = Callable[[Tensor, Tensor], Tensor]  # of a window's logits (L, V) and ids (L)
 
 
-def gradients(
-    model: Model,
-    windows_NL: Tensor,
-    *,
-    loss: Loss | None = None,
-    checkpoint: Source | None = None,
-    track: Track = no_track,
-) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
-    """The gradients of the model's loss on each window, block by block from the last to the first.
-
-    Neither the model nor its gradients are ever held whole. Gradients have the model's dtype: in float16 small ones
-    become zero, in bfloat16 and float32 they do not.
-
-    Args:
-        model: from `load_model` or `wrap_model`.
-        windows_NL: token ids, one window a row.
-        loss: of a window's logits (L, V) and token ids (L), both on the model's device, a scalar; None: the mean cross
-            entropy of each next token.
-        checkpoint: read the weights from here in place of the model's own (its pruned version, say).
-        track: wraps each loop over blocks, `track(range, what, total)`, to show progress.
-
-    Yields:
-        (block, window, {layer name: gradient (O, I)}): all windows of a block, then those of the block before it. While
-        one is handed out, its block is loaded.
-
-    Raises:
-        InputError: the windows are not of the model's tokens, longer than it has positions, or of a single token.
-        ModelError: its blocks pass each other more than the hidden state.
-        NumericalError: the loss of a window is NaN or infinite.
-    """
-    back = Back(model, windows_NL, loss=loss, checkpoint=checkpoint, track=track)
-    count = len(model.blocks)
-    for index in track(range(count - 1, -1, -1), "gradients", count):
-        with model.block(index, checkpoint) as block:
-            for window, found in back.advance(index, block):
-                yield index, window, found
+def goes_back(order: str, steps: Sequence[Step], dtype: torch.dtype) -> bool:
+    """Do steps work on the way back, because one of them reads gradients? Raises InputError where they do and cannot:
+    in another order, beside a step that reads what is not there then, in float16."""
+    if not (name := next((step.name for step in steps if step.back), None)):
+        if order == "back":
+            names = ", ".join(step.name for step in steps)
+            raise InputError(f"order back is for steps that read gradients, which {names} does not: leave --order out.")
+        return False
+    if order not in ("auto", "back"):
+        raise InputError(
+            f"step '{name}' reads gradients, which come from the last block to the first: use --order back."
+        )
+    for step in steps:
+        for need in sorted((step.needs & OUTPUTS) | taking("dense_TI", step.needs)):
+            raise InputError(
+                f"step '{step.name}' reads '{need}', which there is not on the way back, where '{name}' works: prune"
+                " with one of them, and then what comes of it with the other."
+            )
+    if dtype == torch.float16:
+        raise InputError(f"step '{name}' reads gradients, and small ones are zero in float16: use --dtype bfloat16.")
+    return True
 
 
 class Back:
@@ -76,32 +74,35 @@ class Back:
     """
 
     def __init__(
-        self,
-        model: Model,
-        windows_NL: Tensor,
-        *,
-        loss: Loss | None = None,
-        checkpoint: Source | None = None,
-        track: Track = no_track,
+        self, stream: Stream, *, loss: Loss | None = None, checkpoint: Source | None = None, track: Track = no_track
     ):
+        """Take all windows of a stream, which has not moved yet, through all blocks.
+
+        Args:
+            stream: each of its batches is a single window (`alone`).
+            loss, checkpoint, track: as for `gradients`.
+
+        Raises:
+            InputError, ModelError, NumericalError: as `gradients`.
+        """
+        model, windows_NL = stream.model, stream.windows_NL
         check_windows(model, windows_NL)
         if loss is None and windows_NL.shape[1] < 2:
             raise InputError("windows of a single token have no next token to predict: use longer ones.")
-        self.model = model
-        self.loss = loss
-        self.stream = Stream(model, windows_NL, alone=True, checkpoint=checkpoint)
-        if self.stream.calls.interface.stateful:
+        if len(stream.batches) != len(windows_NL):
+            raise ValueError("gradients are of single windows: make the stream with alone=True")
+        if stream.calls.interface.stateful:
             raise ModelError(
                 f"the blocks of {type(model.network).__name__} pass each other more than the hidden state: its"
                 " gradients cannot be made block by block."
             )
+        self.model, self.stream, self.loss = model, stream, loss
         self._entering: list[Hidden] = []  # what enters each block that is yet to come
-        count, hidden = len(model.blocks), self.stream.hidden
-        shelf = Shelf(hidden[0].nbytes * len(hidden) * count, model.device, hidden.shelf.folder)
-        for index in track(range(count), "forward", count):
+        hidden = stream.hidden
+        shelf = hidden.shelf_for(len(model.blocks))
+        for _, block in model.walk(checkpoint, track=track, what="forward"):
             self._entering.append(hidden.copy(shelf))
-            with model.block(index, checkpoint) as block:
-                self.stream.advance(index, block)
+            stream.advance(block)
         with model.outside(checkpoint=checkpoint):
             self.losses = [self._begin(n) for n in range(len(hidden))]
 
@@ -136,22 +137,30 @@ class Back:
             logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
             yield functional.cross_entropy(logits_RV, ids_L[rows_R + 1], reduction="sum") / predicted
 
-    def advance(self, index: int, block: nn.Module) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Take the gradient of each window back through block `index`, whose weights are loaded: the window, and the
-        gradients of the block's layers. Blocks are taken from the last to the first, each with all windows."""
-        slots = find_layers(block, self.model.blocks[index])
+    def advance(
+        self, block: LoadedBlock, slots: Collection[Slot] | None = None, watch: Watch | None = None
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Take the gradient of each window back through a block: the window, and the gradients of the block's layers,
+        or of those in `slots`. Blocks are taken from the last to the first, each with all windows."""
+        slots = find_layers(block.module, block.name) if slots is None else slots
         entering = self._entering.pop()
         for n in range(len(entering)):
-            yield n, self._through(index, block, slots, entering[n], n)
+            yield n, self._through(block, slots, entering[n], n, watch)
+
+    def skip(self, block: LoadedBlock) -> None:
+        """Take the gradients back through a block none of whose layers is of interest."""
+        for _ in self.advance(block, ()):
+            pass
 
     def _through(
-        self, index: int, block: nn.Module, slots: Sequence[Slot], entering: Tensor, n: int
+        self, block: LoadedBlock, slots: Collection[Slot], entering: Tensor, n: int, watch: Watch | None
     ) -> dict[str, Tensor]:
         """The gradients of a block's layers on window n; that of its input takes the place of that of its output."""
         state = entering.detach().requires_grad_()
         weights = {slot.key: getattr(slot.module, slot.parameter) for slot in slots}
         with torch.enable_grad(), _asked(weights.values()):
-            output, _ = self.stream.calls.batches[n][index].run(block, state, {})
+            with watch or contextlib.nullcontext():
+                output, _ = self.stream.calls.batches[n][block.index].run(block.module, state, {})
             found = torch.autograd.grad(
                 output,
                 (state, *weights.values()),
@@ -162,6 +171,58 @@ class Back:
         self.stream.hidden[n] = found[0]
         by_key = dict(zip(weights, found[1:], strict=True))
         return {slot.name: slot.part(by_key[slot.key]) for slot in slots}
+
+    def prune(
+        self, block: LoadedBlock, slots: Sequence[Slot], steps: Sequence[Step], *, min_tokens: int = 32
+    ) -> BlockResult:
+        """Take the gradients back through a block, and apply `steps` to it as `Stream.prune` does. The statistics are
+        those of its dense inputs and of the gradients."""
+        needs = frozenset().union(*[step.needs for step in steps])
+        active = {slot.name: slot for slot in slots if slot.sparsity > 0}
+        if not active:
+            self.skip(block)
+        known = self._known(block, active, needs) if active else {}
+        return self.stream.prune(block, slots, steps, min_tokens=min_tokens, last=True, known=known)
+
+    def _known(self, block: LoadedBlock, active: Mapping[str, Slot], needs: frozenset[str]) -> dict[str, Stats]:
+        """The statistics of those layers of a block that a token reached."""
+        of_gradient = taking("gradient_NOI", needs)
+        of_input = frozenset(statistic.name for statistic in whole(needs)) - of_gradient
+        together = any(statistic.merge is concatenate for statistic in whole(of_gradient))  # and not one by one
+        inputs: dict[str, Stats] = {}
+        leader: dict[str, str] = {}  # layers fed by the same tensor share the statistics of the first of them
+        waiting: dict[str, list[Tensor]] = {name: [] for name in active}
+        values: dict[str, dict[str, Tensor]] = {name: {} for name in active}
+        previous, first = "", True
+
+        def see(name: str, x_TI: Tensor, same: bool) -> None:
+            nonlocal previous
+            if not same:
+                previous = name
+                new = Stats.of(x_TI, of_input, SAMPLE if first or name not in inputs else 0)
+                inputs[name] = inputs[name] + new if name in inputs else new
+            leader[name] = previous
+
+        def settle(name: str) -> None:
+            gradient_NOI = torch.stack(waiting.pop(name))
+            values[name] = merged(values[name], of_gradients(of_gradient, gradient_NOI))
+
+        slots = list(active.values())
+        for _, found in self.advance(block, slots, Watch(active, see)):
+            first = False
+            for name, gradient_OI in found.items():
+                waiting.setdefault(name, []).append(gradient_OI)
+                if not together:
+                    settle(name)
+        for name in list(waiting) if together else ():
+            settle(name)
+        for name, made in values.items():
+            if not all(torch.isfinite(value).all() for value in made.values()):
+                raise NumericalError(
+                    f"the gradients of layer '{name}' hold NaN or infinity: use --dtype float32 or bfloat16."
+                )
+        shared = {name: inputs[first] for name, first in leader.items()}
+        return {name: replace(stats, values={**stats.values, **values.pop(name)}) for name, stats in shared.items()}
 
 
 @contextlib.contextmanager

@@ -66,6 +66,10 @@ class Hidden:
             other[index] = item
         return other
 
+    def shelf_for(self, copies: int) -> Shelf:
+        """Where so many copies of these states can wait."""
+        return Shelf(self[0].nbytes * len(self) * copies, self.device, self.shelf.folder)
+
     def __getitem__(self, index: int) -> Tensor:
         item = self._items[index]
         assert item is not None

@@ -67,21 +67,17 @@ def inspect(directory: str) -> list[Inspected]:
         said = {layer.name: layer for layer in Report.read(directory).layers}
     model = load_model(directory, device="cpu", packed=True)
     found = []
-    for index, name in enumerate(model.blocks):
-        with model.block(index) as block:
-            for layer, zero_OI, nbytes in _stored(block, name):
-                about = said.get(layer)
-                error, notes = (about.error, about.notes) if about else (None, ())
-                rows, columns = zero_OI.shape
-                found.append(
-                    Inspected(layer, (rows, columns), int(zero_OI.sum()), _pattern(zero_OI), nbytes, error, notes)
-                )
-            for item in left_out(block, name):
-                parameter = block.get_parameter(item.name.removeprefix(f"{name}."))
-                pattern = "dense" if item.zeros < item.weights * DENSE else "unstructured"
-                found.append(
-                    Inspected(item.name, item.shape, item.zeros, pattern, parameter.nbytes, None, (), item.why)
-                )
+    for _, block in model.walk():
+        for layer, zero_OI, nbytes in _stored(block.module, block.name):
+            about = said.get(layer)
+            error, notes = (about.error, about.notes) if about else (None, ())
+            rows, columns = zero_OI.shape
+            found.append(Inspected(layer, (rows, columns), int(zero_OI.sum()), _pattern(zero_OI), nbytes, error, notes))
+        tensors = block.tensors()
+        for item in left_out(block.module, block.name):
+            pattern = "dense" if item.zeros < item.weights * DENSE else "unstructured"
+            nbytes = tensors[item.name].nbytes
+            found.append(Inspected(item.name, item.shape, item.zeros, pattern, nbytes, None, (), item.why))
     return found
 
 

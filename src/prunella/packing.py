@@ -106,15 +106,14 @@ def pack_model(
     known = mask_shapes(directory) if (directory / MASKS).is_file() else None
     with _making(out) as shop:
         store = PackedStore(shop.model, shop.directory, opened, bits=bits, group=group, round_head=head)
-        for index, name in enumerate(opened.blocks):
-            with opened.block(index) as block:
-                slots = {slot.name: slot for slot in find_layers(block, name)}
-                given = None if known is None else read_masks(directory, slots.keys() & known.keys())
-                masks = {n: m for n, s in slots.items() if (m := _mask(s, given)) is not None}
-                for layer in masks.keys() & grids.keys():
-                    _check_grid(slots[layer], grids[layer])
-                bits_of = {layer: pattern.pack(mask_OI) for layer, mask_OI in masks.items()}
-                store.write(BlockResult(index, name, (), bits_of, grids, {}, 0.0))
+        for index, block in opened.walk():
+            slots = {slot.name: slot for slot in find_layers(block.module, block.name)}
+            given = None if known is None else read_masks(directory, slots.keys() & known.keys())
+            masks = {n: m for n, s in slots.items() if (m := _mask(s, given)) is not None}
+            for layer in masks.keys() & grids.keys():
+                _check_grid(slots[layer], grids[layer])
+            bits_of = {layer: pattern.pack(mask_OI) for layer, mask_OI in masks.items()}
+            store.write(BlockResult(index, block.name, (), bits_of, grids, {}, 0.0))
         store.complete()
         found = store.contents
         if not found.modules:

@@ -166,8 +166,9 @@ class Recipe(_Part):
     allocate: how sparsity is spread over the other layers: a name, or `{name: {option: value}}`
     steps:    a list of names, or of `{name: {option: value}}`
     order:    `layer`: a layer is pruned when its inputs arrive from the pruned layers before it; `block`: after a
-              pass through the dense block has shown the inputs of all its layers; `auto`: `layer` where every step
-              looks at single layers, one of them at their inputs, and the activations are less than 8 GiB
+              pass through the dense block has shown the inputs of all its layers; `back`: from the last block to the
+              first, with gradients; `auto`: `back` where a step reads gradients, `layer` where every step looks at
+              single layers, one of them at their inputs, and the activations are less than 8 GiB
     evaluate: the text on which dense and pruned perplexity are compared: `source` (null: none), `windows`, `length`
     format:   the store that the weights are saved in: `dense`, zeros and all, or `packed`, without them
     bits:     packed weights that no step has quantized are rounded to 8 or 4 bits; null: they keep their dtype
@@ -190,7 +191,7 @@ class Recipe(_Part):
     keep_zeros: bool = False
     allocate: dict[str, dict[str, Any]] = {"uniform": {}}
     steps: tuple[dict[str, dict[str, Any]], ...] = ({"sparsegpt": {}},)
-    order: Literal["auto", "layer", "block"] = "auto"
+    order: Literal["auto", "layer", "block", "back"] = "auto"
     evaluate: Evaluation = Evaluation()
     format: str = "dense"
     bits: Literal[8, 4] | None = None

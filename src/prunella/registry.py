@@ -9,21 +9,21 @@ import importlib
 import importlib.util
 import inspect
 import sys
-import traceback
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
-import torch
 
-from .errors import InputError, PrunellaError, StepError, first_line, unknown
+from .errors import InputError, unknown
+from .foreign import Registered, call
+from .statistics import statistics
+from .statistics.registry import OUTPUTS, taking
 from .types import Block, Layer
 
-NEEDS = frozenset({"norm", "moments", "gram", "drift", "targets", "dense"})
-BESIDE = frozenset({"drift", "dense"})  # what only a dense model that runs beside the pruned one can tell
+M = TypeVar("M", bound=Registered)
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Step:
     """A step with its options, as `make` returns it: `apply` turns a block into one with other masks or weights.
 
     name:      what users call it
-    needs:     the statistics that it reads
+    needs:     the statistics, and outputs of blocks, that it reads
     apply:     block -> block
     per_layer: it looks at one layer at a time, and so can work in `layer` order
     prunes:    it chooses a mask where there is none yet
@@ -44,6 +44,16 @@ class Step:
     per_layer: bool
     prunes: bool
     options: Mapping[str, Any]
+
+    @property
+    def beside(self) -> bool:
+        """Does it read what only a dense model that runs beside the pruned one can tell?"""
+        return "dense" in self.needs or bool(taking("dense_TI", self.needs))
+
+    @property
+    def back(self) -> bool:
+        """Does it read gradients, and so work on the way back (`order: back`)?"""
+        return bool(taking("gradient_NOI", self.needs))
 
 
 @dataclass(frozen=True)
@@ -79,25 +89,33 @@ def register(
 
     Args:
         name: what users call it.
-        needs: the statistics it reads, of norm, moments, gram, drift, targets, dense; reading any other raises.
+        needs: the statistics it reads (norm, moments, gram, drift, fisher, gradients, one that is registered, or
+            `path/to/file.py:name`), and outputs of blocks (targets, dense); reading any other raises.
         prunes: whether it chooses a mask where there is none yet; if not, the recipe needs another step that does.
     """
-    wanted = frozenset(needs)
-    if wanted - NEEDS:
-        raise ValueError(unknown("statistic", min(wanted - NEEDS), NEEDS))
+    wanted = frozenset(need if need in OUTPUTS else _statistic(need) for need in needs)
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         first = next(iter(inspect.signature(function).parameters))
         kind = typing.get_type_hints(function).get(first)
         if kind not in (Layer, Block):
             raise TypeError(f"the first argument of step '{name}' must be annotated as Layer or Block")
-        for need in sorted(wanted & {"targets", "dense"}):
+        for need in sorted(wanted & OUTPUTS):
             if kind is Layer:
                 raise TypeError(f"step '{name}' works on layers, but `{need}` belong to blocks")
         steps[name] = Method(name, wanted, function, kind is Layer, prunes)
         return function
 
     return add
+
+
+def _statistic(name: str) -> str:
+    """The name by which the registry knows a statistic, which may be that of a file."""
+    if ".py:" in name:
+        return lookup("statistic", statistics, name).name
+    if name not in statistics:
+        raise ValueError(unknown("statistic", name, statistics.keys() | OUTPUTS))
+    return name
 
 
 def each_layer(function: Callable[[Layer], Layer]) -> Callable[[Block], Block]:
@@ -138,41 +156,12 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Step:
     return Step(name, method.needs, apply, method.per_layer, method.prunes, defaults | chosen)
 
 
-def call(method: Method, where: str, due: type | tuple[type, ...], thing: Any, options: Mapping[str, Any]) -> Any:
-    """What a method makes of a thing.
-
-    If it does not come with Prunella, and fails or gives back something else than what is due, raises StepError, which
-    says where; a PrunellaError, which it raises on purpose, passes, as does a full memory.
-    """
-    if method.function.__module__.partition(".")[0] == __package__.partition(".")[0]:
-        return method.function(thing, **options)
-    kind = where.partition(" '")[0]
-    try:
-        result = method.function(thing, **options)
-    except (PrunellaError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == _file(method)]
-        line = f", line {frames[-1].lineno} of {_file(method)}" if frames else ""
-        raise StepError(
-            f"{where}: {type(error).__name__}: {first_line(error)}; the defect is in the {kind}{line}."
-        ) from error
-    if not isinstance(result, due):
-        wanted = " or ".join(one.__name__ for one in (due if isinstance(due, tuple) else (due,)))
-        raise StepError(f"{where} returned {type(result).__name__}, not {wanted}; the defect is in the {kind}.")
-    return result
-
-
-def _file(method: Method) -> str:
-    return inspect.getsourcefile(method.function) or ""
-
-
-def lookup(kind: str, methods: Mapping[str, Method], name: str) -> Method:
+def lookup(kind: str, methods: Mapping[str, M], name: str) -> M:
     """The method called `name`, or the one that `path/to/file.py:name` registers. Raises InputError."""
     if ".py:" in name:
         path, _, name = name.rpartition(":")
         module = _import(Path(path), kind)
-        own = _of_file.setdefault((module, kind), {})  # two files may use one name
+        own: dict[str, M] = _of_file.setdefault((module, kind), {})  # two files may use one name
         own |= {key: method for key, method in methods.items() if method.function.__module__ == module}
         methods = {**methods, **own}
     if name not in methods:
@@ -194,7 +183,7 @@ def checked(kind: str, method: Method, options: Mapping[str, Any]) -> dict[str, 
     return out
 
 
-_of_file: dict[tuple[str, str], dict[str, Method]] = {}
+_of_file: dict[tuple[str, str], dict[str, Any]] = {}
 
 
 def _import(path: Path, kind: str) -> str:

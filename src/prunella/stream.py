@@ -8,6 +8,7 @@ How a block is called is not hard-coded but recorded, see calls.py.
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .backward import SAMPLE, Back, Loss, goes_back
 from .calls import Calls, examine, first, map_tree
 from .compat import attention_of
 from .errors import DefectError, InputError, NumericalError, StepError, say
@@ -26,25 +28,26 @@ from .layers import Slot, find_layers, unpruned
 from .machine import cache_directory, free_memory
 from .model.checkpoint import Source
 from .model.network import Model
+from .model.walk import LoadedBlock, Weights
 from .outcome import BlockResult, LayerResult, share_of
 from .pattern import hold_zeros, pack
 from .progress import Track, no_track
 from .registry import Step, make
+from .statistics.registry import taking
 from .types import Block, Layer, Stats
-from .watch import Stop, Target, Watch
+from .watch import Stop, Watch
 
 TOKENS = 2048  # that go through a block at a time, in `block` order
-SAMPLE = 512  # calibration tokens on which the error of each layer is measured
 
-Order = Literal["auto", "layer", "block"]
+Order = Literal["auto", "layer", "block", "back"]
 
 
 class Stream:
     """Hidden states on their way through the blocks of a model.
 
     >>> stream = Stream(model, windows)                                        # doctest: +SKIP
-    >>> for i in range(len(model.blocks)):                                     # doctest: +SKIP
-    ...     result = stream.prune(i, targets, steps, order="layer")
+    >>> for index, block in model.walk():                                      # doctest: +SKIP
+    ...     result = stream.prune(block, slots[index], steps)
 
     `order` says from which inputs statistics are made. `block`: one pass through the dense block shows the
     inputs of all its layers, and a second pass through the pruned block makes the next block's inputs; what
@@ -57,6 +60,8 @@ class Stream:
     `keep_zeros`: zeros that the weights come with stay zero, and count towards the sparsity (`hold_zeros`).
     `rounding`: bits and group of the grid to which pruned layers are rounded that no step has quantized; layers after
     them see what that does.
+    `start`: the weights that the steps begin with, and `masks` theirs, where the model is pruned already; the blocks
+    have the dense ones then, as always.
     """
 
     def __init__(
@@ -70,8 +75,12 @@ class Stream:
         rounding: tuple[int, int] | None = None,
         keep_zeros: bool = False,
         checkpoint: Source | None = None,
+        start: Weights | None = None,
+        masks: Mapping[str, Tensor] | None = None,
     ):
         self.model = model
+        self.start = start
+        self.masks = masks or {}
         self.rounding = rounding
         self.keep_zeros = keep_zeros
         self.windows_NL = windows_NL
@@ -98,85 +107,110 @@ class Stream:
         self.hidden = streams[0]
         self.dense = streams[1] if beside else None  # what the dense model has in place of `hidden`
 
-    def advance(self, index: int, block: nn.Module, hidden: Hidden | None = None) -> None:
-        """Run block `index` (with its weights loaded) on all windows: its outputs become the hidden states (or
-        those in `hidden`)."""
+    def advance(self, block: LoadedBlock, hidden: Hidden | None = None) -> None:
+        """Run a block on all windows: its outputs become the hidden states (or those in `hidden`)."""
         hidden = self.hidden if hidden is None else hidden
         with torch.no_grad():
             for b in range(len(hidden)):
-                self.forward(index, block, hidden, b)
+                self.forward(block, hidden, b)
 
-    def forward(self, index: int, block: nn.Module, hidden: Hidden, batch: int, *, keep: bool = True) -> Tensor:
-        """Run block `index` on one batch of the hidden states, which move on if `keep` says so; what it puts out."""
-        out, beside = self.calls.batches[batch][index].run(block, hidden[batch], hidden.beside[batch])
+    def forward(self, block: LoadedBlock, hidden: Hidden, batch: int, *, keep: bool = True) -> Tensor:
+        """Run a block on one batch of the hidden states, which move on if `keep` says so; what it puts out."""
+        call = self.calls.batches[batch][block.index]
+        out, beside = call.run(block.module, hidden[batch], hidden.beside[batch])
         if keep:
             hidden[batch] = out
             hidden.beside[batch] = {key: map_tree(value, hidden.shelf.put) for key, value in beside.items()}
         return out
 
+    def fork(self, shelf: Shelf) -> Stream:
+        """Another stream whose hidden states, the same as now, go on by themselves and wait on that shelf."""
+        other = copy.copy(self)
+        other.hidden = self.hidden.copy(shelf)
+        return other
+
     def logits(self, batch: int) -> Tensor:
         """The model's logits for one batch of windows, once the hidden states have passed the last block."""
         return self.calls.logits(self.batches[batch], self.hidden[batch])
 
-    def prune(
-        self, index: int, targets: Sequence[Target], steps: Sequence[Step], *, min_tokens: int = 32, last: bool = False
-    ) -> BlockResult:
-        """Apply `steps` to block `index`, write the weights into the network and move the hidden states on.
+    def back(self, *, loss: Loss | None = None, checkpoint: Source | None = None, track: Track = no_track) -> Back:
+        """Take all windows through all blocks, and the gradient of each one's loss the way back, see `Back`."""
+        return Back(self, loss=loss, checkpoint=checkpoint, track=track)
 
-        The block must be loaded. Layers that fewer than `min_tokens` tokens reached (experts that the router
-        seldom picks) are pruned by magnitude, and say so. Raises NumericalError, naming the layer, for NaN
-        or infinity in weights, inputs or results.
+    def prune(
+        self,
+        block: LoadedBlock,
+        slots: Sequence[Slot],
+        steps: Sequence[Step],
+        *,
+        min_tokens: int = 32,
+        last: bool = False,
+        known: dict[str, Stats] | None = None,
+    ) -> BlockResult:
+        """Apply `steps` to a block, and move the hidden states on with what they made of it, unless it is the `last`.
+        The block itself stays as it is: who wants the new weights finds them in the result. `known`: statistics of its
+        layers that were made elsewhere, each of which goes when it was used.
+
+        Layers that fewer than `min_tokens` tokens reached (experts that the router seldom picks) are pruned by
+        magnitude, and say so. Raises NumericalError, naming the layer, for NaN or infinity in weights, inputs or
+        results.
         """
         started = time.perf_counter()
-        name = self.model.blocks[index]
-        block = self.model.module(name)
-        active = {t.slot.name: t for t in targets if t.sparsity > 0}
-        for target in active.values():
-            if not torch.isfinite(target.slot.view()).all():
-                raise NumericalError(f"layer '{target.slot.name}' has NaN or infinite weights before pruning.")
+        active = {slot.name: slot for slot in slots if slot.sparsity > 0}
+        for slot in active.values():
+            if not torch.isfinite(slot.view()).all():
+                raise NumericalError(f"layer '{slot.name}' has NaN or infinite weights before pruning.")
+        own = block.tensors()
+        begin = {} if self.start is None else block.read(self.start)
         others: dict[str, Tensor] = {}
-        if self.order == "layer":
-            layers = self._prune_on_arrival(index, name, block, active, steps, min_tokens)
-        else:
-            layers, others = self._prune_after_dense_pass(index, name, block, active, steps, min_tokens)
-            if not last:
-                self.advance(index, block)
-        results, masks, grids, changed = [], {}, {}, dict(others)
-        for target in targets:
-            slot = target.slot
-            if slot.name not in layers:
-                results.append(LayerResult.dense(target))
-                continue
-            result, masks[slot.name], grid = layers[slot.name]
-            results.append(result)
-            if grid is not None:
-                grids[slot.name] = grid
-            changed[slot.key] = getattr(slot.module, slot.parameter).data
-        return BlockResult(index, name, tuple(results), masks, grids, changed, time.perf_counter() - started)
+        with block.use({slot.key: own[slot.key].clone() for slot in active.values()}):
+            if self.order == "layer":
+                layers = self._prune_on_arrival(block, active, steps, min_tokens, begin)
+            else:
+                layers, others = self._prune_after_dense_pass(block, active, steps, min_tokens, begin, known)
+                if not last:
+                    with block.use({**{k: v for k, v in begin.items() if k not in _keys(active)}, **others}):
+                        self.advance(block)
+            results, masks, grids, changed = [], {}, {}, dict(others)
+            for slot in slots:
+                if slot.name not in layers:
+                    results.append(LayerResult.dense(slot))
+                    continue
+                result, masks[slot.name], grid = layers[slot.name]
+                results.append(result)
+                if grid is not None:
+                    grids[slot.name] = grid
+                changed[slot.key] = getattr(slot.module, slot.parameter).data
+        seconds = time.perf_counter() - started
+        return BlockResult(block.index, block.name, tuple(results), masks, grids, changed, seconds)
 
-    def _layer(self, target: Target, stats: Stats) -> Layer:
-        for value in (stats.sumsq_I, stats.sum_I):
-            if value is not None and not torch.isfinite(value).all():
+    def _layer(self, slot: Slot, stats: Stats, begin: Mapping[str, Tensor]) -> Layer:
+        for value in stats.values.values():
+            if value.ndim < 2 and not torch.isfinite(value).all():  # matrices would take long, and come with a norm
                 raise NumericalError(
-                    f"the inputs of layer '{target.slot.name}' hold NaN or infinity: the model overflows on the"
+                    f"the inputs of layer '{slot.name}' hold NaN or infinity: the model overflows on the"
                     " calibration text; use --dtype float32 or bfloat16."
                 )
-        weight_OI = target.slot.view()
-        if target.slot.transposed:
+        weight_OI = slot.view()
+        if slot.transposed:
             weight_OI = weight_OI.contiguous()
         notes: tuple[str, ...] = ()
-        if self.keep_zeros and (zeros := share_of(weight_OI == 0)) > target.sparsity:
-            notes = (f"came with {zeros:.1%} zeros, more than the {target.sparsity:.1%} asked for: all stay",)
-        return Layer(
-            target.slot.name,
+        if self.keep_zeros and (zeros := share_of(weight_OI == 0)) > slot.sparsity:
+            notes = (f"came with {zeros:.1%} zeros, more than the {slot.sparsity:.1%} asked for: all stay",)
+        layer = Layer(
+            slot.name,
             weight_OI,
             weight_OI,
             stats,
-            target.sparsity,
-            target.pattern,
-            bias_O=target.slot.bias(),
+            slot.sparsity,
+            slot.pattern,
+            bias_O=slot.bias(),
             notes=notes,
         )
+        if slot.name in self.masks:
+            mask_OI = self.masks[slot.name].to(weight_OI.device)
+            return layer.pruned(slot.part(begin[slot.key]), mask_OI)
+        return layer
 
     def _starved(self, layer: Layer, steps: Sequence[Step], min_tokens: int) -> bool:
         return any(step.needs for step in steps) and layer.stats.tokens < min_tokens
@@ -187,7 +221,7 @@ class Stream:
         fed = replace(block, layers=tuple(la for la in block.layers if la.name not in starved))
         if fed.layers:
             for step in steps:
-                allowed = {la.name: _only(la.stats, step.needs) for la in fed.layers}
+                allowed = {la.name: la.stats.only(step.needs) for la in fed.layers}
                 kept = {la.name: la.stats for la in fed.layers}
                 lent = tuple(replace(la, stats=allowed[la.name]) for la in fed.layers)
                 fed = step.apply(replace(fed, layers=lent))
@@ -209,34 +243,33 @@ class Stream:
         return layer.pruned(grid.round(layer.weight_OI), layer.mask_OI, grid=grid)
 
     def _dense_inputs(
-        self, index: int, block: nn.Module, active: Mapping[str, Target], batch: int, needs: frozenset[str]
+        self, block: LoadedBlock, active: Mapping[str, Slot], batch: int, needs: frozenset[str]
     ) -> dict[str, Tensor]:
         """What the layers of the block, still dense, get from the dense model's hidden states, which move on; of
         layers that share an input, the first. Experts are left out: other tokens may be routed to them."""
         inputs: dict[str, Tensor] = {}
         if self.dense is None:
             return inputs
-        if "drift" not in needs:
+        if not taking("dense_TI", needs):
             with torch.no_grad():
-                self.forward(index, block, self.dense, batch)
+                self.forward(block, self.dense, batch)
             return inputs
 
         def see(layer_name: str, x_TI: Tensor, same: bool) -> None:
-            if not same and active[layer_name].slot.expert is None:
+            if not same and active[layer_name].expert is None:
                 inputs[layer_name] = x_TI
 
         with torch.no_grad(), Watch(active, see):
-            self.forward(index, block, self.dense, batch)
+            self.forward(block, self.dense, batch)
         return inputs
 
     def _prune_on_arrival(
         self,
-        index: int,
-        name: str,
-        block: nn.Module,
-        active: Mapping[str, Target],
+        block: LoadedBlock,
+        active: Mapping[str, Slot],
         steps: Sequence[Step],
         min_tokens: int,
+        begin: Mapping[str, Tensor],
     ) -> dict[str, Settled]:
         needs = frozenset().union(*[step.needs for step in steps])
         done: dict[str, Settled] = {}
@@ -248,33 +281,33 @@ class Stream:
                 return
             if not same:
                 stats = Stats.of(x_TI, needs, SAMPLE, dense.pop(layer_name, None))
-            layer = self._layer(active[layer_name], stats)
-            result = self._apply(Block(index, name, (layer,)), steps, min_tokens).layers[0]
+            layer = self._layer(active[layer_name], stats, begin)
+            result = self._apply(Block(block.index, block.name, (layer,)), steps, min_tokens).layers[0]
             done[layer_name] = _settle(result, active[layer_name])
 
-        dense = self._dense_inputs(index, block, active, 0, needs)
+        dense = self._dense_inputs(block, active, 0, needs)
         with torch.no_grad(), Watch(active, see):
-            self.forward(index, block, self.hidden, 0)
-        _check_seen(name, done, active)
-        for layer_name, target in active.items():  # experts that no token reached
+            self.forward(block, self.hidden, 0)
+        _check_seen(block.name, done, active)
+        for layer_name, slot in active.items():  # experts that no token reached
             if layer_name not in done:
-                layer = self._layer(target, Stats())
-                result = self._apply(Block(index, name, (layer,)), steps, max(1, min_tokens)).layers[0]
-                done[layer_name] = _settle(result, target)
+                layer = self._layer(slot, Stats(), begin)
+                result = self._apply(Block(block.index, block.name, (layer,)), steps, max(1, min_tokens)).layers[0]
+                done[layer_name] = _settle(result, slot)
         return done
 
     def _prune_after_dense_pass(
         self,
-        index: int,
-        name: str,
-        block: nn.Module,
-        active: Mapping[str, Target],
+        block: LoadedBlock,
+        active: Mapping[str, Slot],
         steps: Sequence[Step],
         min_tokens: int,
+        begin: Mapping[str, Tensor],
+        known: dict[str, Stats] | None,
     ) -> tuple[dict[str, Settled], dict[str, Tensor]]:
         needs = frozenset().union(*[step.needs for step in steps])
-        leader: dict[str, str] = {}  # layers fed by the same tensor share the statistics of the first of them
-        stats: dict[str, Stats] = {}
+        stats: dict[str, Stats] = {} if known is None else known
+        leader = {key: key for key in stats}  # layers fed by the same tensor share the statistics of the first of them
         previous, batch = "", 0
         order: list[str] = []
 
@@ -293,50 +326,49 @@ class Stream:
                 raise Stop
 
         keep_outputs = "targets" in needs
-        same = self.dense is None or "drift" not in needs  # the dense block's outputs, on the pruned model's inputs
+        # The dense block's outputs are those on the pruned model's inputs where it does not run beside.
+        same = self.dense is None or not taking("dense_TI", needs)
         outputs: list[Tensor] = []
         dense: dict[str, Tensor] = {}
         whole = False
-        batches = range(len(self.hidden)) if needs else range(1)
+        batches = range(0 if known is not None else len(self.hidden) if needs else 1)
         with torch.no_grad():
             for batch in batches:
-                dense = self._dense_inputs(index, block, active, batch, needs)
+                dense = self._dense_inputs(block, active, batch, needs)
                 with contextlib.suppress(Stop), Watch(active, see):
-                    out = self.forward(index, block, self.hidden, batch, keep=False)
+                    out = self.forward(block, self.hidden, batch, keep=False)
                     if keep_outputs and same:
                         outputs.append(out)
-                whole = len(order) == len(active) and all(t.slot.expert is None for t in active.values())
-        _check_seen(name, leader, active)
+                whole = len(order) == len(active) and all(slot.expert is None for slot in active.values())
+        _check_seen(block.name, leader, active)
         if all(step.per_layer for step in steps):  # one layer at a time: its new weight and statistics can go
             done: dict[str, Settled] = {}
             waiting = [leader.get(layer_name, layer_name) for layer_name in active]
-            for (layer_name, target), source in zip(active.items(), tuple(waiting), strict=True):
+            for (layer_name, slot), source in zip(active.items(), tuple(waiting), strict=True):
                 waiting.remove(source)
                 found = stats.get(source, Stats()) if source in waiting else stats.pop(source, Stats())
-                one = Block(index, name, (self._layer(target, found),))
+                one = Block(block.index, block.name, (self._layer(slot, found, begin),))
                 with torch.no_grad():
-                    done[layer_name] = _settle(self._apply(one, steps, min_tokens).layers[0], target)
+                    done[layer_name] = _settle(self._apply(one, steps, min_tokens).layers[0], slot)
             return done, {}
-        layers = tuple(self._layer(t, stats.get(leader.get(n, n), Stats())) for n, t in active.items())
-        weights = {id(getattr(t.slot.module, t.slot.parameter)) for t in active.values()}
-        own = {f"{name}.{key}": p for key, p in block.named_parameters() if id(p) not in weights}
+        layers = tuple(self._layer(t, stats.get(leader.get(n, n), Stats()), begin) for n, t in active.items())
+        weights = {id(getattr(slot.module, slot.parameter)) for slot in active.values()}
+        own = {f"{block.name}.{key}": p.data for key, p in block.module.named_parameters() if id(p) not in weights}
         beside: Any = self.dense
         whole_block = Block(
-            index,
-            name,
+            block.index,
+            block.name,
             layers,
-            run=self._runner(index, block, active),
-            windows=len(self.windows_NL),
+            run=self._runner(block, active) if known is None else None,
+            windows=len(self.windows_NL) if known is None else 0,
             targets=(lambda n: self.window(n, outputs if same else beside)) if keep_outputs else None,
             dense=(lambda n: self.window(n, beside)) if "dense" in needs else None,
-            others={key: parameter.data for key, parameter in own.items()},
-            fixed=unpruned(block, name, {target.slot.key for target in active.values()}),
+            others={key: begin.get(key, value) for key, value in own.items()},
+            fixed=unpruned(block.module, block.name, _keys(active)),
         )
         with torch.no_grad():
             result = self._apply(whole_block, steps, min_tokens)
         changed = {key: value for key, value in result.others.items() if value is not whole_block.others[key]}
-        for key, value in changed.items():
-            own[key].data.copy_(value)
         return {la.name: _settle(la, active[la.name]) for la in result.layers}, changed
 
     def window(self, n: int, batches: Sequence[Tensor] | Hidden | None = None) -> Tensor:
@@ -345,16 +377,16 @@ class Stream:
         batch = (self.hidden if batches is None else batches)[n // size]
         return batch.narrow(self.calls.interface.batch, n % size, 1)
 
-    def _runner(self, index: int, block: nn.Module, active: Mapping[str, Target]) -> Callable[..., Tensor]:
+    def _runner(self, block: LoadedBlock, active: Mapping[str, Slot]) -> Callable[..., Tensor]:
         """`Block.run`: the block on one window, with other weights in place of its own."""
-        slots = {name: target.slot for name, target in active.items()}
-        prefix = self.model.blocks[index] + "."
+        module = block.module
+        prefix = block.name + "."
 
         def run(weights: Mapping[str, Tensor], n: int, at: str | None = None) -> Tensor:
             replaced: dict[str, Tensor] = {}
             parts: dict[str, list[tuple[Slot, Tensor]]] = {}  # of one parameter each, which is copied once
             for name, weight in weights.items():
-                slot = slots.get(name)
+                slot = active.get(name)
                 if slot is None:
                     replaced[name.removeprefix(prefix)] = weight
                     continue
@@ -364,7 +396,7 @@ class Stream:
                 else:
                     parts.setdefault(slot.key.removeprefix(prefix), []).append((slot, weight))
             for key, several in parts.items():
-                slot, parameter = several[0][0], block.get_parameter(key)
+                slot, parameter = several[0][0], module.get_parameter(key)
                 whole = slot.matrices(parameter)
                 rows = torch.tensor([one.expert for one, _ in several], device=parameter.device)
                 replaced[key] = whole.index_copy(0, rows, torch.stack([w for _, w in several])).view(parameter.shape)
@@ -372,7 +404,7 @@ class Stream:
                 with self.model.outside(head=False):
                     self.calls.record_windows(self.windows_NL)
             beside = self.hidden.beside[n // len(self.batches[0])]  # of this window alone, if there is anything
-            args, kwargs, _ = self.calls.windows[n][index].arguments(self.window(n), beside)
+            args, kwargs, _ = self.calls.windows[n][block.index].arguments(self.window(n), beside)
             out: Any = None
 
             def stop(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -380,19 +412,24 @@ class Stream:
                 out = output
                 raise Stop
 
-            watched = contextlib.nullcontext() if at is None else block.get_submodule(at).register_forward_hook(stop)
+            watched = contextlib.nullcontext() if at is None else module.get_submodule(at).register_forward_hook(stop)
             with contextlib.suppress(Stop), watched:
-                out = torch.func.functional_call(block, replaced, args, kwargs)
+                out = torch.func.functional_call(module, replaced, args, kwargs)
             return first(out)
 
         return run
 
 
-def _check_seen(block: str, seen: Collection[str], active: Mapping[str, Target]) -> None:
+def _keys(active: Mapping[str, Slot]) -> set[str]:
+    """The parameters that hold these layers."""
+    return {slot.key for slot in active.values()}
+
+
+def _check_seen(block: str, seen: Collection[str], active: Mapping[str, Slot]) -> None:
     """Raises DefectError for a layer of whose product nothing was seen; of a parameter with several matrices, such as
     the experts of a mixture, one is enough: the router need not pick them all."""
-    reached = {active[name].slot.key for name in seen}
-    unseen = [name for name, target in active.items() if target.slot.key not in reached]
+    reached = {active[name].key for name in seen}
+    unseen = [name for name, slot in active.items() if slot.key not in reached]
     if unseen:
         short = dict.fromkeys(name.removeprefix(f"{block}.") for name in unseen)
         raise DefectError(
@@ -401,21 +438,10 @@ def _check_seen(block: str, seen: Collection[str], active: Mapping[str, Target])
         )
 
 
-def _only(stats: Stats, needs: frozenset[str]) -> Stats:
-    """What a step that declared `needs` may read; the cache of shared results stays shared."""
-    return replace(
-        stats,
-        sum_I=stats.sum_I if "moments" in needs else None,
-        sumsq_I=stats.sumsq_I if needs & {"norm", "moments", "gram"} else None,
-        gram_II=stats.gram_II if "gram" in needs else None,
-        drift_II=stats.drift_II if "drift" in needs else None,
-    )
-
-
 Settled = tuple[LayerResult, Tensor, Grid | None]
 
 
-def _settle(layer: Layer, target: Target) -> Settled:
+def _settle(layer: Layer, slot: Slot) -> Settled:
     """Write the weight into the network; keep what the report needs, the mask as bits and the grid, nothing large and
     nothing on the device."""
     if layer.mask_OI is None:
@@ -425,10 +451,10 @@ def _settle(layer: Layer, target: Target) -> Settled:
     zero_OI = layer.dense_OI == 0
     result = LayerResult(
         layer.name,
-        target.slot.shape,
+        slot.shape,
         share_of(~layer.mask_OI | (zero_OI & (layer.weight_OI == 0))),
-        target.sparsity,
-        str(target.pattern),
+        slot.sparsity,
+        str(slot.pattern),
         layer.error(),  # before the dense weight is overwritten: the two share their memory
         layer.stats.tokens,
         layer.notes,
@@ -436,21 +462,25 @@ def _settle(layer: Layer, target: Target) -> Settled:
         histograms(layer.dense_OI, layer.weight_OI, layer.mask_OI),
         share_of(zero_OI),
     )
-    target.slot.view().copy_(layer.weight_OI)
+    slot.view().copy_(layer.weight_OI)
     return result, pack(layer.mask_OI), None if layer.grid is None else layer.grid.on(torch.device("cpu"))
 
 
 ACTIVATIONS = 8 << 30  # bytes of them that `layer` order may hold at once where nobody chose it
 
 
-def pick_order(order: Order, steps: Sequence[Step], windows_NL: Tensor, model: Model) -> Literal["layer", "block"]:
-    """`layer` where every step looks at one layer at a time and the activations of all windows are no more than
-    `ACTIVATIONS`; else `block`. Nothing but sizes decides, so that a command gives the same masks whatever memory is
-    free. Raises InputError where `layer` was asked for and cannot be."""
+def pick_order(
+    order: Order, steps: Sequence[Step], windows_NL: Tensor, model: Model
+) -> Literal["layer", "block", "back"]:
+    """`back` where a step reads gradients; `layer` where every step looks at one layer at a time and the activations of
+    all windows are no more than `ACTIVATIONS`; else `block`. Nothing but sizes decides, so that a command gives the
+    same masks whatever memory is free. Raises InputError where what was asked for cannot be."""
+    if goes_back(order, steps, model.dtype):
+        return "back"
     whole_block = [step.name for step in steps if not step.per_layer]
     if order == "layer" and whole_block:
         raise InputError(f"step '{whole_block[0]}' works on whole blocks: use --order block.")
-    if order != "auto":
+    if order == "layer" or order == "block":
         return order
     if whole_block or not any(step.needs for step in steps):
         return "block"
@@ -460,7 +490,7 @@ def pick_order(order: Order, steps: Sequence[Step], windows_NL: Tensor, model: M
     tokens = windows_NL.numel()
     size = torch.empty(0, dtype=model.dtype).element_size()
     need = tokens * widest * size * 4 + tokens * widest * 4
-    if any("drift" in step.needs for step in steps):
+    if any(taking("dense_TI", step.needs) for step in steps):
         need += tokens * widest * size * 3  # the dense model's inputs of all layers of a block
     if attention_of(config) == "eager":
         need += 3 * 4 * tokens * windows_NL.shape[1] * getattr(config, "num_attention_heads", 1)
@@ -479,7 +509,6 @@ def through(
 ) -> Stream:
     """A stream with no steps: all windows through all blocks, one block in memory at a time."""
     stream = Stream(model, windows_NL, checkpoint=checkpoint)
-    for index in track(range(len(model.blocks)), what, len(model.blocks)):
-        with model.block(index, checkpoint) as block:
-            stream.advance(index, block)
+    for _, block in model.walk(checkpoint, track=track, what=what):
+        stream.advance(block)
     return stream

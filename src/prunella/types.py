@@ -10,7 +10,7 @@ Tensors carry their shape as a suffix, one capital per dimension:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, NumericalError, StatisticError
-from .fast import add_drift, add_gram
 from .grid import Grid
-
-Need = Literal["norm", "moments", "gram", "drift", "targets", "dense"]
+from .statistics.registry import merged, of_inputs, whole
 
 
 @dataclass(frozen=True)
@@ -95,108 +93,76 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Stats:
-    """What is known of a layer's inputs: sums over the tokens that entered it, in float32 on the layer's device.
+    """What is known of a layer's inputs, and of the gradients of its weight: `statistics/` says how it is made.
 
-    Everything is a plain sum, so that statistics of several batches merge with `+`. Layers fed by the same tensor share
-    one `Stats`. A statistic that the step's `needs` do not name is None, and reading it by its property raises
-    StatisticError.
+    Statistics of several batches merge with `+`. Layers fed by the same tensor share one `Stats`. Reading a statistic
+    that the step's `needs` do not name raises StatisticError.
 
     tokens:    how many there were
-    sum_I:     sum of x                 (`moments`)
-    sumsq_I:   sum of x^2               (`norm`, `moments`, `gram`)
-    gram_II:   sum of x x^T             (`gram`)
-    drift_II:  sum of (x' - x) x^T, x' what the layer gets in the dense model (`drift`)
+    values:    {statistic: its value}, read as `stats["name"]`; of those that come with Prunella by properties too
     sample_TI: a few of the tokens themselves, to measure errors on
     """
 
     tokens: int = 0
-    sum_I: Tensor | None = None
-    sumsq_I: Tensor | None = None
-    gram_II: Tensor | None = None
-    drift_II: Tensor | None = None
+    values: Mapping[str, Tensor] = field(default_factory=dict)
     sample_TI: Tensor | None = None
     # Results that several layers with this input share (a Cholesky factor, say), made once by `once`.
     cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, x_TI: Tensor, needs: frozenset[str], sample: int = 0, dense_TI: Tensor | None = None) -> Stats:
+    def of(cls, x_TI: Tensor, needs: Collection[str], sample: int = 0, dense_TI: Tensor | None = None) -> Stats:
         """The statistics of one batch of tokens, keeping `sample` of them, evenly spread; `dense_TI` is what the
         dense model has in place of x_TI, if that is something else."""
-        tokens, width = x_TI.shape
-        stride = max(1, tokens // max(1, sample))
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float32, device=x_TI.device)
-
-        sum_I = zeros(width) if "moments" in needs else None
-        sumsq_I = zeros(width) if needs & {"norm", "moments", "gram"} else None
-        for x in torch.split(x_TI, 2048):  # few enough to stay in the cache while they are read twice
-            if sum_I is not None:
-                sum_I += x.sum(0, dtype=torch.float32)
-            if sumsq_I is not None:
-                x = x.float()
-                sumsq_I += (x * x).sum(0)
-        gram_II = None
-        if "gram" in needs:
-            gram_II = zeros(width, width)
-            add_gram(gram_II, x_TI)
-        drift_II = None
-        if "drift" in needs:
-            drift_II = zeros(width, width)
-            if dense_TI is not None:
-                add_drift(drift_II, dense_TI, x_TI)
-        kept_TI = x_TI[::stride][:sample].clone() if sample else None
-        return cls(tokens, sum_I, sumsq_I, gram_II, drift_II, sample_TI=kept_TI)
+        tokens = len(x_TI)
+        kept_TI = x_TI[:: max(1, tokens // sample)][:sample].clone() if sample else None
+        return cls(tokens, of_inputs(needs, x_TI, dense_TI), kept_TI)
 
     def __add__(self, other: Stats) -> Stats:
-        def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-            return a if b is None else b if a is None else a + b
-
         samples = [s for s in (self.sample_TI, other.sample_TI) if s is not None]
-        return Stats(
-            self.tokens + other.tokens,
-            add(self.sum_I, other.sum_I),
-            add(self.sumsq_I, other.sumsq_I),
-            add(self.gram_II, other.gram_II),
-            add(self.drift_II, other.drift_II),
-            torch.cat(samples) if samples else None,
-        )
+        kept_TI = torch.cat(samples) if samples else None
+        return Stats(self.tokens + other.tokens, merged(self.values, other.values), kept_TI)
 
-    def _have(self, value: Tensor | None, need: str) -> Tensor:
-        if value is None:
-            raise StatisticError(f"this statistic was not collected: declare '{need}' in the step's needs.")
-        return value
+    def only(self, needs: Collection[str]) -> Stats:
+        """What a step that declared `needs` may read; the cache of shared results stays shared."""
+        may = {statistic.name for statistic in whole(needs)}
+        return replace(self, values={name: value for name, value in self.values.items() if name in may})
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The value of a statistic, merged over all batches: of `norm`, say, the sum of x^2."""
+        if name not in self.values:
+            raise StatisticError(f"this statistic was not collected: declare '{name}' in the step's needs.")
+        return self.values[name]
 
     @property
     def mean_I(self) -> Tensor:
         """E[x], from `moments`."""
-        return self._have(self.sum_I, "moments") / self.tokens
+        return self["moments"] / self.tokens
 
     @property
     def variance_I(self) -> Tensor:
         """Population variance of x over all tokens, from `moments`."""
-        mean = self.mean_I
-        return (self._have(self.sumsq_I, "moments") / self.tokens - mean.square()).clamp_min_(0)
+        mean_I = self.mean_I
+        return (self["norm"] / self.tokens - mean_I.square()).clamp_min_(0)
 
     @property
     def norm_I(self) -> Tensor:
         """Root mean square of x over tokens, sqrt(E[x^2]), from `norm`."""
-        return (self._have(self.sumsq_I, "norm") / self.tokens).sqrt()
+        return (self["norm"] / self.tokens).sqrt()
 
     @property
     def hessian_II(self) -> Tensor:
         """E[x x^T], from `gram`: half the Hessian of the layer's mean squared output error."""
-        return self._have(self.gram_II, "gram") / self.tokens
+        return self["gram"] / self.tokens
 
     @property
     def mean_drift_II(self) -> Tensor:
         """E[(x' - x) x^T], from `drift`."""
-        return self._have(self.drift_II, "drift") / self.tokens
+        return self["drift"] / self.tokens
 
     @property
     def hessian_diagonal_I(self) -> Tensor:
         """E[x^2], the diagonal of the Hessian, from `gram`."""
-        return self._have(self.gram_II, "gram").diagonal() / self.tokens
+        return self["gram"].diagonal() / self.tokens
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make()` returns, which is called the first time that any layer with this input asks for `key`."""

@@ -1,4 +1,4 @@
-"""Pruning and rounding in one sweep, on grids that the packed format stores as they are."""
+"""Pruning and rounding in one pass, on grids that the packed format stores as they are."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def test_weights_lie_on_the_grid_and_pack_without_a_second_rounding(
 @pytest.mark.parametrize("group", [0, 128])
 def test_with_uncorrelated_inputs_it_rounds_to_the_nearest(case: Callable[..., Any], group: int, bits: int) -> None:
     start = case(columns=200).apply("magnitude")
-    start = replace(start, layer=replace(start.layer, stats=Stats(64, sumsq_I=torch.ones(200), gram_II=torch.eye(200))))
+    start = replace(
+        start, layer=replace(start.layer, stats=Stats(64, {"norm": torch.ones(200), "gram": torch.eye(200)}))
+    )
     found = start.apply("gptq", bits=bits, group=group).layer
     nearest = rounded(start, bits, group).layer
     assert torch.equal(found.grid.scale_OG, nearest.grid.scale_OG)

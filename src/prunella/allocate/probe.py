@@ -1,15 +1,12 @@
 """Probe: prune each block alone, and give density where that costs most."""
 
-import copy
 import math
 
-import torch
 from pydantic import PositiveFloat, PositiveInt
 
 from ..evaluate.perplexity import losses
 from ..registry import make
 from ..stream import Stream
-from ..watch import Target
 from .budget import Budget
 from .registry import register_allocation
 
@@ -36,37 +33,30 @@ def probe(
     """
     model, steps = budget.model, [make(step)]
     learn, held = (Stream(model, ids_NL) for ids_NL in budget.trial(tokens, "probe"))
-    count = len(model.blocks)
-    rises: dict[int, float] = {}
-
-    def mean_loss(stream: Stream) -> float:
-        every = losses(stream)
-        return sum(every) / len(every)
-
-    for index in budget.track(range(count), "allocating", count):
-        targets = [Target(t.slot, t.sparsity, t.pattern) for t in budget.targets[index] if t.slot.name in budget.free]
-        with model.block(index) as block:
-            if targets:
-                dense = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-                learn.prune(index, targets, steps, last=True)
-                damaged = copy.copy(held)
-                damaged.hidden = held.hidden.copy()
-                damaged.advance(index, block)
-                with torch.no_grad():
-                    for name, tensor in block.state_dict().items():
-                        tensor.copy_(dense[name])
-            learn.advance(index, block)
-            held.advance(index, block)
-        if targets:
-            for later in range(index + 1, count):
-                with model.block(later) as block:
-                    damaged.advance(later, block)
-            rises[index] = mean_loss(damaged)
-    base = mean_loss(held)
+    damaged: dict[int, Stream] = {}  # the held-out text where that block alone is pruned: all of them ride along
+    shelf = held.hidden.shelf_for(len(model.blocks))
+    for index, block in model.walk(track=budget.track, what="allocating"):
+        slots = [slot for slot in budget.slots[index] if slot.name in budget.free]
+        for stream in damaged.values():
+            stream.advance(block)
+        if slots:
+            result = learn.prune(block, slots, steps, last=True)
+            damaged[index] = held.fork(shelf)
+            with block.use(result.changed):
+                damaged[index].advance(block)
+        learn.advance(block)
+        held.advance(block)
+    rises = {index: _mean_loss(stream) for index, stream in damaged.items()}
+    base = _mean_loss(held)
     worst = 10.0  # a model that is broken altogether, or overflows, is as bad as this
     found = {b: min(rise - base, worst) if math.isfinite(rise) else worst for b, rise in rises.items()}
     least = min((rise for rise in found.values() if rise > 0), default=1.0)
     logs = {b: math.log(max(rise, least)) for b, rise in found.items()}
     return budget.spend(
-        {t.slot.name: -logs[b] / growth for b in logs for t in budget.targets[b] if t.slot.name in budget.free}
+        {slot.name: -logs[b] / growth for b in logs for slot in budget.slots[b] if slot.name in budget.free}
     )
+
+
+def _mean_loss(stream: Stream) -> float:
+    every = losses(stream)
+    return sum(every) / len(every)

@@ -1,15 +1,15 @@
 """Ramp: sparsity rises from block to block, as steeply as held-out text likes it."""
 
 import math
+from dataclasses import replace
 
-import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
+from ..errors import InputError
 from ..evaluate.perplexity import losses
 from ..registry import make
 from ..stream import Stream, pick_order
-from ..watch import Target
 from .budget import Budget
 from .registry import register_allocation
 
@@ -84,20 +84,17 @@ def held_out_loss(budget: Budget, shares: dict[str, float], step: str, learn_NL:
     """
     model, steps = budget.model, [make(step)]
     order = pick_order("auto", steps, learn_NL, model)
+    if order == "back":
+        raise InputError(
+            f"step '{step}' works on the way back, on which allocation 'ramp' tries none: use another step."
+        )
     learn, held = Stream(model, learn_NL, order=order), Stream(model, held_NL)
-    count = len(model.blocks)
-    for index in budget.track(range(count), "allocating", count):
-        targets = [Target(t.slot, shares.get(t.slot.name, t.sparsity), t.pattern) for t in budget.targets[index]]
-        with model.block(index) as block:
-            # A model that lives in memory is not read again.
-            dense = {} if model.checkpoint is not None else {n: p.clone() for n, p in block.state_dict().items()}
-            try:
-                learn.prune(index, targets, steps, last=index == count - 1)
-                held.advance(index, block)
-            finally:
-                with torch.no_grad():
-                    for name, tensor in block.state_dict().items() if dense else ():
-                        tensor.copy_(dense[name])
+    last = len(model.blocks) - 1
+    for index, block in model.walk(track=budget.track, what="allocating"):
+        slots = [replace(slot, sparsity=shares.get(slot.name, slot.sparsity)) for slot in budget.slots[index]]
+        result = learn.prune(block, slots, steps, last=index == last)
+        with block.use(result.changed):
+            held.advance(block)
     every = losses(held)
     mean = sum(every) / len(every)
     return mean if math.isfinite(mean) else math.inf

@@ -8,7 +8,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..registry import Method, call, checked, lookup
+from ..foreign import call
+from ..registry import Method, checked, lookup
 from .budget import Budget
 
 Allocation = Callable[[Budget], dict[str, float]]

@@ -46,11 +46,6 @@ def held_out_windows(model: Model, recipe: Recipe, used: int) -> Tensor | None:
     return found_NL
 
 
-def same_file(name: str, other: str) -> bool:
-    """Are these two names of one file or directory?"""
-    return Path(name).exists() and Path(other).exists() and Path(name).samefile(other)
-
-
 def whole_name(source: str) -> str:
     """A source as it can be found from anywhere."""
     return os.path.abspath(source) if Path(source).is_file() else source

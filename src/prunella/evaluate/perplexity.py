@@ -90,11 +90,10 @@ def _culprit(model: Model, windows_NL: Tensor, checkpoint: Source | None) -> str
         if found := damaged(None):
             return found
     stream = Stream(model, windows_NL)
-    for index, name in enumerate(model.blocks):
-        with model.block(index, checkpoint) as block:
-            if found := damaged(name):
-                return found
-            stream.advance(index, block)
+    for _, block in model.walk(checkpoint):
+        if found := damaged(block.name):
+            return found
+        stream.advance(block)
         if not all(torch.isfinite(stream.hidden[b]).all() for b in range(len(stream.batches))):
-            return f"block '{name}' overflows on this text; use --dtype float32 or bfloat16"
+            return f"block '{block.name}' overflows on this text; use --dtype float32 or bfloat16"
     return "its head overflows on this text; use --dtype float32 or bfloat16"

@@ -22,8 +22,7 @@ from ..model.network import Model
 from ..progress import Track, no_track
 from ..stream import Stream
 from ..tensors import MASKS
-from ..types import Pattern
-from ..watch import Target, Watch
+from ..watch import Watch
 from .parts import Change, Master, Part, trains
 
 LIST = "new-biases.list"
@@ -81,27 +80,26 @@ def mean_errors(
     corrected already."""
     stream = Stream(model, windows_NL)
     out: dict[str, Tensor] = {}
-    for index in track(range(len(model.blocks)), "biases", len(model.blocks)):
-        name = model.blocks[index]
-        with dense.block(index) as block:
-            weights = {slot.name: slot.view().clone() for slot in find_layers(block, name)}
-        with model.block(index) as block:
-            slots = {s.name: s for s in find_layers(block, name) if f"{s.name}.bias" in names}
-            sums: dict[str, Tensor] = {}
+    assert dense.checkpoint is not None
+    for _, block in model.walk(track=track, what="biases"):
+        weights = block.read(dense.checkpoint)
+        slots = {s.name: s for s in find_layers(block.module, block.name) if f"{s.name}.bias" in names}
+        sums: dict[str, Tensor] = {}
 
-            def see(layer: str, x_TI: Tensor, same: bool, sums: dict[str, Tensor] = sums) -> None:
-                sum_I = x_TI.sum(0, dtype=torch.float32)
-                sums[layer] = sums[layer] + sum_I if layer in sums else sum_I
+        def see(layer: str, x_TI: Tensor, same: bool, sums: dict[str, Tensor] = sums) -> None:
+            sum_I = x_TI.sum(0, dtype=torch.float32)
+            sums[layer] = sums[layer] + sum_I if layer in sums else sum_I
 
-            with torch.no_grad(), Watch({key: Target(s, 0.0, Pattern()) for key, s in slots.items()}, see):
-                for batch in range(len(stream.hidden)):
-                    stream.forward(index, block, stream.hidden, batch, keep=False)
-            for key, slot in slots.items():
-                mean_I = sums[key] / windows_NL.numel()
-                bias_O = ((weights[key].float() - slot.view().float()) @ mean_I).to(slot.view().dtype)
-                slot.module.bias = nn.Parameter(bias_O, requires_grad=False)
-                out[f"{key}.bias"] = bias_O
-            stream.advance(index, block)
+        with torch.no_grad(), Watch(slots, see):
+            for batch in range(len(stream.hidden)):
+                stream.forward(block, stream.hidden, batch, keep=False)
+        for key, slot in slots.items():
+            mean_I = sums[key] / windows_NL.numel()
+            dense_OI = slot.part(weights[slot.key])
+            bias_O = ((dense_OI.float() - slot.view().float()) @ mean_I).to(slot.view().dtype)
+            slot.module.bias = nn.Parameter(bias_O, requires_grad=False)
+            out[f"{key}.bias"] = bias_O
+        stream.advance(block)
         for slot in slots.values():
             slot.module.bias = None  # type: ignore[assignment]
     return out

@@ -66,12 +66,11 @@ def full(model: Model) -> dict[str, Tensor]:
 
 def _zeros(model: Model) -> Iterator[tuple[str, Tensor]]:
     """Where the weights of pruned layers are not zero."""
-    for index, name in enumerate(model.blocks):
-        with model.block(index) as block:
-            for slot in find_layers(block, name):
-                mask_OI = slot.view() != 0
-                if mask_OI.numel() - int(mask_OI.count_nonzero()) >= DENSE * mask_OI.numel():
-                    yield slot.name, mask_OI
+    for _, block in model.walk():
+        for slot in find_layers(block.module, block.name):
+            mask_OI = slot.view() != 0
+            if mask_OI.numel() - int(mask_OI.count_nonzero()) >= DENSE * mask_OI.numel():
+                yield slot.name, mask_OI
 
 
 def verify(model: Model, masks: Mapping[str, Tensor]) -> None:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import InputError, NumericalError
+from ..foreign import call
 from ..layers import find_layers
 from ..model.network import Model
 from ..pattern import pack, unpack
-from ..registry import Method, call, checked, lookup
+from ..registry import Method, checked, lookup
 
 
 @dataclass(frozen=True)

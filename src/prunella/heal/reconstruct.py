@@ -14,7 +14,7 @@ from ..errors import InputError, NumericalError
 from ..model.network import Model
 from ..registry import Step, register
 from ..steps.wanda import wanda
-from ..types import Block, Pattern
+from ..types import Block
 from .parts import Chosen, Group, Part, choose, kinds_of, make_group
 
 
@@ -213,19 +213,6 @@ def _train(
 # A pruned model beside its dense one
 
 
-def restore(values: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Step:
-    """A step that puts the pruned model's weights, masks and other tensors in the place of the dense block's."""
-
-    def apply(block: Block) -> Block:
-        layers = []
-        for layer in block.layers:
-            mask_OI = masks[layer.name].to(layer.weight_OI.device)
-            layers.append(layer.pruned(values[layer.name], mask_OI))
-        return replace(block, layers=tuple(layers), others={name: values[name] for name in block.others})
-
-    return Step("restore", frozenset(), apply, per_layer=False, prunes=True, options={})
-
-
 def reconstruct_blocks(
     model: Model,
     dense: Model,
@@ -240,7 +227,6 @@ def reconstruct_blocks(
     run left on disk are only passed through. What happened, for the report."""
     from ..layers import find_layers
     from ..stream import Stream
-    from ..watch import Target
 
     assert dense.checkpoint is not None
     strange = sorted(set(model.plan()) - set(dense.checkpoint.where))
@@ -248,53 +234,42 @@ def reconstruct_blocks(
         raise InputError(f"'{dense.name}' is not the dense model of this one: it has no tensor '{strange[0]}'.")
     settings = recipe.heal
     groups = settings.make_groups()
-    stream, beside = Stream(model, windows_NL), Stream(dense, windows_NL)
-    stream.dense = beside.hidden
+    assert model.checkpoint is not None
+    stream = Stream(model, windows_NL, start=model.checkpoint, masks=masks)
+    stream.dense = Stream(dense, windows_NL).hidden
     done = out.checkpoint if out.finished else None
     losses: dict[str, list[float]] = out.notes.get("losses", {})
     trained: dict[str, int] = out.notes.get("trained", {})
     last = len(model.blocks) - 1
-    for index in track(range(last + 1), "healing", last + 1):
-        name = model.blocks[index]
-        slots = find_layers(model.module(name), name)
+    seen: list[float] = []
+    count = 0
+
+    def apply(block: Block) -> Block:
+        nonlocal seen, count
+        options = {key: getattr(settings, key) for key in ("part", "aim", "epochs", "warmup")}
+        fitted, seen, count = fit(block, groups, **options, new=new)
+        return fitted
+
+    step = Step("reconstruct", frozenset({"dense"}), apply, per_layer=False, prunes=True, options={})
+    for index, block in model.walk(dense.checkpoint, track=track, what="healing"):
         if index < len(out.finished):
-            with model.block(index, done) as block:
-                stream.advance(index, block)
-            with dense.block(index) as block:
-                beside.advance(index, block)
+            assert done is not None
+            with block.use(done):
+                stream.advance(block)
+            stream.advance(block, stream.dense)
             continue
         torch.manual_seed(recipe.seed + index)
-        with model.block(index) as block:
-            values = {f"{name}.{key}": parameter.data.clone() for key, parameter in block.named_parameters()}
-            values |= {slot.name: slot.view().clone() for slot in slots}
-        kept = {slot.name: masks.get(slot.name) for slot in slots}
-        targets = [
-            Target(slot, 0.0 if mask is None else 1 - mask.count_nonzero().item() / mask.numel(), Pattern())
-            for slot, mask in zip(slots, kept.values(), strict=True)
+        slots = [
+            replace(slot, sparsity=0.0 if mask is None else 1 - mask.count_nonzero().item() / mask.numel())
+            for slot in find_layers(block.module, block.name)
+            for mask in [masks.get(slot.name)]
         ]
-        seen: list[float] = []
-        count = 0
-
-        def apply(block: Block) -> Block:
-            nonlocal seen, count
-            fitted, seen, count = fit(
-                block,
-                groups,
-                part=settings.part,
-                aim=settings.aim,
-                epochs=settings.epochs,
-                warmup=settings.warmup,
-                new=new,
-            )
-            return fitted
-
-        step = Step("reconstruct", frozenset({"dense"}), apply, per_layer=False, prunes=True, options={})
-        with model.block(index, dense.checkpoint):
-            result = stream.prune(index, targets, [restore(values, masks), step], min_tokens=0, last=index == last)
-            losses[name], trained[name] = seen, count
-            out.note("losses", losses)
-            out.note("trained", trained)
-            out.write(result)  # last: a block that is on disk is not done again
+        seen, count = [], 0
+        result = stream.prune(block, slots, [step], min_tokens=0, last=index == last)
+        losses[block.name], trained[block.name] = seen, count
+        out.note("losses", losses)
+        out.note("trained", trained)
+        out.write(result)  # last: a block that is on disk is not done again
     return {
         "trained": sum(trained.values()) / model.parameters,
         "tokens": windows_NL.numel() * settings.epochs,
