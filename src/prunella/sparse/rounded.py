@@ -20,13 +20,8 @@ class RoundedLinear(PackedModule):
     weight_scales: Tensor
 
     def __init__(self, rounded: Rounded, bias_O: nn.Parameter | None = None):
-        super().__init__()
-        self.out_features, self.in_features = rounded.values.shape
-        self.group = rounded.group
-        self.register_buffer("weight_values", rounded.values)
-        self.register_buffer("weight_scales", rounded.scales)
-        self.register_parameter("bias", bias_O)
-        self.training = False
+        rows, columns = rounded.values.shape
+        super().__init__(rounded, rows, columns, bias_O)
 
     def packed(self, name: str = "weight") -> Rounded:
         """The weight, checked. Raises ModelError, naming the tensor, if it is damaged."""
@@ -43,9 +38,6 @@ class RoundedLinear(PackedModule):
     def product(self, x: Tensor) -> Tensor:
         y: Tensor = rounded_linear(x, self.weight_values, self.weight_scales, self.group)
         return y if self.bias is None else y + self.bias
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, int8, bias={self.bias is not None}"
 
 
 class RoundedEmbedding(RoundedLinear):
