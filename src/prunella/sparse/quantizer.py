@@ -256,22 +256,16 @@ class PrunellaQuantizer(HfQuantizer):
                 weight = torch.stack([expert.weight.to(dtype) for expert in experts])
                 delattr(model.get_submodule(owner), key)
                 model.get_submodule(owner).register_parameter(key, nn.Parameter(weight))
-            elif isinstance(module, SparseLinear) and not isinstance(module, SparseExpert):
+            elif isinstance(module, RoundedEmbedding):
+                model.set_submodule(name, module.plain(dtype).eval())
+            elif isinstance(module, SparseLinear | RoundedLinear | TiedHead) and not isinstance(module, SparseExpert):
                 with torch.device("meta"):
-                    if module.transposed:
+                    if getattr(module, "transposed", False):
                         dense = Conv1D(module.out_features, module.in_features)
                     else:
                         dense = nn.Linear(module.in_features, module.out_features, module.bias is not None)
-                dense.weight = nn.Parameter(module.weight.to(dtype).contiguous())
-                dense.bias = module.bias
-                model.set_submodule(name, dense.eval())
-            elif isinstance(module, RoundedEmbedding):
-                model.set_submodule(name, module.plain(dtype).eval())
-            elif isinstance(module, RoundedLinear | TiedHead):
-                with torch.device("meta"):
-                    dense = nn.Linear(module.in_features, module.out_features, module.bias is not None)
-                if isinstance(module, RoundedLinear):  # a tied one gets the embedding's
-                    dense.weight = nn.Parameter(module.weight.to(dtype))
+                if not isinstance(module, TiedHead):  # which gets the embedding's
+                    dense.weight = nn.Parameter(module.weight.to(dtype).contiguous())
                 dense.bias = module.bias
                 model.set_submodule(name, dense.eval())
             elif isinstance(module, DenseLinear):
