@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -25,21 +26,32 @@ def call(method: Registered, where: str, due: type | tuple[type, ...], thing: An
     If it does not come with Prunella, and fails or gives back something else than what is due, raises StepError, which
     says where; a PrunellaError, which it raises on purpose, passes, as does a full memory.
     """
-    if method.function.__module__.partition(".")[0] == __package__.partition(".")[0]:
-        return method.function(thing, **options)
-    kind = where.partition(" '")[0]
-    try:
+    with blamed(method.function, where):
         result = method.function(thing, **options)
-    except (PrunellaError, MemoryError, torch.OutOfMemoryError):
-        raise
+    if not isinstance(result, due) and not _ours(method.function):
+        wanted = " or ".join(one.__name__ for one in (due if isinstance(due, tuple) else (due,)))
+        kind = where.partition(" '")[0]
+        raise StepError(f"{where} returned {type(result).__name__}, not {wanted}; the defect is in the {kind}.")
+    return result
+
+
+@contextlib.contextmanager
+def blamed(thing: Any, where: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """What fails inside fails for this function or class, if it does not come with Prunella: raises StepError, as
+    `call` does. Errors of the kinds `but` pass."""
+    try:
+        yield
     except Exception as error:
-        file = inspect.getsourcefile(method.function) or ""
+        if _ours(thing) or isinstance(error, (PrunellaError, MemoryError, torch.OutOfMemoryError, *but)):
+            raise
+        file = inspect.getsourcefile(thing) or ""
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
         line = f", line {frames[-1].lineno} of {file}" if frames else ""
+        kind = where.partition(" '")[0]
         raise StepError(
             f"{where}: {type(error).__name__}: {first_line(error)}; the defect is in the {kind}{line}."
         ) from error
-    if not isinstance(result, due):
-        wanted = " or ".join(one.__name__ for one in (due if isinstance(due, tuple) else (due,)))
-        raise StepError(f"{where} returned {type(result).__name__}, not {wanted}; the defect is in the {kind}.")
-    return result
+
+
+def _ours(thing: Any) -> bool:
+    return bool(thing.__module__.partition(".")[0] == __package__.partition(".")[0])
