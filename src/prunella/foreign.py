@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -28,30 +28,34 @@ def call(method: Registered, where: str, due: type | tuple[type, ...], thing: An
     """
     with blamed(method.function, where):
         result = method.function(thing, **options)
-    if not isinstance(result, due) and not _ours(method.function):
+    if not isinstance(result, due) and not _own(method.function):
         wanted = " or ".join(one.__name__ for one in (due if isinstance(due, tuple) else (due,)))
-        kind = where.partition(" '")[0]
-        raise StepError(f"{where} returned {type(result).__name__}, not {wanted}; the defect is in the {kind}.")
+        raise StepError(f"{where} returned {type(result).__name__}, not {wanted}; the defect is in the {_kind(where)}.")
     return result
 
 
 @contextlib.contextmanager
-def blamed(thing: Any, where: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """What fails inside fails for this function or class, if it does not come with Prunella: raises StepError, as
-    `call` does. Errors of the kinds `but` pass."""
+def blamed(made: Any, where: str) -> Iterator[None]:
+    """What fails inside is a defect of the function or class `made`, if it does not come with Prunella: StepError says
+    where. A PrunellaError, which it raises on purpose, passes, as does a full memory."""
     try:
         yield
+    except (PrunellaError, MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
-        if _ours(thing) or isinstance(error, (PrunellaError, MemoryError, torch.OutOfMemoryError, *but)):
+        if _own(made):
             raise
-        file = inspect.getsourcefile(thing) or ""
+        file = getattr(sys.modules.get(made.__module__), "__file__", "")
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
         line = f", line {frames[-1].lineno} of {file}" if frames else ""
-        kind = where.partition(" '")[0]
         raise StepError(
-            f"{where}: {type(error).__name__}: {first_line(error)}; the defect is in the {kind}{line}."
+            f"{where}: {type(error).__name__}: {first_line(error)}; the defect is in the {_kind(where)}{line}."
         ) from error
 
 
-def _ours(thing: Any) -> bool:
-    return bool(thing.__module__.partition(".")[0] == __package__.partition(".")[0])
+def _own(made: Any) -> bool:
+    return bool(made.__module__.partition(".")[0] == __package__.partition(".")[0])
+
+
+def _kind(where: str) -> str:
+    return where.partition(" '")[0]

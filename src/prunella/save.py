@@ -87,11 +87,11 @@ class Output:
     def _writing(self) -> Iterator[None]:
         """What fails inside fails for the disk, and raises InputError, that it is full say; the blocks before are safe.
         Or it fails for a store that is not ours, and raises StepError."""
-        try:
-            with blamed(self._kind, f"store '{self._kind.__name__}'", but=(OSError,)):
+        with blamed(self._kind, f"store '{self._kind.__name__}'"):
+            try:
                 yield
-        except OSError as error:
-            raise disk_error(error, self.partial) from None
+            except OSError as error:
+                raise disk_error(error, self.partial) from None
 
     def _read_journal(self) -> None:
         path = self.partial / JOURNAL
