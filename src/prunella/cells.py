@@ -213,7 +213,7 @@ class Sweep:
     def _make(self, cell: Cell, network: Any, track: Track) -> Row:
         # Measured below, on windows that all cells share; only healing has to know them, to keep away from them.
         wanted = Recipe.of(cell.recipe)
-        heals, packs = bool(wanted.heal.train), wanted.packing is not None
+        heals, packs = bool(wanted.heal.train), wanted.format == "packed"
         recipe = cell.recipe if heals else {**cell.recipe, "evaluate": {"source": None}}
         with contextlib.ExitStack() as stack:
             output = None

@@ -230,7 +230,12 @@ PRUNING = (
         "Retrain afterwards: what trains; repeat. `prunella methods` lists them. [default: nothing]",
     ),
     *_MEASURING,
-    ask(SAVE, "--format dense|packed", "format", "packed: saved without the zeros. [default: dense]"),
+    ask(
+        SAVE,
+        "--format dense|packed",
+        "format",
+        "packed: saved without the zeros; or a store of your own, FILE.py:NAME. [default: dense]",
+    ),
     ask(SAVE, "--bits 8|4", "bits", "With packed: round weights to so many bits."),
     ask(SAVE, "--group INPUTS", "group", "Inputs that share a scale; 0: whole rows. [default: 128]"),
     ask(SAVE, "--round-head", "round_head", "With packed: embedding and output head in 8 bits."),

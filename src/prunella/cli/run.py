@@ -37,7 +37,7 @@ def pack(
     trust: Annotated[dict[str, Any], TRUST[:1]],
 ) -> None:
     """Store a pruned model without its zeros; transformers loads it where Prunella is installed."""
-    from ..sparse.commands import pack_model
+    from ..packing import pack_model
 
     result = pack_model(model, output, **rounding, **trust)
     print(
@@ -51,7 +51,7 @@ def pack(
 @app.command(rich_help_panel=RUNNING)
 def unpack(directory: Annotated[str, typer.Argument(metavar="DIR", help="A packed model.")], output: Out) -> None:
     """Make a plain model of a packed one."""
-    from ..sparse.commands import unpack_model
+    from ..packing import unpack_model
 
     print(f"{unpack_model(directory, output)} layers unpacked; saved to {output}")
 
@@ -132,7 +132,7 @@ def bench(
     json_: Json = False,
 ) -> None:
     """Measure prefill and decode speed on this machine, dense beside packed."""
-    from ..sparse.commands import bench as measure
+    from ..sparse.bench import bench as measure
 
     result = measure(model, random=random, sparsity=share_of(sparsity), **rounding, **load)
     if json_:

@@ -221,6 +221,8 @@ class Report:
             load = (
                 "`AutoModelForCausalLM.from_pretrained` loads it where Prunella is installed. Its zeros are not stored"
             )
+        elif (format_ := self.recipe.get("format", "dense")) != "dense":
+            load = f"Its weights are in the format `{Path(format_).name}`"
         else:
             load = "Load it with `AutoModelForCausalLM.from_pretrained`. The masks are in `prunella.masks` (bit-packed)"
         return f"""---
