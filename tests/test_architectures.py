@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 import prunella
 from prunella.layers import Slot, find_layers
 from prunella.model.checkpoint import read_header
-from prunella.model.open import load_model, wrap_model
 from prunella.stream import Stream
+from prunella.tasks.text import load_model, wrap_model
 
 RECIPES = {
     "unstructured": {"steps": ["sparsegpt"], "order": "layer"},

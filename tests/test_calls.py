@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import prunella
 from prunella import stream as stream_module
 from prunella.model.network import Model
-from prunella.model.open import wrap_model
 from prunella.stream import Stream
+from prunella.tasks.text import wrap_model
 
 # What blocks are called with differs from batch to batch, or travels from block to block.
 DEPENDENT = ("gemma4_text", "gemma3n_text", "zamba", "zamba2", "deepseek_v4", "qwen4_exp_text", "inkling_text", "zaya")

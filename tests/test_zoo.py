@@ -16,8 +16,8 @@ from torch import Tensor
 import prunella
 from prunella import stream as stream_module
 from prunella.errors import DefectError
-from prunella.model.open import wrap_model
 from prunella.stream import Stream
+from prunella.tasks.text import wrap_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -41,6 +43,21 @@ class Samples:
             raise InputError("there are no samples to run the network on.")
         return samples
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """The same for the same samples, and for no others."""
+        found = hashlib.sha256()
+        for group in self.groups:
+            for key, tensor in group.items():
+                found.update(f"{'' if key == 'input_ids' else key}{tuple(tensor.shape)}".encode())
+                found.update(_raw(tensor).numpy().tobytes())
+        return found.hexdigest()[:16]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in order, as bytes."""
+        return [_raw(tensor) for group in self.groups for tensor in group.values()]
+
     def __len__(self) -> int:
         return sum(map(_size, self.groups))
 
@@ -63,6 +80,10 @@ class Samples:
     def __iter__(self) -> Iterator[Batch]:
         """Each sample alone."""
         return self.batches(1)
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().view(torch.uint8)
 
 
 def _size(group: Batch) -> int:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -37,6 +37,9 @@ from ..layers import learn
 from ..progress import Track, no_track
 from .checkpoint import Checkpoint, Source
 from .walk import LoadedBlock, ReadAhead
+
+if TYPE_CHECKING:
+    from ..tasks.task import Task
 
 Argument = int | str  # of a block: where it stands after the hidden state, or its name
 
@@ -64,12 +67,22 @@ class Model:
     tokenizer:   its tokenizer, or None
     blocks:      names of its decoder blocks, in order
     checkpoint:  where its weights come from, or None if the model is in memory
+    task:        what the network is for
     scratch:     folder for hidden states that do not fit into memory; None: one in the cache
     """
 
     scratch: Path | None = None
 
-    def __init__(self, network: Any, tokenizer: Any, checkpoint: Checkpoint | None, device: torch.device, name: str):
+    def __init__(
+        self,
+        network: Any,
+        tokenizer: Any,
+        checkpoint: Checkpoint | None,
+        device: torch.device,
+        name: str,
+        task: Task,
+    ):
+        self.task = task
         self.tokenizer_given = False  # it is not the one in the checkpoint's directory
         self._training = network.training
         self.network = network.eval()
