@@ -7,14 +7,13 @@ import io
 import os
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from ..errors import say
-from ..progress import Meter
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -60,7 +59,7 @@ def track(items: Iterable[int], description: str, total: int) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def meter(what: str = "healing", units: str = "steps") -> Iterator[Meter]:
+def meter(what: str = "healing", units: str = "steps") -> Iterator[Callable[[int, int, float | None], None]]:
     """Progress, by a function that is told how much is done, of how much, with what loss. In a terminal it is a bar
     with the time left, from the first call to the last; else a line now and then."""
     lines, bar = Lines(what, units), None
