@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -55,9 +54,8 @@ def losses(stream: Stream, checkpoint: Source | None = None) -> list[float]:
     """The task's loss of each sample that has passed all blocks."""
     out: list[float] = []
     with stream.model.outside(checkpoint=checkpoint), torch.no_grad():
-        for number, ids_BL in enumerate(stream.batches):
-            outputs = SimpleNamespace(logits=stream.logits(number))
-            out += stream.model.task.losses(outputs, {"input_ids": ids_BL}).tolist()
+        for number, batch in enumerate(stream.batches):
+            out += stream.model.task.losses(stream.outputs(number), batch).tolist()
     return out
 
 
