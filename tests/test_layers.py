@@ -17,8 +17,7 @@ import prunella
 from prunella.errors import DefectError
 from prunella.layers import NO_PRODUCT, UNSEEN, find_layers, products, survey
 from prunella.model.open import wrap_model
-from prunella.types import Pattern
-from prunella.watch import Target, Watch
+from prunella.watch import Watch
 
 # Weights that are kept in other ways than as linear layers, and routers that own some.
 ODD: dict[str, dict[str, Any]] = {
@@ -236,7 +235,7 @@ def test_a_weight_that_is_multiplied_otherwise_than_it_was_found_stops_the_run(h
     with (
         torch.no_grad(),
         pytest.raises(DefectError, match=r"'block\.inner' was taken for a matrix \(8, 8\).*--skip 'block\.inner'"),
-        Watch({slot.name: Target(slot, 0.5, Pattern())}, lambda *_: None),
+        Watch({slot.name: slot}, lambda *_: None),
     ):
         module(torch.ones(2, 8))
 

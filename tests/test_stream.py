@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import errno
+from dataclasses import replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from types import SimpleNamespace
@@ -14,24 +15,23 @@ import torch
 from torch import Tensor, nn
 
 import prunella
-from prunella import InputError, Layer, NumericalError, Pattern, keep, make, register
-from prunella.layers import find_layers, matches
+from prunella import InputError, Layer, NumericalError, keep, make, register
+from prunella.layers import Slot, find_layers, matches
 from prunella.model.open import wrap_model
 from prunella.pattern import unpack
 from prunella.registry import steps
 from prunella.stream import Stream, pick_order, through
-from prunella.watch import Target
 
 
-def targets_of(model: prunella.Model, index: int, sparsity: float = 0.5) -> list[Target]:
+def slots_of(model: prunella.Model, index: int, sparsity: float = 0.5) -> list[Slot]:
     name = model.blocks[index]
-    return [Target(slot, sparsity, Pattern()) for slot in find_layers(model.module(name), name)]
+    return [replace(slot, sparsity=sparsity) for slot in find_layers(model.module(name), name)]
 
 
 def prune_first_block(order: Any, step: str, ids: Tensor) -> tuple[Any, dict[str, Tensor]]:
     """A pruned first block, and the masks that the stream chose."""
     model = wrap_model(tiny.build("llama"))
-    result = Stream(model, ids, order=order).prune(model.at(0), targets_of(model, 0), [make(step)])
+    result = Stream(model, ids, order=order).prune(model.at(0), slots_of(model, 0), [make(step)])
     shapes = {layer.name: layer.shape for layer in result.layers}
     return model, {name: unpack(bits, shapes[name]) for name, bits in result.masks.items()}
 
@@ -79,7 +79,7 @@ def test_the_next_block_sees_the_pruned_block(order: Any, ids: Tensor) -> None:
     model = wrap_model(tiny.build("llama"))
     stream = Stream(model, ids, order=order)
     before = copy.deepcopy(model.network.state_dict())
-    result = stream.prune(model.at(0), targets_of(model, 0), [make("sparsegpt")])
+    result = stream.prune(model.at(0), slots_of(model, 0), [make("sparsegpt")])
     assert all(torch.equal(value, before[key]) for key, value in model.network.state_dict().items())  # who keeps it?
     model.at(0).keep(result.changed)
     expected = inputs_of(model.network, ids, ["model.layers.1.input_layernorm"])["model.layers.1.input_layernorm"]

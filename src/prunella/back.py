@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .backward import Loss
-from .layers import LeftOut, left_out
+from .layers import LeftOut, Slot, left_out
 from .model.checkpoint import Checkpoint
 from .model.network import Model
 from .outcome import LayerResult
@@ -16,7 +16,6 @@ from .progress import Track, no_track
 from .recipe import Recipe
 from .save import Output
 from .stream import Stream
-from .watch import Target
 
 
 def gradients(
@@ -57,7 +56,7 @@ def gradients(
 
 
 def prune_back(
-    model: Model, recipe: Recipe, targets: list[list[Target]], ids_NL: Tensor, out: Output | None, track: Track
+    model: Model, recipe: Recipe, slots: list[list[Slot]], ids_NL: Tensor, out: Output | None, track: Track
 ) -> tuple[list[LayerResult], list[LeftOut]]:
     """Prune each block when its gradients have arrived. What became of each layer, and what is left out.
 
@@ -69,20 +68,20 @@ def prune_back(
     back = stream.back(track=track)
     last = len(model.blocks) - 1
     done = out.finished if out else []
-    first = min(index for index, block in enumerate(targets) if any(target.sparsity > 0 for target in block))
+    first = min(index for index, block in enumerate(slots) if any(slot.sparsity > 0 for slot in block))
     layers: list[LayerResult] = []
     left: list[LeftOut] = []
     for index, block in model.walk(back=True, track=track, what="pruning"):
         left[:0] = left_out(block.module, block.name)
         if index < first:  # all that comes before stays dense: no gradient has to get there
-            layers[:0] = [LayerResult.dense(target) for target in targets[index]]
+            layers[:0] = [LayerResult.dense(slot) for slot in slots[index]]
             continue
         if last - index < len(done):
             layers[:0] = done[last - index]
             back.skip(block)
             continue
         torch.manual_seed(recipe.seed + index)  # a resumed run draws what an uninterrupted one does
-        result = back.prune(block, targets[index], steps, min_tokens=recipe.calibration.min_tokens)
+        result = back.prune(block, slots[index], steps, min_tokens=recipe.calibration.min_tokens)
         if out:
             with block.use(result.changed):
                 out.write(result)

@@ -34,7 +34,7 @@ from .progress import Track, no_track
 from .registry import Step
 from .statistics.registry import OUTPUTS, concatenate, merged, of_gradients, taking, whole
 from .types import Stats
-from .watch import Target, Watch
+from .watch import Watch
 
 if TYPE_CHECKING:
     from .stream import Stream
@@ -173,18 +173,18 @@ class Back:
         return {slot.name: slot.part(by_key[slot.key]) for slot in slots}
 
     def prune(
-        self, block: LoadedBlock, targets: Sequence[Target], steps: Sequence[Step], *, min_tokens: int = 32
+        self, block: LoadedBlock, slots: Sequence[Slot], steps: Sequence[Step], *, min_tokens: int = 32
     ) -> BlockResult:
         """Take the gradients back through a block, and apply `steps` to it as `Stream.prune` does. The statistics are
         those of its dense inputs and of the gradients."""
         needs = frozenset().union(*[step.needs for step in steps])
-        active = {target.slot.name: target for target in targets if target.sparsity > 0}
+        active = {slot.name: slot for slot in slots if slot.sparsity > 0}
         if not active:
             self.skip(block)
         known = self._known(block, active, needs) if active else {}
-        return self.stream.prune(block, targets, steps, min_tokens=min_tokens, last=True, known=known)
+        return self.stream.prune(block, slots, steps, min_tokens=min_tokens, last=True, known=known)
 
-    def _known(self, block: LoadedBlock, active: Mapping[str, Target], needs: frozenset[str]) -> dict[str, Stats]:
+    def _known(self, block: LoadedBlock, active: Mapping[str, Slot], needs: frozenset[str]) -> dict[str, Stats]:
         """The statistics of those layers of a block that a token reached."""
         of_gradient = taking("gradient_NOI", needs)
         of_input = frozenset(statistic.name for statistic in whole(needs)) - of_gradient
@@ -207,8 +207,7 @@ class Back:
             gradient_NOI = torch.stack(waiting.pop(name))
             values[name] = merged(values[name], of_gradients(of_gradient, gradient_NOI))
 
-        slots = [target.slot for target in active.values()]
-        for _, found in self.advance(block, slots, Watch(active, see)):
+        for _, found in self.advance(block, active.values(), Watch(active, see)):
             first = False
             for name, gradient_OI in found.items():
                 waiting.setdefault(name, []).append(gradient_OI)

@@ -14,7 +14,7 @@ import math
 import re
 import string
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import product
@@ -27,6 +27,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from .compat import CONVOLUTIONS, GROUPED_PRODUCT, storage_of
+from .types import Pattern
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,14 @@ class Lens:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a layer's weight lives in the network.
+    """Where a layer's weight lives in the network, and what is wanted of it.
 
     transposed: stored as (I, O)
     expert:     which of a parameter's matrices (a mixture's experts, heads side by side); None where it is one matrix
     stored:     rows and columns of each of those; None: the parameter's last two dimensions
     alone:      it is multiplied by on its own, not with all the parameter's matrices in one batched product
+    sparsity:   the share of its weights that is to go
+    pattern:    where its zeros may stand
     """
 
     name: str
@@ -60,6 +63,8 @@ class Slot:
     expert: int | None = None
     stored: tuple[int, int] | None = None
     alone: bool = True
+    sparsity: float = 0.0
+    pattern: Pattern = field(default_factory=Pattern)
 
     def matrices(self, like: Tensor) -> Tensor:
         """A tensor of the parameter's shape as its matrices, as they are stored: (parts, rows, columns)."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .grid import Grid
-from .watch import Target
+from .layers import Slot
 
 
 def share_of(where: Tensor) -> float:
@@ -39,10 +39,10 @@ class LayerResult:
     before: float = 0.0
 
     @classmethod
-    def dense(cls, target: Target) -> LayerResult:
+    def dense(cls, slot: Slot) -> LayerResult:
         """Of a layer, loaded, that stays as it is."""
-        zeros = share_of(target.slot.view() == 0)
-        return cls(target.slot.name, target.slot.shape, zeros, 0.0, str(target.pattern), None, 0, before=zeros)
+        zeros = share_of(slot.view() == 0)
+        return cls(slot.name, slot.shape, zeros, 0.0, str(slot.pattern), None, 0, before=zeros)
 
 
 @dataclass(frozen=True)

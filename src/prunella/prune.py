@@ -29,7 +29,6 @@ from .recipe import Recipe
 from .report import Report, peak_memory, seen
 from .save import Output, begun_as, identity
 from .stream import TOKENS, Stream, pick_order
-from .watch import Target
 from .workshop import check_output, finished, workshop
 
 
@@ -160,7 +159,7 @@ def _prune(
     torch.manual_seed(recipe.seed)
     steps = recipe.make_steps()
     allocation = recipe.make_allocation()
-    targets = choose_targets(opened, recipe)
+    slots = choose_slots(opened, recipe)
     ids_NL = calibration
     wanted = recipe.calibration
     blind = ids_NL is None and opened.tokenizer is None and not reads_text(recipe)
@@ -195,12 +194,12 @@ def _prune(
                 ),
             }
         )
-        slots = [target.slot for block in targets for target in block if target.sparsity > 0]
-        if not slots:
+        active = [slot for block in slots for slot in block if slot.sparsity > 0]
+        if not active:
             raise InputError("nothing is left to prune: every layer is skipped or has sparsity 0.")
         if path is not None and shop is not None:
             run = identity(opened.checkpoint, recipe.plain(), [ids_NL])
-            out = Output(path, opened, slots, run, shop, recipe.packing)
+            out = Output(path, opened, active, run, shop, recipe.packing)
             opened.scratch = shop.directory
         clock = time.perf_counter()
         dense = measure_once(out, "dense", opened, recipe, held_out, None, track)
@@ -208,14 +207,14 @@ def _prune(
         clock = time.perf_counter()
         shares = out.notes.get("shares") if out else None
         if shares is None:
-            free = free_layers(targets, recipe)
-            shares = allocation(Budget(opened, ids_NL, targets, free, recipe.default_sparsity, shared, track))
+            free = free_layers(slots, recipe)
+            shares = allocation(Budget(opened, ids_NL, slots, free, recipe.default_sparsity, shared, track))
             if out and "uniform" not in recipe.allocate:  # which takes no work
                 out.note("shares", shares)
-        targets = [[replace(t, sparsity=shares.get(t.slot.name, t.sparsity)) for t in block] for block in targets]
+        slots = [[replace(s, sparsity=shares.get(s.name, s.sparsity)) for s in block] for block in slots]
         seconds["allocate"] = time.perf_counter() - clock
         clock = time.perf_counter()
-        layers, left = (prune_back if order == "back" else _run)(opened, recipe, targets, ids_NL, out, track)
+        layers, left = (prune_back if order == "back" else _run)(opened, recipe, slots, ids_NL, out, track)
         if blind:
             layers = [replace(layer, error=None, tokens=0) for layer in layers]
         seconds["prune"] = time.perf_counter() - clock
@@ -237,7 +236,7 @@ def _prune(
                 "class": type(opened.network).__name__,
                 "dtype": str(opened.dtype).removeprefix("torch."),
                 "parameters": opened.parameters,
-                "prunable": sum(t.slot.shape[0] * t.slot.shape[1] for block in targets for t in block),
+                "prunable": sum(slot.shape[0] * slot.shape[1] for block in slots for slot in block),
             },
             dense=dense,
             pruned=pruned,
@@ -270,12 +269,11 @@ def _prune(
             shop.close()
 
 
-def choose_targets(model: Model, recipe: Recipe) -> list[list[Target]]:
+def choose_slots(model: Model, recipe: Recipe) -> list[list[Slot]]:
     """For each block its layers with their sparsities, before any allocation. Raises InputError for a pattern
     that does not divide a layer's shape and for name patterns that match no layer."""
     found = [survey(model.module(name), name) for name in model.blocks]
-    slots = [layers for layers, _ in found]
-    flat = [slot for block in slots for slot in block]
+    flat = [slot for slots, _ in found for slot in slots]
     if not flat:
         raise InputError(f"no layer that can be pruned was found in '{model.name}'.")
     for glob in (*recipe.skip, *recipe.sparsity):
@@ -285,7 +283,7 @@ def choose_targets(model: Model, recipe: Recipe) -> list[list[Target]]:
         why = next((f": '{name}' stays dense by itself ({why})" for name, why in names if matches(name, glob)), "")
         raise InputError(f"'{glob}' matches no layer{why}; names look like '{flat[0].name}'. See prunella inspect.")
 
-    def target(slot: Slot) -> Target:
+    def goal(slot: Slot) -> Slot:
         sparsity = recipe.default_sparsity
         for glob, share in recipe.sparsity.items():
             if glob != "*" and matches(slot.name, glob):
@@ -294,9 +292,9 @@ def choose_targets(model: Model, recipe: Recipe) -> list[list[Target]]:
             sparsity = 0.0
         if sparsity > 0:
             recipe.shape.check(slot.shape, slot.name)
-        return Target(slot, sparsity, recipe.shape)
+        return replace(slot, sparsity=sparsity, pattern=recipe.shape)
 
-    return [[target(slot) for slot in block] for block in slots]
+    return [[goal(slot) for slot in slots] for slots, _ in found]
 
 
 def reads_text(recipe: Recipe) -> bool:
@@ -305,15 +303,15 @@ def reads_text(recipe: Recipe) -> bool:
     return spread or recipe.calibration.source == "self" or any(step.needs for step in recipe.make_steps())
 
 
-def free_layers(targets: list[list[Target]], recipe: Recipe) -> frozenset[str]:
+def free_layers(slots: list[list[Slot]], recipe: Recipe) -> frozenset[str]:
     """The layers that an allocation decides on: those for which the recipe has no word of its own."""
     fixed = [*recipe.skip, *(glob for glob in recipe.sparsity if glob != "*")]
-    names = [t.slot.name for block in targets for t in block if t.sparsity > 0]
+    names = [slot.name for block in slots for slot in block if slot.sparsity > 0]
     return frozenset(name for name in names if not any(matches(name, glob) for glob in fixed))
 
 
 def _run(
-    model: Model, recipe: Recipe, targets: list[list[Target]], ids_NL: Tensor, out: Output | None, track: Track
+    model: Model, recipe: Recipe, slots: list[list[Slot]], ids_NL: Tensor, out: Output | None, track: Track
 ) -> tuple[list[LayerResult], list[LeftOut]]:
     """Stream the calibration windows through the blocks, pruning each; blocks that an interrupted run left on
     disk are only passed through. What became of each layer, and what is left out."""
@@ -327,10 +325,10 @@ def _run(
     left: list[LeftOut] = []
     done = out.finished if out else []
     written = out.checkpoint if out and done else None
-    last = max(index for index, block in enumerate(targets) if any(target.sparsity > 0 for target in block))
+    last = max(index for index, block in enumerate(slots) if any(slot.sparsity > 0 for slot in block))
     for index, block in model.walk(track=track, what="pruning"):
         if index > last:  # all that follows stays dense: nothing has to flow through it
-            layers += [LayerResult.dense(target) for target in targets[index]]
+            layers += [LayerResult.dense(slot) for slot in slots[index]]
             left += left_out(block.module, block.name)
             continue
         if index < len(done):
@@ -345,9 +343,7 @@ def _run(
             continue
         torch.manual_seed(recipe.seed + index)  # a resumed run draws what an uninterrupted one does
         left += left_out(block.module, block.name)
-        result = stream.prune(
-            block, targets[index], steps, min_tokens=recipe.calibration.min_tokens, last=index == last
-        )
+        result = stream.prune(block, slots[index], steps, min_tokens=recipe.calibration.min_tokens, last=index == last)
         if out:
             with block.use(result.changed):
                 out.write(result)

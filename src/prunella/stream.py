@@ -35,7 +35,7 @@ from .progress import Track, no_track
 from .registry import Step, make
 from .statistics.registry import taking
 from .types import Block, Layer, Stats
-from .watch import Stop, Target, Watch
+from .watch import Stop, Watch
 
 TOKENS = 2048  # that go through a block at a time, in `block` order
 
@@ -47,7 +47,7 @@ class Stream:
 
     >>> stream = Stream(model, windows)                                        # doctest: +SKIP
     >>> for index, block in model.walk():                                      # doctest: +SKIP
-    ...     result = stream.prune(block, targets[index], steps)
+    ...     result = stream.prune(block, slots[index], steps)
 
     `order` says from which inputs statistics are made. `block`: one pass through the dense block shows the
     inputs of all its layers, and a second pass through the pruned block makes the next block's inputs; what
@@ -140,7 +140,7 @@ class Stream:
     def prune(
         self,
         block: LoadedBlock,
-        targets: Sequence[Target],
+        slots: Sequence[Slot],
         steps: Sequence[Step],
         *,
         min_tokens: int = 32,
@@ -156,14 +156,14 @@ class Stream:
         results.
         """
         started = time.perf_counter()
-        active = {t.slot.name: t for t in targets if t.sparsity > 0}
-        for target in active.values():
-            if not torch.isfinite(target.slot.view()).all():
-                raise NumericalError(f"layer '{target.slot.name}' has NaN or infinite weights before pruning.")
+        active = {slot.name: slot for slot in slots if slot.sparsity > 0}
+        for slot in active.values():
+            if not torch.isfinite(slot.view()).all():
+                raise NumericalError(f"layer '{slot.name}' has NaN or infinite weights before pruning.")
         own = block.tensors()
         begin = {} if self.start is None else block.read(self.start)
         others: dict[str, Tensor] = {}
-        with block.use({t.slot.key: own[t.slot.key].clone() for t in active.values()}):
+        with block.use({slot.key: own[slot.key].clone() for slot in active.values()}):
             if self.order == "layer":
                 layers = self._prune_on_arrival(block, active, steps, min_tokens, begin)
             else:
@@ -172,10 +172,9 @@ class Stream:
                     with block.use({**{k: v for k, v in begin.items() if k not in _keys(active)}, **others}):
                         self.advance(block)
             results, masks, grids, changed = [], {}, {}, dict(others)
-            for target in targets:
-                slot = target.slot
+            for slot in slots:
                 if slot.name not in layers:
-                    results.append(LayerResult.dense(target))
+                    results.append(LayerResult.dense(slot))
                     continue
                 result, masks[slot.name], grid = layers[slot.name]
                 results.append(result)
@@ -185,27 +184,26 @@ class Stream:
         seconds = time.perf_counter() - started
         return BlockResult(block.index, block.name, tuple(results), masks, grids, changed, seconds)
 
-    def _layer(self, target: Target, stats: Stats, begin: Mapping[str, Tensor]) -> Layer:
+    def _layer(self, slot: Slot, stats: Stats, begin: Mapping[str, Tensor]) -> Layer:
         for value in stats.values.values():
             if value.ndim < 2 and not torch.isfinite(value).all():  # matrices would take long, and come with a norm
                 raise NumericalError(
-                    f"the inputs of layer '{target.slot.name}' hold NaN or infinity: the model overflows on the"
+                    f"the inputs of layer '{slot.name}' hold NaN or infinity: the model overflows on the"
                     " calibration text; use --dtype float32 or bfloat16."
                 )
-        weight_OI = target.slot.view()
-        if target.slot.transposed:
+        weight_OI = slot.view()
+        if slot.transposed:
             weight_OI = weight_OI.contiguous()
         notes: tuple[str, ...] = ()
-        if self.keep_zeros and (zeros := share_of(weight_OI == 0)) > target.sparsity:
-            notes = (f"came with {zeros:.1%} zeros, more than the {target.sparsity:.1%} asked for: all stay",)
-        slot = target.slot
+        if self.keep_zeros and (zeros := share_of(weight_OI == 0)) > slot.sparsity:
+            notes = (f"came with {zeros:.1%} zeros, more than the {slot.sparsity:.1%} asked for: all stay",)
         layer = Layer(
             slot.name,
             weight_OI,
             weight_OI,
             stats,
-            target.sparsity,
-            target.pattern,
+            slot.sparsity,
+            slot.pattern,
             bias_O=slot.bias(),
             notes=notes,
         )
@@ -245,7 +243,7 @@ class Stream:
         return layer.pruned(grid.round(layer.weight_OI), layer.mask_OI, grid=grid)
 
     def _dense_inputs(
-        self, block: LoadedBlock, active: Mapping[str, Target], batch: int, needs: frozenset[str]
+        self, block: LoadedBlock, active: Mapping[str, Slot], batch: int, needs: frozenset[str]
     ) -> dict[str, Tensor]:
         """What the layers of the block, still dense, get from the dense model's hidden states, which move on; of
         layers that share an input, the first. Experts are left out: other tokens may be routed to them."""
@@ -258,7 +256,7 @@ class Stream:
             return inputs
 
         def see(layer_name: str, x_TI: Tensor, same: bool) -> None:
-            if not same and active[layer_name].slot.expert is None:
+            if not same and active[layer_name].expert is None:
                 inputs[layer_name] = x_TI
 
         with torch.no_grad(), Watch(active, see):
@@ -268,7 +266,7 @@ class Stream:
     def _prune_on_arrival(
         self,
         block: LoadedBlock,
-        active: Mapping[str, Target],
+        active: Mapping[str, Slot],
         steps: Sequence[Step],
         min_tokens: int,
         begin: Mapping[str, Tensor],
@@ -291,17 +289,17 @@ class Stream:
         with torch.no_grad(), Watch(active, see):
             self.forward(block, self.hidden, 0)
         _check_seen(block.name, done, active)
-        for layer_name, target in active.items():  # experts that no token reached
+        for layer_name, slot in active.items():  # experts that no token reached
             if layer_name not in done:
-                layer = self._layer(target, Stats(), begin)
+                layer = self._layer(slot, Stats(), begin)
                 result = self._apply(Block(block.index, block.name, (layer,)), steps, max(1, min_tokens)).layers[0]
-                done[layer_name] = _settle(result, target)
+                done[layer_name] = _settle(result, slot)
         return done
 
     def _prune_after_dense_pass(
         self,
         block: LoadedBlock,
-        active: Mapping[str, Target],
+        active: Mapping[str, Slot],
         steps: Sequence[Step],
         min_tokens: int,
         begin: Mapping[str, Tensor],
@@ -341,20 +339,20 @@ class Stream:
                     out = self.forward(block, self.hidden, batch, keep=False)
                     if keep_outputs and same:
                         outputs.append(out)
-                whole = len(order) == len(active) and all(t.slot.expert is None for t in active.values())
+                whole = len(order) == len(active) and all(slot.expert is None for slot in active.values())
         _check_seen(block.name, leader, active)
         if all(step.per_layer for step in steps):  # one layer at a time: its new weight and statistics can go
             done: dict[str, Settled] = {}
             waiting = [leader.get(layer_name, layer_name) for layer_name in active]
-            for (layer_name, target), source in zip(active.items(), tuple(waiting), strict=True):
+            for (layer_name, slot), source in zip(active.items(), tuple(waiting), strict=True):
                 waiting.remove(source)
                 found = stats.get(source, Stats()) if source in waiting else stats.pop(source, Stats())
-                one = Block(block.index, block.name, (self._layer(target, found, begin),))
+                one = Block(block.index, block.name, (self._layer(slot, found, begin),))
                 with torch.no_grad():
-                    done[layer_name] = _settle(self._apply(one, steps, min_tokens).layers[0], target)
+                    done[layer_name] = _settle(self._apply(one, steps, min_tokens).layers[0], slot)
             return done, {}
         layers = tuple(self._layer(t, stats.get(leader.get(n, n), Stats()), begin) for n, t in active.items())
-        weights = {id(getattr(t.slot.module, t.slot.parameter)) for t in active.values()}
+        weights = {id(getattr(slot.module, slot.parameter)) for slot in active.values()}
         own = {f"{block.name}.{key}": p.data for key, p in block.module.named_parameters() if id(p) not in weights}
         beside: Any = self.dense
         whole_block = Block(
@@ -379,17 +377,16 @@ class Stream:
         batch = (self.hidden if batches is None else batches)[n // size]
         return batch.narrow(self.calls.interface.batch, n % size, 1)
 
-    def _runner(self, block: LoadedBlock, active: Mapping[str, Target]) -> Callable[..., Tensor]:
+    def _runner(self, block: LoadedBlock, active: Mapping[str, Slot]) -> Callable[..., Tensor]:
         """`Block.run`: the block on one window, with other weights in place of its own."""
         module = block.module
-        slots = {name: target.slot for name, target in active.items()}
         prefix = block.name + "."
 
         def run(weights: Mapping[str, Tensor], n: int, at: str | None = None) -> Tensor:
             replaced: dict[str, Tensor] = {}
             parts: dict[str, list[tuple[Slot, Tensor]]] = {}  # of one parameter each, which is copied once
             for name, weight in weights.items():
-                slot = slots.get(name)
+                slot = active.get(name)
                 if slot is None:
                     replaced[name.removeprefix(prefix)] = weight
                     continue
@@ -423,16 +420,16 @@ class Stream:
         return run
 
 
-def _keys(active: Mapping[str, Target]) -> set[str]:
+def _keys(active: Mapping[str, Slot]) -> set[str]:
     """The parameters that hold these layers."""
-    return {target.slot.key for target in active.values()}
+    return {slot.key for slot in active.values()}
 
 
-def _check_seen(block: str, seen: Collection[str], active: Mapping[str, Target]) -> None:
+def _check_seen(block: str, seen: Collection[str], active: Mapping[str, Slot]) -> None:
     """Raises DefectError for a layer of whose product nothing was seen; of a parameter with several matrices, such as
     the experts of a mixture, one is enough: the router need not pick them all."""
-    reached = {active[name].slot.key for name in seen}
-    unseen = [name for name, target in active.items() if target.slot.key not in reached]
+    reached = {active[name].key for name in seen}
+    unseen = [name for name, slot in active.items() if slot.key not in reached]
     if unseen:
         short = dict.fromkeys(name.removeprefix(f"{block}.") for name in unseen)
         raise DefectError(
@@ -444,7 +441,7 @@ def _check_seen(block: str, seen: Collection[str], active: Mapping[str, Target])
 Settled = tuple[LayerResult, Tensor, Grid | None]
 
 
-def _settle(layer: Layer, target: Target) -> Settled:
+def _settle(layer: Layer, slot: Slot) -> Settled:
     """Write the weight into the network; keep what the report needs, the mask as bits and the grid, nothing large and
     nothing on the device."""
     if layer.mask_OI is None:
@@ -454,10 +451,10 @@ def _settle(layer: Layer, target: Target) -> Settled:
     zero_OI = layer.dense_OI == 0
     result = LayerResult(
         layer.name,
-        target.slot.shape,
+        slot.shape,
         share_of(~layer.mask_OI | (zero_OI & (layer.weight_OI == 0))),
-        target.sparsity,
-        str(target.pattern),
+        slot.sparsity,
+        str(slot.pattern),
         layer.error(),  # before the dense weight is overwritten: the two share their memory
         layer.stats.tokens,
         layer.notes,
@@ -465,7 +462,7 @@ def _settle(layer: Layer, target: Target) -> Settled:
         histograms(layer.dense_OI, layer.weight_OI, layer.mask_OI),
         share_of(zero_OI),
     )
-    target.slot.view().copy_(layer.weight_OI)
+    slot.view().copy_(layer.weight_OI)
     return result, pack(layer.mask_OI), None if layer.grid is None else layer.grid.on(torch.device("cpu"))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -12,16 +11,6 @@ from torch.overrides import TorchFunctionMode
 from .compat import version_of
 from .errors import DefectError
 from .layers import Slot, products
-from .types import Pattern
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the recipe and the allocation want of one layer."""
-
-    slot: Slot
-    sparsity: float
-    pattern: Pattern
 
 
 class Stop(Exception):
@@ -36,9 +25,9 @@ class Watch(TorchFunctionMode):
     a layer's weight in another shape, or along its other side, is a defect.
     """
 
-    def __init__(self, targets: Mapping[str, Target], see: Callable[[str, Tensor, bool], None]):
+    def __init__(self, slots: Mapping[str, Slot], see: Callable[[str, Tensor, bool], None]):
         super().__init__()
-        views = {name: target.slot.view() for name, target in targets.items()}
+        views = {name: slot.view() for name, slot in slots.items()}
         self.by_address = {view.data_ptr(): (name, view) for name, view in views.items()}
         self.storages = {view.untyped_storage().data_ptr() for view in views.values()}
         self.see = see

@@ -21,7 +21,7 @@ from prunella import InputError, Recipe
 from prunella.allocate import Budget, allocations, make_allocation
 from prunella.model.open import wrap_model
 from prunella.pattern import cut
-from prunella.prune import choose_targets, free_layers
+from prunella.prune import choose_slots, free_layers
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def windows() -> Tensor:
 def budget_of(network: Any, windows: Tensor, **recipe: Any) -> Budget:
     wanted = Recipe.of({"sparsity": 0.6, **recipe})
     model = wrap_model(network)
-    targets = choose_targets(model, wanted)
-    return Budget(model, windows, targets, free_layers(targets, wanted), wanted.default_sparsity)
+    slots = choose_slots(model, wanted)
+    return Budget(model, windows, slots, free_layers(slots, wanted), wanted.default_sparsity)
 
 
 def mean(budget: Budget, shares: dict[str, float]) -> float:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..layers import Slot
 from ..model.network import Model
 from ..progress import Track, no_track
 from ..registry import Step
 from ..stream import Stream
 from ..types import Block, Layer, Stats
-from ..watch import Target
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ class Budget:
     """What an allocation is given: layers, and the share of all their weights together that is to be pruned.
 
     model, windows_NL: for allocations that look at how the model behaves on the calibration text
-    targets:  the layers of each block, in order; those with sparsity 0 stay dense
+    slots:    the layers of each block, in order; those with sparsity 0 stay dense
     free:     names of the layers to decide on: not those that the recipe skips or names a sparsity for
     sparsity: share to prune of all free weights together
     shared:   statistics that `look` made and other budgets on the same dense model and windows may use
@@ -35,7 +35,7 @@ class Budget:
 
     model: Model
     windows_NL: Tensor
-    targets: Sequence[Sequence[Target]]
+    slots: Sequence[Sequence[Slot]]
     free: frozenset[str]
     sparsity: float
     shared: dict[Any, dict[str, Stats]] = field(default_factory=dict)
@@ -44,18 +44,13 @@ class Budget:
     @property
     def blocks(self) -> list[list[str]]:
         """The names of the free layers, block by block; blocks without any are left out."""
-        found = [[t.slot.name for t in block if t.slot.name in self.free] for block in self.targets]
+        found = [[slot.name for slot in block if slot.name in self.free] for block in self.slots]
         return [names for names in found if names]
 
     @property
     def sizes(self) -> dict[str, int]:
         """How many weights each free layer has, {layer: number}."""
-        return {
-            t.slot.name: t.slot.shape[0] * t.slot.shape[1]
-            for block in self.targets
-            for t in block
-            if t.slot.name in self.free
-        }
+        return {s.name: s.shape[0] * s.shape[1] for block in self.slots for s in block if s.name in self.free}
 
     def look(self, visit: Callable[[Block], T], needs: Iterable[str]) -> list[T]:
         """Call `visit(block)` on each dense block that has free layers, with these and the statistics of their inputs;
@@ -73,7 +68,7 @@ class Budget:
         known = self.shared.get(key, {} if key[0] else dict.fromkeys(self.free, Stats()))
         if known:
             for index, block in self.model.walk():
-                layers = [_dense(t, known[t.slot.name]) for t in self.targets[index] if t.slot.name in known]
+                layers = [_dense(slot, known[slot.name]) for slot in self.slots[index] if slot.name in known]
                 if layers:
                     seen.append(visit(Block(index, block.name, tuple(layers))))
             return seen
@@ -89,7 +84,7 @@ class Budget:
         stream = Stream(self.model, self.windows_NL)
         last = len(self.model.blocks) - 1
         for index, block in self.model.walk(track=self.track, what="allocating"):
-            wanted = [replace(t, sparsity=0.5) for t in self.targets[index] if t.slot.name in self.free]
+            wanted = [replace(slot, sparsity=0.5) for slot in self.slots[index] if slot.name in self.free]
             if wanted:
                 stream.prune(block, wanted, [step], min_tokens=0, last=index == last)
             else:
@@ -140,7 +135,6 @@ class Budget:
         return dict(zip(names, share.clamp(least, most).tolist(), strict=True))
 
 
-def _dense(target: Target, stats: Stats) -> Layer:
-    weight_OI = target.slot.view()
-    sparsity, pattern, bias = target.sparsity, target.pattern, target.slot.bias()
-    return Layer(target.slot.name, weight_OI, weight_OI, stats, sparsity, pattern, bias_O=bias)
+def _dense(slot: Slot, stats: Stats) -> Layer:
+    weight_OI = slot.view()
+    return Layer(slot.name, weight_OI, weight_OI, stats, slot.sparsity, slot.pattern, bias_O=slot.bias())

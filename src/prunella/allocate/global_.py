@@ -38,7 +38,7 @@ def ranking(
     Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015, with one threshold for all.
     """
     judge = make(step)
-    units = {t.slot.name: t.pattern.units(t.slot.shape) for block in budget.targets for t in block}
+    units = {slot.name: slot.pattern.units(slot.shape) for block in budget.slots for slot in block}
     units = {name: count for name, count in units.items() if name in budget.free}
     target = min(round(sum(units.values()) * budget.sparsity), sum(int(n * most) for n in units.values()))
     full: dict[str, int] = {}  # layers that lose as much as they may

@@ -7,7 +7,6 @@ from pydantic import PositiveFloat, PositiveInt
 from ..evaluate.perplexity import losses
 from ..registry import make
 from ..stream import Stream
-from ..watch import Target
 from .budget import Budget
 from .registry import register_allocation
 
@@ -37,11 +36,11 @@ def probe(
     damaged: dict[int, Stream] = {}  # the held-out text where that block alone is pruned: all of them ride along
     shelf = held.hidden.shelf_for(len(model.blocks))
     for index, block in model.walk(track=budget.track, what="allocating"):
-        targets = [Target(t.slot, t.sparsity, t.pattern) for t in budget.targets[index] if t.slot.name in budget.free]
+        slots = [slot for slot in budget.slots[index] if slot.name in budget.free]
         for stream in damaged.values():
             stream.advance(block)
-        if targets:
-            result = learn.prune(block, targets, steps, last=True)
+        if slots:
+            result = learn.prune(block, slots, steps, last=True)
             damaged[index] = held.fork(shelf)
             with block.use(result.changed):
                 damaged[index].advance(block)
@@ -54,7 +53,7 @@ def probe(
     least = min((rise for rise in found.values() if rise > 0), default=1.0)
     logs = {b: math.log(max(rise, least)) for b, rise in found.items()}
     return budget.spend(
-        {t.slot.name: -logs[b] / growth for b in logs for t in budget.targets[b] if t.slot.name in budget.free}
+        {slot.name: -logs[b] / growth for b in logs for slot in budget.slots[b] if slot.name in budget.free}
     )
 
 

@@ -1,6 +1,7 @@
 """Ramp: sparsity rises from block to block, as steeply as held-out text likes it."""
 
 import math
+from dataclasses import replace
 
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
@@ -9,7 +10,6 @@ from ..errors import InputError
 from ..evaluate.perplexity import losses
 from ..registry import make
 from ..stream import Stream, pick_order
-from ..watch import Target
 from .budget import Budget
 from .registry import register_allocation
 
@@ -91,8 +91,8 @@ def held_out_loss(budget: Budget, shares: dict[str, float], step: str, learn_NL:
     learn, held = Stream(model, learn_NL, order=order), Stream(model, held_NL)
     last = len(model.blocks) - 1
     for index, block in model.walk(track=budget.track, what="allocating"):
-        targets = [Target(t.slot, shares.get(t.slot.name, t.sparsity), t.pattern) for t in budget.targets[index]]
-        result = learn.prune(block, targets, steps, last=index == last)
+        slots = [replace(slot, sparsity=shares.get(slot.name, slot.sparsity)) for slot in budget.slots[index]]
+        result = learn.prune(block, slots, steps, last=index == last)
         with block.use(result.changed):
             held.advance(block)
     every = losses(held)

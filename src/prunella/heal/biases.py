@@ -22,8 +22,7 @@ from ..model.network import Model
 from ..progress import Track, no_track
 from ..stream import Stream
 from ..tensors import MASKS
-from ..types import Pattern
-from ..watch import Target, Watch
+from ..watch import Watch
 from .parts import Change, Master, Part, trains
 
 LIST = "new-biases.list"
@@ -91,7 +90,7 @@ def mean_errors(
             sum_I = x_TI.sum(0, dtype=torch.float32)
             sums[layer] = sums[layer] + sum_I if layer in sums else sum_I
 
-        with torch.no_grad(), Watch({key: Target(s, 0.0, Pattern()) for key, s in slots.items()}, see):
+        with torch.no_grad(), Watch(slots, see):
             for batch in range(len(stream.hidden)):
                 stream.forward(block, stream.hidden, batch, keep=False)
         for key, slot in slots.items():

@@ -14,7 +14,7 @@ from ..errors import InputError, NumericalError
 from ..model.network import Model
 from ..registry import Step, register
 from ..steps.wanda import wanda
-from ..types import Block, Pattern
+from ..types import Block
 from .parts import Chosen, Group, Part, choose, kinds_of, make_group
 
 
@@ -227,7 +227,6 @@ def reconstruct_blocks(
     run left on disk are only passed through. What happened, for the report."""
     from ..layers import find_layers
     from ..stream import Stream
-    from ..watch import Target
 
     assert dense.checkpoint is not None
     strange = sorted(set(model.plan()) - set(dense.checkpoint.where))
@@ -260,13 +259,13 @@ def reconstruct_blocks(
             stream.advance(block, stream.dense)
             continue
         torch.manual_seed(recipe.seed + index)
-        targets = [
-            Target(slot, 0.0 if mask is None else 1 - mask.count_nonzero().item() / mask.numel(), Pattern())
+        slots = [
+            replace(slot, sparsity=0.0 if mask is None else 1 - mask.count_nonzero().item() / mask.numel())
             for slot in find_layers(block.module, block.name)
             for mask in [masks.get(slot.name)]
         ]
         seen, count = [], 0
-        result = stream.prune(block, targets, [step], min_tokens=0, last=index == last)
+        result = stream.prune(block, slots, [step], min_tokens=0, last=index == last)
         losses[block.name], trained[block.name] = seen, count
         out.note("losses", losses)
         out.note("trained", trained)
