@@ -49,10 +49,13 @@ class LoadedBlock:
         before = [(held, key, name, held[key]) for held, key, name in self._places()]
         try:
             if isinstance(source, Mapping):
-                of = {id(tensor): source[name] for _, _, name, tensor in before if name in source}
-                for held, key, name, tensor in before:
-                    if id(tensor) in of and (only is None or name in only):  # under all names of one that is tied
-                        held[key] = _like(tensor, of[id(tensor)])
+                lent = {
+                    id(tensor): _like(tensor, source[name])
+                    for _, _, name, tensor in before
+                    if name in source and (only is None or name in only)
+                }
+                for held, key, _, tensor in before:  # under all names of one that is tied
+                    held[key] = lent.get(id(tensor), tensor)
             else:
                 self._load(source)
                 for held, key, name, tensor in before:
