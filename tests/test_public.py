@@ -38,6 +38,7 @@ PUBLIC = [
     "prune",
     "read_masks",
     "register",
+    "register_statistic",
     "wrap_model",
 ]
 ROOT = Path(prunella.__file__).parent

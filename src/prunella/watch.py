@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch.overrides import TorchFunctionMode
 from .compat import version_of
 from .errors import DefectError
 from .layers import Slot, products
+from .types import Stats
+
+SAMPLE = 512  # calibration tokens on which the error of each layer is measured
 
 
 class Stop(Exception):
@@ -57,3 +60,29 @@ class Watch(TorchFunctionMode):
                 self.last = (source, version_of(source))
                 self.see(name, x_TI, same)
         return function(*args, **kwargs)
+
+
+class Gather:
+    """Makes statistics of what is seen, batch by batch: `Watch(slots, gather.see)`.
+
+    stats:  of layers, {name: its statistics}; of those fed by the same tensor, of the first of them
+    leader: which one that is, {layer: layer}, of all that were seen
+    dense:  what the dense model has in place of the inputs of this batch, {layer: (T, I)}; used up
+    first:  is it the first batch? The sample of tokens comes from there
+    """
+
+    def __init__(self, needs: Collection[str]):
+        self.needs = needs
+        self.stats: dict[str, Stats] = {}
+        self.leader: dict[str, str] = {}
+        self.dense: dict[str, Tensor] = {}
+        self.first = True
+        self._previous = ""
+
+    def see(self, name: str, x_TI: Tensor, same: bool) -> None:
+        if not same:
+            self._previous = name
+            sample = SAMPLE if self.first or name not in self.stats else 0
+            new = Stats.of(x_TI, self.needs, sample, self.dense.pop(name, None))
+            self.stats[name] = self.stats[name] + new if name in self.stats else new
+        self.leader[name] = self._previous
