@@ -3,12 +3,12 @@
     python benchmarks/gpu.py [--json FILE] [--only check --only decode ...] [--model llama-1b] [--tune]
     python benchmarks/gpu.py --interpret         # without a GPU: the checks alone, small, in Triton's interpreter
 
-    check     products with packed weights against float64, sweeps and swaps against torch's, a packed model's
+    check     products with packed weights against float64, column passes and swaps against torch's, a packed model's
               logits against the dense one's, masks that are pruned here against those of the CPU
     decode    one and a few tokens, 11008x4096, beside torch's dense bfloat16
     prefill   many tokens, packed, dense and 2:4 on sparse tensor cores
     model     tokens per second of a whole random model, dense beside packed, as it is and as a CUDA graph
-    prune     SparseGPT's sweep and DSnoT's swaps, torch beside Triton; a block of a 7B shape
+    prune     the column pass and DSnoT's swaps, torch beside Triton; a block of a 7B shape
 
 It needs no network and no model. Products are timed as replays of a CUDA graph over several copies of the weight
 that together are larger than the cache, so neither launches nor the cache count. Exits with 1 if a check fails or
@@ -43,7 +43,8 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 import prunella  # noqa: E402
-from prunella import sweep, sweep_gpu  # noqa: E402
+from prunella import columns as passes  # noqa: E402
+from prunella import columns_gpu  # noqa: E402
 from prunella.linalg import InverseFactor  # noqa: E402
 from prunella.sparse import bench, gpu, linear, semi  # noqa: E402
 from prunella.sparse.format import Packed, pack, round_weight, unpack  # noqa: E402
@@ -53,7 +54,7 @@ from prunella.types import Pattern  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRET else "cuda")
 if INTERPRET:  # which takes as long for a program of many rows as for one of few
-    gpu.ROWS, sweep_gpu.SWEEP_ROWS = 64, 64
+    gpu.ROWS, columns_gpu.TILE_ROWS = 64, 64
 GIB = 1 << 30
 
 
@@ -163,16 +164,16 @@ def factor(width: int) -> InverseFactor:
 
 
 def swept(kernel: Callable[..., Tensor], weight_OI: Tensor, of: InverseFactor, *rest: Any, **options: Any) -> Any:
-    before = sweep.tiles.get(DEVICE.type)
-    sweep.tiles[DEVICE.type] = kernel
+    before = passes.tiles.get(DEVICE.type)
+    passes.tiles[DEVICE.type] = kernel
     try:
-        return sweep.sweep(weight_OI, of, None, *rest, **options)
+        return passes.column_pass(weight_OI, of, None, *rest, **options)
     finally:
         if before is not None:
-            sweep.tiles[DEVICE.type] = before
+            passes.tiles[DEVICE.type] = before
 
 
-def check_sweeps(report: Report) -> None:
+def check_passes(report: Report) -> None:
     rows, columns, tile = (12, 48, 16) if INTERPRET else (1024, 1024, 128)
     generator = torch.Generator().manual_seed(2)
     weight_OI = torch.randn(rows, columns, generator=generator).to(DEVICE)
@@ -180,16 +181,16 @@ def check_sweeps(report: Report) -> None:
     for text in ("unstructured", "2:4", "4:8"):
         for bits in (None, 4):
             options = (0.5, Pattern.parse(text))
-            wanted, mask_OI, _ = swept(sweep.plain_tile, weight_OI, of, *options, tile=tile, bits=bits)
-            found, kept_OI, _ = swept(sweep_gpu.sweep_tile, weight_OI, of, *options, tile=tile, bits=bits)
-            what = f"SparseGPT's sweep, {text}{'' if bits is None else f', {bits} bits'}"
+            wanted, mask_OI, _ = swept(passes.plain_tile, weight_OI, of, *options, tile=tile, bits=bits)
+            found, kept_OI, _ = swept(columns_gpu.tile_pass, weight_OI, of, *options, tile=tile, bits=bits)
+            what = f"column pass, {text}{'' if bits is None else f', {bits} bits'}"
             report.check(f"{what}: masks that differ", float((mask_OI != kept_OI).float().mean()), 2e-3)
             same_O = (mask_OI == kept_OI).all(1)
             if bits is None:  # rounding makes a large difference of a small one, as it should
                 report.check(f"{what}: weights", distance(found[same_O], wanted[same_O]), 1e-3)
     for span in (0, 4):
         arguments = swap_case(rows, columns, span)
-        wanted, found = (run(*arguments, 20, 1e-4, span > 0, span) for run in (dsnot.plain_swap, sweep_gpu.swap))
+        wanted, found = (run(*arguments, 20, 1e-4, span > 0, span) for run in (dsnot.plain_swap, columns_gpu.swap))
         report.check(f"DSnoT's swaps, span {span}: masks that differ", float((wanted != found).float().mean()), 1e-4)
 
 
@@ -250,13 +251,13 @@ def check_pruning(report: Report) -> None:
     ):
         recipe = {"steps": steps, "pattern": pattern, "sparsity": 0.5}
         here, there = small(), small().cpu()
-        before = sweep.tiles["cpu"], dsnot.swaps["cpu"]
+        before = passes.tiles["cpu"], dsnot.swaps["cpu"]
         if INTERPRET:
-            sweep.tiles["cpu"], dsnot.swaps["cpu"] = sweep_gpu.sweep_tile, sweep_gpu.swap
+            passes.tiles["cpu"], dsnot.swaps["cpu"] = columns_gpu.tile_pass, columns_gpu.swap
         try:
             prunella.prune(here, recipe, calibration=ids_NL)
         finally:
-            sweep.tiles["cpu"], dsnot.swaps["cpu"] = before
+            passes.tiles["cpu"], dsnot.swaps["cpu"] = before
         prunella.prune(there, recipe, calibration=ids_NL)
         differ = total = 0
         for a, b in zip(here.parameters(), there.parameters(), strict=True):
@@ -470,15 +471,15 @@ def time_prune(report: Report, rows: int = 11008, columns: int = 4096) -> None:
     of = factor(columns)
     for text in ("unstructured", "2:4"):
         taken = {}
-        for name, tile in (("torch", sweep.plain_tile), ("Triton", sweep_gpu.sweep_tile)):
+        for name, tile in (("torch", passes.plain_tile), ("Triton", columns_gpu.tile_pass)):
             run = lambda tile=tile, text=text: swept(tile, weight_OI, of, 0.5, Pattern.parse(text))  # noqa: E731
             taken[name] = seconds(run)
             beside = f"{taken['torch'] / taken[name]:.1f}x torch" if name != "torch" else ""
-            what = f"SparseGPT's sweep, {rows}x{columns}, {text}, {name}"
+            what = f"column pass, {rows}x{columns}, {text}, {name}"
             report.add("prune", what, f"{taken[name] * 1e3:.0f} ms", beside)
     arguments = swap_case(rows, columns, 0)
     base = seconds(lambda: dsnot.plain_swap(*arguments, 50, 0.0, False, 0))
-    taken_by_us = seconds(lambda: sweep_gpu.swap(*arguments, 50, 0.0, False, 0))
+    taken_by_us = seconds(lambda: columns_gpu.swap(*arguments, 50, 0.0, False, 0))
     report.add("prune", f"DSnoT's swaps, {rows}x{columns}, torch", f"{base * 1e3:.0f} ms")
     beside = f"{base / taken_by_us:.1f}x torch"
     report.add("prune", f"DSnoT's swaps, {rows}x{columns}, Triton", f"{taken_by_us * 1e3:.0f} ms", beside)
@@ -511,7 +512,7 @@ def main() -> None:
     out = Console(width=140)
     report = Report(out)
     parts: dict[str, list[Callable[[], None]]] = {
-        "check": [lambda run=run: run(report) for run in (check_products, check_sweeps, check_model, check_pruning)],
+        "check": [lambda run=run: run(report) for run in (check_products, check_passes, check_model, check_pruning)],
         "decode": [lambda: time_decode(report)] + [lambda: tune(report)] * arguments.tune,
         "prefill": [lambda: time_prefill(report)],
         "model": [lambda: time_model(report, arguments.model)],

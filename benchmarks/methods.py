@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from prunella.calibrate import windows
-from prunella.cells import Cell, Key, Rows, Sweep
+from prunella.cells import Cell, Sweep
 from prunella.heap import keep_freed_memory
 from prunella.model.open import load_model
 from prunella.recipe import Recipe
+from prunella.rows import Key, Rows
 from prunella.texts import same_text
 
 CELLS: dict[str, dict[str, Any]] = {

@@ -37,9 +37,9 @@ pytestmark = pytest.mark.usefixtures("sim")
 @pytest.fixture(autouse=True)
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU computes as any device does: in torch, and what it is given in the precision it is given in."""
-    sweep: Any = importlib.import_module("prunella.sweep")
+    columns: Any = importlib.import_module("prunella.columns")
     dsnot: Any = importlib.import_module("prunella.steps.dsnot")
-    monkeypatch.setitem(sweep.tiles, "cpu", sweep.plain_tile)
+    monkeypatch.setitem(columns.tiles, "cpu", columns.plain_tile)
     monkeypatch.setitem(dsnot.swaps, "cpu", dsnot.plain_swap)
     monkeypatch.setattr(importlib.import_module("prunella.heal.retrain"), "_fast_bfloat16", lambda device: False)
 

@@ -16,11 +16,12 @@ import prunella
 from prunella import InputError, Layer, Pattern, keep, registry
 from prunella.allocate import budget
 from prunella.calibrate import windows
-from prunella.cells import Rows, cells_of, packed_bytes, parse_grid, sweep
+from prunella.cells import cells_of, complete_plan, packed_bytes, sweep
 from prunella.model.checkpoint import Checkpoint
 from prunella.model.open import load_model
-from prunella.results import Results
-from prunella.sparse.commands import pack_model
+from prunella.packing import pack_model
+from prunella.report.results import Results
+from prunella.rows import Rows
 
 BASE: dict[str, Any] = {"calibration": {"samples": 4, "length": 32}, "evaluate": {"windows": 2, "length": 32}}
 PLAN = {**BASE, "grid": {"steps": ["magnitude", "wanda"], "sparsity": [0.5, 0.7]}}
@@ -108,13 +109,13 @@ def test_grids_that_mean_nothing_are_refused(grid: dict[str, Any], message: str)
 
 
 def test_flags_go_before_the_file_and_settings_into_every_cell() -> None:
-    plan = parse_grid(
+    plan = complete_plan(
         {"seed": 3, "grid": {"sparsity": [0.1]}}, {"sparsity": [0.5]}, ["order=[block, layer]"], ["seed=4"]
     )
     assert plan["grid"] == {"sparsity": [0.5], "order": ["block", "layer"]}
     assert plan["seed"] == 4
     with pytest.raises(InputError, match="is not a YAML list"):
-        parse_grid({}, {}, ["order=[block"], [])
+        complete_plan({}, {}, ["order=[block"], [])
 
 
 # ---------------------------------------------------------------------------------------------------------

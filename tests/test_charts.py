@@ -4,8 +4,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from prunella import charts
-from prunella.charts import Mark
+from prunella.report import charts
+from prunella.report.charts import Mark
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -10,7 +10,7 @@ import pytest
 
 import prunella
 from prunella import ModelError, Report
-from prunella.compare import Comparison
+from prunella.report.compare import Comparison
 
 
 @pytest.fixture(scope="module")

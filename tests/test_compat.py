@@ -90,7 +90,7 @@ CALLED = [
     ),
     ("transformers.masking_utils.sdpa_mask", "", "fast.py", "the masks that our attention is given"),
     ("transformers.initialization.no_init_weights", "", "sparse/bench.py", "random networks, fast"),
-    ("transformers.cache_utils.DynamicLayer", "", "sparse/block.py", "keys and values of the tokens before"),
+    ("transformers.cache_utils.DynamicLayer", "", "sparse/cache.py", "keys and values of the tokens before"),
     ("transformers.pytorch_utils.Conv1D", "nf nx", "sparse/quantizer.py", "GPT-2's layers, made plain"),
     ("transformers.trainer_callback.PrinterCallback", "", "heal/retrain.py", "the Trainer's chatter"),
     ("torch.cpu._is_avx512_bf16_supported", "", "has_bfloat16_products", "whether healing runs in bfloat16"),
@@ -273,7 +273,7 @@ def test_tensors_of_torch_say_where_they_lie_and_when_they_changed() -> None:
 
 
 def test_modules_of_torch_keep_their_tensors_and_hooks_in_dictionaries() -> None:
-    """model/network.py, sparse/block.py and heal/parts.py exchange parameters there."""
+    """model/network.py, sparse/placed.py and heal/parts.py exchange parameters there."""
     module = torch.nn.Linear(1, 1)
     for name in ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"):
         assert isinstance(vars(module)[name], dict), name

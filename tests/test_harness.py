@@ -18,7 +18,7 @@ from torch.nn import functional
 import prunella
 from prunella import InputError
 from prunella.evaluate.score import score
-from prunella.sparse.commands import pack_model
+from prunella.packing import pack_model
 
 ROOT = Path(__file__).parent.parent
 ROWS: list[dict[str, Any]] = [

@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers import auto
 
 import prunella
-from prunella.sparse.commands import unpack_model
+from prunella.packing import unpack_model
 from prunella.sparse.linear import SparseLinear
 
 PROMPT = "The garden"

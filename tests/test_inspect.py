@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import prunella
 from prunella import ModelError
 from prunella.inspect import inspect
-from prunella.sparse.commands import pack_model
+from prunella.packing import pack_model
 
 LAYERS = 3 * 7
 

@@ -31,7 +31,7 @@ from prunella.model.built_in import BUILT_IN, BuiltIn
 from prunella.model.checkpoint import Checkpoint
 from prunella.model.names import find_directory
 from prunella.model.open import DTYPES, wrap_model
-from prunella.sparse.commands import unpack_model
+from prunella.packing import unpack_model
 
 
 @pytest.fixture

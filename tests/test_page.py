@@ -14,7 +14,7 @@ import pytest
 import prunella
 from prunella import InputError, ModelError, Report
 from prunella.outcome import LayerResult
-from prunella.page import by_block, page, samples, write_page
+from prunella.report.page import by_block, page, samples, write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "<script>alert('\"&')</script>"

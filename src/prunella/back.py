@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .backward import Loss
 from .layers import LeftOut, Slot, left_out
-from .model.checkpoint import Checkpoint
+from .model.checkpoint import Source
 from .model.network import Model
 from .outcome import LayerResult
 from .progress import Track, no_track
@@ -23,7 +23,7 @@ def gradients(
     windows_NL: Tensor,
     *,
     loss: Loss | None = None,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Source | None = None,
     track: Track = no_track,
 ) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
     """The gradients of the model's loss on each window, block by block from the last to the first.

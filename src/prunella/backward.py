@@ -27,7 +27,7 @@ from .calibrate import check_windows
 from .errors import InputError, ModelError, NumericalError
 from .hidden import Hidden
 from .layers import Slot, find_layers
-from .model.checkpoint import Checkpoint
+from .model.checkpoint import Source
 from .model.walk import LoadedBlock
 from .outcome import BlockResult
 from .progress import Track, no_track
@@ -73,7 +73,7 @@ class Back:
     """
 
     def __init__(
-        self, stream: Stream, *, loss: Loss | None = None, checkpoint: Checkpoint | None = None, track: Track = no_track
+        self, stream: Stream, *, loss: Loss | None = None, checkpoint: Source | None = None, track: Track = no_track
     ):
         """Take all windows of a stream, which has not moved yet, through all blocks.
 

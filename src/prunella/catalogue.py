@@ -1,4 +1,4 @@
-"""Every built-in method, as its source states it: read, not imported, so that listing them takes no torch."""
+"""Lists every built-in method from its source text: nothing is imported, so that listing needs no torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROOT = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Entry:
-    """A method: what registers it, its first line, its options and their defaults."""
+    """A method: its kind and name, the first line of its docstring, its options and their defaults."""
 
     kind: str
     name: str
@@ -48,7 +48,7 @@ def names(kind: str) -> list[str]:
 
 
 def _registered() -> dict[tuple[str, str], Entry]:
-    """What stands in those registries that have been imported."""
+    """The methods in those registries that this process has imported."""
     return {
         (kind, name): Entry(kind, name, method.summary, {key: p.default for key, p in method.options.items()})
         for kind, (module, table) in _REGISTRIES.items()
@@ -75,7 +75,7 @@ def _parsed(path: Path) -> ast.Module:
 
 
 def _value(node: ast.expr | None, path: Path) -> Any:
-    """A default: written out, or the name of a constant of that file or of one that it imports from."""
+    """The value of a default: a literal, or a constant of this file or of one that it imports from."""
     if not isinstance(node, ast.Name):
         return inspect.Parameter.empty if node is None else ast.literal_eval(node)
     for statement in _parsed(path).body:

@@ -1,4 +1,4 @@
-"""Many runs beside each other: a grid of them on one model, and a comparison of finished ones.
+"""A sweep: one model pruned in every combination of some choices.
 
 The cells of a sweep share all that does not depend on the cell: the process, the tokenized windows of calibration
 and of held-out text, the dense weights in memory, their perplexity, and the statistics of the dense model that
@@ -14,11 +14,10 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +26,27 @@ from torch import Tensor
 
 from .calibrate import windows, with_bos
 from .errors import InputError, PrunellaError, unknown
-from .evaluate.measure import held_out_windows, same_file, window_length
+from .evaluate.measure import held_out_windows, window_length
 from .evaluate.perplexity import perplexity
 from .machine import free_memory
 from .model.network import Model
 from .model.open import load_model, wrap_model
-from .outcome import LayerResult
+from .outcome import LayerResult, mean
 from .progress import Track, no_track
 from .prune import prune
 from .recipe import Evaluation, Healing, Recipe, only_dense, override
-from .results import Results, Row
+from .report.results import Results
+from .rows import Key, Row, Rows
 from .sparse.format import SPAN, expected
 from .texts import same_text
-from .workshop import hold
 
-Key = tuple[str, str]
 DENSE: Key = ("dense", "")
 SHARED = ("model", "calibration", "bos", "evaluate", "dtype", "device")  # recipe keys that all cells have in common
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep. `method` and `cell` name its row and its column in tables, and nothing else does."""
+    """One run of a sweep, known by its `method` and `cell`: its row and its column in tables."""
 
     method: str
     cell: str
@@ -64,11 +62,11 @@ class Cell:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The grid
+# The cells
 
 
-def cells_of(base: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]) -> list[Cell]:
-    """Every combination of the grid's values, {recipe key: values}, in place of the base recipe's.
+def cells_of(base: Mapping[str, Any], choices: Mapping[str, Sequence[Any]]) -> list[Cell]:
+    """Every combination of the values of some recipe keys, in place of the base recipe's.
 
     An N:M pattern fixes sparsity and leaves nothing to allocate, so that combinations which differ in no more than
     that are one cell. Raises InputError for a key that cells cannot differ in and for values no recipe takes.
@@ -77,14 +75,14 @@ def cells_of(base: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]) -> list
     ['wanda, 50%', 'ria, 50%', 'wanda, 60%', 'ria, 60%']
     """
     known = [key for key in Recipe.model_fields if key not in SHARED]
-    for key, values in grid.items():
+    for key, values in choices.items():
         if key not in known:
             raise InputError(unknown("key of the grid", key, known))
         if not isinstance(values, list | tuple) or not values:
             raise InputError(f"grid key '{key}': {values!r} should be a list of values.")
     cells: dict[Key, Cell] = {}
-    keys = sorted(grid, key=("pattern", "sparsity", "steps", "allocate", *known).index)  # column by column
-    for values in itertools.product(*(grid[key] for key in keys)):
+    keys = sorted(choices, key=("pattern", "sparsity", "steps", "allocate", *known).index)  # column by column
+    for values in itertools.product(*(choices[key] for key in keys)):
         chosen = dict(zip(keys, values, strict=True))
         wanted = {**base, **chosen}
         if isinstance(chosen.get("sparsity"), int | float):
@@ -98,20 +96,20 @@ def cells_of(base: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]) -> list
     return list(cells.values())
 
 
-def parse_grid(
-    plan: Mapping[str, Any], flags: Mapping[str, Sequence[Any]], grid: Sequence[str], settings: Sequence[str]
+def complete_plan(
+    plan: Mapping[str, Any], flags: Mapping[str, Sequence[Any]], lists: Sequence[str], settings: Sequence[str]
 ) -> dict[str, Any]:
-    """A plan with what a command line adds to it: values for keys of the grid, as they are or as `KEY=[VALUE, ...]`,
-    and settings of the recipe that all cells start from. Raises InputError."""
+    """A plan with what a command line adds to it: choices for recipe keys, as they are or as `KEY=[VALUE, ...]`, and
+    settings of the recipe that all cells start from. Raises InputError."""
     axes = dict(plan.get("grid") or {}) | dict(flags)
-    for item in grid:
+    for item in lists:
         key, _, text = item.partition("=")
         try:
             axes[key] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise InputError(f"--grid {item}: '{text}' is not a YAML list.") from None
     base = {key: value for key, value in plan.items() if key != "grid"}
-    return {**override(base, settings), "grid": axes} if settings else {**base, "grid": axes}
+    return {**(override(base, settings) if settings else base), "grid": axes}
 
 
 _NAMED = ("steps", "allocate", "sparsity", "pattern", "heal")  # keys that names of cells have words for
@@ -144,103 +142,29 @@ def _cell(recipe: Recipe, others: Sequence[str]) -> Cell:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The file of finished cells
-
-
-class Rows:
-    """The cells of a JSON Lines file that were made with the same settings; the last line of a cell counts.
-
-    Lines that were made with other settings stay in the file and out of sight; half a line, left by a run that
-    was killed while it wrote it, is passed over.
-    """
-
-    def __init__(self, path: Path, settings: Mapping[str, Any]):
-        self.path = path
-        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
-        self.rows: dict[Key, Row] = {}
-        try:
-            text = path.read_bytes() if path.exists() else b""
-        except OSError as error:
-            raise InputError(f"'{path}' cannot be read: {error.strerror}.") from None
-        for line in text.split(b"\n"):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                row = json.loads(line)
-                if _same(row["settings"], self.settings):
-                    self.rows[row["method"], row["cell"]] = row
-
-    @contextlib.contextmanager
-    def open(self) -> Iterator[None]:
-        """Hold the file, alone, to `add` to it. Raises InputError if another sweep does, or it cannot be written."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+b")
-        except OSError as error:
-            raise InputError(f"'{self.path}' cannot be written: {error.strerror}.") from None
-        with self._file:
-            if not hold(self._file):
-                raise InputError(f"another sweep is writing to '{self.path}': wait for it.")
-            yield
-
-    def add(self, key: Key, row: Mapping[str, Any]) -> None:
-        """Write one row, to stay whatever happens next."""
-        whole = {"settings": self.settings, "method": key[0], "cell": key[1], **row}
-        text = json.dumps(whole).encode() + b"\n"
-        try:
-            end = self._file.seek(0, os.SEEK_END)
-            if end:
-                self._file.seek(end - 1)
-                text = text if self._file.read(1) == b"\n" else b"\n" + text  # after half a line
-            self._file.write(text)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise InputError(f"'{self.path}' cannot be written: {error.strerror}.") from None
-        self.rows[key] = whole
-
-
-def _same(settings: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
-    """Are these the same settings, the model maybe by another of its names?"""
-    one, other = ({key: value for key, value in said.items() if key != "model"} for said in (settings, others))
-    name, same = settings.get("model"), others.get("model")
-    return one == other and (name == same or same_file(str(name), str(same)))
-
-
-# ---------------------------------------------------------------------------------------------------------
 # The sweep
 
 
+@dataclass(eq=False)
 class Sweep:
     """Runs of one model on the same windows.
 
-    Args:
-        model: a model that was opened by name.
-        calibration_NL: its calibration windows.
-        held_out: the windows to measure perplexity on, {text: (N, L)}.
-        rows: where finished cells are and go.
-        speed: measure how fast each cell decodes when it is packed, too.
-        tokenizer, remote_code, pickles: as for `load_model`, where a cell has to open the model again.
+    model:          a model that was opened by name
+    calibration_NL: its calibration windows
+    held_out:       the windows to measure perplexity on, {text: (N, L)}
+    rows:           where finished cells are and go
+    speed:          measure how fast each cell decodes when it is packed, too
+    tokenizer, trust: as for `load_model`, where a cell has to open the model again; `trust` is remote_code and pickles
     """
 
-    def __init__(
-        self,
-        model: Model,
-        calibration_NL: Tensor,
-        held_out: Mapping[str, Tensor],
-        rows: Rows,
-        *,
-        speed: bool = False,
-        tokenizer: str | None = None,
-        remote_code: bool = False,
-        pickles: bool = False,
-    ):
-        self.tokenizer = tokenizer
-        self.trust: dict[str, Any] = {"remote_code": remote_code, "pickles": pickles}
-        self.model = model
-        self.calibration_NL = calibration_NL
-        self.held_out = held_out
-        self.rows = rows
-        self.speed = speed
-        self._shared: dict[Any, Any] = {}
+    model: Model
+    calibration_NL: Tensor
+    held_out: Mapping[str, Tensor]
+    rows: Rows
+    speed: bool = False
+    tokenizer: str | None = None
+    trust: Mapping[str, Any] = field(default_factory=dict)
+    _shared: dict[Any, Any] = field(default_factory=dict)
 
     def run(
         self, cells: Sequence[Cell], *, say: Callable[[str], None] = lambda message: None, track: Track = no_track
@@ -289,7 +213,7 @@ class Sweep:
     def _make(self, cell: Cell, network: Any, track: Track) -> Row:
         # Measured below, on windows that all cells share; only healing has to know them, to keep away from them.
         wanted = Recipe.of(cell.recipe)
-        heals, packs = bool(wanted.heal.train), wanted.packing is not None
+        heals, packs = bool(wanted.heal.train), wanted.format == "packed"
         recipe = cell.recipe if heals else {**cell.recipe, "evaluate": {"source": None}}
         with contextlib.ExitStack() as stack:
             output = None
@@ -309,11 +233,9 @@ class Sweep:
             # A directory may hold more than the model's own tensors, or hold them packed: it is opened as it is.
             device = str(self.model.device)
             model = source if output is None else load_model(str(output), device=device, packed=True, **self.trust)
-            weights = [rows * columns for rows, columns in (layer.shape for layer in report.layers)]
-            errors = [(layer.error or 0.0) * n for layer, n in zip(report.layers, weights, strict=True)]
             itemsize = self.model.dtype.itemsize
             healing, spent = report.healing, report.run["seconds"]
-            size = (self.model.parameters - sum(weights)) * itemsize
+            size = (self.model.parameters - sum(layer.size for layer in report.layers)) * itemsize
             size += sum(packed_bytes(layer, itemsize) for layer in report.layers)
             row = {
                 "recipe": {**report.recipe, "heal": healing["recipe"]} if healing else report.recipe,
@@ -322,7 +244,7 @@ class Sweep:
                 "size": report.pruned["bytes"] if packs else size,
                 "seconds": spent["allocate"] + spent["prune"] + healing.get("seconds", 0),
                 "cpu_seconds": cpu,
-                "error": sum(errors) / sum(weights),
+                "error": mean(report.layers, lambda layer: layer.error or 0.0),
             }
             if self.speed:
                 from .sparse.bench import bench
@@ -359,8 +281,7 @@ def sweep(
     say: Callable[[str], None] = lambda message: None,
     track: Track = no_track,
     tokenizer: str | None = None,
-    remote_code: bool = False,
-    pickles: bool = False,
+    **trust: Any,
 ) -> Results:
     """Prune one model in many ways, and write down what each costs and saves.
 
@@ -374,14 +295,14 @@ def sweep(
         speed: measure how fast each cell decodes packed, too.
         say: is told of each finished cell.
         tokenizer: a directory or hub id with a tokenizer, in place of the model's own.
+        trust: `remote_code` and `pickles`, as for `load_model`.
     Raises:
         PrunellaError: anything about the input that the user can mend. Cells that fail do not raise.
     """
     base = {key: value for key, value in plan.items() if key != "grid"}
     cells = cells_of(base, plan.get("grid") or {})
     recipe = Recipe.of({**base, "model": model})
-    again: dict[str, Any] = {"tokenizer": tokenizer, "remote_code": remote_code, "pickles": pickles}
-    opened = load_model(model, dtype=recipe.dtype, device=recipe.device, **again)
+    opened = load_model(model, dtype=recipe.dtype, device=recipe.device, tokenizer=tokenizer, **trust)
     wanted = recipe.calibration
     length = window_length(opened, wanted.length)
     calibration_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed, bos=recipe.bos)
@@ -415,7 +336,7 @@ def sweep(
     directory = Path(directory)
     opened.scratch = directory
     rows = Rows(directory / "cells.jsonl", settings)
-    sweep = Sweep(opened, calibration_NL, held_out, rows, speed=speed, **again)
+    sweep = Sweep(opened, calibration_NL, held_out, rows, speed, tokenizer, trust)
     found_rows = sweep.run(cells, say=say, track=track)
     results = Results(rows.settings, tuple(found_rows.values()))
     results.write(directory)

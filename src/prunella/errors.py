@@ -34,7 +34,7 @@ class StatisticError(PrunellaError):
 
 
 class DefectError(Exception):
-    """Something that Prunella took for true of a model is not: a defect of ours, exit code 1."""
+    """An assumption of Prunella about a model does not hold: a defect of ours, exit code 1."""
 
 
 class StepError(PrunellaError):
@@ -42,7 +42,7 @@ class StepError(PrunellaError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """A message for an unknown name: the nearest known one if there is any, and all that exist."""
+    """A message about an unknown name, with the nearest known one, if any is near, and a list of all."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
@@ -50,7 +50,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 def command(*words: object) -> str:
-    """A command of Prunella that a shell takes as it is printed, whatever the names in it."""
+    """A command of Prunella, its words quoted so that it can be pasted into a shell."""
     return shlex.join(["prunella", *map(str, words)])
 
 
@@ -65,20 +65,20 @@ def say(message: str) -> None:
 
 
 def kept(error: PrunellaError, where: Path) -> None:
-    """Let an error say, too, that the work before it is not lost."""
+    """Add to the message of an error that the work done before it is kept."""
     said = str(error).rstrip(".")
     error.args = (f"{said}. What is done is kept in '{where}': the same command with --resume goes on.",)
 
 
 def disk_full(error: Exception) -> bool:
-    """Did it come of a full disk? Libraries say so in ways of their own."""
+    """Was a full disk the cause? Libraries report it each in its own way."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return any(words in str(error) for words in ("No space left", "inline_container"))  # the latter is torch.save
 
 
 def disk_error(error: Exception, where: Path) -> InputError:
-    """What to tell of an error that came of writing there."""
+    """The error to raise when writing to `where` failed."""
     if disk_full(error):
         there = next(path for path in (where, *where.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free / 1e6

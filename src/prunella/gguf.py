@@ -1,5 +1,4 @@
-"""What a GGUF file says that transformers does not read: how its rotary positions are stretched, and of how many parts
-it is one."""
+"""What transformers does not read in a GGUF file: how rotary positions are stretched, and whether it is a part."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from .errors import ModelError
 class GgufHeader:
     """What a GGUF file says beside its weights.
 
-    rope:    of the config's rope_parameters, what differs from rotary positions as they are without stretching
+    rope:    those of the config's rope_parameters that stretch rotary positions; empty where nothing does
     tensors: names of all tensors
     """
 
@@ -27,8 +26,7 @@ class GgufHeader:
 
     @classmethod
     def read(cls, path: Path) -> GgufHeader:
-        """Raises ModelError for one part of several, and for positions that are stretched in a way for which a config
-        has no words."""
+        """Raises ModelError for one part of several, and for a way of stretching that no config can say."""
         from gguf import GGUFReader
 
         reader = GGUFReader(path)
@@ -53,7 +51,7 @@ class GgufHeader:
         return cls(path, rope, frozenset(tensors))
 
     def complete(self, network: Any) -> None:
-        """Put into the network's config what transformers left out. Raises ModelError where that cannot be."""
+        """Put into the network's config what transformers left out. Raises ModelError where it has no place for it."""
         if any(name.endswith(".bias") for name in self.tensors) and not any("bias" in n for n in network.state_dict()):
             name = min(name for name in self.tensors if name.endswith(".bias"))
             raise ModelError(
@@ -69,7 +67,7 @@ class GgufHeader:
 
 
 def _scaling(path: Path, said: dict[str, Any]) -> dict[str, Any]:
-    """Of the keys `rope.scaling.*`; llama.cpp takes a factor without a type as linear, as older files mean it."""
+    """The stretching that the keys `rope.scaling.*` say. A factor without a type is linear, as in llama.cpp."""
     scaling = {key.removeprefix("scaling."): value for key, value in said.items() if key.startswith("scaling.")}
     kind = scaling.pop("type", "linear")
     factor = float(scaling.pop("factor", said.get("scale_linear", 0.0)) or 1.0)
@@ -93,7 +91,7 @@ def _scaling(path: Path, said: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_frequency(path: Path, factors: Any, base: float) -> dict[str, Any]:
-    """Llama 3.1's way, which GGUF stores as what each frequency is divided by: the one setting that gives these."""
+    """Llama 3.1's way of stretching. GGUF stores the divisor of each frequency: find the setting that gives them."""
     factor_F = np.asarray(factors, dtype=np.float64).ravel()
     if np.allclose(factor_F, 1.0):
         return {}

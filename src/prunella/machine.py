@@ -37,20 +37,20 @@ def pick_device(name: str) -> torch.device:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; in main memory, where it has none of its own or does not say."""
+    """Free bytes on a device; of main memory where the device has none of its own or does not report them."""
     ask = getattr(torch.get_device_module(device), "mem_get_info", None)
     return int(psutil.virtual_memory().available if ask is None else ask(device)[0])
 
 
 def most_memory(device: torch.device) -> int:
-    """Bytes that were taken on a device at most; 0 where it has none of its own or does not say."""
+    """Most bytes that were allocated on a device; 0 where it has no memory of its own or does not report it."""
     ask = getattr(torch.get_device_module(device), "max_memory_allocated", None)
     return 0 if ask is None else int(ask(device))
 
 
 def fork_random(device: torch.device) -> AbstractContextManager[None]:
-    """Random numbers that are drawn meanwhile, on the CPU and on this device, are not missing afterwards. Other devices
-    are not opened for it."""
+    """Inside, random numbers may be drawn: afterwards the generators of the CPU and of this device are as before. Other
+    devices are not touched."""
     if device.type == "cpu":
         return torch.random.fork_rng(devices=[])
     return torch.random.fork_rng(devices=[device], device_type=device.type)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -38,11 +39,22 @@ class LayerResult:
     weights: dict[str, float | str] | None = None  # `histograms` of a pruned layer
     before: float = 0.0
 
+    @property
+    def size(self) -> int:
+        """How many weights it has."""
+        return self.shape[0] * self.shape[1]
+
     @classmethod
     def dense(cls, slot: Slot) -> LayerResult:
         """Of a layer, loaded, that stays as it is."""
         zeros = share_of(slot.view() == 0)
         return cls(slot.name, slot.shape, zeros, 0.0, str(slot.pattern), None, 0, before=zeros)
+
+
+def mean(layers: Iterable[LayerResult], value: Callable[[LayerResult], float | None]) -> float | None:
+    """Over layers, weighted by their sizes; None where none has a value."""
+    known = [(found, la.size) for la in layers if (found := value(la)) is not None]
+    return sum(found * size for found, size in known) / sum(size for _, size in known) if known else None
 
 
 @dataclass(frozen=True)

@@ -9,5 +9,5 @@ Watcher = Callable[[int, int, float | None], None]  # of training: steps done, s
 
 
 def no_track(items: Iterable[int], description: str, total: int) -> Iterable[int]:
-    """Progress that nobody watches."""
+    """Show no progress."""
     return items

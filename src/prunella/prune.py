@@ -199,7 +199,7 @@ def _prune(
             raise InputError("nothing is left to prune: every layer is skipped or has sparsity 0.")
         if path is not None and shop is not None:
             run = identity(opened.checkpoint, recipe.plain(), [ids_NL])
-            out = Output(path, opened, active, run, shop, recipe.packing)
+            out = Output(path, opened, active, run, shop, recipe.make_store())
             opened.scratch = shop.directory
         clock = time.perf_counter()
         dense = measure_once(out, "dense", opened, recipe, held_out, None, track)

@@ -23,13 +23,13 @@ _PARTS = {  # tensors that stand where a plain checkpoint has `weight`
 
 
 def foreign(names: Collection[str]) -> str | None:
-    """The kind of quantization that the names of tensors show, if they show one."""
+    """The kind of quantization that the names of tensors give away; None if they give away none."""
     return next((_PARTS[part] for name in names if (part := name.rpartition(".")[2]) in _PARTS), None)
 
 
 def find_scales(codes: Mapping[str, str]) -> tuple[dict[str, str], set[str]]:
-    """Of tensors {name: dtype code}: {FP8 weight: its scale}, and all tensors that belong to such a weight and to
-    nothing else: scales, and those of its inputs."""
+    """Given {tensor: dtype code}: {FP8 weight: its scale}, and the names of all tensors that only serve such weights
+    (their scales, and the scales of their inputs)."""
     scales: dict[str, str] = {}
     beside: set[str] = set()
     for name, code in codes.items():

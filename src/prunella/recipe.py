@@ -17,6 +17,7 @@ from .errors import InputError, unknown
 from .heal import Group, groups, make_group
 from .heal.reconstruct import RATE as RECONSTRUCTION
 from .registry import Step, lookup, make, steps
+from .store import MakeStore, find_store, make_store
 from .types import Pattern
 
 _SHIPPED = files(__package__) / "recipes"
@@ -169,7 +170,7 @@ class Recipe(_Part):
               first, with gradients; `auto`: `back` where a step reads gradients, `layer` where every step looks at
               single layers, one of them at their inputs, and the activations are less than 8 GiB
     evaluate: the text on which dense and pruned perplexity are compared: `source` (null: none), `windows`, `length`
-    format:   how the weights are saved: `dense`, zeros and all, or `packed`, without them
+    format:   the store that the weights are saved in: `dense`, zeros and all, or `packed`, without them
     bits:     packed weights that no step has quantized are rounded to 8 or 4 bits; null: they keep their dtype
     group:    inputs that share a scale, a multiple of 128; 0: whole rows
     round_head: a packed model's embedding and output head are rounded to 8 bits
@@ -192,7 +193,7 @@ class Recipe(_Part):
     steps: tuple[dict[str, dict[str, Any]], ...] = ({"sparsegpt": {}},)
     order: Literal["auto", "layer", "block", "back"] = "auto"
     evaluate: Evaluation = Evaluation()
-    format: Literal["dense", "packed"] = "dense"
+    format: str = "dense"
     bits: Literal[8, 4] | None = None
     group: int = 128
     round_head: bool = False
@@ -247,9 +248,10 @@ class Recipe(_Part):
         for step in self.steps:
             if len(step) != 1:
                 raise ValueError(f"steps: {step} should be one step, {{name: {{option: value}}}}")
-        if self.bits is not None and self.format == "dense":
+        takes = find_store(self.format).options
+        if self.bits is not None and "bits" not in takes:
             raise ValueError(f"bits: {self.bits} is of packed weights: add format: packed (--format packed)")
-        if self.round_head and self.format == "dense":
+        if self.round_head and "round_head" not in takes:
             raise ValueError("round_head is of packed models: add format: packed (--format packed)")
         if self.group < 0 or self.group % 128:
             raise ValueError(f"group {self.group} is no multiple of 128 inputs, nor 0 for whole rows")
@@ -285,10 +287,8 @@ class Recipe(_Part):
     def make_steps(self) -> list[Step]:
         return [make(name, options) for step in self.steps for name, options in step.items()]
 
-    @property
-    def packing(self) -> tuple[int | None, int, bool] | None:
-        """Bits and group of the packed format, and whether the head is rounded; None for plain weights."""
-        return (self.bits, self.group, self.round_head) if self.format == "packed" else None
+    def make_store(self) -> MakeStore:
+        return make_store(self.format, {"bits": self.bits, "group": self.group, "round_head": self.round_head})
 
     @property
     def rounding(self) -> tuple[int, int] | None:
@@ -297,7 +297,11 @@ class Recipe(_Part):
         if self.bits is not None:
             return self.bits, self.group
         options = [step.options for step in self.make_steps() if {"bits", "group"} <= step.options.keys()]
-        return (options[-1]["bits"], options[-1]["group"]) if options and self.format == "packed" else None
+        return (
+            (options[-1]["bits"], options[-1]["group"])
+            if options and "bits" in find_store(self.format).options
+            else None
+        )
 
     # --- from files, flags and dictionaries
 

@@ -26,9 +26,9 @@ from .hidden import Hidden, Shelf
 from .histogram import histograms
 from .layers import Slot, find_layers, unpruned
 from .machine import cache_directory, free_memory
-from .model.checkpoint import Checkpoint
+from .model.checkpoint import Source
 from .model.network import Model
-from .model.walk import LoadedBlock, Source
+from .model.walk import LoadedBlock, Weights
 from .outcome import BlockResult, LayerResult, share_of
 from .pattern import hold_zeros, pack
 from .progress import Track, no_track
@@ -74,8 +74,8 @@ class Stream:
         beside: bool = False,
         rounding: tuple[int, int] | None = None,
         keep_zeros: bool = False,
-        checkpoint: Checkpoint | None = None,
-        start: Source | None = None,
+        checkpoint: Source | None = None,
+        start: Weights | None = None,
         masks: Mapping[str, Tensor] | None = None,
     ):
         self.model = model
@@ -133,7 +133,7 @@ class Stream:
         """The model's logits for one batch of windows, once the hidden states have passed the last block."""
         return self.calls.logits(self.batches[batch], self.hidden[batch])
 
-    def back(self, *, loss: Loss | None = None, checkpoint: Checkpoint | None = None, track: Track = no_track) -> Back:
+    def back(self, *, loss: Loss | None = None, checkpoint: Source | None = None, track: Track = no_track) -> Back:
         """Take all windows through all blocks, and the gradient of each one's loss the way back, see `Back`."""
         return Back(self, loss=loss, checkpoint=checkpoint, track=track)
 
@@ -498,7 +498,7 @@ def pick_order(
 
 
 def through(
-    model: Model, windows_NL: Tensor, *, checkpoint: Checkpoint | None = None, track: Track = no_track, what: str
+    model: Model, windows_NL: Tensor, *, checkpoint: Source | None = None, track: Track = no_track, what: str
 ) -> Stream:
     """A stream with no steps: all windows through all blocks, one block in memory at a time."""
     stream = Stream(model, windows_NL, checkpoint=checkpoint)

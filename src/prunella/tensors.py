@@ -25,10 +25,11 @@ from torch import Tensor
 
 from .errors import ModelError, ReadError
 from .grid import Grid
-from .model.checkpoint import read_header
+from .model.checkpoint import Checkpoint, read_header
+from .model.files import SINGLE, files_in
 from .pattern import unpack
 
-INDEX = "model.safetensors.index.json"
+INDEX = f"{SINGLE}.index.json"
 MASKS = "prunella.masks"
 GRIDS = "prunella.grids"
 CODES = {
@@ -43,7 +44,7 @@ CODES = {
     torch.int64: "I64",
     torch.bool: "BOOL",
 }
-_DTYPES = {code: dtype for dtype, code in CODES.items()}
+DTYPES = {code: dtype for dtype, code in CODES.items()}
 FLOATS = {"F32", "BF16", "F16"}
 _SIZES = dict.fromkeys(("F64", "I64", "U64"), 8) | dict.fromkeys(("F32", "I32", "U32"), 4)  # bytes; else 2 or 1
 _SIZES |= dict.fromkeys(("F16", "BF16", "I16", "U16"), 2)
@@ -104,7 +105,7 @@ class TensorFile:
         code, shape, start, _ = self.tensors[name]
         if tuple(tensor.shape) != shape:
             raise ModelError(f"tensor '{name}' has shape {tuple(tensor.shape)}, but its place in the file {shape}.")
-        data = tensor.detach().to(_DTYPES[code]).cpu().contiguous().flatten().view(torch.uint8).numpy()
+        data = tensor.detach().to(DTYPES[code]).cpu().contiguous().flatten().view(torch.uint8).numpy()
         _write_all(self._file, memoryview(data.data), start)
         self.written.add(name)
 
@@ -243,6 +244,19 @@ def write_grids(path: Path, grids: Mapping[str, Grid]) -> None:
 
 # ---------------------------------------------------------------------------------------------------------
 # Small files
+
+
+def write_index(directory: Path) -> None:
+    """Say which tensor is in which file, where there are several files."""
+    checkpoint = Checkpoint(directory, files_in(directory))
+    if list(checkpoint.files) != [SINGLE]:
+        index = {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": dict(sorted(checkpoint.where.items()))}
+        write_json(directory / INDEX, index)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """As the config files beside a model's weights are written."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -83,18 +83,21 @@ def documents(source: str, tokenizer: Any = None, split: Split = "train") -> Ite
 
 
 def same_text(source: str, tested: str) -> bool:
-    """Is what a source means to calibrate and heal on the text that another one means to evaluate on? It may be a file
-    or a data set by two names."""
+    """Is `source`, as a text to calibrate and heal on, the text that `tested` is to evaluate on? It may be a file or a
+    data set by two names."""
     one, other = _hub(source, "train"), _hub(tested, "test")
     if one or other:
         return one == other
-    return source == tested or (
-        Path(source).is_file() and Path(tested).is_file() and Path(source).samefile(Path(tested))
-    )
+    return source == tested or same_file(source, tested)
+
+
+def same_file(name: str, other: str) -> bool:
+    """Are these two names of one file or directory?"""
+    return Path(name).exists() and Path(other).exists() and Path(name).samefile(other)
 
 
 def endless(source: str) -> bool:
-    """May it be longer than anyone would read as a whole?"""
+    """Is the text too long to be read as a whole?"""
     return _hub(source, "test") is not None and not (source in _NAMED and _NAMED[source].short)
 
 
@@ -153,7 +156,7 @@ def _conversation(messages: Any, place: str, tokenizer: Any) -> str:
 
 
 def lead(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text by itself: a BOS, or nothing."""
+    """The tokens that the tokenizer puts before every text: a BOS, or none."""
     plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole: list[int] = tokenizer("a")["input_ids"]
     starts = (at for at in range(len(whole)) if plain and whole[at : at + len(plain)] == plain)
@@ -189,7 +192,7 @@ def _file(
 
 
 def _decoded(file: IO[bytes], newline: str | None = None) -> io.TextIOWrapper:
-    """UTF-8, without the mark that some programs begin it with."""
+    """A file decoded from UTF-8, without a byte order mark."""
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
 
 
@@ -212,7 +215,7 @@ def _objects(lines: Iterable[str], name: str) -> _Rows:
 
 
 def _json(file: IO[bytes], name: str) -> _Rows:
-    """An array, one object, or lines as in a .jsonl file, which many a .json file is."""
+    """An array, one object, or JSON lines, which many .json files hold."""
     text, start = _decoded(file), list[str]()
     for line in text:
         start.append(line)
@@ -266,7 +269,7 @@ def _parquet(file: IO[bytes], name: str) -> _Rows:
 
 
 def _check_columns(names: Iterable[str], name: str) -> list[str]:
-    """Those of text. Raises InputError."""
+    """The columns that hold text. Raises InputError if there is none."""
     found = [column for column in names if column in ("text", "messages")]
     if not found:
         raise InputError(f"{name} has no 'text' column, nor 'messages'; it has: {', '.join(names) or 'none'}.")

@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import prunella
+from prunella.packing import pack_model
 from prunella.sparse import block, kernels
 from prunella.sparse.bench import packed_copy, random_packed
-from prunella.sparse.block import FusedBlock, Stack, _Weights, slow_down, speed_up
-from prunella.sparse.commands import pack_model
+from prunella.sparse.block import FusedBlock, Stack, slow_down, speed_up
 from prunella.sparse.format import unpack
+from prunella.sparse.placed import Weights
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="the C kernels were not compiled")
 ALIKE = ("llama", "mistral", "qwen2", "qwen3")
@@ -326,13 +327,13 @@ def test_a_cache_is_not_copied_for_every_token_and_copies_are_their_own() -> Non
 def alone(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Number of each block that had to compute its answer by itself."""
     found: list[int] = []
-    run = _Weights.run
+    run = Weights.run
 
-    def spy(self: _Weights, *arguments: Any) -> Tensor:
+    def spy(self: Weights, *arguments: Any) -> Tensor:
         found.append(self.layer)
         return run(self, *arguments)
 
-    monkeypatch.setattr(_Weights, "run", spy)
+    monkeypatch.setattr(Weights, "run", spy)
     return found
 
 

@@ -16,8 +16,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import prunella
 from prunella.errors import InputError, ModelError
+from prunella.packing import pack_model, packed_config, unpack_model
 from prunella.sparse.bench import bench
-from prunella.sparse.commands import pack_model, packed_config, unpack_model
 from prunella.sparse.linear import DenseLinear, SparseExpert, SparseLinear, TrainingError
 
 WIDE = {"hidden_size": 192, "intermediate_size": 320, "head_dim": 48, "n_embd": 192, "word_embed_proj_dim": 192}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from prunella.sparse.commands import pack_model, unpack_model
+from prunella.packing import pack_model, unpack_model
 
 
 @pytest.fixture(scope="module")

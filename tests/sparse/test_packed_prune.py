@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import prunella
 from prunella import InputError, Recipe, load_model, perplexity, wrap_model
+from prunella.packing import pack_model, unpack_model
 from prunella.save import Output
-from prunella.sparse.commands import pack_model, unpack_model
 from prunella.sparse.linear import SparseLinear
 from prunella.tensors import GRIDS, INDEX, MASKS
 

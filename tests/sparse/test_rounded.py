@@ -19,9 +19,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 import prunella
 from prunella import load_model, perplexity
 from prunella.errors import InputError, ModelError, NumericalError
+from prunella.packing import pack_model, unpack_model
 from prunella.sparse import kernels
 from prunella.sparse.bench import bench
-from prunella.sparse.commands import pack_model, unpack_model
 from prunella.sparse.format import round_weight
 from prunella.sparse.linear import TrainingError
 from prunella.sparse.rounded import RoundedEmbedding, RoundedLinear, TiedHead, heads

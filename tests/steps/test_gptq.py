@@ -1,4 +1,4 @@
-"""Pruning and rounding in one sweep, on grids that the packed format stores as they are."""
+"""Pruning and rounding in one pass, on grids that the packed format stores as they are."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 import prunella
 from prunella import InputError, ModelError, Stats, make
 from prunella.grid import Grid, fit, limit
+from prunella.packing import pack_model, packed_config, unpack_model
 from prunella.save import Output
-from prunella.sparse.commands import pack_model, packed_config, unpack_model
 from prunella.sparse.format import pack, unpack
 from prunella.tensors import GRIDS, read_grids
 

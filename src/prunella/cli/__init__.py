@@ -33,7 +33,7 @@ __all__ = ["app", "err", "main", "out"]
 
 
 def main() -> None:
-    """Entry point: what the user can mend is one line and exit code 2, a defect of ours exit code 1."""
+    """Entry point. An error that the user can mend is one line and exit code 2, a defect of ours exit code 1."""
     keep_freed_memory()
     never_fail_to_encode()
     arguments, _ = _arguments()
@@ -99,7 +99,7 @@ LESS = {  # what takes less memory
 
 
 def _usage(error: Any, command: str) -> str:
-    """What typer says of a command line that it cannot read, and where to read on."""
+    """Typer's message about a command line that it cannot read, and which help to open."""
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else f"prunella {command}".rstrip()
     message = error.format_message().strip()

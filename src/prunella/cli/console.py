@@ -27,7 +27,7 @@ _CONTROL = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}
 
 
 def never_fail_to_encode() -> None:
-    """Print what the terminal's encoding cannot hold as `?`, and names that are not text as their bytes."""
+    """Print `?` for characters that the terminal cannot encode; file names that are not UTF-8 keep their bytes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             unicode = stream.encoding.lower().replace("-", "").startswith("utf")
@@ -99,7 +99,7 @@ class Lines:
         self.start = self.last = time.monotonic()
 
     def at(self, done: int, total: int, about: str = "") -> None:
-        """So much is done."""
+        """Tell that `done` of `total` are done; prints no more than a line in ten seconds."""
         now = time.monotonic()
         if self.first is None or done <= self.first:
             self.first, self.start, self.last = done, now, now

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,39 +12,34 @@ from .console import print_table
 from .options import (
     MAIN,
     MEASURE,
+    OPENING,
+    PLACE,
+    ROUNDING,
     RUN,
-    Bits,
-    Device,
-    Dtype,
-    Group,
-    Head,
+    TRUST,
     Json,
     ModelName,
     Out,
-    Pickle,
-    Revision,
-    Tokenizer,
-    Trust,
+    ask,
     complete_from,
-    flag,
+    grouped,
     of,
     share_of,
 )
 
 
 @app.command(rich_help_panel=RUNNING)
+@grouped
 def pack(
     model: Annotated[str, typer.Argument(metavar="DIR", help="A pruned model.")],
     output: Out,
-    bits: Bits = None,
-    group: Group = 128,
-    round_head: Head = False,
-    trust_remote_code: Trust = False,
+    rounding: Annotated[dict[str, Any], ROUNDING],
+    trust: Annotated[dict[str, Any], TRUST[:1]],
 ) -> None:
     """Store a pruned model without its zeros; transformers loads it where Prunella is installed."""
-    from ..sparse.commands import pack_model
+    from ..packing import pack_model
 
-    result = pack_model(model, output, bits, group, head=round_head, remote_code=trust_remote_code)
+    result = pack_model(model, output, **rounding, **trust)
     print(
         f"{result.layers} layers packed: {result.dense / 1e6:,.1f} MB became {result.packed / 1e6:,.1f} MB"
         f" ({result.packed / result.dense:.3f}); saved to {output}"
@@ -54,30 +49,25 @@ def pack(
 
 
 @app.command(rich_help_panel=RUNNING)
-def unpack(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A packed model.")],
-    output: Out,
-) -> None:
+def unpack(directory: Annotated[str, typer.Argument(metavar="DIR", help="A packed model.")], output: Out) -> None:
     """Make a plain model of a packed one."""
-    from ..sparse.commands import unpack_model
+    from ..packing import unpack_model
 
     print(f"{unpack_model(directory, output)} layers unpacked; saved to {output}")
 
 
 @app.command(rich_help_panel=RUNNING)
+@grouped
 def generate(
     model: ModelName,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to continue.")],
-    revision: Revision = None,
-    tokenizer: Tokenizer = None,
-    tokens: Annotated[int, of(MAIN, metavar="N", min=1, help="At most so many new tokens.")] = 100,
-    temperature: Annotated[float, of(MAIN, metavar="NUMBER", min=0, help="0: always the likeliest token.")] = 0.0,
-    chat: Annotated[bool, flag(MAIN, "--chat", help="Wrap the prompt in the model's chat template.")] = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    seed: Annotated[int, of(RUN, metavar="N", help="Seed of the sampling.")] = 0,
-    trust_remote_code: Trust = False,
-    allow_pickle: Pickle = False,
+    *,
+    opening: Annotated[dict[str, Any], (*OPENING, *PLACE)],
+    tokens: Annotated[int, of(MAIN, "--tokens N", "At most so many new tokens.", min=1)] = 100,
+    temperature: Annotated[float, of(MAIN, "--temperature NUMBER", "0: always the likeliest token.", min=0)] = 0.0,
+    chat: Annotated[bool, of(MAIN, "--chat", "Wrap the prompt in the model's chat template.")] = False,
+    seed: Annotated[int, of(RUN, "--seed N", "Seed of the sampling.")] = 0,
+    trust: Annotated[dict[str, Any], TRUST],
 ) -> None:
     """Continue PROMPT, printing the text as it comes."""
     import torch
@@ -87,16 +77,7 @@ def generate(
     from ..evaluate.measure import room
     from ..model.open import load_model
 
-    opened = load_model(
-        model,
-        dtype=dtype,
-        device=device,
-        remote_code=trust_remote_code,
-        pickles=allow_pickle,
-        packed=True,
-        revision=revision,
-        tokenizer=tokenizer,
-    )
+    opened = load_model(model, packed=True, **opening, **trust)
     reader = opened.tokenizer
     if reader is None:
         raise InputError(f"model '{model}' has no tokenizer, so it cannot read a prompt.")
@@ -123,45 +104,37 @@ def generate(
         )
 
 
+LOAD = (
+    ask(MEASURE, "--prompt N", "prompt", "Tokens of the prefill.", 512, min=1),
+    ask(MEASURE, "--tokens N", "tokens", "Tokens generated, one at a time.", 32, min=1),
+    ask(MEASURE, "--rounds N", "rounds", "Turns of dense and packed; medians count.", 3, min=1),
+    ask(MEASURE, "--threads N", "threads", "Threads to run on. [default: as PyTorch has them]", min=1),
+)
+
+
 @app.command(rich_help_panel=RUNNING)
+@grouped
 def bench(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A pruned or packed model.")] = None,
+    *,
     random: Annotated[
         str | None,
         of(
             MAIN,
-            metavar="SHAPE",
-            help="In place of MODEL random weights of a shape: llama-1b, tiny, or a directory with a config.",
+            "--random SHAPE",
+            "In place of MODEL random weights of a shape: llama-1b, tiny, or a directory with a config.",
             autocompletion=complete_from("llama-1b", "tiny"),
         ),
     ] = None,
-    sparsity: Annotated[str, of(MAIN, metavar="SHARE", help="Of random weights.")] = "0.5",
-    bits: Bits = None,
-    group: Group = 128,
-    round_head: Head = False,
-    prompt: Annotated[int, of(MEASURE, metavar="N", min=1, help="Tokens of the prefill.")] = 512,
-    tokens: Annotated[int, of(MEASURE, metavar="N", min=1, help="Tokens generated, one at a time.")] = 32,
-    rounds: Annotated[int, of(MEASURE, metavar="N", min=1, help="Turns of dense and packed; medians count.")] = 3,
-    threads: Annotated[
-        int | None, of(MEASURE, metavar="N", min=1, help="Threads to run on.", default="as PyTorch has them")
-    ] = None,
+    sparsity: Annotated[str, of(MAIN, "--sparsity SHARE", "Of random weights.")] = "0.5",
+    rounding: Annotated[dict[str, Any], ROUNDING],
+    load: Annotated[dict[str, Any], LOAD],
     json_: Json = False,
 ) -> None:
     """Measure prefill and decode speed on this machine, dense beside packed."""
-    from ..sparse.commands import bench as measure
+    from ..sparse.bench import bench as measure
 
-    result = measure(
-        model,
-        random=random,
-        sparsity=share_of(sparsity),
-        bits=bits,
-        group=group,
-        head=round_head,
-        prompt=prompt,
-        tokens=tokens,
-        rounds=rounds,
-        threads=threads,
-    )
+    result = measure(model, random=random, sparsity=share_of(sparsity), **rounding, **load)
     if json_:
         print(json.dumps(result))
         return
@@ -172,7 +145,7 @@ def bench(
         ("decode, tokens a second", *(f"{side['decode']:,.2f}" for side in sides)),
         ("of the read bandwidth", *(f"{side['bandwidth']:.0%}" for side in sides)),
     )
-    title = f"{model or random}: {prompt} tokens of prompt, {tokens} generated"
+    title = f"{model or random}: {load['prompt']} tokens of prompt, {load['tokens']} generated"
     print_table(("", "dense", "packed"), rows, title, right=("dense", "packed"))
     print(
         f"packed is {speedup['decode']:.2f} times as fast in decoding, {speedup['prefill']:.2f} times in prefill;"

@@ -6,95 +6,51 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from .app import SEEING, app
 from .console import print_table, track
-from .options import (
-    MAIN,
-    MEASURE,
-    SOURCES,
-    Bos,
-    Device,
-    Dtype,
-    Json,
-    ModelName,
-    Pickle,
-    Revision,
-    Tokenizer,
-    Trust,
-    of,
-    source,
+from .options import BOS, MAIN, MEASURE, OPENING, PLACE, SOURCES, TRUST, Json, ModelName, ask, grouped, of
+
+MEASURING = (
+    ask(
+        MEASURE,
+        "--text TEXT …",
+        "texts",
+        f"What to measure perplexity on: {SOURCES}; repeat. [default: pydoc, or with tasks none]",
+    ),
+    ask(MEASURE, "--length TOKENS", "length", "Tokens in a window. [default: 2048, or the model's context]", min=2),
+    ask(MEASURE, "--windows N", "windows", "The first so many windows. [default: all; of c4 and hf:… 256]", min=1),
+    BOS,
+    ask(MEASURE, "--tasks NAMES", "tasks", "Tasks of lm-eval: arc_easy,piqa …"),
+    ask(MEASURE, "--tasks-file FILE …", "files", "JSON lines with query, choices and gold, for lm-eval; repeat."),
+    ask(MEASURE, "--limit N", "limit", "The first so many questions of each task. [default: all]", min=1),
+    ask(MEASURE, "--beside MODEL", "beside", "Compare with this model, the dense one say."),
 )
 
 
 @app.command("eval", rich_help_panel=SEEING)
+@grouped
 def evaluate_(
     model: ModelName,
-    revision: Revision = None,
-    tokenizer: Tokenizer = None,
-    text: Annotated[
-        list[str] | None,
-        of(
-            MEASURE,
-            metavar="TEXT",
-            help=f"What to measure perplexity on: {SOURCES}; repeat.",
-            default="pydoc, or with tasks none",
-            autocompletion=source,
-        ),
-    ] = None,
-    length: Annotated[
-        int | None,
-        of(MEASURE, metavar="TOKENS", min=2, help="Tokens in a window.", default="2048, or the model's context"),
-    ] = None,
-    windows: Annotated[
-        int | None,
-        of(MEASURE, metavar="N", min=1, help="The first so many windows.", default="all; of c4 and hf:… 256"),
-    ] = None,
-    bos: Bos = None,
-    tasks: Annotated[str | None, of(MEASURE, metavar="NAMES", help="Tasks of lm-eval: arc_easy,piqa …")] = None,
-    tasks_file: Annotated[
-        list[Path] | None,
-        of(MEASURE, metavar="FILE", help="JSON lines with query, choices and gold, for lm-eval; repeat."),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        of(MEASURE, metavar="N", min=1, help="The first so many questions of each task.", default="all"),
-    ] = None,
-    beside: Annotated[
-        str | None, of(MEASURE, metavar="MODEL", help="Compare with this model, the dense one say.")
-    ] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    *,
+    opening: Annotated[dict[str, Any], OPENING],
+    given: Annotated[dict[str, Any], (*MEASURING, *PLACE)],
     json_: Json = False,
-    trust_remote_code: Trust = False,
-    allow_pickle: Pickle = False,
+    trust: Annotated[dict[str, Any], TRUST],
 ) -> None:
     """Measure MODEL: perplexity on texts, in consecutive windows each scored on its own; accuracy on tasks."""
     from ..evaluate.score import score
     from ..model.names import at_revision
     from ..report import bos_words
 
-    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    result = score(
-        at_revision(model, revision),
-        text or ([] if names or tasks_file else ["pydoc"]),
-        names,
-        tasks_file or [],
-        beside=beside,
-        length=length,
-        windows=windows,
-        limit=limit,
-        bos=bos is not False,
-        dtype=dtype,
-        device=device,
-        tokenizer=tokenizer,
-        remote_code=trust_remote_code,
-        pickles=allow_pickle,
-        track=track,
-    )
+    tasks = [name.strip() for name in given.pop("tasks", "").split(",") if name.strip()]
+    texts = given.pop("texts", None) or ([] if tasks or "files" in given else ["pydoc"])
+    name = at_revision(model, opening.pop("revision", None))
+    result = score(name, texts, tasks, track=track, **given, **opening, **trust)
+    beside = given.get("beside")
     if json_:
         print(json.dumps(result))
         return
@@ -152,12 +108,11 @@ def inspect(
 def report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned model.")],
     output: Annotated[
-        Path | None,
-        of(MAIN, "--output", "-o", metavar="FILE", help="The page to write.", default="DIR/report.html"),
+        Path | None, of(MAIN, "--output -o FILE", "The page to write. [default: DIR/report.html]")
     ] = None,
 ) -> None:
     """Write a page of HTML that shows what was done to a pruned model; it needs no network."""
-    from ..page import write_page
+    from ..report.page import write_page
 
     print(f"saved to {write_page(directory, output)}")
 
@@ -165,12 +120,12 @@ def report(
 @app.command(rich_help_panel=SEEING)
 def compare(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Pruned models.")],
-    html: Annotated[Path | None, of(MAIN, metavar="FILE", help="Write a page of HTML as well.")] = None,
+    html: Annotated[Path | None, of(MAIN, "--html FILE", "Write a page of HTML as well.")] = None,
     json_: Json = False,
 ) -> None:
     """Pruned models side by side: what was done to each and what it measured."""
-    from ..compare import Comparison
-    from ..page import write_text
+    from ..report.compare import Comparison
+    from ..report.page import write_text
 
     found = Comparison.read(directories)
     if html is not None:

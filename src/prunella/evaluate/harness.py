@@ -24,6 +24,7 @@ from lm_eval.tasks import TaskManager
 
 from ..calibrate import check_tokens
 from ..errors import InputError, first_line, unknown
+from ..model.network import Model
 from ..model.open import load_model
 from ..texts import lead
 
@@ -36,7 +37,7 @@ class PrunellaLM(HFLM):  # type: ignore[misc]
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | Model,
         dtype: str = "auto",
         device: str | None = None,
         tokenizer: str | None = None,
@@ -48,9 +49,11 @@ class PrunellaLM(HFLM):  # type: ignore[misc]
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):  # the harness's default
             device = "auto"
         trust: dict[str, Any] = {"remote_code": trust_remote_code, "pickles": allow_pickle}
-        opened = load_model(pretrained, dtype=dtype, device=device, tokenizer=tokenizer, packed=True, **trust)
+        opened = pretrained
+        if isinstance(opened, str):
+            opened = load_model(opened, dtype=dtype, device=device, tokenizer=tokenizer, packed=True, **trust)
         if opened.tokenizer is None:
-            raise InputError(f"model '{pretrained}' has no tokenizer, so it cannot read questions.")
+            raise InputError(f"model '{opened.name}' has no tokenizer, so it cannot read questions.")
         self._opened = opened
         opened.load(lambda name: True)
         with _quiet():
@@ -102,11 +105,7 @@ def accuracies(
     *,
     limit: int | None = None,
     bos: bool = True,
-    dtype: str = "auto",
-    device: str = "auto",
-    tokenizer: str | None = None,
-    remote_code: bool = False,
-    pickles: bool = False,
+    **opening: Any,
 ) -> list[Accuracy]:
     """Zero-shot accuracies of a model, one for each task; those of groups of tasks (mmlu) are listed task by task.
 
@@ -116,6 +115,7 @@ def accuracies(
             a `Question:` is followed by `Answer:`, as in the harness's own tasks; any other is simply continued.
         limit: the first so many questions of each.
         bos: what the tokenizer puts before a text stands before each request; else nothing does.
+        opening: how the model is opened, as for `load_model`.
     Raises:
         InputError: unknown tasks, tasks whose data cannot be had, damaged files.
     """
@@ -141,15 +141,7 @@ def accuracies(
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=1234)
-        lm = PrunellaLM(
-            model,
-            dtype=dtype,
-            device=device,
-            tokenizer=tokenizer,
-            trust_remote_code=remote_code,
-            allow_pickle=pickles,
-            add_bos_token=None if bos else False,
-        )
+        lm = PrunellaLM(load_model(model, packed=True, **opening), add_bos_token=None if bos else False)
         begins = bos and bool(lead(lm.tokenizer))
         found = evaluate(lm, loaded, limit=limit, bootstrap_iters=1000)
     return [_accuracy(name, begins, found["results"][name], samples) for name, samples in found["samples"].items()]

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..calibrate import check_tokens, check_windows, context, positions, text_tokens, windows, with_bos
 from ..errors import InputError
 from ..machine import free_memory
-from ..model.checkpoint import Checkpoint
+from ..model.checkpoint import Source
 from ..model.network import Model
 from ..progress import Track
 from ..recipe import Recipe
@@ -46,18 +46,13 @@ def held_out_windows(model: Model, recipe: Recipe, used: int) -> Tensor | None:
     return found_NL
 
 
-def same_file(name: str, other: str) -> bool:
-    """Are these two names of one file or directory?"""
-    return Path(name).exists() and Path(other).exists() and Path(name).samefile(other)
-
-
 def whole_name(source: str) -> str:
     """A source as it can be found from anywhere."""
     return os.path.abspath(source) if Path(source).is_file() else source
 
 
 def measure(
-    model: Model, recipe: Recipe, ids_NL: Tensor | None, checkpoint: Checkpoint | None, track: Track
+    model: Model, recipe: Recipe, ids_NL: Tensor | None, checkpoint: Source | None, track: Track
 ) -> dict[str, Any]:
     """Perplexity on held-out windows and a sample of text; of the weights in `checkpoint`, if one is given. `text` says
     which windows they were, `bos` whether each begins with a BOS."""
@@ -74,7 +69,7 @@ def measure_once(
     model: Model,
     recipe: Recipe,
     ids_NL: Tensor | None,
-    checkpoint: Checkpoint | None,
+    checkpoint: Source | None,
     track: Track,
 ) -> dict[str, Any]:
     """As `measure`; a run that resumes does not measure the same side (dense, pruned, …) on the same windows again."""
@@ -99,7 +94,7 @@ def room(model: Model, prompt_BL: Tensor, tokens: int) -> int:
     return tokens if limit is None else min(tokens, limit - prompt_BL.shape[1] + 1)
 
 
-def _sample(model: Model, checkpoint: Checkpoint | None, tokens: int = 24) -> str | None:
+def _sample(model: Model, checkpoint: Source | None, tokens: int = 24) -> str | None:
     """A greedy continuation of a fixed prompt, where the whole model fits comfortably in memory."""
     size = model.parameters * model.dtype.itemsize
     if model.checkpoint is not None and size > free_memory(model.device) // 3:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..calibrate import check_windows
 from ..errors import NumericalError
-from ..model.checkpoint import Checkpoint
+from ..model.checkpoint import Source
 from ..model.network import Model
 from ..progress import Track, no_track
 from ..stream import Stream, through
@@ -42,7 +42,7 @@ class Perplexity:
 
 
 def perplexity(
-    model: Model, windows_NL: Tensor, *, checkpoint: Checkpoint | None = None, track: Track = no_track
+    model: Model, windows_NL: Tensor, *, checkpoint: Source | None = None, track: Track = no_track
 ) -> Perplexity:
     """The model's perplexity, measured block by block, so that the model may be larger than memory.
 
@@ -66,7 +66,7 @@ def perplexity(
     return Perplexity(math.exp(min(mean, 700.0)), len(every), windows_NL.shape[1], tuple(every))
 
 
-def losses(stream: Stream, checkpoint: Checkpoint | None = None) -> list[float]:
+def losses(stream: Stream, checkpoint: Source | None = None) -> list[float]:
     """Mean negative log-likelihood per predicted token of each window that has passed all blocks."""
     out: list[float] = []
     with stream.model.outside(checkpoint=checkpoint), torch.no_grad():
@@ -77,7 +77,7 @@ def losses(stream: Stream, checkpoint: Checkpoint | None = None) -> list[float]:
     return out
 
 
-def _culprit(model: Model, windows_NL: Tensor, checkpoint: Checkpoint | None) -> str:
+def _culprit(model: Model, windows_NL: Tensor, checkpoint: Source | None) -> str:
     """The tensor that is damaged or, if none is, the block that overflows first."""
 
     def damaged(inside: str | None) -> str | None:

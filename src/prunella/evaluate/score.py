@@ -35,12 +35,8 @@ def score(
     windows: int | None = None,
     limit: int | None = None,
     bos: bool = True,
-    dtype: str = "auto",
-    device: str = "auto",
-    tokenizer: str | None = None,
-    remote_code: bool = False,
-    pickles: bool = False,
     track: Track = no_track,
+    **opening: Any,
 ) -> dict[str, Any]:
     """Measure a model by any name, a packed one in packed form.
 
@@ -51,19 +47,17 @@ def score(
         bos: every window, and every request of a task, begins with what the tokenizer puts before a text, if anything;
             else none does.
         beside: another model to measure on the same; differences are of `model` minus this one.
-        tokenizer: a directory or hub id with a tokenizer, in place of the models' own.
+        opening: how models are opened, as for `load_model`: dtype, device, tokenizer, remote_code, pickles.
     Returns:
         Plain data: model, beside, dtype, texts and tasks (one entry each, with what `beside` got under that name), and
         warnings about what makes the figures doubtful. With one text its fields stand at the top as well.
     Raises:
         PrunellaError: anything about the input that the user can mend.
     """
-    trust: dict[str, Any] = {"remote_code": remote_code, "pickles": pickles}
-    options: dict[str, Any] = {"dtype": dtype, "device": device, "tokenizer": tokenizer, **trust}
     warnings: list[str] = []
-    opened = load_model(model, packed=True, **options)
+    opened = load_model(model, packed=True, **opening)
     result = {"model": model, "beside": beside, "dtype": str(opened.dtype)[6:]}
-    other = load_model(beside, packed=True, **options) if beside and texts else None
+    other = load_model(beside, packed=True, **opening) if beside and texts else None
     length = length or min(2048, *(context(m) for m in (opened, other) if m is not None))
     known = {name: seen(name) for name in (model, beside) if name}
     cut: list[tuple[str, Tensor]] = []
@@ -107,11 +101,11 @@ def score(
             if error.name is None or error.name.partition(".")[0] not in ("lm_eval", "datasets"):
                 raise
             raise InputError("accuracies on tasks need the package lm-eval: pip install 'prunella[eval]'.") from None
-        mine = accuracies(model, tasks, files, limit=limit, bos=bos, **options)
+        mine = accuracies(model, tasks, files, limit=limit, bos=bos, **opening)
         found_tasks = [accuracy.plain() for accuracy in mine]
         if beside:
             for entry, one, two in zip(
-                found_tasks, mine, accuracies(beside, tasks, files, limit=limit, bos=bos, **options), strict=True
+                found_tasks, mine, accuracies(beside, tasks, files, limit=limit, bos=bos, **opening), strict=True
             ):
                 entry |= {"beside": two.plain(), "changed": one.changed(two)}
     top = found_texts[0] if len(found_texts) == 1 else {}

@@ -50,8 +50,10 @@ def prune_and_heal(
     check_way(recipe.heal.way, team)
     if rounds > 1 and recipe.shape.sparsity is not None:
         raise InputError(f"pattern {recipe.pattern} has one sparsity, which leaves nothing to do in {rounds} rounds.")
-    if recipe.packing is not None:
-        raise InputError("healing writes dense checkpoints: leave --format packed out, then prunella pack the result.")
+    if recipe.format != "dense":
+        raise InputError(
+            f"healing writes dense checkpoints: leave --format {recipe.format} out, then prunella pack the result."
+        )
     names = {name for item in recipe.heal.train for name in item}
     for name in sorted(names & {"new-biases", "lora"} if rounds > 1 else ()):
         raise InputError(f"'{name}' is for one round: what it adds is not there when the next one prunes.")

@@ -1,36 +1,64 @@
-"""Checkpoints: tensors in safetensors files, read one by one."""
+"""Where weights come from: a source, and the usual one, tensors in safetensors files that are read one by one."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ..errors import ModelError, ReadError
 from ..quantized import Scaled, find_scales
 from .files import read_json, weight_files
 
-if TYPE_CHECKING:
-    from .network import Model
+Place = tuple[str, tuple[int, ...], int, int]  # of a tensor in a file: dtype, shape, first byte, last byte + 1
 
 
-class Checkpoint:
+class Source:
+    """Where weights come from: what `Model.load` reads. Some stand there as tensors of the model's files (`where`,
+    `open`); others in a form of the source's own, of which `parameter` makes what the network has (`own`).
+
+    directory: what messages name
+    files:     file name -> {tensor name: its place}
+    where:     tensor name -> file name
+    own:       {parameter: what the source knows it by}, under its name in the network or in the files of a plain model
+    """
+
+    directory: Path
+    files: Mapping[str, Mapping[str, Place]] = {}
+    where: Mapping[str, str] = {}
+    own: Mapping[str, Any] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Of all weights."""
+        return sum(end - start for tensors in self.files.values() for _, _, start, end in tensors.values())
+
+    @contextlib.contextmanager
+    def open(self, names: Iterable[str]) -> Iterator[Mapping[str, Any]]:
+        """Tensors of these names, each read when it is sliced, as those of `safe_open` are."""
+        yield {}
+
+    def parameter(self, name: str, dtype: torch.dtype) -> Tensor:
+        """One of `own`, in `dtype`. Raises ModelError, naming the tensor, if it is missing or damaged."""
+        raise NotImplementedError
+
+
+class Checkpoint(Source):
     """The safetensors files of a directory, read tensor by tensor: those that transformers would read, or those of
     these `names`. FP8 weights are read times their scales, and stand here as what they are read as, bfloat16.
 
-    files:  file name -> {tensor name: (dtype, shape, first byte, last byte + 1)}
-    where:  tensor name -> file name
     scales: FP8 tensor -> (its scale, the file of that)
     """
 
     def __init__(self, directory: Path, names: Iterable[str] | None = None):
         self.directory = directory
-        self.files: dict[str, dict[str, tuple[str, tuple[int, ...], int, int]]] = {}
+        self.files: dict[str, dict[str, Place]] = {}
         self.metadata: dict[str, dict[str, str]] = {}
         self.where: dict[str, str] = {}
         for name in weight_files(directory) if names is None else names:
@@ -62,10 +90,6 @@ class Checkpoint:
         said = read_json(self.directory / "config.json").get("quantization_config")
         return said if isinstance(said, dict) else {}
 
-    @property
-    def nbytes(self) -> int:
-        return sum(end - start for tensors in self.files.values() for _, _, start, end in tensors.values())
-
     def dtype(self) -> torch.dtype:
         """The floating-point dtype that most bytes are stored in."""
         count: dict[str, int] = {}
@@ -80,9 +104,6 @@ class Checkpoint:
                 " BF16 and F16 can be pruned. Dequantize the model first."
             )
         return kinds[best]
-
-    def fill(self, model: Model, wanted: Callable[[str], bool]) -> None:
-        """Fill those `wanted` parameters that are not in the files under any name: a packed checkpoint has some."""
 
     @contextlib.contextmanager
     def open(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -110,7 +131,7 @@ class Checkpoint:
                 raise ReadError(f"a tensor in '{self.directory}' cannot be read: {error}.") from None
 
 
-def read_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int, int]], dict[str, str]]:
+def read_header(path: Path) -> tuple[dict[str, Place], dict[str, str]]:
     """The tensors of a safetensors file, {name: (dtype, shape, start, end)} with offsets in the file, and its
     metadata. Raises ModelError, naming the file, if it is truncated or damaged."""
     try:

@@ -48,8 +48,9 @@ def converted(
     load_tokenizer: Callable[[], Any],
     beside: Path | None = None,
 ) -> Path:
-    """Load a whole model, write it to `target` as safetensors with the files that lie beside it; the directory appears
-    when it is whole. Raises ModelError, naming the tensor, where one is missing: transformers would draw it."""
+    """Load a whole model and write it to `target` as safetensors, with the companions in `beside`; the directory
+    appears when it is whole. Raises ModelError, naming the tensor, where one is missing: transformers would make it
+    up."""
     if (target / "config.json").is_file():
         return target
     from transformers import AutoModelForCausalLM
@@ -99,6 +100,6 @@ def converted(
 
 
 def key_of(what: Path, files: Iterable[Path]) -> str:
-    """The same as long as none of the files changes."""
+    """A hash of these files' names, sizes and times: it changes when one of them does."""
     stats = [(path.name, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in sorted(files)]
     return hashlib.sha256(f"{what.resolve()}|{stats}".encode()).hexdigest()[:16]

@@ -102,7 +102,7 @@ def copy_companions(source: Path, target: Path, but: Collection[str] = ()) -> No
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; nothing of a file that holds none, of which others tell."""
+    """The JSON object in a file; {} if it holds none or cannot be read, which is reported elsewhere."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -12,8 +12,8 @@ from .files import COMPANIONS, PICKLED, SINGLE, TEMPLATES, read_json, weight_fil
 
 
 def from_hub(name: str, pickles: bool, weights: bool = True) -> Path:
-    """The hub's snapshot: what belongs to a model and, with `weights`, those files of weights that transformers reads,
-    and no others."""
+    """The directory of a model of the hub, downloaded if need be: its companions (config, tokenizer, …) and, with
+    `weights`, of its files of weights only those that transformers reads."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -55,7 +55,7 @@ def from_hub(name: str, pickles: bool, weights: bool = True) -> Path:
 
 
 def _has_weights(directory: Path, pickles: bool) -> bool:
-    """Is a model in a directory of the hub's cache? Whoever loaded only a tokenizer left no more than that."""
+    """Does a directory of the hub's cache hold weights? Loading only a tokenizer leaves none there."""
     try:
         return bool(weight_files(directory)) or (pickles and any(directory.glob(f"{PICKLED.partition('.')[0]}*.bin")))
     except ModelError:

@@ -54,7 +54,7 @@ def at_revision(name: str, revision: str | None) -> str:
 
 
 def named(name: str) -> dict[str, str | None]:
-    """What a report says of a model's name: `name` as it was given and, of a directory or a file, its whole `path`."""
+    """A model's name for a report: `name` as it was given and, for a directory or a file, its absolute `path`."""
     path = Path(name)
     local = path.is_dir() or (name not in BUILT_IN and path.is_file())
     return {"name": name, "path": str(path.absolute()) if local else None}

@@ -35,7 +35,7 @@ from ..errors import ModelError, ReadError
 from ..fast import use_fast_attention
 from ..layers import learn
 from ..progress import Track, no_track
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Source
 from .walk import LoadedBlock, ReadAhead
 
 Argument = int | str  # of a block: where it stands after the hidden state, or its name
@@ -196,7 +196,7 @@ class Model:
                         f"tensor '{name}' is missing from the checkpoint in '{self.checkpoint.directory}'."
                     )
 
-    def _keys(self, wanted: Callable[[str], bool], checkpoint: Checkpoint) -> list[str]:
+    def _keys(self, wanted: Callable[[str], bool], checkpoint: Source) -> list[str]:
         """The tensors of a checkpoint that these parameters are made of."""
         stored = {name for name, _ in self.plan().values()}
         also = {  # what is stored under the name of a parameter that it is tied to, in another block maybe
@@ -208,7 +208,7 @@ class Model:
         found = ((key, name) for key, (name, _) in self.plan().items() if wanted(name) or name in also)
         return [key for key, _ in found if key in checkpoint.where]
 
-    def load(self, wanted: Callable[[str], bool], checkpoint: Checkpoint | None = None) -> None:
+    def load(self, wanted: Callable[[str], bool], checkpoint: Source | None = None) -> None:
         """Fill the parameters whose names are `wanted`, from the model's own checkpoint or from another one
         with the same tensors. Raises ModelError for a tensor that is missing or has the wrong shape."""
         checkpoint = checkpoint or self.checkpoint
@@ -229,7 +229,14 @@ class Model:
             name, reason = next(iter(info.conversion_errors.items()))
             said = [line.strip() for line in str(reason).splitlines() if line.strip()]
             raise ModelError(f"tensor '{name}' in '{checkpoint.directory}' cannot be converted: {said[-1]}")
-        checkpoint.fill(self, wanted)
+        for key in checkpoint.own:
+            if wanted(name := self.parameter_of(key)):
+                owner, _, last = name.rpartition(".")
+                held = self.network.get_submodule(owner)._parameters
+                weight = checkpoint.parameter(key, self.dtype).to(self.device)
+                if last not in held or held[last].shape != weight.shape:
+                    raise ModelError(f"'{key}' in '{checkpoint.directory}' is no parameter of '{self.name}'.")
+                held[last] = nn.Parameter(weight, requires_grad=False)
         self._tie()
         for name, parameter in self.network.named_parameters():
             if not wanted(name):
@@ -260,7 +267,7 @@ class Model:
                 self.network.get_submodule(owner)._parameters[key] = real
 
     @contextlib.contextmanager
-    def block(self, index: int, checkpoint: Checkpoint | None = None) -> Iterator[nn.Module]:
+    def block(self, index: int, checkpoint: Source | None = None) -> Iterator[nn.Module]:
         """Block `index` with its weights, which are loaded for as long as the context lasts: `with model.block(0) as
         block`. They are the model's own, or those in `checkpoint`."""
         within = self._within(index)
@@ -271,7 +278,7 @@ class Model:
             self.release(within)
 
     def walk(
-        self, source: Checkpoint | None = None, *, back: bool = False, track: Track = no_track, what: str = ""
+        self, source: Source | None = None, *, back: bool = False, track: Track = no_track, what: str = ""
     ) -> Iterator[tuple[int, LoadedBlock]]:
         """All blocks, one after the other, each with its weights: its number and the block. This is the only loop over
         blocks.
@@ -311,7 +318,7 @@ class Model:
         return lambda name: name.startswith(prefix)
 
     @contextlib.contextmanager
-    def outside(self, head: bool = True, checkpoint: Checkpoint | None = None) -> Iterator[None]:
+    def outside(self, head: bool = True, checkpoint: Source | None = None) -> Iterator[None]:
         """Loads everything but the blocks for as long as the context lasts: embeddings and norms, and with `head` the
         output head as well."""
         base = self.network.base_model_prefix + "."
@@ -327,7 +334,7 @@ class Model:
             self.release(wanted)
 
     @contextlib.contextmanager
-    def whole(self, checkpoint: Checkpoint | None = None) -> Iterator[Any]:
+    def whole(self, checkpoint: Source | None = None) -> Iterator[Any]:
         """The network with all its weights loaded, for as long as the context lasts: to generate text, say."""
         self.load(lambda name: True, checkpoint)
         try:

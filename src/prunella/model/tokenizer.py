@@ -1,4 +1,4 @@
-"""A model's tokenizer, or one in its place."""
+"""The tokenizer of a model, or another that is given in its place."""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..machine import free_memory
-from .checkpoint import Checkpoint
+from .checkpoint import Source
 
-Source = Checkpoint | Mapping[str, Tensor]  # of weights: files, or {parameter: tensor}
+Weights = Source | Mapping[str, Tensor]  # of weights: files, or {parameter: tensor}
 
 
 class LoadedBlock:
@@ -24,7 +24,7 @@ class LoadedBlock:
     module: the block itself
     """
 
-    def __init__(self, index: int, name: str, module: nn.Module, load: Callable[[Checkpoint], None]):
+    def __init__(self, index: int, name: str, module: nn.Module, load: Callable[[Source], None]):
         self.index = index
         self.name = name
         self.module = module
@@ -43,7 +43,7 @@ class LoadedBlock:
         return {name: held[key].data for held, key, name in self._places()}
 
     @contextlib.contextmanager
-    def use(self, source: Source, only: Collection[str] | None = None) -> Iterator[LoadedBlock]:
+    def use(self, source: Weights, only: Collection[str] | None = None) -> Iterator[LoadedBlock]:
         """The weights of another source in the place of its own, `only` those of these names if any are given; its own
         are back when the context ends."""
         before = [(held, key, name, held[key]) for held, key, name in self._places()]
@@ -66,7 +66,7 @@ class LoadedBlock:
             for held, key, _, tensor in before:
                 held[key] = tensor
 
-    def read(self, source: Source) -> dict[str, Tensor]:
+    def read(self, source: Weights) -> dict[str, Tensor]:
         """What another source has for it, {name in the network: tensor}."""
         with self.use(source):
             return self.tensors()
@@ -85,7 +85,7 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
 class ReadAhead:
     """A checkpoint whose tensors a thread reads before they are asked for; in all else it is that checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device):
+    def __init__(self, checkpoint: Source, device: torch.device):
         self._checkpoint, self._device = checkpoint, device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prunella-read")
         self._coming: dict[frozenset[str], Future[dict[str, Tensor]]] = {}

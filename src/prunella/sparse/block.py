@@ -23,51 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
 from torch.utils.hooks import RemovableHandle
 
 from ..fast import differentiable, readable, use_fast_attention
-from .arguments import weight_arguments
-from .kernels import library, resident, succeed
-from .linear import DenseLinear, PackedModule, SparseLinear
-
-_POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
-
-
-class _Linear(ctypes.Structure):
-    _fields_ = [
-        *((name, _LONG) for name in ("kind", "rows", "columns")),
-        *((name, _POINTER) for name in ("mask", "offsets", "values")),
-        ("count", _LONG),
-        ("scales", _POINTER),
-        ("group", _LONG),
-        ("bias", _POINTER),
-    ]
-
-
-class _Norm(ctypes.Structure):
-    _fields_ = [("weight", _POINTER), ("eps", ctypes.c_double)]
-
-
-_LINEARS = (
-    *(f"self_attn.{name}_proj" for name in "qkvo"),
-    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
-)
-_NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
-_OTHERS = ("self_attn", "mlp", "mlp.act_fn")
-
-
-class _Block(ctypes.Structure):
-    _fields_ = [
-        *((name, _Linear) for name in _LINEARS),
-        *((name, _Norm) for name in _NORMS),
-        *((name, _LONG) for name in ("heads", "kv_heads", "dim")),
-        ("scale", ctypes.c_double),
-    ]
-
-
-class _Place(ctypes.Structure):
-    _fields_ = [("k", _POINTER), ("v", _POINTER), ("strides", _LONG * 4)]
+from .cache import Place, Room, layer_of, room_of
+from .kernels import POINTER, library, resident, succeed
+from .linear import DenseLinear, PackedModule
+from .placed import Weights
 
 
 class FusedBlock:
@@ -75,7 +37,7 @@ class FusedBlock:
 
     def __init__(self, block: nn.Module):
         self.block = block
-        self.weights: _Weights | None = None
+        self.weights: Weights | None = None
         self.stack: Stack | None = None
         self.number = 0  # in the stack
 
@@ -139,115 +101,15 @@ class FusedBlock:
         weights = self.placed()
         return weights.run(x, turn, cache) if weights is not None and weights.fit(x, turn) else None
 
-    def placed(self) -> _Weights | None:
+    def placed(self) -> Weights | None:
         """The weights where they lie now; None while the kernels must not run, or are missing."""
         if library() is None:
             return None
         if self.weights is None or not self.weights.current():
-            self.weights = _Weights.of(self.block)
+            self.weights = Weights.of(self.block)
             if self.weights is not None and not self.weights.current():  # something wants to see inside
                 return None
         return self.weights
-
-
-class _Weights:
-    """Where a block's weights lie, as long as they lie there."""
-
-    def __init__(self, modules: dict[str, nn.Module], c: _Block, layer: int):
-        self.modules = list(modules.values())
-        # What is asked for every block and token goes through these lists, without a loop in Python, and touches as
-        # little memory as will do: by then the weights have driven everything else out of the caches.
-        names = ("_parameters", "_buffers", "_modules")
-        self.tables = [table for module in self.modules for name in names if (table := vars(module)[name])]
-        self.inside = [thing for table in self.tables for thing in table.values()]
-        self.tensors = [thing for thing in self.inside if isinstance(thing, Tensor)]
-        self.names = list(map(id, self.inside))
-        self.places = list(map(Tensor.data_ptr, self.tensors))
-        self.sizes = list(map(len, map(vars, self.modules)))
-        self.hooks = -1  # the number of the next hook when none was found; every hook takes one
-        self.c, self.layer, self.width = c, layer, getattr(c, _LINEARS[0]).columns
-
-    @classmethod
-    def of(cls, block: nn.Module) -> _Weights | None:
-        """None where the block is not of the kind that the kernels compute."""
-        found = dict(block.named_modules())
-        wanted = {"", *_LINEARS, *_NORMS[:2], *_OTHERS}
-        if not wanted <= set(found) <= wanted | set(_NORMS):
-            return None
-        attention: Any = found["self_attn"]
-        layer, scale, dim = (getattr(attention, name, None) for name in ("layer_idx", "scaling", "head_dim"))
-        if layer is None or scale is None or dim is None or dim % 2:
-            return None
-        c = _Block()
-        for name in _LINEARS:
-            linear = _linear(found[name])
-            if linear is None:
-                return None
-            setattr(c, name, linear)
-        for name in _NORMS:
-            norm = _norm(found[name]) if name in found else _Norm()
-            if norm is None:
-                return None
-            setattr(c, name, norm)
-        q, k, v, o, gate, up, down = (getattr(c, name) for name in _LINEARS)
-        c.heads, c.kv_heads, c.dim, c.scale = q.rows // dim, k.rows // dim, dim, float(scale)
-        width, inner = q.columns, gate.rows
-        sizes = [found[name].weight.numel() if name in found else dim for name in _NORMS]
-        if (
-            (k.columns, v.columns, gate.columns, up.columns, o.rows, down.rows) != (width,) * 6
-            or (up.rows, down.columns) != (inner, inner)
-            or sizes != [width, width, dim, dim]
-            or q.rows % dim
-            or k.rows % dim
-            or (v.rows, o.columns) != (k.rows, q.rows)
-            or not c.kv_heads
-            or c.heads % c.kv_heads
-        ):
-            return None
-        return cls(found, c, layer)
-
-    def current(self) -> bool:
-        """Is every tensor still in its place, and every module, and does nothing want to see what happens inside?"""
-        if self.hooks != RemovableHandle.next_id:
-            if self.watched():
-                return False
-            self.hooks = RemovableHandle.next_id
-        inside = itertools.chain.from_iterable(map(dict.values, self.tables))
-        return (
-            list(map(id, inside)) == self.names
-            and list(map(Tensor.data_ptr, self.tensors)) == self.places
-            and list(map(len, map(vars, self.modules))) == self.sizes  # a `forward` of a module's own would be one more
-        )
-
-    def watched(self) -> bool:
-        """Does something want to see what happens inside?"""
-        return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks) or any(
-            module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-            for module in self.modules[1:]
-        )
-
-    def fit(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> bool:
-        """Can a token x (1, 1, D) and its rotation go through here?"""
-        return x.shape[2] == self.width and all(
-            t.dtype == x.dtype and t.shape == (1, 1, self.c.dim) and t.is_contiguous() for t in turn
-        )
-
-    def run(self, x: Tensor, turn: tuple[Tensor, Tensor], cache: Any) -> Tensor:
-        """One token x (1, 1, D) through the block."""
-        kernels, c = library(), self.c
-        assert kernels is not None
-        cos, sin = turn
-        qkv = x.new_empty(c.heads + 2 * c.kv_heads, c.dim)
-        k, v = qkv[c.heads : -c.kv_heads][None, :, None], qkv[-c.kv_heads :][None, :, None]
-        block, threads, token, q = ctypes.byref(c), torch.get_num_threads(), x.data_ptr(), qkv.data_ptr()
-        kernel = kernels.prunella_block_in
-        succeed(kernel(block, token, cos.data_ptr(), sin.data_ptr(), q, k.data_ptr(), v.data_ptr(), threads))
-        k, v = _append(cache, self.layer, k, v)
-        k, v = (t if t.stride(3) == 1 and t.dtype == x.dtype else t.to(x.dtype).contiguous() for t in (k, v))
-        y = torch.empty_like(x)
-        tokens, places, kernel = k.shape[2], _strides(k, v), kernels.prunella_block_out
-        succeed(kernel(block, token, q, k.data_ptr(), v.data_ptr(), tokens, places, y.data_ptr(), threads))
-        return y
 
 
 class Stack:
@@ -301,7 +163,7 @@ class Stack:
         kernels = library()
         if self.wasted > self.PATIENCE or kernels is None:
             return
-        weights: list[_Weights] = []
+        weights: list[Weights] = []
         for number in range(len(self.blocks)):
             fused = self.blocks[number]() if number in self.blocks else None
             if fused is None:
@@ -310,12 +172,12 @@ class Stack:
             if placed is None or not (weights or placed.fit(x, turn)):
                 return
             weights.append(placed)
-        layers = [_layer(cache, w.layer, (1, w.c.kv_heads, w.c.dim), x.dtype) for w in weights]
+        layers = [layer_of(cache, w.layer, (1, w.c.kv_heads, w.c.dim), x.dtype) for w in weights]
         if None in layers or len(set(map(id, layers))) < len(layers) or len({la.keys.shape[2] for la in layers}) > 1:
             return
-        tokens, rooms = layers[0].keys.shape[2], [_room(layer) for layer in layers]
-        blocks = self.weights.of(weights, lambda w: ctypes.addressof(w.c), _POINTER)
-        places = self.rooms.of(rooms, _Room.place, _Place)
+        tokens, rooms = layers[0].keys.shape[2], [room_of(layer) for layer in layers]
+        blocks = self.weights.of(weights, lambda w: ctypes.addressof(w.c), POINTER)
+        places = self.rooms.of(rooms, Room.place, Place)
         out, (cos, sin) = x.new_empty(len(weights), *x.shape), turn
         token = (x.data_ptr(), cos.data_ptr(), sin.data_ptr())
         threads = torch.get_num_threads()
@@ -368,7 +230,7 @@ class _Foreseen:
         ):
             return None
         layer = held.layers[self.layers[number]]
-        room: _Room | None = getattr(layer, "room", None)
+        room: Room | None = getattr(layer, "room", None)
         if room is None or any(map(operator.is_not, (self.mark, layer.keys, layer.values), room.foreseen)):
             return None
         layer.keys, layer.values = room.fill(layer.keys.shape[2] + 1)
@@ -377,131 +239,6 @@ class _Foreseen:
 
 def _bytes(tensor: Tensor) -> bytes:
     return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
-
-
-def _append(cache: Any, number: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """`cache.update(k, v, number)` for one token. The cache that transformers makes by default copies all of itself for
-    every token; here it moves now and then to where there is room for more, and its tensors are views of that."""
-    layer = _layer(cache, number, (k.shape[0], k.shape[1], k.shape[3]), k.dtype)
-    if layer is None:
-        keys, values = cache.update(k, v, number)
-        return keys, values
-    tokens, room = layer.keys.shape[2], _room(layer)
-    for new, whole in ((k, room.k), (v, room.v)):
-        whole[:, :, tokens : tokens + 1] = new
-    layer.keys, layer.values = room.fill(tokens + 1)
-    return layer.keys, layer.values
-
-
-@functools.cache
-def _plain_caches() -> tuple[Any, Any]:
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    return DynamicCache, DynamicLayer
-
-
-def _layer(cache: Any, number: int, shape: tuple[int, int, int], dtype: torch.dtype) -> Any:
-    """This layer of a cache, if one token of this shape (batch, heads, width) can be written behind what it holds."""
-    plain, of_layers = _plain_caches()
-    if type(cache) is not plain or cache.offloading or number >= len(cache.layers):
-        return None
-    layer = cache.layers[number]
-    if type(layer) is not of_layers or not layer.is_initialized:
-        return None
-    for old in (layer.keys, layer.values):
-        if old.ndim != 4 or old.dtype != dtype or old.requires_grad:
-            return None
-        batch, heads, tokens, width = old.shape
-        if (batch, heads, width) != shape or tokens != layer.keys.shape[2]:
-            return None
-    return layer
-
-
-ROOM = 256  # tokens more, at least
-
-
-class _Room:
-    """Memory for more keys and values (batch, heads, tokens, width) than a layer of a cache holds now.
-
-    used:     tokens of it that have been handed out: what lies there may be somebody's, a copy of the layer's maybe
-    foreseen: the mark of a `_Foreseen` that has written behind them, and the keys and values that it read
-    """
-
-    foreseen: tuple[Any, Any, Any] = (None, None, None)
-
-    def __init__(self, keys: Tensor, values: Tensor):
-        self.used = keys.shape[2]
-        tokens = self.used + max(self.used // 2, ROOM)
-        self.k, self.v = (t.new_empty(*t.shape[:2], tokens, t.shape[3]) for t in (keys, values))
-        self.k[:, :, : self.used] = keys
-        self.v[:, :, : self.used] = values
-
-    def holds(self, keys: Tensor, values: Tensor) -> bool:
-        """Are these all that lies here, and is there room for one token more?"""
-        return (
-            all(
-                part.data_ptr() == whole.data_ptr()  # or someone has put another tensor there
-                and part.stride() == whole.stride()
-                and part.shape[2] == self.used < whole.shape[2]
-                for part, whole in ((keys, self.k), (values, self.v))
-            )
-            and (not self.k.is_inference() or torch.is_inference_mode_enabled())  # else it must not be written to
-        )
-
-    def fill(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """So many keys and values."""
-        self.used, self.foreseen = tokens, _Room.foreseen
-        return self.k.narrow(2, 0, tokens), self.v.narrow(2, 0, tokens)
-
-    def place(self) -> _Place:
-        return _Place(self.k.data_ptr(), self.v.data_ptr(), _strides(self.k, self.v))
-
-
-def _room(layer: Any) -> _Room:
-    """Where a layer's keys and values lie and have room for one token more; they are moved there if need be."""
-    room: _Room | None = layer.__dict__.get("room")
-    if room is None or not room.holds(layer.keys, layer.values):
-        room = layer.room = _Room(layer.keys, layer.values)
-        layer.keys, layer.values = room.fill(room.used)
-    return room
-
-
-def _strides(k: Tensor, v: Tensor) -> Any:
-    """Of heads and tokens."""
-    return (_LONG * 4)(k.stride(1), k.stride(2), v.stride(1), v.stride(2))
-
-
-def _linear(module: Any) -> _Linear | None:
-    if type(module) not in (DenseLinear, SparseLinear) or (module.bias is not None and not _plain(module.bias)):
-        return None
-    out = _Linear(bias=None if module.bias is None else module.bias.data_ptr())
-    if type(module) is DenseLinear:
-        if not _plain(module.weight):
-            return None
-        out.rows, out.columns = module.weight.shape
-        out.values = module.weight.data_ptr()
-        return out
-    if module.weight_values.dtype in (torch.float32, torch.float16):
-        return None
-    parts = (module.weight_mask, module.weight_offsets, module.weight_values, module.weight_scales)
-    if any(part is not None and part.device.type != "cpu" for part in parts):
-        return None
-    weight = weight_arguments(torch.bfloat16, *parts, module.in_features, module.group)
-    for field, value in zip(_Linear._fields_, weight, strict=False):
-        setattr(out, field[0], value)
-    return out
-
-
-def _norm(module: Any) -> _Norm | None:
-    weight = getattr(module, "weight", None)
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(weight, Tensor) or not _plain(weight) or weight.ndim != 1 or not isinstance(eps, float):
-        return None
-    return _Norm(weight.data_ptr(), eps)
-
-
-def _plain(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def settle(network: Any) -> None:
@@ -527,7 +264,7 @@ def speed_up(network: nn.Module) -> None:
     if library() is None:
         return
     for block in network.modules():
-        if "forward" not in block.__dict__ and _Weights.of(block) is not None:
+        if "forward" not in block.__dict__ and Weights.of(block) is not None:
             fused = FusedBlock(block)
             if _alike(fused):
                 block.forward = fused  # type: ignore[method-assign]
@@ -557,7 +294,7 @@ def _alike(fused: FusedBlock) -> bool:
     """Do both ways agree on a random token after a few others?"""
     from transformers import DynamicCache
 
-    weights = _Weights.of(fused.block)
+    weights = Weights.of(fused.block)
     assert weights is not None
     c = weights.c
     generator = torch.Generator().manual_seed(0)

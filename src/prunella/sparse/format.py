@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,6 +123,16 @@ def rounded_of_parts(name: str, parts: Mapping[str, Tensor], shape: tuple[int, i
             f"packed tensor '{name}.weight_scales' is damaged: a scale is NaN or infinite. Pack the model again."
         )
     return Rounded(parts["weight_values"], parts["weight_scales"], group)
+
+
+def module_names(name: str, about: Mapping[str, Any]) -> list[str]:
+    """The modules that an entry of quantization_config.modules stands for: itself, or a mixture's experts."""
+    return [f"{name}.{e}" for e in range(about["experts"])] if "experts" in about else [name]
+
+
+def parameter_name(name: str, about: Mapping[str, Any]) -> str:
+    """The tensor that a plain model has in place of such an entry."""
+    return name if "experts" in about else f"{name}.weight"
 
 
 def words(columns: int) -> int:

@@ -35,18 +35,18 @@ TILE = 1 << 26  # bytes of dense weights that are expanded at a time for more: t
 
 _PAGE = 1 << 21  # bytes of a large page
 
-_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-_WEIGHT = (_INT, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _POINTER, _LONG)
+POINTER, INT, LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_WEIGHT = (INT, LONG, LONG, POINTER, POINTER, POINTER, LONG, POINTER, LONG)
 _SIGNATURES = {
-    "prunella_product": (*_WEIGHT, _POINTER, _POINTER, _INT, _LONG, _INT),
-    "prunella_expand": (*_WEIGHT, _LONG, _LONG, _POINTER, _INT, _INT),
-    "prunella_dense": (_LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _LONG, _INT),
-    "prunella_block_in": (*[_POINTER] * 7, _INT),
-    "prunella_block_out": (*[_POINTER] * 5, _LONG, _POINTER, _POINTER, _INT),
-    "prunella_blocks": (_POINTER, _LONG, *[_POINTER] * 4, _LONG, _POINTER, _INT),
-    "prunella_read": (_POINTER, _LONG, _INT),
+    "prunella_product": (*_WEIGHT, POINTER, POINTER, INT, LONG, INT),
+    "prunella_expand": (*_WEIGHT, LONG, LONG, POINTER, INT, INT),
+    "prunella_dense": (LONG, LONG, POINTER, POINTER, POINTER, INT, LONG, INT),
+    "prunella_block_in": (*[POINTER] * 7, INT),
+    "prunella_block_out": (*[POINTER] * 5, LONG, POINTER, POINTER, INT),
+    "prunella_blocks": (POINTER, LONG, *[POINTER] * 4, LONG, POINTER, INT),
+    "prunella_read": (POINTER, LONG, INT),
     "prunella_use": (ctypes.c_char_p,),
-    "prunella_isa": (_INT,),
+    "prunella_isa": (INT,),
 }
 
 

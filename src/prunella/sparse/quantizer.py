@@ -23,8 +23,7 @@ from ..compat import can_set_experts, converts, may_be_there, rename, renames, t
 from ..errors import ModelError
 from ..model.checkpoint import read_header
 from .block import settle, slow_down
-from .files import parameter_name
-from .format import FLOATS, MARK, PAD, PARTS, SPAN, VERSION, expected, rounded_shapes
+from .format import FLOATS, MARK, PAD, PARTS, SPAN, VERSION, expected, parameter_name, rounded_shapes
 from .linear import DenseLinear, SparseExpert, SparseLinear
 from .rounded import RoundedEmbedding, RoundedLinear, TiedHead, empty_rounded, put
 
@@ -101,7 +100,7 @@ class PrunellaQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
-        """What `save_pretrained` writes: with the mark, as `PackedFiles` does. A mixture's parameter cannot have it:
+        """What `save_pretrained` writes: with the mark, as `prunella pack` does. A mixture's parameter cannot have it:
         transformers would take it apart into experts."""
         names = (name for name in self.replaced if not isinstance(model.get_submodule(name), SparseExpert))
         mark = {f"{name}.weight": torch.empty(MARK, dtype=model.dtype) for name in itertools.islice(names, 1)}

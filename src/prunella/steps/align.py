@@ -33,7 +33,7 @@ def align(layer: Layer, *, strength: NonNegativeFloat = 1.0, damping: NonNegativ
     what is routed to them differs between the two models.
 
     Li et al., "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", 2025
-    (arXiv 2504.02692), has this aim inside GPTQ's sweep.
+    (arXiv 2504.02692), has this aim inside GPTQ's column pass.
     """
     solution_II = layer.stats.once(("align", damping), lambda: _solve(layer.stats, damping))
     dense_OI = layer.dense_OI.float()

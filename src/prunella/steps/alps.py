@@ -33,7 +33,7 @@ def alps(
         V <- V + rho (B - D)
 
     Every third iteration looks at how many entries entered or left the support since, as a share of the k
-    kept ones: above 0.1, rho grows by 1.3; above 0.005, by 1.2; above nothing, by 1.1. While the support has
+    kept ones: above 0.1, rho grows by 1.3; above 0.005, by 1.2; above 0, by 1.1. While the support has
     not moved since the beginning, rho is too large: it shrinks by 5 (from a fresh start if it moved by less
     than 0.005). Once it moved and stands still, or after 30 iterations moves by less than 3e-4, the support of
     the largest B^2 is final and `solve` conjugate gradients fit the weights on it.

@@ -56,8 +56,8 @@ def dsnot(
             reference code does.
         skip: layers that keep their mask, by name pattern; the reference code skips the MLPs.
 
-    Starts from the mask that an earlier step chose, or from Wanda's if there is none. Blocks of weights stay
-    as they are. Variances are over all tokens, where the reference code averages those within each window.
+    Starts from the mask that an earlier step chose, or from Wanda's if there is none. A mask of RxC blocks
+    stays as it is. Variances are over all tokens, where the reference code averages those within each window.
 
     Zhang et al., "Dynamic Sparse No Training: Training-Free Fine-tuning for Sparse LLMs", 2023.
     """
@@ -173,10 +173,10 @@ def _compiled_swap(
 
 def _gpu_swap(*arguments: Any) -> Tensor:
     try:
-        from .. import sweep_gpu
+        from .. import columns_gpu
     except ImportError:  # no Triton
         return plain_swap(*arguments)
-    return sweep_gpu.swap(*arguments)
+    return columns_gpu.swap(*arguments)
 
 
 # By type of device; `plain_swap` serves all others.

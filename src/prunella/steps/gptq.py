@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
+from ..columns import column_pass
 from ..errors import InputError
 from ..linalg import inverse_factor
 from ..registry import register
 from ..sparse.format import SPAN
-from ..sweep import sweep
 from ..types import Layer
 
 
@@ -21,21 +21,21 @@ def gptq(
     damping: NonNegativeFloat = 0.01,
     tile: PositiveInt = 128,
 ) -> Layer:
-    """Quantize, and prune on the way, in one sweep over the columns, updating the rest.
+    """Quantize, and prune on the way, in one pass over the columns, updating the rest.
 
-    The sweep of `sparsegpt`, in which a kept weight is rounded to its grid, so that the errors of pruning and of
+    The column pass of `sparsegpt`, in which a kept weight is rounded to its grid, so that the errors of pruning and of
     rounding are made up for together:
 
         e_i = (w_ij - q_ij) / U_jj            q_ij = s_ig round(w_ij / s_ig) if kept, else 0
         W_i,j: <- W_i,j: - e_i U_j,j:
 
     The grid is the packed format's: integers between -(2^(bits - 1) - 1) and 2^(bits - 1) - 1 times a bfloat16 scale
-    s_ig for each group g of inputs. It is fitted when the sweep reaches the group, to weights that carry the updates
+    s_ig for each group g of inputs. It is fitted when the pass reaches the group, to weights that carry the updates
     before it. `prunella pack` takes the values as they are, without a second rounding.
 
     A mask that an earlier step chose is kept. Weights that the step left as they were are taken from the dense
-    model, pruned ones too, so that the sweep makes up for the pruning; where the step updated them to that end
-    (`sparsegpt`, `alps`, `update`), the sweep starts from its result. Without a mask, `sparsegpt`'s is chosen on the
+    model, pruned ones too, so that the pass makes up for the pruning; where the step updated them to that end
+    (`sparsegpt`, `alps`, `update`), the pass starts from its result. Without a mask, `sparsegpt`'s is chosen on the
     way.
 
     Args:
@@ -56,7 +56,7 @@ def gptq(
     start_OI = layer.weight_OI
     if layer.mask_OI is not None and start_OI.equal(layer.dense_OI.masked_fill(~layer.mask_OI, 0)):
         start_OI = layer.dense_OI
-    weight_OI, mask_OI, grid = sweep(
+    weight_OI, mask_OI, grid = column_pass(
         start_OI, factor, layer.mask_OI, layer.sparsity, layer.pattern, tile=tile, bits=bits, group=group
     )
     return layer.pruned(weight_OI, mask_OI, *factor.notes(damping), grid=grid)

@@ -39,8 +39,8 @@ def swap(
         restore: v is the dense value; or `fit`, the best value for the others as they are, (c_p + w_u G_up) /
             G_pp, for weights that an earlier step fitted.
 
-    Works on the mask that an earlier step chose, and on its weights; on Wanda's if there is none. Blocks of
-    weights stay as they are.
+    Works on the mask that an earlier step chose, and on its weights; on Wanda's if there is none. A mask of RxC
+    blocks stays as it is.
 
     SparseSwaps, 2025 (arXiv 2512.10922), which has `restore="dense"` and all pairs.
     """

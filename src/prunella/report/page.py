@@ -15,12 +15,12 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
+from ..errors import InputError, ModelError
+from ..histogram import SPAN
+from ..outcome import LayerResult, mean
+from ..save import REPORT
 from . import charts
-from .errors import InputError, ModelError
-from .histogram import SPAN
-from .outcome import LayerResult
-from .report import Report, bos_words, layer_table
-from .save import REPORT
+from .report import Report, bos_words, layer_table, numbers
 
 WORST = 10
 
@@ -85,13 +85,13 @@ def page(report: Report, directory: str | Path = "pruned") -> str:
         name=title_of_model(report),
         sentence=sentence(report),
         facts=facts(report),
-        rows=[row for row in report.rows() if row[0] != "sample of text"],
+        rows=numbers(report.rows()),
         samples=samples(report),
         layers=[drawing for drawing in per_layer(blocks, kinds) if drawing.svg],
         worst=[(row[0], row[4], row[2], row[1]) for row in layer_table(worst(report.layers)[:WORST])],
         notes=report.notes(),
         histograms=[(kind, chart) for kind, chart in histograms if chart],
-        healing=[row for row in report.healing_rows() if row[0] != "sample of text"] if report.healing else [],
+        healing=numbers(report.healing_rows()) if report.healing else [],
         losses=[drawing for drawing in losses(report.healing) if drawing.svg],
         command=command(report, directory),
         versions=report.versions,
@@ -104,7 +104,7 @@ def page(report: Report, directory: str | Path = "pruned") -> str:
 
 
 def sentence(report: Report) -> str:
-    """What was done."""
+    """What was done, in a paragraph."""
     recipe, calibration = report.recipe, report.recipe["calibration"]
     text = f"{report.sparsity:.1%} of the block weights of {title_of_model(report)} are zero"
     if pruned_here(report):
@@ -127,7 +127,7 @@ def sentence(report: Report) -> str:
 
 
 def _moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """What became of the perplexity, if it was measured."""
+    """How the perplexity changed, as a sentence; nothing if it was not measured."""
     first, last = before.get("perplexity"), after.get("perplexity")
     if first is None or last is None:
         return ""
@@ -138,7 +138,7 @@ def _moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 
 
 def pruned_here(report: Report) -> bool:
-    """Does the report tell of the pruning, or of no more than the healing of a model that was pruned elsewhere?"""
+    """Did this report's run prune? Else it only healed a model that was pruned elsewhere."""
     return bool(report.run["seconds"])
 
 
@@ -241,12 +241,6 @@ def by_block(layers: Sequence[LayerResult]) -> Blocks:
     return out
 
 
-def mean(layers: Sequence[LayerResult], value: Callable[[LayerResult], float | None]) -> float | None:
-    """Over layers, weighted by their sizes; None where none has a value."""
-    known = [(found, la.shape[0] * la.shape[1]) for la in layers if (found := value(la)) is not None]
-    return sum(found * size for found, size in known) / sum(size for _, size in known) if known else None
-
-
 def per_layer(blocks: Blocks, kinds: Sequence[str]) -> list[Drawing]:
     """Sparsity and error over blocks and layers, as heat maps and as curves."""
     indices = list(dict.fromkeys(block for block, _ in blocks))
@@ -263,10 +257,10 @@ def per_layer(blocks: Blocks, kinds: Sequence[str]) -> list[Drawing]:
         positive = [v for v in found.values() if v]
         log = what != "Sparsity" and bool(positive) and max(positive) > 20 * min(positive)
         title = f"{what} by block and layer"
-        grid = charts.heat(title, kinds, indices, found, say, log)
+        heat = charts.heat(title, kinds, indices, found, say, log)
         series = {kind: [(int(b), v) for b in indices if (v := found.get((b, kind))) is not None] for kind in kinds}
         curves = charts.lines(f"{what} from block to block", series, "block", what.lower(), say, log)
-        out.append(Drawing(title, grid, caption=caption))
+        out.append(Drawing(title, heat, caption=caption))
         out.append(Drawing(f"{what} from block to block", curves, charts.legend(kinds), caption))
     return out
 

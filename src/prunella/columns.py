@@ -1,4 +1,4 @@
-"""SparseGPT's sweep over the columns of a weight, which SparseGPT and GPTQ share."""
+"""The column pass over a weight, which SparseGPT and GPTQ share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .pattern import keep
 from .types import Pattern
 
 
-def sweep(
+def column_pass(
     weight_OI: Tensor,
     factor: InverseFactor,
     mask_OI: Tensor | None,
@@ -38,11 +38,11 @@ def sweep(
     Args:
         weight_OI: where to start; not changed.
         factor: U, and the inputs that are always zero, whose weights are set to zero.
-        mask_OI: what to keep. None chooses when the sweep reaches a tile (under N:M, a group), from weights that
+        mask_OI: what to keep. None chooses when the pass reaches a tile (under N:M, a group), from weights that
             carry the updates before it: the lowest w_ij^2 / U_jj^2 go.
         sparsity, pattern: of the mask to choose.
         tile: columns in a tile, rounded up to whole groups of the pattern.
-        bits, group: round to a grid, whose scales are fitted when the sweep reaches a group of inputs.
+        bits, group: round to a grid, whose scales are fitted when the pass reaches a group of inputs.
     Returns:
         The weight in float32, its mask and its grid.
     """
@@ -54,7 +54,7 @@ def sweep(
     weight_OI = torch.empty_like(weight_OI, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(weight_OI)
     weight_OI[:, factor.dead_I] = 0
     chosen_OI = torch.empty(rows, width, dtype=torch.bool, device=weight_OI.device)
-    in_sweep = pattern if mask_OI is None and pattern.kind == "nm" else None
+    in_pass = pattern if mask_OI is None and pattern.kind == "nm" else None
     scales: list[Tensor] = []
 
     def mask(start: int, stop: int) -> Tensor:
@@ -73,9 +73,9 @@ def sweep(
                 scales.append(fit(weight_OI[:, start:end] * mask(start, end), bits, 0).scale_OG)
             scale_O = scales[-1][:, 0].float()
         chosen_OB, upper_BB = chosen_OI[:, start:stop], upper_II[start:stop, start:stop]
-        if in_sweep is None:
+        if in_pass is None:
             chosen_OB.copy_(mask(start, stop))
-        errors_BO = sweep_tile(weight_OI[:, start:stop], upper_BB, chosen_OB, in_sweep, scale_O, bits)
+        errors_BO = tile_pass(weight_OI[:, start:stop], upper_BB, chosen_OB, in_pass, scale_O, bits)
         weight_OI[:, stop:].addmm_(errors_BO.T, upper_II[start:stop, stop:], alpha=-1)
         start = stop
     if bits is None:
@@ -84,16 +84,16 @@ def sweep(
     return weight_OI.add_(0), chosen_OI, Grid(bits, group % width, torch.cat(scales, 1))
 
 
-def sweep_tile(
+def tile_pass(
     w_OB: Tensor, upper_BB: Tensor, mask_OB: Tensor, pattern: Pattern | None, scale_O: Tensor | None, bits: int | None
 ) -> Tensor:
-    """Sweep one tile in place, without what follows from it for later columns; returns the errors e (B, O).
+    """Pass over one tile in place, without what follows from it for later columns; returns the errors e (B, O).
 
     Args:
         w_OB: part of a contiguous float32 weight; becomes q.
         upper_BB: the tile's square of U.
         mask_OB: bool, part of a contiguous mask; given, or written where there is a pattern.
-        pattern: N:M, to choose when the sweep reaches a group; None: the mask is given.
+        pattern: N:M, to choose when the pass reaches a group; None: the mask is given.
         scale_O: each row's grid, float32, for `bits` bits; None: values stay as they are.
     """
     return tiles.get(w_OB.device.type, plain_tile)(w_OB, upper_BB, mask_OB, pattern, scale_O, bits)
@@ -102,8 +102,8 @@ def sweep_tile(
 def plain_tile(
     w_OB: Tensor, upper_BB: Tensor, mask_OB: Tensor, pattern: Pattern | None, scale_O: Tensor | None, bits: int | None
 ) -> Tensor:
-    """`sweep_tile` in torch, on any device."""
-    # Columns as rows: the sweep works on one column at a time, which should be contiguous.
+    """`tile_pass` in torch, on any device."""
+    # Columns as rows: the pass works on one column at a time, which should be contiguous.
     w_BO, mask_BO = w_OB.T.contiguous(), mask_OB.T.contiguous()
     diagonal_B = upper_BB.diagonal()
     errors_BO = torch.empty_like(w_BO)
@@ -141,10 +141,10 @@ def _compiled_tile(
 
 def _gpu_tile(*arguments: Any) -> Tensor:
     try:
-        from . import sweep_gpu
+        from . import columns_gpu
     except ImportError:  # no Triton
         return plain_tile(*arguments)
-    return sweep_gpu.sweep_tile(*arguments)
+    return columns_gpu.tile_pass(*arguments)
 
 
 # By type of device; `plain_tile` serves all others.

@@ -43,7 +43,7 @@ def heat(
     say: Callable[[float], str],
     log: bool = False,
 ) -> Markup:
-    """A grid of {(column, row): value}, darker where it is larger, empty where there is none; a scale below it."""
+    """A table of {(column, row): value}, darker where it is larger, empty where there is none; a scale below it."""
     known = {key: value for key, value in values.items() if value is not None and _drawable(value, log)}
     if not known:
         return Markup()

@@ -1,4 +1,4 @@
-"""The column sweep: C and torch do the same, and what it loses is what it says."""
+"""The column pass: C and torch do the same, and what it loses is what it says."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from prunella import Pattern, Stats, sweep
+from prunella import Pattern, Stats, columns
+from prunella.columns import plain_tile, tile_pass
 from prunella.grid import Grid, fit, limit
 from prunella.linalg import InverseFactor, inverse_factor
 from prunella.native import library
-from prunella.sweep import plain_tile, sweep_tile
 
 NONE = Pattern()
 
@@ -41,9 +41,9 @@ def check_tile(
     mask_OB: Tensor,
     errors_BO: Tensor,
 ) -> None:
-    """Every value follows, by the sweep's definition in float64, from the errors that the tile itself made before it.
+    """Every value follows, by the pass's definition in float64, from the errors that the tile itself made before it.
 
-    Two sweeps need not agree: where a value lies in the middle between two of the grid, or two scores are the same up
+    Two passes need not agree: where a value lies in the middle between two of the grid, or two scores are the same up
     to rounding, either choice is right, and all that follows in its row is then another.
     """
     before_OB, upper_BB, w_OB, errors_BO = (t.double() for t in (before_OB, upper_BB, w_OB, errors_BO))
@@ -108,7 +108,7 @@ def test_tiles_in_c_and_in_torch_are_what_their_definition_says(
     if scale_O is not None:
         scale_O[0] = 0  # a row whose kept weights were all zero
     mask_OI = torch.rand(rows, columns + 5) > 0.5
-    for tile in (plain_tile, sweep_tile):
+    for tile in (plain_tile, tile_pass):
         w_OI, m_OI = whole_OI.clone(), mask_OI.clone()
         at = slice(3, 3 + columns)
         upper_BB = factor.upper_II[at, at]
@@ -123,7 +123,7 @@ def test_tiles_in_c_and_in_torch_are_what_their_definition_says(
 
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4x1"])
-def test_every_tile_of_a_sweep_is_what_its_definition_says_whatever_the_threads(
+def test_every_tile_of_a_pass_is_what_its_definition_says_whatever_the_threads(
     pattern: str, bits: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight_OI, factor, _ = problem(96, 200)
@@ -132,10 +132,10 @@ def test_every_tile_of_a_sweep_is_what_its_definition_says_whatever_the_threads(
     def tile(w_OB: Tensor, upper_BB: Tensor, mask_OB: Tensor, *rest: Any) -> Tensor:
         one_OB, chosen_OB = w_OB.clone(), mask_OB.clone()
         with threads(1):
-            alone_BO = sweep_tile(one_OB, upper_BB, chosen_OB, *rest)
+            alone_BO = tile_pass(one_OB, upper_BB, chosen_OB, *rest)
         before_OB, given_OB = w_OB.clone(), mask_OB.clone()
         with threads(2):
-            errors_BO = sweep_tile(w_OB, upper_BB, mask_OB, *rest)
+            errors_BO = tile_pass(w_OB, upper_BB, mask_OB, *rest)
         check_tile(before_OB, given_OB, upper_BB, *rest, w_OB, mask_OB, errors_BO)
         for two, one in ((w_OB, one_OB), (mask_OB, chosen_OB), (errors_BO, alone_BO)):
             assert torch.equal(two, one)  # rows are dealt out whole
@@ -143,8 +143,8 @@ def test_every_tile_of_a_sweep_is_what_its_definition_says_whatever_the_threads(
         return errors_BO
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "sweep_tile", tile)
-        found_OI, mask_OI, grid = sweep.sweep(
+        patch.setattr(columns, "tile_pass", tile)
+        found_OI, mask_OI, grid = columns.column_pass(
             weight_OI, factor, None, 0.6, Pattern.parse(pattern), tile=48, bits=bits, group=128
         )
     assert widths == ([48, 48, 48, 48, 8] if bits is None else [48, 48, 32, 48, 24])
@@ -157,7 +157,7 @@ def test_the_squared_errors_add_up_to_the_loss(bits: int | None) -> None:
     weight_OI, factor, hessian_II = problem(20, 96)
     w_OI, mask_OI = weight_OI.clone(), torch.rand(20, 96) > 0.4
     scale_O = None if bits is None else weight_OI.abs().amax(1) * 0.7 / limit(bits)
-    errors_IO = sweep_tile(w_OI, factor.upper_II, mask_OI, None, scale_O, bits)
+    errors_IO = tile_pass(w_OI, factor.upper_II, mask_OI, None, scale_O, bits)
     change_OI = w_OI.double() - weight_OI.double()
     loss_O = ((change_OI @ hessian_II) * change_OI).sum(1)
     torch.testing.assert_close(errors_IO.double().square().sum(0), loss_O, rtol=1e-3, atol=0)
@@ -170,10 +170,10 @@ def test_a_fine_grid_is_no_grid(monkeypatch: pytest.MonkeyPatch) -> None:
         """Updated weights may outgrow the largest of the first: leave them room."""
         return Grid(bits, group, fit(w_OI, bits, group).scale_OG * 8)
 
-    monkeypatch.setattr(sweep, "fit", roomy)
-    plain_OI, mask_OI, none = sweep.sweep(weight_OI, factor, None, 0.5, NONE, tile=32)
+    monkeypatch.setattr(columns, "fit", roomy)
+    plain_OI, mask_OI, none = columns.column_pass(weight_OI, factor, None, 0.5, NONE, tile=32)
     assert none is None
-    found_OI, found_mask_OI, _ = sweep.sweep(weight_OI, factor, None, 0.5, NONE, tile=32, bits=20, group=0)
+    found_OI, found_mask_OI, _ = columns.column_pass(weight_OI, factor, None, 0.5, NONE, tile=32, bits=20, group=0)
     assert torch.equal(found_mask_OI, mask_OI)
     torch.testing.assert_close(found_OI, plain_OI, rtol=1e-3, atol=2e-4)
 
@@ -182,7 +182,7 @@ def test_what_it_starts_from_is_not_changed() -> None:
     weight_OI, factor, _ = problem(8, 40)
     before_OI, mask_OI = weight_OI.clone(), torch.rand(8, 40) > 0.5
     given_OI = mask_OI.clone()
-    _, after_OI, _ = sweep.sweep(weight_OI, factor, mask_OI, 0.0, NONE, bits=4)
+    _, after_OI, _ = columns.column_pass(weight_OI, factor, mask_OI, 0.0, NONE, bits=4)
     assert torch.equal(weight_OI, before_OI)
     assert torch.equal(mask_OI, given_OI)
     assert torch.equal(after_OI, mask_OI)

@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 
-from .errors import ModelError
-from .evaluate.overlap import joined
-from .layers import UNSEEN, LeftOut
-from .outcome import LayerResult
-from .save import REPORT
+from ..errors import ModelError
+from ..evaluate.overlap import joined
+from ..layers import UNSEEN, LeftOut
+from ..outcome import LayerResult, mean
+from ..save import REPORT
+
+SAMPLE = "sample of text"
+Rows = list[tuple[str, str, str]]
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Report:
     @property
     def weights(self) -> int:
         """How many weights all matrices of the blocks hold, pruned or not."""
-        return sum(map(_size, self.layers)) + sum(item.weights for item in self.left_out)
+        return sum(la.size for la in self.layers) + sum(item.weights for item in self.left_out)
 
     @property
     def sparsity(self) -> float:
@@ -65,15 +68,15 @@ class Report:
         return self._zeros([la.before for la in self.layers])
 
     def _zeros(self, shares: Sequence[float]) -> float:
-        zeros = sum(share * _size(la) for share, la in zip(shares, self.layers, strict=True))
+        zeros = sum(share * la.size for share, la in zip(shares, self.layers, strict=True))
         return (zeros + sum(item.zeros for item in self.left_out)) / self.weights if self.weights else 0.0
 
     def _left(self) -> dict[str, list[int]]:
-        """{why: sizes} of all matrices that stayed as they were."""
+        """The sizes of all matrices that stayed as they were, {why: sizes}."""
         out: dict[str, list[int]] = {}
         for why, size in (
             *((item.why, item.weights) for item in self.left_out),
-            *(("skipped", _size(la)) for la in self.layers if not la.target),
+            *(("skipped", la.size) for la in self.layers if not la.target),
         ):
             out.setdefault(why, []).append(size)
         return out
@@ -109,13 +112,14 @@ class Report:
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"'{path}' is damaged: {error}.") from None
 
-    def rows(self) -> list[tuple[str, str, str]]:
+    def rows(self) -> Rows:
         """Dense beside pruned, ready for a table: (what, dense, pruned)."""
 
         def size(side: Mapping[str, Any]) -> str:
             return f"{side['bytes'] / 1e6:,.1f} MB" if "bytes" in side else "not saved"
 
-        before, after = self._active_sparsity()
+        active = [la for la in self.layers if la.target]
+        before, after = (mean(active, share) or 0.0 for share in (lambda la: la.before, lambda la: la.sparsity))
         rows = [
             (_perplexity_label(self.dense), _perplexity(self.dense), _perplexity(self.pruned)),
             ("sparsity of the pruned layers", f"{before:.1%}", f"{after:.1%}"),
@@ -129,25 +133,23 @@ class Report:
             ("seconds in all, evaluation too", "", f"{self.run['seconds'].get('all', 0):.1f}"),
             ("peak memory", "", f"{self.run['peak_memory'] / 1e9:.2f} GB"),
         ]
-        if self.dense.get("sample") and self.pruned.get("sample"):
-            rows.append(("sample of text", self.dense["sample"], self.pruned["sample"]))
-        return rows
+        return rows + _sample(self.dense, self.pruned)
 
     def _healed_card(self) -> str:
         if not self.healing:
             return ""
-        rows = "\n".join(f"| {a} | {b} | {c} |" for a, b, c in self.healing_rows() if a != "sample of text")
         told = "Then it was retrained, the mask held"
         if self.apart:
             told += "; what is in `adapter`, in PEFT's format, `PeftModel.from_pretrained` adds to the model"
-        return f"\n{told}:\n\n| | pruned | healed |\n| --- | --- | --- |\n{rows}\n"
+        table = _markdown("pruned", "healed", self.healing_rows())
+        return f"\n{told}:\n\n{table}\n"
 
     @property
     def apart(self) -> list[str]:
         """What training left in an adapter, beside the weights."""
         return list(self.healing.get("apart", ()))
 
-    def healing_rows(self) -> list[tuple[str, str, str]]:
+    def healing_rows(self) -> Rows:
         """Pruned beside healed, ready for a table: (what, pruned, healed)."""
         did, apart = self.healing, self.apart
         label, before = _perplexity_label(did["before"]), _perplexity(did["before"])
@@ -175,19 +177,17 @@ class Report:
         if did.get("processes", 1) > 1:
             how = "sharded" if did["sharded"] else "each with the whole model"
             rows.append(("processes", "", f"{did['processes']}, {how}"))
-        if did["before"].get("sample") and did["after"].get("sample"):
-            rows.append(("sample of text", did["before"]["sample"], did["after"]["sample"]))
-        return rows
+        return rows + _sample(did["before"], did["after"])
 
     @property
     def healed(self) -> str:
-        """The perplexity of what healing left."""
+        """The perplexity after healing, in words."""
         after = self.healing["after"]
         with_it = " with the adapter" if self.apart and after.get("perplexity") is not None else ""
         return _perplexity(after) + with_it
 
-    def outcome(self) -> list[tuple[str, str, str]]:
-        """As `rows`, of what the directory holds: where it was healed, that is no longer what pruning left."""
+    def outcome(self) -> Rows:
+        """As `rows`, with what the directory holds now: after healing, if there was any."""
         did = self.healing
         if not did:
             return self.rows()
@@ -197,18 +197,8 @@ class Report:
         rows[first] = dense, f"{pruned} before healing" + ("" if measured else ", not measured since")
         if measured:  # maybe on other windows
             rows[label] = rows.get(label, ("", ""))[0], f"{self.healed}, healed ({_perplexity(did['before'])} before)"
-        rows.pop("sample of text", None)
-        if self.dense.get("sample") and did["after"].get("sample"):
-            rows["sample of text"] = self.dense["sample"], did["after"]["sample"]
-        return [(what, dense, value) for what, (dense, value) in rows.items()]
-
-    def _active_sparsity(self) -> tuple[float, float]:
-        """Of the layers that were pruned: the share of zeros before and after."""
-        active = [la for la in self.layers if la.target]
-        total = sum(map(_size, active)) or 1
-        return sum(la.before * _size(la) for la in active) / total, sum(
-            la.sparsity * _size(la) for la in active
-        ) / total
+        rows.pop(SAMPLE, None)
+        return [(what, *both) for what, both in rows.items()] + _sample(self.dense, did["after"])
 
     def notes(self) -> list[str]:
         """What happened to single layers that a user should know."""
@@ -218,7 +208,6 @@ class Report:
     def card(self) -> str:
         """A model card that says what was done."""
         steps = " + ".join(name for step in self.recipe["steps"] for name in step)
-        rows = "\n".join(f"| {a} | {b} | {c} |" for a, b, c in self.rows() if a != "sample of text")
         base = self.model["name"]
         front = f"base_model: {base}\n" if "/" in base and not Path(base).exists() else ""
         calibration = self.recipe["calibration"]
@@ -232,6 +221,8 @@ class Report:
             load = (
                 "`AutoModelForCausalLM.from_pretrained` loads it where Prunella is installed. Its zeros are not stored"
             )
+        elif (format_ := self.recipe.get("format", "dense")) != "dense":
+            load = f"Its weights are in the format `{Path(format_).name}`"
         else:
             load = "Load it with `AutoModelForCausalLM.from_pretrained`. The masks are in `prunella.masks` (bit-packed)"
         return f"""---
@@ -246,9 +237,7 @@ tags:
 {self.sparsity:.1%} of the block weights of `{Path(base).name or base}` are zero: pruned in one shot with
 `{steps}` (pattern `{self.recipe["pattern"]}`), {text}.
 
-| | dense | pruned |
-| --- | --- | --- |
-{rows}
+{_markdown("dense", "pruned", self.rows())}
 {self._healed_card()}
 {load}, and `prunella.json` holds the
 recipe, the versions and what happened to every layer. The license is that of the original model.
@@ -263,8 +252,18 @@ def seen(directory: str | Path) -> str:
         return ""
 
 
-def _size(layer: LayerResult) -> int:
-    return layer.shape[0] * layer.shape[1]
+def _sample(before: Mapping[str, Any], after: Mapping[str, Any]) -> Rows:
+    return [(SAMPLE, before["sample"], after["sample"])] if before.get("sample") and after.get("sample") else []
+
+
+def numbers(rows: Rows) -> Rows:
+    """The rows of a table without those that show a sample of text."""
+    return [row for row in rows if row[0] != SAMPLE]
+
+
+def _markdown(before: str, after: str, rows: Rows) -> str:
+    head = (f"| | {before} | {after} |", "| --- | --- | --- |")
+    return "\n".join((*head, *(f"| {a} | {b} | {c} |" for a, b, c in numbers(rows))))
 
 
 def _perplexity(side: Mapping[str, Any]) -> str:
@@ -279,7 +278,7 @@ def _perplexity_label(side: Mapping[str, Any]) -> str:
 
 
 def bos_words(bos: bool | None) -> str:
-    """How the windows of a perplexity begin; nothing where an older report does not say."""
+    """How the windows of a perplexity begin, in words; none for an older report, which does not say."""
     return "" if bos is None else "each with BOS" if bos else "without BOS"
 
 
@@ -288,7 +287,7 @@ def versions() -> dict[str, str]:
     import safetensors
     import transformers
 
-    from . import __version__
+    from .. import __version__
 
     return {
         "prunella": __version__,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_sweep import check_tile
+from test_columns import check_tile
 
 from prunella.pattern import keep
 from prunella.steps import dsnot
@@ -13,7 +13,7 @@ from prunella.types import Pattern
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="there is no Triton for this machine")
 
-from prunella import sweep_gpu  # noqa: E402
+from prunella import columns_gpu  # noqa: E402
 
 
 @pytest.mark.parametrize("text", ["unstructured", "2:4", "1:4", "4:8"])
@@ -32,7 +32,7 @@ def test_a_tile_is_what_its_definition_says(text: str, bits: int | None) -> None
     tile = slice(start, stop)
     weight, mask, upper = weight_OI.clone().to(DEVICE), mask_OI.clone().to(DEVICE), upper_II.to(DEVICE)
     scale = None if scale_O is None else scale_O.to(DEVICE)
-    found = sweep_gpu.sweep_tile(weight[:, tile], upper[tile, tile], mask[:, tile], pattern, scale, bits)
+    found = columns_gpu.tile_pass(weight[:, tile], upper[tile, tile], mask[:, tile], pattern, scale, bits)
     start_OB, given_OB, upper_BB = weight_OI[:, tile], mask_OI[:, tile], upper_II[tile, tile]
     after = weight[:, tile].cpu(), mask[:, tile].cpu(), found.cpu()
     check_tile(start_OB, given_OB, upper_BB, pattern, scale_O, bits, *after)
@@ -45,7 +45,7 @@ def test_a_tile_is_what_its_definition_says(text: str, bits: int | None) -> None
 def test_equal_scores_are_pruned_from_the_left() -> None:
     weight = torch.ones(3, 8, device=DEVICE)
     mask = torch.empty(3, 8, dtype=torch.bool, device=DEVICE)
-    sweep_gpu.sweep_tile(weight, torch.eye(8, device=DEVICE), mask, Pattern.parse("2:4"), None, None)
+    columns_gpu.tile_pass(weight, torch.eye(8, device=DEVICE), mask, Pattern.parse("2:4"), None, None)
     assert mask.tolist() == [[False, False, True, True] * 2] * 3
 
 
@@ -63,6 +63,6 @@ def test_the_same_weights_are_swapped_as_in_torch(span: int, same_sign: bool) ->
     e_O[2] = 0
     arguments = (mask_OI, d_OI, g_OI, wanda_OI, e_O)
     wanted = dsnot.plain_swap(*arguments, 20, 1e-3, same_sign, span)
-    found = sweep_gpu.swap(*(a.to(DEVICE) for a in arguments), 20, 1e-3, same_sign, span)
+    found = columns_gpu.swap(*(a.to(DEVICE) for a in arguments), 20, 1e-3, same_sign, span)
     assert (wanted != mask_OI).sum() > 50
     assert torch.equal(found.cpu(), wanted)

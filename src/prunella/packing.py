@@ -1,9 +1,8 @@
-"""Whole models: pack, unpack, and measure."""
+"""A pruned model packed, and a packed one plain again."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,15 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import pattern
-from ..compat import quiet_transformers, revert
-from ..errors import InputError, ModelError, disk_error, say
-from ..grid import Grid
-from ..layers import Slot, find_layers
-from ..model.files import copy_companions
-from ..model.names import find_directory
-from ..model.open import load_model
-from ..tensors import (
+from . import pattern
+from .compat import quiet_transformers, revert
+from .errors import InputError, ModelError, disk_error, say
+from .grid import Grid
+from .layers import Slot, find_layers
+from .model.files import copy_companions, read_json
+from .model.names import find_directory
+from .model.open import load_model
+from .outcome import BlockResult
+from .sparse.format import PARTS, SPAN, check_options, groups, mask_of, module_names, parameter_name, stored_bits
+from .store.packed import PackedStore, packed_config
+from .tensors import (
     GRIDS,
     MASKS,
     mask_shapes,
@@ -29,12 +31,11 @@ from ..tensors import (
     read_masks,
     save_tensors,
     write_grids,
+    write_index,
+    write_json,
     write_masks,
 )
-from ..workshop import finished, workshop
-from .bench import bench
-from .files import PackedCheckpoint, PackedFiles, module_names, write_index, write_json
-from .format import PARTS, SPAN, check_options, groups, mask_of, stored_bits
+from .workshop import Workshop, finished, workshop
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,15 @@ class PackResult:
     kept: tuple[str, ...]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# A directory in the making
-
-
 @contextlib.contextmanager
-def _directory(out: Path) -> Iterator[Path]:
+def _making(out: Path) -> Iterator[Workshop]:
     """A directory while the context lasts, OUT once it has ended well. What a command that was killed left goes:
     nothing in it took long."""
     finished(out)
     shop = workshop(out, resume=False)
     try:
         shop.model.mkdir()
-        yield shop.model
+        yield shop
         shop.appear(out)
     except OSError as error:
         raise disk_error(error, shop.directory) from None
@@ -69,31 +66,9 @@ def _directory(out: Path) -> Iterator[Path]:
 
 
 def _copy_companions(source: Path, out: Path) -> None:
-    copy_companions(source, out, but=["config.json"])
+    copy_companions(source, out)
     for path in source.glob("*.md"):
         shutil.copyfile(path, out / path.name)
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise TypeError("not an object")
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"'{directory / 'config.json'}' cannot be read: {error}.") from None
-    return config
-
-
-def packed_config(directory: str | Path) -> dict[str, Any] | None:
-    """The quantization_config of a packed model; None for a directory that holds none."""
-    if not (Path(directory) / "config.json").is_file():
-        return None
-    config = _read_config(Path(directory)).get("quantization_config")
-    return config if isinstance(config, dict) and config.get("quant_method") == "prunella" else None
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Pack and unpack
 
 
 def pack_model(
@@ -129,27 +104,24 @@ def pack_model(
     opened = load_model(str(directory), device="cpu", remote_code=remote_code)
     grids = {name: grid for name, grid in read_grids(directory).items() if bits in (None, stored_bits(grid))}
     known = mask_shapes(directory) if (directory / MASKS).is_file() else None
-    with _directory(out) as partial:
-        files = PackedFiles(partial, opened, bits, group, head)
-        stayed: dict[str, Tensor] = {}  # masks of layers that stay dense
-        for index, name in enumerate(opened.blocks):
-            with opened.block(index) as block:
-                slots = {slot.name: slot for slot in find_layers(block, name)}
-                given = None if known is None else read_masks(directory, slots.keys() & known.keys())
-                masks = {n: m for n, s in slots.items() if (m := _mask(s, given)) is not None}
-                for layer in masks.keys() & grids.keys():
-                    _check_grid(slots[layer], grids[layer])
-                written = files.write(index, masks, grids)
-                stayed |= {layer: pattern.pack(masks[layer]) for layer in written["stayed"]}
-        files.complete()
-        found = files.contents
+    with _making(out) as shop:
+        store = PackedStore(shop.model, shop.directory, opened, bits=bits, group=group, round_head=head)
+        for index, block in opened.walk():
+            slots = {slot.name: slot for slot in find_layers(block.module, block.name)}
+            given = None if known is None else read_masks(directory, slots.keys() & known.keys())
+            masks = {n: m for n, s in slots.items() if (m := _mask(s, given)) is not None}
+            for layer in masks.keys() & grids.keys():
+                _check_grid(slots[layer], grids[layer])
+            bits_of = {layer: pattern.pack(mask_OI) for layer, mask_OI in masks.items()}
+            store.write(BlockResult(index, block.name, (), bits_of, grids, {}, 0.0))
+        store.complete()
+        found = store.contents
         if not found.modules:
             raise InputError(f"nothing in '{model}' can be packed: no layer is sparse enough. Prune it first.")
-        _copy_companions(directory, partial)
-        files.finish(_read_config(directory))
-        if known is not None and stayed:
-            write_masks(partial / MASKS, stayed, known)
-        write_grids(partial / GRIDS, {name: grids[name] for name in found.stayed if name in grids})
+        _copy_companions(directory, shop.model)
+        store.finish()
+        if known is None:  # no masks went in: none come out
+            (shop.model / MASKS).unlink(missing_ok=True)
     layers = sum(len(module_names(name, about)) for name, about in found.modules.items() if not about.get("dense"))
     return PackResult(layers, found.dense, found.packed, tuple(found.stayed))
 
@@ -192,19 +164,14 @@ def unpack_model(model: str, out: str | Path) -> int:
     """Write a packed model as a plain one, masks included; returns the number of unpacked layers. Without --bits
     its weights are the very bytes that were packed. Raises PrunellaError."""
     directory, out = Path(model), Path(out)
-    config = packed_config(directory)
-    if config is None:
-        raise ModelError(f"'{model}' is not a packed model: its config.json has no quantization_config of prunella.")
-    from .quantizer import PrunellaConfig
-
-    settings = PrunellaConfig(**config)
-    checkpoint = PackedCheckpoint(directory, settings.modules, settings.bits, settings.group)
-    whole = _read_config(directory)
-    del whole["quantization_config"]
-    dtype = getattr(torch, str(whole.get("dtype") or whole.get("torch_dtype") or "bfloat16"))
-    owner = {module: name for name, about in settings.modules.items() for module in module_names(name, about)}
-    network = _empty(directory) if len(owner) > len(settings.modules) else None
-    layers = sum(not settings.modules[name].get("dense") for name in owner.values())
+    checkpoint = PackedStore.read(directory)
+    modules = checkpoint.modules
+    config = read_json(directory / "config.json")
+    del config["quantization_config"]
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
+    owner = {module: name for name, about in modules.items() for module in module_names(name, about)}
+    network = _empty(directory) if len(owner) > len(modules) else None
+    layers = sum(not modules[name].get("dense") for name in owner.values())
     masks: dict[str, Tensor] = {}  # as bits
     shapes: dict[str, tuple[int, int]] = {}
     if (directory / MASKS).is_file():  # of layers that stayed dense
@@ -212,7 +179,7 @@ def unpack_model(model: str, out: str | Path) -> int:
         masks = {layer: pattern.pack(mask_OI) for layer, mask_OI in read_masks(directory).items()}
     grids = read_grids(directory)
     done: set[str] = set()
-    with _directory(out) as partial:
+    with _making(out) as shop:
         for file, stored in checkpoint.files.items():
             parts = {key: owner.get(key.rpartition(".")[0]) for key in stored if key.endswith(PARTS)}
             plain = [key for key in stored if parts.get(key) is None]
@@ -220,27 +187,25 @@ def unpack_model(model: str, out: str | Path) -> int:
                 tensors: dict[str, Tensor] = {key: slices[key][...] for key in plain}
             for name in dict.fromkeys(name for name in parts.values() if name is not None and name not in done):
                 done.add(name)
-                about = settings.modules[name]
+                about = modules[name]
                 for module, one in ({} if about.get("dense") else checkpoint.packed(name)).items():
                     layer = about.get("layer", name) + module.removeprefix(name)  # as the network calls it
                     masks[layer] = pattern.pack(mask_of(one.mask, one.columns))
                     shapes[layer] = one.rows, one.columns
                     if one.bits is not None and one.scales is not None:
                         grids[layer] = Grid(one.bits, one.group, one.scales)
-                weight = checkpoint.weight(name, dtype)
-                if "experts" in about:  # under the names that the architecture's files have
-                    tensors |= revert(network, {name: weight})
-                else:
-                    tensors[f"{name}.weight"] = weight
-            save_tensors(partial / file, tensors)
-        missing = settings.modules.keys() - done
+                weight = {(key := parameter_name(name, about)): checkpoint.parameter(key, dtype)}
+                # a mixture's under the names that the architecture's files have
+                tensors |= revert(network, weight) if "experts" in about else weight
+            save_tensors(shop.model / file, tensors)
+        missing = modules.keys() - done
         if missing:
             raise ModelError(f"packed tensor '{min(missing)}.weight_values' is missing.")
-        write_index(partial)
-        write_masks(partial / MASKS, masks, shapes)
-        write_grids(partial / GRIDS, grids)
-        _copy_companions(directory, partial)
-        write_json(partial / "config.json", whole)
+        write_index(shop.model)
+        write_masks(shop.model / MASKS, masks, shapes)
+        write_grids(shop.model / GRIDS, grids)
+        _copy_companions(directory, shop.model)
+        write_json(shop.model / "config.json", config)
     return layers
 
 
@@ -251,6 +216,3 @@ def _empty(directory: Path) -> Any:
 
     with accelerate.init_empty_weights(), quiet_transformers():
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
-
-
-__all__ = ["PackResult", "bench", "pack_model", "packed_config", "unpack_model"]

@@ -1,6 +1,6 @@
 """The sequential loops of SparseGPT and DSnoT in Triton, for GPUs, where each step in torch is a launch of its own.
 
-    sweep_tile   SparseGPT's sweep over one tile of columns: rows are independent, and stay in registers
+    tile_pass   the column pass over one tile: rows are independent, and stay in registers
     swap         DSnoT's swaps: rows are independent, a lane to a row
 
 Importing this module fails where Triton is missing. With TRITON_INTERPRET=1 in the environment it works on CPU
@@ -19,12 +19,12 @@ from torch import Tensor
 from .pattern import best
 from .types import Pattern
 
-SWEEP_ROWS, SWEEP_WARPS = 4, 1
+TILE_ROWS, TILE_WARPS = 4, 1
 SWAP_ROWS, SWAP_WARPS = 32, 1
 
 
 @triton.jit
-def _sweep(
+def _tile(
     w, w_stride, upper, upper_stride, mask, mask_stride, errors, scale, rows, columns,
     KEEP: tl.constexpr, SPAN: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -71,14 +71,14 @@ def _sweep(
         tl.store(mask + row_R[:, None] * mask_stride + column_B, kept_RB.to(tl.int8), mask=here_RB)
 
 
-def sweep_tile(
+def tile_pass(
     w_OB: Tensor, upper_BB: Tensor, mask_OB: Tensor, pattern: Pattern | None, scale_O: Tensor | None, bits: int | None
 ) -> Tensor:
-    """`sweep.plain_tile`: sweep one tile in place, without what follows from it for later columns."""
+    """`columns.plain_tile`: pass over one tile in place, without what follows from it for later columns."""
     rows, columns = w_OB.shape
     errors_BO = w_OB.new_empty((columns, rows))
     with _on(w_OB):
-        _sweep[(triton.cdiv(rows, SWEEP_ROWS),)](
+        _tile[(triton.cdiv(rows, TILE_ROWS),)](
             w_OB,
             w_OB.stride(0),
             upper_BB,
@@ -92,9 +92,9 @@ def sweep_tile(
             KEEP=0 if pattern is None else pattern.first,
             SPAN=0 if pattern is None else pattern.second,
             LIMIT=0 if scale_O is None or bits is None else (1 << bits - 1) - 1,
-            ROWS=SWEEP_ROWS,
+            ROWS=TILE_ROWS,
             COLUMNS=triton.next_power_of_2(columns),
-            num_warps=SWEEP_WARPS,
+            num_warps=TILE_WARPS,
         )
     return errors_BO
 

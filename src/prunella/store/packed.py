@@ -1,42 +1,55 @@
-"""The weights of a packed model on disk: a file for each block, and one for all that lies outside of the blocks.
-
-`prunella pack` and `prunella prune --format packed` both write through `PackedFiles`. What is written is read back
-through `PackedCheckpoint`, block by block, as any other checkpoint is.
-"""
+"""Weights without their zeros, in the packed format: a file for each block, and one for all that lies outside of the
+blocks. What is written is read back block by block, as any other weights are."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .. import pattern
 from ..errors import ModelError
-from ..grid import Grid
 from ..layers import Slot, find_layers
 from ..model.checkpoint import Checkpoint
-from ..model.files import SINGLE, files_in
+from ..model.files import files_in
 from ..model.network import Model
-from ..tensors import INDEX, save_tensors, write_text
-from .format import (
+from ..outcome import BlockResult
+from ..sparse.format import (
     MARK,
     PARTS,
     SPAN,
     VERSION,
     Packed,
-    Rounded,
+    module_names,
     of_parts,
     pack,
+    parameter_name,
     round_weight,
     rounded_of_parts,
     stored_bits,
     unpack,
 )
-from .rounded import heads
+from ..sparse.rounded import heads
+from ..tensors import (
+    DTYPES,
+    FLOATS,
+    GRIDS,
+    MASKS,
+    masks_in,
+    save_tensors,
+    write_grids,
+    write_index,
+    write_json,
+    write_masks,
+)
+from .registry import Store, register_store
 
 
 @dataclass
@@ -60,20 +73,31 @@ class Contents:
         self.packed += other.packed
 
 
-class PackedFiles:
-    """A packed model's safetensors files in the making.
+@register_store("packed")
+class PackedStore(Store):
+    """A packed model's files, and the masks and grids of those pruned layers that stay dense.
 
-    A file appears when it is whole. Tensors that are not packed are written as they are in the model's own
-    checkpoint, under the same names, in the model's dtype.
+    A file appears when it is whole. Tensors that are not packed are written as they are in the model's own checkpoint,
+    under the same names, in the model's dtype.
 
     bits, group: None, 8 or 4 bits for each value, and inputs to a scale, as `format.pack` takes them
-    head:        round the embedding and the output head too, to 8 bits, nothing left out
+    round_head:  round the embedding and the output head too, to 8 bits, nothing left out
     contents:    what the files hold so far
     """
 
-    def __init__(self, directory: Path, model: Model, bits: int | None = None, group: int = SPAN, head: bool = False):
-        self.directory, self.model, self.bits, self.group = directory, model, bits, group
-        self.head = heads(model.network) if head else {}
+    def __init__(
+        self,
+        folder: Path,
+        aside: Path,
+        model: Model,
+        *,
+        bits: int | None = None,
+        group: int = SPAN,
+        round_head: bool = False,
+    ):
+        super().__init__(folder, aside, model)
+        self.bits, self.group = bits, group
+        self.head = heads(model.network) if round_head else {}
         self.contents = Contents()
         self.done: set[int] = set()
         self.untied = False  # a head that is another than the embedding, though the config says they are one
@@ -85,25 +109,27 @@ class PackedFiles:
             same = {target for target, source in tied.items() if get(target) is get(source)}
             self.plan = {name: (name, False) for name in model.network.state_dict() if name not in same}
 
-    def write(self, index: int, masks: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> dict[str, Any]:
-        """Put block `index` on disk, those of its layers packed whose masks (bool, (O, I)) are given, on their grids
-        where they have some. The block must be loaded, unless there are no masks. Returns what `restore` takes."""
-        block = self.model.blocks[index]
+    def write(self, result: BlockResult) -> dict[str, Any]:
+        """As any store; layers are packed on their grids where they have some."""
+        block, grids = result.name, result.grids
         found = Contents()
         tensors: dict[str, Tensor] = {}
         gone: set[str] = set()
         changed: dict[str, Tensor] = {}
-        for parameter, slots in _by_parameter(find_layers(self.model.module(block), block)).items():
-            pruned = [slot for slot in slots if slot.name in masks]
+        shapes: dict[str, tuple[int, int]] = {}
+        layers = find_layers(self.model.module(block), block) if result.masks else []
+        for parameter, those in itertools.groupby(layers, lambda slot: slot.key):
+            slots = list(those)
+            pruned = [slot for slot in slots if slot.name in result.masks]
             if not pruned:
                 continue
             name = self._name(block, slots[0]) if len(pruned) == len(slots) else None
-            packed = self._pack(slots, masks, grids) if name is not None else []
+            packed = self._pack(slots, result) if name is not None else []
             kinds = {(one.bits, one.group) for one in packed}
             dense = getattr(slots[0].module, slots[0].parameter)
             size, nbytes = sum(p.nbytes for p in packed), dense.numel() * dense.element_size()
             if name is None or size >= nbytes or len(kinds) > 1:
-                found.stayed += [slot.name for slot in pruned]
+                shapes |= {slot.name: slot.shape for slot in pruned}
                 changed[parameter] = dense.data
                 continue
             gone.add(parameter)
@@ -120,26 +146,29 @@ class PackedFiles:
                 tensors |= {f"{module}.{part}": tensor for part, tensor in content.parts().items()}
             tensors |= self._mark(name, about, found)
             found.add(Contents({name: about}, [], nbytes, size))
+        found.stayed = list(shapes)
         keys = [k for k, (p, _) in self.plan.items() if self.model.block_of(p) == block and p not in gone]
         tensors |= self._plain(keys)
         if changed and self.model.checkpoint is not None:
             stored = self.model.stored(block, changed)
             tensors |= {key: stored[key].to(tensors[key].dtype) for key in keys if key in stored}
-        self._save(index, tensors)
-        self.restore(index, entry := asdict(found))
+        self._save(result.index, tensors)
+        if shapes:
+            masks = {layer: result.masks[layer] for layer in shapes}
+            write_masks(self.aside / f"{MASKS}-{result.index}", masks, shapes)
+            write_grids(self.aside / f"{GRIDS}-{result.index}", {la: grids[la] for la in shapes if la in grids})
+        self.restore(result.index, entry := asdict(found))
         return entry
 
     def restore(self, index: int, entry: Mapping[str, Any]) -> None:
-        """Take block `index` as written, by an earlier run maybe."""
         self.contents.add(Contents(**entry))
         self.done.add(index)
 
     def complete(self) -> None:
-        """Write the blocks that are not there yet as they are in the model, and all that lies outside of blocks."""
-        for index in range(len(self.model.blocks)):
+        for index, name in enumerate(self.model.blocks):
             if index not in self.done:
-                self.write(index, {}, {})
-        outside = {key: parameter for key, (parameter, _) in self.plan.items() if not self._inside(parameter)}
+                self.write(BlockResult(index, name, (), {}, {}, {}, 0.0))
+        outside = {key: parameter for key, (parameter, _) in self.plan.items() if not self.model.block_of(parameter)}
         tensors: dict[str, Tensor] = {}
         for source, names in self.head.items():
             # where it is tied, the files may have it under either name, or both
@@ -159,26 +188,53 @@ class PackedFiles:
                 del outside[key]
         self._save(len(self.model.blocks), {**tensors, **self._plain(list(outside))})
 
-    def finish(self, config: Mapping[str, Any]) -> None:
-        """Add the index and the model's config.json, with what a reader must know."""
-        write_index(self.directory)
-        settings = {
+    def finish(self) -> None:
+        network, path = self.model.network, self.folder / "config.json"
+        own: dict[str, Any] = {}
+        if self.model.checkpoint is None:
+            network.config.save_pretrained(self.folder)
+            if network.can_generate():
+                network.generation_config.save_pretrained(self.folder)
+            own = {"architectures": [type(network).__name__], "dtype": str(self.model.dtype)[6:]}
+        config = json.loads(path.read_text(encoding="utf-8")) | own
+        if self.untied:
+            config["tie_word_embeddings"] = False
+            if "text_config" in config:
+                config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
+        config["quantization_config"] = {
             "quant_method": "prunella",
             "format_version": VERSION,
             "bits": self.bits,
             "group": self.group,
             "modules": self.contents.modules,
         }
-        own: dict[str, Any] = {"tie_word_embeddings": False} if self.untied else {}
-        if own and "text_config" in config:
-            own["text_config"] = {**config["text_config"], **own}
-        write_json(self.directory / "config.json", {**config, **own, "quantization_config": settings})
+        write_json(path, config)
+        write_index(self.folder)
+        masks: dict[str, Tensor] = {}
+        shapes: dict[str, tuple[int, int]] = {}
+        for part in sorted(self.aside.glob(f"{MASKS}-*")):
+            shapes |= masks_in(part)
+            masks |= load_file(part)
+        if masks:
+            write_masks(self.folder / MASKS, masks, shapes)
+        self.merge_grids()
 
     @property
-    def checkpoint(self) -> Checkpoint:
-        """What is written so far."""
-        written = files_in(self.directory)
-        return PackedCheckpoint(self.directory, self.contents.modules, self.bits, self.group, written)
+    def source(self) -> PackedCheckpoint:
+        written = files_in(self.folder)
+        return PackedCheckpoint(self.folder, self.contents.modules, self.bits, self.group, written)
+
+    @classmethod
+    def read(cls, directory: Path) -> PackedCheckpoint:
+        from ..sparse.quantizer import PrunellaConfig  # which imports transformers
+
+        found = packed_config(directory)
+        if found is None:
+            raise ModelError(
+                f"'{directory}' is not a packed model: its config.json has no quantization_config of prunella."
+            )
+        config = PrunellaConfig(**found)
+        return PackedCheckpoint(directory, config.modules, config.bits, config.group)
 
     def _mark(self, name: str, about: Mapping[str, Any], found: Contents) -> dict[str, Tensor]:
         """What stops loaders that do not know the format, if this is the first weight that is packed. They would find
@@ -187,9 +243,6 @@ class PackedFiles:
         if found.modules or self.contents.modules:
             return {}
         return {parameter_name(name, about): torch.empty(MARK, dtype=self.model.dtype)}
-
-    def _inside(self, parameter: str) -> bool:
-        return self.model.block_of(parameter) is not None
 
     def _name(self, block: str, slot: Slot) -> str | None:
         """The name under which a parameter is stored when it is packed: the network's, or that of the files where
@@ -234,16 +287,18 @@ class PackedFiles:
         if checkpoint is None or checkpoint.dtype() != self.model.dtype:
             return None
         code = checkpoint.files[checkpoint.where[key]][key][0]
-        return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(code)
+        return DTYPES[code] if code in FLOATS else None
 
-    def _pack(self, slots: Sequence[Slot], masks: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> list[Packed]:
+    def _pack(self, slots: Sequence[Slot], result: BlockResult) -> list[Packed]:
         """The weights of one parameter. Those without a grid are rounded as the others are."""
-        bits, group = self.bits, self.group
-        for grid in (grids[slot.name] for slot in slots if slot.name in grids):
-            bits, group = stored_bits(grid), grid.group
+        bits, group, grids = self.bits, self.group, [result.grids.get(slot.name) for slot in slots]
+        for grid in grids:
+            if grid is not None:
+                bits, group = stored_bits(grid), grid.group
+        masks = [pattern.unpack(result.masks[slot.name], slot.shape) for slot in slots]
         return [
-            pack(slot.view().cpu().contiguous(), masks[slot.name], bits, group, grid=grids.get(slot.name))
-            for slot in slots
+            pack(slot.view().cpu().contiguous(), mask_OI, bits, group, grid=grid)
+            for slot, mask_OI, grid in zip(slots, masks, grids, strict=True)
         ]
 
     def _kind(self, columns: int) -> tuple[int | None, int]:
@@ -263,7 +318,7 @@ class PackedFiles:
 
     def _save(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         total = len(self.model.blocks) + 1
-        save_tensors(self.directory / f"model-{number + 1:05d}-of-{total:05d}.safetensors", tensors)
+        save_tensors(self.folder / f"model-{number + 1:05d}-of-{total:05d}.safetensors", tensors)
 
 
 class PackedCheckpoint(Checkpoint):
@@ -279,17 +334,10 @@ class PackedCheckpoint(Checkpoint):
     ):
         super().__init__(directory, names)
         self.modules, self.bits, self.group = modules, bits, group
+        self.own = {parameter_name(name, about): name for name, about in modules.items()}
         for key, file in list(self.where.items()):
             if self.files[file][key][1] == MARK:
                 del self.where[key], self.files[file][key]
-
-    def fill(self, model: Model, wanted: Callable[[str], bool]) -> None:
-        for name, about in self.modules.items():
-            parameter = model.parameter_of(parameter_name(name, about))
-            if wanted(parameter):
-                owner, _, key = parameter.rpartition(".")
-                weight = self.weight(name, model.dtype).to(model.device)
-                model.network.get_submodule(owner)._parameters[key] = nn.Parameter(weight, requires_grad=False)
 
     def packed(self, name: str) -> dict[str, Packed]:
         """The packed weights that make up a parameter, by module. Raises ModelError, naming the tensor, if one is
@@ -298,59 +346,39 @@ class PackedCheckpoint(Checkpoint):
         bits, group = about.get("bits", self.bits), about.get("group", self.group)
         out = {}
         for module in module_names(name, about):
-            parts = {part: f"{module}.{part}" for part in PARTS if f"{module}.{part}" in self.where}
-            with self.open(parts.values()) as slices:
-                tensors = {part: slices[key][...] for part, key in parts.items()}
-            out[module] = of_parts(module, tensors, about["shape"][1], group)
+            out[module] = of_parts(module, self._parts(module), about["shape"][1], group)
             if [out[module].rows, out[module].columns, out[module].bits] != [*about["shape"], bits]:
                 raise ModelError(f"packed weight '{module}' is not what config.json says of it. Pack the model again.")
         return out
 
-    def rounded(self, name: str) -> Rounded:
-        """A weight of 8 bits of which nothing is left out. Raises ModelError, naming the tensor, if it is missing or
-        damaged."""
-        about = self.modules[name]
-        keys = {part: f"{name}.{part}" for part in ("weight_values", "weight_scales")}
-        with self.open(key for key in keys.values() if key in self.where) as slices:
-            tensors = {part: slices[key][...] for part, key in keys.items() if key in self.where}
-        return rounded_of_parts(name, tensors, tuple(about["shape"]), about.get("group", self.group))
+    def _parts(self, module: str) -> dict[str, Tensor]:
+        keys = {part: key for part in PARTS if (key := f"{module}.{part}") in self.where}
+        with self.open(keys.values()) as slices:
+            return {part: slices[key][...] for part, key in keys.items()}
 
-    def weight(self, name: str, dtype: torch.dtype) -> Tensor:
+    def parameter(self, name: str, dtype: torch.dtype) -> Tensor:
         """A packed parameter as the plain model has it; integer values times their scales in `dtype`."""
+        name = self.own[name]
         about = self.modules[name]
         if about.get("dense"):
-            return self.rounded(name).dense(dtype)
+            group = about.get("group", self.group)
+            return rounded_of_parts(name, self._parts(name), tuple(about["shape"]), group).dense(dtype)
         weights = [unpack(p, None if p.bits is None else dtype) for p in self.packed(name).values()]
         if about.get("transposed"):
             weights = [weight_OI.T for weight_OI in weights]
         return torch.stack(weights) if "experts" in about else weights[0].contiguous()
 
 
-def module_names(name: str, about: Mapping[str, Any]) -> list[str]:
-    """The modules that an entry of quantization_config.modules stands for: itself, or a mixture's experts."""
-    return [f"{name}.{e}" for e in range(about["experts"])] if "experts" in about else [name]
-
-
-def parameter_name(name: str, about: Mapping[str, Any]) -> str:
-    """The tensor that a plain model has in place of such an entry."""
-    return name if "experts" in about else f"{name}.weight"
-
-
-def write_index(directory: Path) -> None:
-    """Say which tensor is in which file, where there are several files."""
-    checkpoint = Checkpoint(directory, files_in(directory))
-    if list(checkpoint.files) != [SINGLE]:
-        index = {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": dict(sorted(checkpoint.where.items()))}
-        write_json(directory / INDEX, index)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """As the config files beside a model's weights are written."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def _by_parameter(slots: Sequence[Slot]) -> dict[str, list[Slot]]:
-    out: dict[str, list[Slot]] = {}
-    for slot in slots:
-        out.setdefault(slot.key, []).append(slot)
-    return out
+def packed_config(directory: str | Path) -> dict[str, Any] | None:
+    """The quantization_config of a packed model; None for a directory that holds none."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise TypeError("not an object")
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"'{path}' cannot be read: {error}.") from None
+    found = config.get("quantization_config")
+    return found if isinstance(found, dict) and found.get("quant_method") == "prunella" else None

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..rows import Row
 from . import charts
 from .charts import Mark
 from .page import Drawing, render, write_text
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
