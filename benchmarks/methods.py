@@ -17,9 +17,9 @@ from rich.table import Table
 from prunella.calibrate import windows
 from prunella.cells import Cell, Sweep
 from prunella.heap import keep_freed_memory
-from prunella.model.open import load_model
 from prunella.recipe import Recipe
 from prunella.rows import Key, Rows
+from prunella.tasks.text import load_model
 from prunella.texts import same_text
 
 CELLS: dict[str, dict[str, Any]] = {

@@ -22,7 +22,7 @@ from rich.table import Table
 import prunella
 from prunella.calibrate import windows
 from prunella.model.names import find_directory
-from prunella.model.open import load_model
+from prunella.tasks.text import load_model
 from prunella.texts import same_text
 
 HERE = Path(__file__).parent

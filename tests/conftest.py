@@ -23,6 +23,7 @@ import prunella.heal  # noqa: F401  (registers every step: tests are parametrize
 from prunella import cli, registry
 from prunella.allocate import allocations
 from prunella.heal import groups
+from prunella.tasks import tasks
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)  # whatever had imported torch before
@@ -44,7 +45,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def registries() -> Iterator[None]:
     """What a test registers is gone afterwards."""
-    before = [(known, dict(known)) for known in (registry.steps, allocations, groups)]
+    before = [(known, dict(known)) for known in (registry.steps, allocations, groups, tasks)]
     yield
     for known, methods in before:
         known.clear()

@@ -10,7 +10,7 @@ from torch import Tensor
 import prunella
 from prunella.layers import find_layers
 from prunella.model.network import Model
-from prunella.model.open import wrap_model
+from prunella.tasks.text import wrap_model
 
 SETTINGS: dict[str, Any] = {
     "calibration": {"samples": 4, "length": 32},

@@ -25,11 +25,11 @@ from prunella.allocate import allocations
 from prunella.back import gradients
 from prunella.hidden import Hidden
 from prunella.machine import fork_random, free_memory, pick_device
-from prunella.model.open import load_model
 from prunella.registry import find
 from prunella.save import Output
 from prunella.sparse.bench import bench
 from prunella.sparse.format import pack
+from prunella.tasks.text import load_model
 
 pytestmark = pytest.mark.usefixtures("sim")
 

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 import prunella
 from prunella.layers import Slot, find_layers
 from prunella.model.checkpoint import read_header
-from prunella.model.open import load_model, wrap_model
 from prunella.stream import Stream
+from prunella.tasks.text import load_model, wrap_model
 
 RECIPES = {
     "unstructured": {"steps": ["sparsegpt"], "order": "layer"},
@@ -84,9 +84,9 @@ def test_blocks_replayed_one_by_one_give_the_models_logits_exactly(architecture:
     assert len(stream.batches) == (1 if order == "layer" else 2)
     for _, block in model.walk():
         stream.advance(block)
-    for number, ids in enumerate(stream.batches):
+    for number, batch in enumerate(stream.batches):
         with torch.no_grad():
-            whole = model.network(ids, use_cache=False).logits
+            whole = model.network(**batch, use_cache=False).logits
         assert torch.equal(stream.logits(number), whole)
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 import prunella
 from prunella import Block, InputError, Layer, ModelError, NumericalError, Report, Stats, keep, make, register
 from prunella.layers import find_layers
-from prunella.model.open import wrap_model
 from prunella.save import Output
 from prunella.stream import Stream
+from prunella.tasks.text import wrap_model
 
 TOY = Path(__file__).parent / "extensions" / "toy_statistic.py"
 FISHER, TAYLOR = f"{TOY}:toy-fisher", f"{TOY}:toy-taylor"

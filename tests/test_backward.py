@@ -16,8 +16,8 @@ from prunella import InputError, Model, ModelError, NumericalError, backward, lo
 from prunella.back import gradients
 from prunella.layers import find_layers
 from prunella.model.checkpoint import Checkpoint
-from prunella.model.open import wrap_model
 from prunella.stream import Stream
+from prunella.tasks.text import wrap_model
 
 EXACT = ("llama", "gpt2", "mixtral")  # linear layers, transposed ones, experts
 Found = dict[tuple[str, int], Tensor]

@@ -13,8 +13,8 @@ import prunella
 from prunella import InputError, Model, load_model, read_masks
 from prunella.calibrate import all_windows, check_windows, positions, sample_self, up_to, windows, with_bos
 from prunella.evaluate.measure import held_out_windows
-from prunella.model.open import wrap_model
 from prunella.recipe import Recipe
+from prunella.tasks.text import wrap_model
 
 TEXTS = [f"Document {n} tells of {n} pruned branches.\nThey grew back." for n in range(60)]
 

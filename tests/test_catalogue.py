@@ -8,9 +8,12 @@ from prunella import catalogue
 from prunella.allocate import allocations
 from prunella.heal import groups
 from prunella.registry import Method, steps
+from prunella.tasks import tasks
 
 
-@pytest.mark.parametrize(("kind", "registry"), [("step", steps), ("allocation", allocations), ("healing", groups)])
+@pytest.mark.parametrize(
+    ("kind", "registry"), [("step", steps), ("allocation", allocations), ("healing", groups), ("task", tasks)]
+)
 def test_sources_say_of_every_method_what_its_registry_says(
     monkeypatch: pytest.MonkeyPatch, kind: str, registry: dict[str, Method]
 ) -> None:

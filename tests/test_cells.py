@@ -18,10 +18,10 @@ from prunella.allocate import budget
 from prunella.calibrate import windows
 from prunella.cells import cells_of, complete_plan, packed_bytes, sweep
 from prunella.model.checkpoint import Checkpoint
-from prunella.model.open import load_model
 from prunella.packing import pack_model
 from prunella.report.results import Results
 from prunella.rows import Rows
+from prunella.tasks.text import load_model
 
 BASE: dict[str, Any] = {"calibration": {"samples": 4, "length": 32}, "evaluate": {"windows": 2, "length": 32}}
 PLAN = {**BASE, "grid": {"steps": ["magnitude", "wanda"], "sparsity": [0.5, 0.7]}}

@@ -14,8 +14,8 @@ import prunella
 from prunella import InputError
 from prunella.allocate import allocations
 from prunella.layers import find_layers
-from prunella.model.open import wrap_model
 from prunella.registry import find, steps
+from prunella.tasks.text import wrap_model
 
 PATTERNS = ["unstructured", "2:4", "4x1"]
 

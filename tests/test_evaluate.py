@@ -15,7 +15,7 @@ import prunella
 from prunella import NumericalError, Perplexity, load_model, perplexity
 from prunella.evaluate.difference import difference
 from prunella.model.checkpoint import Checkpoint
-from prunella.model.open import wrap_model
+from prunella.tasks.text import wrap_model
 
 
 def plain_losses(network: object, ids: Tensor) -> list[float]:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import prunella
 from prunella.errors import DefectError
 from prunella.layers import NO_PRODUCT, UNSEEN, find_layers, products, survey
-from prunella.model.open import wrap_model
+from prunella.tasks.text import wrap_model
 from prunella.watch import Watch
 
 # Weights that are kept in other ways than as linear layers, and routers that own some.

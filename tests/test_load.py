@@ -30,8 +30,9 @@ from prunella import ModelError, load_model
 from prunella.model.built_in import BUILT_IN, BuiltIn
 from prunella.model.checkpoint import Checkpoint
 from prunella.model.names import find_directory
-from prunella.model.open import DTYPES, wrap_model
+from prunella.model.open import DTYPES
 from prunella.packing import unpack_model
+from prunella.tasks.text import wrap_model
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunella
 from prunella import InputError, ModelError, NumericalError, Recipe, prune
-from prunella.model.open import wrap_model
+from prunella.tasks.text import wrap_model
 
 SHORT = {"calibration": {"samples": 4, "length": 32}, "evaluate": {"windows": 1}}
 

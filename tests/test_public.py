@@ -28,6 +28,7 @@ PUBLIC = [
     "StatisticError",
     "Stats",
     "Step",
+    "Task",
     "find_directory",
     "gradients",
     "heal",
@@ -39,6 +40,7 @@ PUBLIC = [
     "read_masks",
     "register",
     "register_statistic",
+    "register_task",
     "wrap_model",
 ]
 ROOT = Path(prunella.__file__).parent

@@ -276,15 +276,15 @@ def test_an_evaluation_that_fails_costs_nothing_and_is_all_that_is_done_again(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, measure = tmp_path / "out", sys.modules["prunella.evaluate.measure"]
-    real: Any = vars(measure)["perplexity"]
+    real: Any = vars(measure)["measured"]
 
-    def fails(model: Any, ids_NL: Any, *, checkpoint: Any = None, track: Any = None) -> Any:
+    def fails(model: Any, samples: Any, *, checkpoint: Any = None, track: Any = None) -> Any:
         if checkpoint is not None:
             raise NumericalError("the perplexity is not finite.")
-        return real(model, ids_NL)
+        return real(model, samples)
 
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "perplexity", fails)
+        patch.setattr(measure, "measured", fails)
         with pytest.raises(NumericalError, match=r"not finite\. What is done is kept"):
             prunella.prune(llama, recipe_of("layer"), output=out)
     monkeypatch.setattr(Stream, "prune", None)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import prunella
 from prunella import InputError, Layer, NumericalError, keep, make, register
 from prunella.layers import Slot, find_layers, matches
-from prunella.model.open import wrap_model
 from prunella.pattern import unpack
 from prunella.registry import steps
 from prunella.stream import Stream, pick_order, through
+from prunella.tasks.text import wrap_model
 
 
 def slots_of(model: prunella.Model, index: int, sparsity: float = 0.5) -> list[Slot]:

@@ -16,8 +16,8 @@ from torch import Tensor
 import prunella
 from prunella import stream as stream_module
 from prunella.errors import DefectError
-from prunella.model.open import wrap_model
 from prunella.stream import Stream
+from prunella.tasks.text import wrap_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 
@@ -58,9 +58,9 @@ def test_blocks_are_replayed_exactly_and_every_weight_is_accounted_for(kind: str
         stream = Stream(model, windows, order=order)
         for _, block in model.walk():
             stream.advance(block)
-        for number, ids_BL in enumerate(stream.batches):
+        for number, batch in enumerate(stream.batches):
             with torch.no_grad():
-                whole = network(input_ids=ids_BL, use_cache=False).logits
+                whole = network(**batch, use_cache=False).logits
             assert torch.equal(stream.logits(number), whole)
     report = prunella.prune(model, {"steps": ["wanda"]}, calibration=windows)
     matrices = {id(p): p for name in model.blocks for p in model.module(name).parameters() if p.ndim > 1}.values()

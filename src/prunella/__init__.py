@@ -16,17 +16,18 @@ from . import sparse as _sparse  # registers the packed format with transformers
 if _typing.TYPE_CHECKING:
     from .back import gradients
     from .errors import InputError, ModelError, NumericalError, PrunellaError, StatisticError
-    from .evaluate.perplexity import Perplexity, perplexity
+    from .evaluate.perplexity import perplexity
     from .heal.run import heal
     from .model.names import find_directory
     from .model.network import Model
-    from .model.open import load_model, wrap_model
     from .pattern import keep
     from .prune import prune
     from .recipe import Recipe
     from .registry import Step, make, register
     from .report import Report
     from .statistics import register_statistic
+    from .tasks import Task, register_task
+    from .tasks.text import Perplexity, load_model, wrap_model
     from .tensors import read_masks
     from .types import Block, Layer, Pattern, Stats
 
@@ -47,6 +48,7 @@ __all__ = [
     "StatisticError",
     "Stats",
     "Step",
+    "Task",
     "find_directory",
     "gradients",
     "heal",
@@ -58,23 +60,25 @@ __all__ = [
     "read_masks",
     "register",
     "register_statistic",
+    "register_task",
     "wrap_model",
 ]
 
 _HOMES = {
     "back": ("gradients",),
     "errors": ("InputError", "ModelError", "NumericalError", "PrunellaError", "StatisticError"),
-    "evaluate.perplexity": ("Perplexity", "perplexity"),
+    "evaluate.perplexity": ("perplexity",),
     "heal.run": ("heal",),
     "model.names": ("find_directory",),
     "model.network": ("Model",),
-    "model.open": ("load_model", "wrap_model"),
     "pattern": ("keep",),
     "prune": ("prune",),
     "recipe": ("Recipe",),
     "registry": ("Step", "make", "register"),
     "report": ("Report",),
     "statistics": ("register_statistic",),
+    "tasks": ("Task", "register_task"),
+    "tasks.text": ("Perplexity", "load_model", "wrap_model"),
     "tensors": ("read_masks",),
     "types": ("Block", "Layer", "Pattern", "Stats"),
 }

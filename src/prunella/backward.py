@@ -32,6 +32,7 @@ from .model.walk import LoadedBlock
 from .outcome import BlockResult
 from .progress import Track, no_track
 from .registry import Step
+from .samples import Batch
 from .statistics.registry import OUTPUTS, concatenate, merged, of_gradients, taking, whole
 from .types import Stats
 from .watch import Gather, Watch
@@ -84,13 +85,14 @@ class Back:
         Raises:
             InputError, ModelError, NumericalError: as `gradients`.
         """
-        model, windows_NL = stream.model, stream.windows_NL
-        check_windows(model, windows_NL)
-        if loss is None and windows_NL.shape[1] < 2:
-            raise InputError("windows of a single token have no next token to predict: use longer ones.")
-        if len(stream.batches) != len(windows_NL):
+        model = stream.model
+        for group in stream.samples.groups if model.task.name == "text" else ():
+            check_windows(model, group["input_ids"])
+            if loss is None and group["input_ids"].shape[1] < 2:
+                raise InputError("windows of a single token have no next token to predict: use longer ones.")
+        if len(stream.batches) != len(stream.samples):
             raise ValueError("gradients are of single windows: make the stream with alone=True")
-        if stream.calls.interface.stateful:
+        if stream.calls.interface.stateful or len(model.stacks) > 1:
             raise ModelError(
                 f"the blocks of {type(model.network).__name__} pass each other more than the hidden state: its"
                 " gradients cannot be made block by block."
@@ -121,8 +123,12 @@ class Back:
         self.stream.hidden[n] = gradient
         return total
 
-    def _losses(self, ids_1L: Tensor, output: Tensor) -> Iterator[Tensor]:
+    def _losses(self, batch: Batch, output: Tensor) -> Iterator[Tensor]:
         """The loss of a window, or parts that add up to it, each made when the one before it may go."""
+        if self.model.task.name != "text":
+            yield self.model.task.losses(self.stream.calls.outputs(batch, [output]), batch)[0]
+            return
+        ids_1L = batch["input_ids"]
         ids_L = ids_1L[0].to(self.model.device)
         if self.loss is not None:
             yield self.loss(self.stream.calls.logits(ids_1L, output)[0], ids_L)

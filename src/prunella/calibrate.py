@@ -35,6 +35,11 @@ def context(model: Model) -> int:
     return getattr(model.network.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
+def window_length(model: Model, length: int | None) -> int:
+    """What a recipe leaves open: 2048 tokens, or the context if that is shorter."""
+    return length if length is not None else min(2048, context(model))
+
+
 def windows(
     model: Model,
     source: str,
@@ -158,6 +163,13 @@ def positions(model: Model) -> int | None:
         if isinstance(module, nn.Embedding) and module is not words and 0 <= module.num_embeddings - size < 8:
             return size
     return None
+
+
+def room(model: Model, prompt_BL: Tensor, tokens: int) -> int:
+    """How many of `tokens` the model can put behind a prompt. Raises InputError where it cannot read even that."""
+    check_tokens(model, prompt_BL, "prompts")
+    limit = positions(model)  # the last token is written, but not read
+    return tokens if limit is None else min(tokens, limit - prompt_BL.shape[1] + 1)
 
 
 def _tokenize(tokenizer: Any, docs: Iterator[str], needed: int | None) -> list[int]:

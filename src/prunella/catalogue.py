@@ -10,11 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-KINDS = {"register": "step", "register_allocation": "allocation", "trains": "healing"}  # decorator: kind
+KINDS = {  # decorator: kind
+    "register": "step",
+    "register_allocation": "allocation",
+    "trains": "healing",
+    "register_task": "task",
+}
 _REGISTRIES = {
     "step": ("prunella.registry", "steps"),
     "allocation": ("prunella.allocate.registry", "allocations"),
     "healing": ("prunella.heal.parts", "groups"),
+    "task": ("prunella.tasks.registry", "tasks"),
 }
 _ROOT = Path(__file__).parent
 
@@ -33,7 +39,7 @@ def entries() -> list[Entry]:
     """All methods, by kind and name: those that come with Prunella, and what else this process has registered."""
     found = {
         (entry.kind, entry.name): entry
-        for package in ("steps", "allocate", "heal")
+        for package in ("steps", "allocate", "heal", "tasks")
         for path in (_ROOT / package).glob("*.py")
         for entry in _entries(path)
     }
@@ -58,15 +64,17 @@ def _registered() -> dict[tuple[str, str], Entry]:
 
 
 def _entries(path: Path) -> Iterator[Entry]:
-    for function in _parsed(path).body:
-        if not isinstance(function, ast.FunctionDef):
+    for made in _parsed(path).body:
+        if not isinstance(made, ast.FunctionDef | ast.ClassDef):
             continue
-        for decorator in function.decorator_list:
+        for decorator in made.decorator_list:
             if isinstance(decorator, ast.Call) and isinstance(decorator.func, ast.Name) and decorator.func.id in KINDS:
                 kind, name = KINDS[decorator.func.id], ast.literal_eval(decorator.args[0])
-                arguments = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+                functions = (f for f in getattr(made, "body", []) if getattr(f, "name", "") == "__init__")
+                function = next(functions, None) if isinstance(made, ast.ClassDef) else made
+                arguments = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True) if function else ()
                 options = {argument.arg: _value(default, path) for argument, default in arguments}
-                summary = inspect.cleandoc(ast.get_docstring(function) or "").split("\n")[0]
+                summary = inspect.cleandoc(ast.get_docstring(made) or "").split("\n")[0]
                 yield Entry(kind, name, summary, options)
 
 

@@ -24,13 +24,12 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from .calibrate import windows, with_bos
+from .calibrate import window_length, windows, with_bos
 from .errors import InputError, PrunellaError, unknown
-from .evaluate.measure import held_out_windows, window_length
+from .evaluate.measure import held_out_windows
 from .evaluate.perplexity import perplexity
 from .machine import free_memory
 from .model.network import Model
-from .model.open import load_model, wrap_model
 from .outcome import LayerResult, mean
 from .progress import Track, no_track
 from .prune import prune
@@ -38,10 +37,12 @@ from .recipe import Evaluation, Healing, Recipe, only_dense, override
 from .report.results import Results
 from .rows import Key, Row, Rows
 from .sparse.format import SPAN, expected
+from .tasks.text import load_model, wrap_model
 from .texts import same_text
 
 DENSE: Key = ("dense", "")
-SHARED = ("model", "calibration", "bos", "evaluate", "dtype", "device")  # recipe keys that all cells have in common
+# Recipe keys that all cells have in common
+SHARED = ("model", "task", "calibration", "bos", "evaluate", "dtype", "device")
 
 
 @dataclass(frozen=True)
@@ -302,6 +303,8 @@ def sweep(
     base = {key: value for key, value in plan.items() if key != "grid"}
     cells = cells_of(base, plan.get("grid") or {})
     recipe = Recipe.of({**base, "model": model})
+    if "text" not in recipe.task:
+        raise InputError("a sweep compares causal language models only, yet: leave the task out.")
     opened = load_model(model, dtype=recipe.dtype, device=recipe.device, tokenizer=tokenizer, **trust)
     wanted = recipe.calibration
     length = window_length(opened, wanted.length)

@@ -141,8 +141,8 @@ def can_set_experts(network: Any) -> bool:
 
 
 def name_of(config: Any) -> str:
-    """Where a network was loaded from: a directory, or a name of the hub."""
-    name: str = config._name_or_path
+    """Where a network was loaded from: a directory, or a name of the hub; empty where nothing says so."""
+    name: str = getattr(config, "_name_or_path", "")
     return name
 
 

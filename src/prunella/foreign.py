@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
+import contextlib
+import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -25,21 +26,36 @@ def call(method: Registered, where: str, due: type | tuple[type, ...], thing: An
     If it does not come with Prunella, and fails or gives back something else than what is due, raises StepError, which
     says where; a PrunellaError, which it raises on purpose, passes, as does a full memory.
     """
-    if method.function.__module__.partition(".")[0] == __package__.partition(".")[0]:
-        return method.function(thing, **options)
-    kind = where.partition(" '")[0]
-    try:
+    with blamed(method.function, where):
         result = method.function(thing, **options)
+    if not isinstance(result, due) and not _own(method.function):
+        wanted = " or ".join(one.__name__ for one in (due if isinstance(due, tuple) else (due,)))
+        raise StepError(f"{where} returned {type(result).__name__}, not {wanted}; the defect is in the {_kind(where)}.")
+    return result
+
+
+@contextlib.contextmanager
+def blamed(made: Any, where: str) -> Iterator[None]:
+    """What fails inside is a defect of the function or class `made`, if it does not come with Prunella: StepError says
+    where. A PrunellaError, which it raises on purpose, passes, as does a full memory."""
+    try:
+        yield
     except (PrunellaError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        file = inspect.getsourcefile(method.function) or ""
+        if _own(made):
+            raise
+        file = getattr(sys.modules.get(made.__module__), "__file__", "")
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
         line = f", line {frames[-1].lineno} of {file}" if frames else ""
         raise StepError(
-            f"{where}: {type(error).__name__}: {first_line(error)}; the defect is in the {kind}{line}."
+            f"{where}: {type(error).__name__}: {first_line(error)}; the defect is in the {_kind(where)}{line}."
         ) from error
-    if not isinstance(result, due):
-        wanted = " or ".join(one.__name__ for one in (due if isinstance(due, tuple) else (due,)))
-        raise StepError(f"{where} returned {type(result).__name__}, not {wanted}; the defect is in the {kind}.")
-    return result
+
+
+def _own(made: Any) -> bool:
+    return bool(made.__module__.partition(".")[0] == __package__.partition(".")[0])
+
+
+def _kind(where: str) -> str:
+    return where.partition(" '")[0]

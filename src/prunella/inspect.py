@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from .errors import ModelError
 from .layers import find_layers, left_out
-from .model.open import load_model
 from .report import Report
 from .save import REPORT
 from .sparse.format import mask_of
 from .sparse.linear import SparseLinear
+from .tasks.text import load_model
 
 _GROUPS = ((1, 2), (2, 4), (4, 8), (8, 16), (1, 4), (2, 8), (3, 4), (1, 8))  # the strictest of each sparsity first
 

@@ -19,10 +19,10 @@ from .grid import Grid
 from .layers import Slot, find_layers
 from .model.files import copy_companions, read_json
 from .model.names import find_directory
-from .model.open import load_model
 from .outcome import BlockResult
 from .sparse.format import PARTS, SPAN, check_options, groups, mask_of, module_names, parameter_name, stored_bits
 from .store.packed import PackedStore, packed_config
+from .tasks.text import load_model
 from .tensors import (
     GRIDS,
     MASKS,

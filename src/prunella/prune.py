@@ -13,20 +13,20 @@ from torch import Tensor
 
 from .allocate import Budget
 from .back import prune_back
-from .calibrate import check_windows, windows
 from .errors import InputError, PrunellaError, ReadError, kept
-from .evaluate.measure import held_out_windows, measure_once, whole_name, window_length
-from .evaluate.overlap import fingerprint, joined
+from .evaluate.measure import held_out, measure_once, whole_name
+from .evaluate.overlap import joined
+from .foreign import blamed
 from .layers import LeftOut, Slot, left_out, matches, survey
 from .machine import fork_random, most_memory
 from .model.checks import check_plain, check_saveable
 from .model.names import at_revision, named
 from .model.network import Model
-from .model.open import load_model, wrap_model
 from .outcome import LayerResult
 from .progress import Track, Watcher, no_track
 from .recipe import Recipe
 from .report import Report, peak_memory, seen
+from .samples import Samples
 from .save import Output, begun_as, identity
 from .stream import TOKENS, Stream, pick_order
 from .workshop import check_output, finished, workshop
@@ -41,18 +41,18 @@ def prune(
     resume: bool = False,
     tokenizer: Any = None,
     revision: str | None = None,
-    calibration: Tensor | None = None,
+    calibration: Tensor | Samples | None = None,
     shared: dict[Any, Any] | None = None,
     track: Track = no_track,
     watch: Watcher | None = None,
     remote_code: bool = False,
     pickles: bool = False,
 ) -> Report:
-    """Prune a causal language model in one shot and, if the recipe says so, heal it.
+    """Prune a network in one shot and, if the recipe says so, heal it.
 
     Args:
-        model: hub id, directory, .gguf file or built-in name; or a transformers model in memory, which is
-            pruned in place.
+        model: hub id, directory, .gguf file or built-in name, or what else the recipe's task opens; or a network in
+            memory, which is pruned in place: a transformers model or, for a task that says so, any other.
         recipe: a `Recipe` or its plain data; its `model` gives way to the argument.
         output: directory for the result; it appears when it is whole. A name needs one, a model in memory
             does not.
@@ -60,7 +60,7 @@ def prune(
         tokenizer: of a model in memory, or in place of a named model's own: a tokenizer, or the directory or hub id
             of one; not needed if `calibration` is given, or no step reads text, and nothing is evaluated.
         revision: of a hub's model: a branch, tag or commit.
-        calibration: windows of token ids, (N, L), in place of the recipe's text.
+        calibration: samples in place of the recipe's: windows of token ids, (N, L), or what the task's networks take.
         shared: a dictionary in which runs on the same dense weights and the same calibration windows leave each
             other what they have in common: statistics of the dense model that allocations look at.
         track: wraps loops over blocks, `track(range, what, total)`, to show progress.
@@ -95,7 +95,10 @@ def prune(
         if done and resume:
             return Report.read(path)
         check_output(path)
+    task = recipe.make_task()
     if recipe.heal.train:
+        if task.name != "text":
+            raise InputError(f"healing trains causal language models only, yet: leave it out for task '{task.name}'.")
         if in_memory or path is None or calibration is not None:
             raise InputError(
                 "healing reads and writes directories: give the model by name, and its calibration as text."
@@ -115,14 +118,11 @@ def prune(
             pickles=pickles,
         )
     if not in_memory:
-        opened = load_model(
-            model,
-            dtype=recipe.dtype,
-            device=recipe.device,
-            remote_code=remote_code,
-            pickles=pickles,
-            tokenizer=tokenizer,
-        )
+        trust = {"remote_code": remote_code, "pickles": pickles}
+        with blamed(type(task), f"task '{task.name}'"):
+            opened = task.open(model, dtype=recipe.dtype, device=recipe.device, tokenizer=tokenizer, **trust)
+        if resume and opened.checkpoint is None:
+            raise InputError(f"a model that task '{task.name}' opens is pruned in memory, and cannot be resumed.")
     else:
         if resume:
             raise InputError("a model in memory cannot be resumed: give its directory instead.")
@@ -130,7 +130,10 @@ def prune(
         check_plain(network)
         if path is not None:
             check_saveable(network)
-        opened = model if isinstance(model, Model) else wrap_model(model, tokenizer)
+        opened = model if isinstance(model, Model) else task.wrap(model, tokenizer)
+        names = [name.rpartition(":")[2] for name in (opened.task.name, task.name)]  # of a file's it is the last part
+        if names[0] != names[1]:
+            raise InputError(f"the model is opened for task '{opened.task.name}', not for the recipe's '{task.name}'.")
         if any(parameter.is_inference() for parameter in opened.network.parameters()):
             raise InputError(
                 "the model was made under torch.inference_mode, and its weights can never change: load it under"
@@ -151,7 +154,7 @@ def _prune(
     recipe: Recipe,
     path: Path | None,
     resume: bool,
-    calibration: Tensor | None,
+    calibration: Tensor | Samples | None,
     shared: dict[Any, Any],
     track: Track,
 ) -> Report:
@@ -160,16 +163,15 @@ def _prune(
     steps = recipe.make_steps()
     allocation = recipe.make_allocation()
     slots = choose_slots(opened, recipe)
-    ids_NL = calibration
-    wanted = recipe.calibration
-    blind = ids_NL is None and opened.tokenizer is None and not reads_text(recipe)
-    if blind:  # something has to pass through the blocks, and nobody looks at it
-        ids_NL = torch.zeros(1, 2, dtype=torch.int64)
-    elif ids_NL is None:
-        length = window_length(opened, wanted.length)
-        ids_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed, bos=recipe.bos)
-    check_windows(opened, ids_NL)
-    held_out = held_out_windows(opened, recipe, ids_NL.numel())
+    task, wanted = opened.task, recipe.calibration
+    if recipe.format == "packed" and not hasattr(opened.network, "save_pretrained"):
+        kind = type(opened.network).__name__
+        raise InputError(f"packed files are of transformers models, and a {kind} is none: leave --format packed out.")
+    with blamed(type(task), f"task '{task.name}'"):
+        samples, blind = _calibration(opened, recipe, calibration)
+        task.check(opened, samples)
+        measured = held_out(opened, recipe, task.size(samples))
+    ids_NL = samples.groups[0]["input_ids"]
     shop = None if path is None else workshop(path, resume)
     out = None
     seconds: dict[str, float] = {}
@@ -188,8 +190,8 @@ def _prune(
                 else wanted.model_copy(
                     update={
                         "source": whole_name(wanted.source),
-                        "samples": len(ids_NL),
-                        "length": ids_NL.shape[1],
+                        "samples": len(samples),
+                        **task.about(samples),
                     }
                 ),
             }
@@ -198,11 +200,11 @@ def _prune(
         if not active:
             raise InputError("nothing is left to prune: every layer is skipped or has sparsity 0.")
         if path is not None and shop is not None:
-            run = identity(opened.checkpoint, recipe.plain(), [ids_NL])
+            run = identity(opened.checkpoint, recipe.plain(), samples.tensors)
             out = Output(path, opened, active, run, shop, recipe.make_store())
             opened.scratch = shop.directory
         clock = time.perf_counter()
-        dense = measure_once(out, "dense", opened, recipe, held_out, None, track)
+        dense = measure_once(out, "dense", opened, recipe, measured, None, track)
         seconds["dense evaluation"] = time.perf_counter() - clock
         clock = time.perf_counter()
         shares = out.notes.get("shares") if out else None
@@ -222,7 +224,7 @@ def _prune(
             out.complete()
         clock = time.perf_counter()
         written = out.checkpoint if out else None
-        pruned = measure_once(out, "pruned", opened, recipe, held_out, written if opened.checkpoint else None, track)
+        pruned = measure_once(out, "pruned", opened, recipe, measured, written if opened.checkpoint else None, track)
         seconds["pruned evaluation"] = time.perf_counter() - clock
         seconds["all"] = time.perf_counter() - started
         if written:
@@ -250,7 +252,7 @@ def _prune(
                 "threads": torch.get_num_threads(),
                 "resumed_after_blocks": len(out.finished) if out else 0,
             },
-            fingerprint="" if blind else joined(fingerprint(ids_NL), known),
+            fingerprint="" if blind else joined(task.fingerprint(samples), known),
         )
         if out:
             out.finish(report.plain(), report.card())
@@ -267,6 +269,19 @@ def _prune(
             out.close()
         elif shop:
             shop.close()
+
+
+def _calibration(model: Model, recipe: Recipe, given: Tensor | Samples | None) -> tuple[Samples, bool]:
+    """What statistics are made from, and whether nobody looks at it."""
+    task, wanted = model.task, recipe.calibration
+    if isinstance(given, Tensor):
+        return Samples(({task.argument: given},)), False
+    if given is not None:
+        return Samples.of(given), False
+    if not task.reads(model) and not reads_samples(recipe):  # something has to pass through the blocks
+        return Samples.of(task.example(model.network)), True
+    own = recipe.make_task(wanted.length)
+    return own.samples(model, wanted.source, wanted.samples, seed=recipe.seed), False
 
 
 def choose_slots(model: Model, recipe: Recipe) -> list[list[Slot]]:
@@ -297,8 +312,8 @@ def choose_slots(model: Model, recipe: Recipe) -> list[list[Slot]]:
     return [[goal(slot) for slot in slots] for slots, _ in found]
 
 
-def reads_text(recipe: Recipe) -> bool:
-    """Does pruning look at the calibration text, beyond measuring what it did to it?"""
+def reads_samples(recipe: Recipe) -> bool:
+    """Does pruning look at the calibration samples, beyond measuring what it did to it?"""
     spread = any(name != "uniform" for name in recipe.allocate)
     return spread or recipe.calibration.source == "self" or any(step.needs for step in recipe.make_steps())
 

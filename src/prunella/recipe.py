@@ -18,6 +18,7 @@ from .heal import Group, groups, make_group
 from .heal.reconstruct import RATE as RECONSTRUCTION
 from .registry import Step, lookup, make, steps
 from .store import MakeStore, find_store, make_store
+from .tasks import Task, find_task, make_task, tasks
 from .types import Pattern
 
 _SHIPPED = files(__package__) / "recipes"
@@ -151,10 +152,19 @@ class Healing(_Part):
         return [make_group(name, {**own, **options, **rate}) for item in self.train for name, options in item.items()]
 
 
+def _method(kind: str, value: Any) -> dict[str, dict[str, Any]]:
+    """A name, or {name: {option: value}}, as the latter."""
+    value = {value: {}} if isinstance(value, str) else value
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise ValueError(f"{kind}: {value!r} should be one name, or {{name: {{option: value}}}}")
+    return {name: dict(options or {}) for name, options in value.items()}
+
+
 class Recipe(_Part):
     """Everything a run is, and the only configuration there is. `Recipe.of` makes one from plain data.
 
     model:    hub id, directory, .gguf file or built-in name
+    task:     what the network is for: a name, or `{name: {option: value}}`
     calibration: the text that statistics are made from: `source`, `samples` (windows), `length` (tokens in each),
               `min_tokens` (a layer that fewer tokens reach is pruned by magnitude)
     pattern:  where zeros may stand: `unstructured`, `N:M` (N kept of M) or `RxC` (blocks), see `Pattern`
@@ -183,6 +193,7 @@ class Recipe(_Part):
     """
 
     model: str = "smollm2-135m"
+    task: dict[str, dict[str, Any]] = {"text": {}}
     calibration: Calibration = Calibration()
     bos: bool = True
     pattern: str = "unstructured"
@@ -201,6 +212,25 @@ class Recipe(_Part):
     device: str = "auto"
     seed: int = 0
     heal: Healing = Healing()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_task(cls, values: Any) -> Any:
+        """What the task says of samples stands where the recipe says it: where they come from if nobody says so, and
+        those of its options that are keys of the recipe."""
+        if not isinstance(values, Mapping):
+            return values
+        task = _method("task", values.get("task", "text"))
+        ((name, options),) = task.items()
+        out = {**values, "task": task, **{key: options.pop(key) for key in ("bos",) if key in options}}
+        length = options.pop("length", None)
+        for key in ("calibration", "evaluate"):
+            part = values.get(key, {})
+            if isinstance(part, Mapping):
+                out[key] = {"source": find_task(name).function.source, **part}  # type: ignore[attr-defined]
+                if out[key].get("length") is None and length is not None:
+                    out[key]["length"] = length
+        return out
 
     @field_validator("sparsity", mode="before")
     @classmethod
@@ -233,10 +263,7 @@ class Recipe(_Part):
     @field_validator("allocate", mode="before")
     @classmethod
     def _allocate(cls, value: Any) -> Any:
-        value = {value: {}} if isinstance(value, str) else value
-        if not isinstance(value, Mapping) or len(value) != 1:
-            raise ValueError(f"allocate: {value!r} should be one name, or {{name: {{option: value}}}}")
-        return {name: options or {} for name, options in value.items()}
+        return _method("allocate", value)
 
     @field_validator("skip", mode="before")
     @classmethod
@@ -281,6 +308,11 @@ class Recipe(_Part):
         fixed = self.shape.sparsity
         return self.sparsity.get("*", fixed if fixed is not None else 0.5)
 
+    def make_task(self, length: int | None = None) -> Task:
+        """What the network is for; with samples of this length, where the task knows lengths. Raises InputError."""
+        said = ({} if length is None else {"length": length}) | ({} if self.bos else {"bos": False})
+        return next(make_task(name, {**options, **said}) for name, options in self.task.items())
+
     def make_allocation(self) -> Allocation:
         return next(make_allocation(name, options) for name, options in self.allocate.items())
 
@@ -317,6 +349,7 @@ class Recipe(_Part):
             names = ", ".join(step.name for step in made)
             raise InputError(f"steps: {names} chooses no weights to prune: add a step that does, such as wanda.")
         recipe.make_allocation()
+        recipe.make_task(recipe.calibration.length or recipe.evaluate.length)
         recipe.heal.make_groups()
         return recipe
 
@@ -364,7 +397,7 @@ def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, An
         except yaml.YAMLError:
             raise InputError(f"--set {setting}: '{text}' is not a YAML value.") from None
         methods = [("step", steps, part) for part in out["steps"]]
-        methods += [("allocation", allocations, out["allocate"])]
+        methods += [("allocation", allocations, out["allocate"]), ("task", tasks, out["task"])]
         methods += [("healing method", groups, part) for part in out["heal"]["train"]]
         used = [name for _, _, part in methods for name in part]
         named = (name for name in used if key.startswith(f"{name}."))
@@ -385,7 +418,7 @@ def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, An
                 raise InputError(f"--set {setting}: '{head}' is a single value; write {head}=VALUE.")
             out[head][rest] = _methods("train", value) if (head, rest) == ("heal", "train") else value
         else:
-            out[head] = {value: {}} if head == "allocate" and isinstance(value, str) else value
+            out[head] = {value: {}} if head in ("allocate", "task") and isinstance(value, str) else value
     return out
 
 

@@ -58,7 +58,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Method:
-    """A registered function and what its signature says."""
+    """A registered function or class and what its signature says."""
 
     name: str
     needs: frozenset[str]
@@ -172,7 +172,8 @@ def lookup(kind: str, methods: Mapping[str, M], name: str) -> M:
 def checked(kind: str, method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options as the method's signature wants them. Raises InputError for an unknown one or a wrong value."""
     out = dict(options)
-    hints = typing.get_type_hints(method.function, include_extras=True)
+    made: Any = method.function
+    hints = typing.get_type_hints(made.__init__ if inspect.isclass(made) else made, include_extras=True)
     for key, value in options.items():
         if key not in method.options:
             raise InputError(unknown(f"option of {kind} {method.name}", key, method.options))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -36,13 +38,28 @@ class Samples:
             if len({len(tensor) for tensor in group.values()}) != 1:
                 shapes = {key: tuple(tensor.shape) for key, tensor in group.items()}
                 raise InputError(f"the tensors of a group of samples have a sample per row: {shapes} have not.")
-        samples = cls(tuple(group for group in groups if _size(group)))
+        samples = cls(tuple(group for group in groups if size_of(group)))
         if not samples.groups:
             raise InputError("there are no samples to run the network on.")
         return samples
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """The same for the same samples, and for no others."""
+        found = hashlib.sha256()
+        for group in self.groups:
+            for key, tensor in group.items():
+                found.update(f"{'' if key == 'input_ids' else key}{tuple(tensor.shape)}".encode())
+                found.update(_raw(tensor).numpy().tobytes())
+        return found.hexdigest()[:16]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in order, as bytes."""
+        return [_raw(tensor) for group in self.groups for tensor in group.values()]
+
     def __len__(self) -> int:
-        return sum(map(_size, self.groups))
+        return sum(map(size_of, self.groups))
 
     def first(self, count: int) -> Samples:
         """The first so many samples."""
@@ -50,14 +67,14 @@ class Samples:
         for group in self.groups:
             if count > 0:
                 found.append({key: tensor[:count] for key, tensor in group.items()})
-                count -= _size(group)
+                count -= size_of(group)
         return Samples(tuple(found))
 
     def batches(self, size: int) -> Iterator[Batch]:
         """At most `size` samples at a time, all of one shape, in order."""
         for group in self.groups:
             parts = {key: torch.split(tensor, size) for key, tensor in group.items()}
-            for number in range(-(-_size(group) // size)):
+            for number in range(-(-size_of(group) // size)):
                 yield {key: some[number] for key, some in parts.items()}
 
     def __iter__(self) -> Iterator[Batch]:
@@ -65,5 +82,10 @@ class Samples:
         return self.batches(1)
 
 
-def _size(group: Batch) -> int:
+def _raw(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().view(torch.uint8)
+
+
+def size_of(group: Batch) -> int:
+    """How many samples a group or batch has."""
     return len(next(iter(group.values())))

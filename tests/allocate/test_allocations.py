@@ -19,9 +19,9 @@ from torch import Tensor
 import prunella
 from prunella import InputError, Recipe
 from prunella.allocate import Budget, allocations, make_allocation
-from prunella.model.open import wrap_model
 from prunella.pattern import cut
 from prunella.prune import choose_slots, free_layers
+from prunella.tasks.text import wrap_model
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ import prunella
 from prunella import PrunellaError, Recipe, Report
 from prunella.calibrate import windows
 from prunella.model.network import Model
-from prunella.model.open import load_model
 from prunella.packing import pack_model
+from prunella.tasks.text import load_model
 from prunella.tensors import GRIDS, MASKS, read_grids, read_masks
 
 Edit = tuple[str, float, bytes]

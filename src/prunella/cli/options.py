@@ -122,6 +122,7 @@ def recipes() -> list[str]:
 
 _KINDS = {"N": int, "TOKENS": int, "INPUTS": int, "8|4": int, "SHARE": float, "RATE": float}
 _KNOWN = {
+    "task": complete_by(lambda: catalogue.names("task")),
     "steps": complete_by(lambda: catalogue.names("step")),
     "allocate": complete_by(lambda: catalogue.names("allocation")),
     "heal.train": complete_by(lambda: catalogue.names("healing")),
@@ -202,6 +203,12 @@ PRUNING = (
         "steps",
         "A step, or your own: file.py:name; repeat for several in a row. `prunella methods` lists them."
         " [default: sparsegpt]",
+    ),
+    ask(
+        WHAT,
+        "--task NAME",
+        "task",
+        "What the network is for, or your own: file.py:name. [default: text, a causal language model]",
     ),
     ask(
         WHAT,

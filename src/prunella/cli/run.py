@@ -73,9 +73,9 @@ def generate(
     import torch
     from transformers import TextStreamer
 
+    from ..calibrate import room
     from ..errors import InputError
-    from ..evaluate.measure import room
-    from ..model.open import load_model
+    from ..tasks.text import load_model
 
     opened = load_model(model, packed=True, **opening, **trust)
     reader = opened.tokenizer

@@ -138,7 +138,7 @@ def compare(
 
 @app.command(rich_help_panel=SEEING)
 def methods(json_: Json = False) -> None:
-    """Every step, allocation and healing method, with a line and the options of each."""
+    """Every step, allocation, healing method and task, with a line and the options of each."""
     from ..catalogue import entries
 
     if json_:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .perplexity import Perplexity
+from ..tasks.text import Perplexity
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from lm_eval.tasks import TaskManager
 from ..calibrate import check_tokens
 from ..errors import InputError, first_line, unknown
 from ..model.network import Model
-from ..model.open import load_model
+from ..tasks.text import load_model
 from ..texts import lead
 
 

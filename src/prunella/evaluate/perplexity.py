@@ -3,42 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..calibrate import check_windows
 from ..errors import NumericalError
 from ..model.checkpoint import Source
 from ..model.network import Model
 from ..progress import Track, no_track
+from ..samples import Samples
 from ..stream import Stream, through
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """The perplexity of a model on windows of text, each scored on its own.
-
-    perplexity: exp of the mean of `nll`
-    windows:    how many
-    length:     tokens in each
-    nll:        negative log-likelihood of each window, its mean over the tokens that are predicted
-    """
-
-    perplexity: float
-    windows: int
-    length: int
-    nll: tuple[float, ...]
-
-    def as_dict(self) -> dict[str, float | int | list[float]]:
-        """As plain data, ready for JSON."""
-        return {
-            "perplexity": self.perplexity,
-            "windows": self.windows,
-            "length": self.length,
-            "nll": list(self.nll),
-        }
+from ..tasks.text import Perplexity
 
 
 def perplexity(
@@ -57,23 +33,29 @@ def perplexity(
         NumericalError: the model gives NaN or infinity.
     """
     check_windows(model, windows_NL)
-    stream = through(model, windows_NL, checkpoint=checkpoint, track=track, what="perplexity")
-    every = losses(stream, checkpoint)
-    mean = sum(every) / len(every)
-    if not math.isfinite(mean):
+    return Perplexity.of(
+        measured(model, Samples.of(windows_NL), checkpoint=checkpoint, track=track), windows_NL.shape[1]
+    )
+
+
+def measured(
+    model: Model, samples: Samples, *, checkpoint: Source | None = None, track: Track = no_track
+) -> list[float]:
+    """The task's loss of each sample, as `perplexity` makes it of windows. Raises NumericalError."""
+    windows_NL, figure = samples.groups[0]["input_ids"], model.task.figure
+    every = losses(through(model, windows_NL, checkpoint=checkpoint, track=track, what=figure), checkpoint)
+    if not math.isfinite(sum(every)):
         reason = _culprit(model, windows_NL, checkpoint)
-        raise NumericalError(f"the perplexity of '{model.name}' is not finite: {reason}.")
-    return Perplexity(math.exp(min(mean, 700.0)), len(every), windows_NL.shape[1], tuple(every))
+        raise NumericalError(f"the {figure} of '{model.name}' is not finite: {reason}.")
+    return every
 
 
 def losses(stream: Stream, checkpoint: Source | None = None) -> list[float]:
-    """Mean negative log-likelihood per predicted token of each window that has passed all blocks."""
+    """The task's loss of each sample that has passed all blocks."""
     out: list[float] = []
     with stream.model.outside(checkpoint=checkpoint), torch.no_grad():
-        for batch, ids_BL in enumerate(stream.batches):
-            logits_BLV = stream.logits(batch)
-            for ids_L, logits_LV in zip(ids_BL.to(logits_BLV.device), logits_BLV, strict=True):
-                out.append(nn.functional.cross_entropy(logits_LV[:-1].float(), ids_L[1:]).item())
+        for number, batch in enumerate(stream.batches):
+            out += stream.model.task.losses(stream.outputs(number), batch).tolist()
     return out
 
 

@@ -14,9 +14,9 @@ from ..calibrate import all_windows, check_windows, context, with_bos
 from ..calibrate import windows as take
 from ..errors import InputError
 from ..model.network import Model
-from ..model.open import load_model
 from ..progress import Track, no_track
 from ..report import seen
+from ..tasks.text import load_model
 from .difference import difference
 from .overlap import overlap
 from .perplexity import perplexity

@@ -12,10 +12,10 @@ from typing import Any
 from ..errors import InputError, PrunellaError
 from ..machine import pick_device
 from ..model.names import find_directory, named
-from ..model.open import load_model
 from ..recipe import Recipe
 from ..report import Report
 from ..save import REPORT, begun_as, compare, model_files
+from ..tasks.text import load_model
 from ..tensors import write_text
 from ..workshop import MARK, RUN, Workshop, place, workshop
 from .processes import asked, check_way, world

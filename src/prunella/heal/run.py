@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..calibrate import check_windows, context, text_tokens, up_to, windows
+from ..calibrate import check_windows, context, text_tokens, up_to, window_length, windows
 from ..errors import (
     InputError,
     ModelError,
@@ -27,19 +27,19 @@ from ..errors import (
     disk_full,
     kept,
 )
-from ..evaluate.measure import digest, held_out_windows, measure, measure_once, window_length
+from ..evaluate.measure import digest, held_out_windows, measure, measure_once
 from ..evaluate.overlap import fingerprint, joined
 from ..layers import Slot, find_layers, survey
 from ..machine import fork_random, pick_device
 from ..model.names import named
 from ..model.network import Model
-from ..model.open import load_model, wrap_model
 from ..outcome import BlockResult, LayerResult
 from ..pattern import pack
 from ..progress import Track, Watcher, no_track
 from ..recipe import Healing, Recipe
 from ..report import Report, peak_memory
 from ..save import REPORT, Output, identity
+from ..tasks.text import load_model, wrap_model
 from ..texts import same_text
 from ..workshop import BEFORE, Workshop, check_output, finished, partial_of, workshop
 from .biases import LIST, add_biases

@@ -9,7 +9,7 @@
     checkpoint.py   tensors in safetensors files, read one by one
     walk.py         a block with its weights, and the thread that reads the next one
     network.py      Model: one block at a time has its weights
-    checks.py       what can be pruned, and what is refused
+    checks.py       what is refused of a network in memory
     open.py         a name, or a network in memory  ->  Model
 
 A program takes what it needs from `prunella` itself.

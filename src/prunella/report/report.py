@@ -29,7 +29,8 @@ class Report:
 
     recipe:   the resolved recipe; `Recipe.of(report.recipe)` repeats the run
     model:    name, class, dtype, parameters (all), prunable (weights in layers that could be pruned)
-    dense, pruned: perplexity (None if not measured), its windows and length, a sample of text, bytes of the files
+    dense, pruned: of text perplexity (None if not measured), its windows and length, a sample of text; of another task
+              what it measures, `figure` being the name of what counts; bytes of the files
     layers:   what became of each layer, in order: name, shape, sparsity, error and more
     left_out: the matrices of the blocks that are no layers to prune (routers, convolutions, …), and why
     run:      seconds by phase, cpu_seconds, peak memory in bytes (resident, and of the GPU), threads, blocks that an
@@ -101,8 +102,7 @@ class Report:
             data = json.loads(path.read_text(encoding="utf-8"))
             data.pop("sparsity")
             for side in (data["dense"], data["pruned"]):  # said now, not when hours of healing are to be reported
-                if side.get("perplexity") is not None:
-                    _perplexity_label(side)
+                _label(side)
             layers = tuple(
                 LayerResult(**{**la, "shape": tuple(la["shape"]), "notes": tuple(la["notes"])})
                 for la in data.pop("layers")
@@ -121,7 +121,7 @@ class Report:
         active = [la for la in self.layers if la.target]
         before, after = (mean(active, share) or 0.0 for share in (lambda la: la.before, lambda la: la.sparsity))
         rows = [
-            (_perplexity_label(self.dense), _perplexity(self.dense), _perplexity(self.pruned)),
+            (_label(self.dense), _figure(self.dense), _figure(self.pruned)),
             ("sparsity of the pruned layers", f"{before:.1%}", f"{after:.1%}"),
             ("sparsity of all block weights", f"{self.before:.1%}", f"{self.sparsity:.1%}"),
             *(
@@ -152,12 +152,12 @@ class Report:
     def healing_rows(self) -> Rows:
         """Pruned beside healed, ready for a table: (what, pruned, healed)."""
         did, apart = self.healing, self.apart
-        label, before = _perplexity_label(did["before"]), _perplexity(did["before"])
+        label, before = _label(did["before"]), _figure(did["before"])
         within = [name for item in did["recipe"]["train"] for name in item if name not in apart]
         rows = [(label, before, self.healed)]
         if apart:
             rows += [
-                (f"{label}, the weights alone", before, _perplexity(did["weights"])),
+                (f"{label}, the weights alone", before, _figure(did["weights"])),
                 ("trained, in the adapter", "", ", ".join(apart)),
                 ("trained, in the weights", "", ", ".join(within) or "nothing"),
             ]
@@ -184,7 +184,7 @@ class Report:
         """The perplexity after healing, in words."""
         after = self.healing["after"]
         with_it = " with the adapter" if self.apart and after.get("perplexity") is not None else ""
-        return _perplexity(after) + with_it
+        return _figure(after) + with_it
 
     def outcome(self) -> Rows:
         """As `rows`, with what the directory holds now: after healing, if there was any."""
@@ -192,11 +192,11 @@ class Report:
         if not did:
             return self.rows()
         rows = {what: (dense, pruned) for what, dense, pruned in self.rows()}
-        (first, (dense, pruned)), label = next(iter(rows.items())), _perplexity_label(did["after"])
+        (first, (dense, pruned)), label = next(iter(rows.items())), _label(did["after"])
         measured = did["after"].get("perplexity") is not None
         rows[first] = dense, f"{pruned} before healing" + ("" if measured else ", not measured since")
         if measured:  # maybe on other windows
-            rows[label] = rows.get(label, ("", ""))[0], f"{self.healed}, healed ({_perplexity(did['before'])} before)"
+            rows[label] = rows.get(label, ("", ""))[0], f"{self.healed}, healed ({_figure(did['before'])} before)"
         rows.pop(SAMPLE, None)
         return [(what, *both) for what, both in rows.items()] + _sample(self.dense, did["after"])
 
@@ -209,25 +209,26 @@ class Report:
         """A model card that says what was done."""
         steps = " + ".join(name for step in self.recipe["steps"] for name in step)
         base = self.model["name"]
+        library = "library_name: transformers\n" if "text" in self.recipe.get("task", "text") else ""
         front = f"base_model: {base}\n" if "/" in base and not Path(base).exists() else ""
-        calibration = self.recipe["calibration"]
-        text = "which reads no text"
+        calibration, task = self.recipe["calibration"], next(iter(self.recipe.get("task", ["text"])))
+        text = "which reads no text" if task == "text" else "which reads no samples"
         if any(layer.tokens for layer in self.layers):
-            text = (
-                f"calibrated on {calibration['samples']} windows of\n{calibration['length']} tokens of"
-                f" `{Path(calibration['source']).name}`"
-            )
-        if self.recipe.get("format") == "packed":
+            what = f"windows of\n{calibration['length']} tokens" if task == "text" else "samples"
+            text = f"calibrated on {calibration['samples']} {what} of `{Path(calibration['source']).name}`"
+        format_, masks = self.recipe.get("format", "dense"), "The masks are in `prunella.masks` (bit-packed)"
+        if format_ == "packed":
             load = (
                 "`AutoModelForCausalLM.from_pretrained` loads it where Prunella is installed. Its zeros are not stored"
             )
-        elif (format_ := self.recipe.get("format", "dense")) != "dense":
+        elif format_ != "dense":
             load = f"Its weights are in the format `{Path(format_).name}`"
+        elif task != "text":
+            load = f"It is of task `{Path(task).name}`. {masks}"
         else:
-            load = "Load it with `AutoModelForCausalLM.from_pretrained`. The masks are in `prunella.masks` (bit-packed)"
+            load = f"Load it with `AutoModelForCausalLM.from_pretrained`. {masks}"
         return f"""---
-library_name: transformers
-tags:
+{library}tags:
 - prunella
 - pruned
 {front}---
@@ -266,15 +267,19 @@ def _markdown(before: str, after: str, rows: Rows) -> str:
     return "\n".join((*head, *(f"| {a} | {b} | {c} |" for a, b, c in numbers(rows))))
 
 
-def _perplexity(side: Mapping[str, Any]) -> str:
-    return f"{side['perplexity']:.2f}" if side.get("perplexity") is not None else "not measured"
+def _figure(side: Mapping[str, Any]) -> str:
+    value = side.get(side.get("figure", "perplexity"))
+    return "not measured" if value is None else f"{value:.4g}" if "figure" in side else f"{value:.2f}"
 
 
-def _perplexity_label(side: Mapping[str, Any]) -> str:
-    if side.get("perplexity") is None:
-        return "perplexity"
-    said = f"{Path(side['source']).name}, {side['windows']} windows of {side['length']}"
-    return f"perplexity ({', '.join(filter(None, (said, bos_words(side.get('bos')))))})"
+def _label(side: Mapping[str, Any]) -> str:
+    figure = side.get("figure", "perplexity")
+    if side.get(figure) is None:
+        return str(figure)
+    source = Path(side["source"]).name
+    count = f"{side['samples']} samples" if "figure" in side else f"{side['windows']} windows of {side['length']}"
+    said = filter(None, (source, count, bos_words(side.get("bos"))))
+    return f"{figure} ({', '.join(said)})"
 
 
 def bos_words(bos: bool | None) -> str:

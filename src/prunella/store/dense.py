@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..compat import quiet_transformers
 from ..layers import Slot
 from ..model.checkpoint import Checkpoint
 from ..model.files import SINGLE, files_in, read_json
@@ -86,8 +85,7 @@ class Dense(Store):
     def complete(self) -> None:
         checkpoint = self.model.checkpoint
         if checkpoint is None:
-            with quiet_transformers():
-                self.model.network.save_pretrained(self.folder)
+            self.model.task.save(self.model, self.folder)
             return
         for name, file in checkpoint.where.items():
             if name not in self.files[file].written:

@@ -1,1 +1,15 @@
-"""Tasks: what networks are for. One file a task."""
+"""Tasks: what networks are for. One file a task.
+
+A task is a class derived from `Task`, with its options as keyword arguments of `__init__`:
+
+    @register_task("mine")
+    class Mine(Task):
+        def samples(self, model, source, count, *, used=0, seed=0, test=False): ...
+        def losses(self, outputs, batch): ...
+"""
+
+from . import text  # noqa: F401  (importing a task registers it)
+from .registry import find_task, make_task, register_task, tasks
+from .task import Task
+
+__all__ = ["Task", "find_task", "make_task", "register_task", "tasks"]

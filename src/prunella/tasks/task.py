@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from ..compat import quiet_transformers
+from ..errors import InputError, ModelError, first_line
+from ..foreign import blamed
+from ..model.files import SINGLE
+from ..model.open import wrap
+
 if TYPE_CHECKING:
+    from ..model.checkpoint import Source
     from ..model.network import Model
     from ..samples import Batch, Samples
 
@@ -15,23 +25,98 @@ if TYPE_CHECKING:
 class Task(ABC):
     """What a network is for: how it is opened, what it is run on, and how good what it puts out is.
 
-    Everything else (blocks, statistics, steps, stores) is the same for all tasks.
+    Everything else (blocks, statistics, steps, stores) is the same for all tasks. `samples` and `losses` are what a
+    task has to say; a network that is handed over in memory needs no more.
+
+    name:     what users call it
+    source:   where its samples come from if nobody says so
+    argument: what the network calls samples that are handed over as one tensor
+    figure:   that of `scores` which says how good it is
     """
 
     name = ""
+    source = ""
+    argument = "input_ids"
+    figure = "loss"
 
-    @abstractmethod
+    # --- opening and saving
+
     def open(self, name: str, **options: Any) -> Model:
         """The model of this name, a directory or what else the task knows, its weights not read yet where they need
-        not be. Raises ModelError where there is none, or none for this task."""
+        not be. Raises ModelError where there is none, or none for this task.
+
+        Args:
+            options: as the recipe and the caller say: dtype, device, tokenizer, remote_code, pickles.
+        """
+        raise ModelError(f"task '{self.name}' opens no '{name}': hand the network over in memory.")
+
+    def wrap(self, network: nn.Module, tokenizer: Any = None, name: str = "") -> Model:
+        """A network in memory as a `Model`; it stays on the device on which it is. Raises ModelError."""
+        return wrap(network, self, tokenizer, name)
+
+    def save(self, model: Model, folder: Path) -> None:
+        """Write a model that is in memory, and what it takes to open it again."""
+        network: Any = model.network
+        if hasattr(network, "save_pretrained"):
+            with quiet_transformers():
+                network.save_pretrained(folder)
+        else:
+            from safetensors.torch import save_model
+
+            save_model(network, str(folder / SINGLE))  # of tensors that are tied, one
+
+    # --- samples
 
     @abstractmethod
-    def samples(self, model: Model, source: str, count: int, **options: Any) -> Samples:
-        """`count` samples of a source, which the task knows how to read. Raises InputError."""
+    def samples(
+        self, model: Model, source: str, count: int, *, used: int = 0, seed: int = 0, test: bool = False
+    ) -> Samples:
+        """`count` samples of a source, which the task knows how to read. Raises InputError.
+
+        Args:
+            used: so many at the beginning of the source are left out, as `size` counts them.
+            seed: of what is drawn at random.
+            test: they are to measure on, not to calibrate on.
+        """
+
+    def reads(self, model: Model) -> bool:
+        """Can it read sources for this model? If not, samples have to be handed over."""
+        return True
+
+    def size(self, samples: Samples) -> int:
+        """How much of a source these samples took: their number, or what else a source is counted in."""
+        return len(samples)
+
+    def about(self, samples: Samples) -> dict[str, Any]:
+        """What the recipe's `calibration` should say of samples, beside source and number, to find them again."""
+        return {}
 
     def example(self, network: nn.Module) -> Batch:
         """The smallest batch that the network takes, of one sample: to find its blocks with."""
         raise NotImplementedError
+
+    def check(self, model: Model, samples: Samples) -> None:
+        """Raises InputError for samples that the network cannot take, StepError for losses that are not one a sample.
+        One of each group is tried where the weights are in memory."""
+        if model.checkpoint is not None:
+            return
+        for group in samples.groups:
+            one = {key: tensor[:1].to(model.device) for key, tensor in group.items()}
+            try:
+                with torch.no_grad():
+                    outputs = self.run(model.network, one)
+            except Exception as error:
+                shapes = {key: tuple(tensor.shape[1:]) for key, tensor in group.items()}
+                raise InputError(
+                    f"{type(model.network).__name__} does not take the samples of task '{self.name}', of shapes"
+                    f" {shapes}: {first_line(error)}"
+                ) from error
+            with blamed(type(self), f"task '{self.name}'"):
+                losses = self.losses(outputs, one)
+                if losses.shape != (1,):
+                    raise ValueError(f"losses of shape {tuple(losses.shape)} for one sample, expected (1,)")
+
+    # --- what the network makes of them
 
     def run(self, network: nn.Module, batch: Batch, **options: Any) -> Any:
         """What the network makes of a batch. `options` go to its forward pass."""
@@ -45,5 +130,19 @@ class Task(ABC):
         """How far outputs are from a teacher's, one number, differentiable in the former."""
         raise NotImplementedError
 
-    def check(self, model: Model, samples: Samples) -> None:  # noqa: B027  (most take any)
-        """Raises InputError for samples that the network cannot take."""
+    # --- what a report says
+
+    def scores(self, model: Model, samples: Samples, losses: Sequence[float]) -> dict[str, Any]:
+        """What a report says of the losses of samples, `figure` and `samples` (how many) among it; of none, that
+        nothing was measured."""
+        if not losses:
+            return {"loss": None}
+        return {"samples": len(losses), "loss": sum(losses) / len(losses), "losses": list(losses)}
+
+    def specimen(self, model: Model, checkpoint: Source | None = None) -> str | None:
+        """Something that the model makes, for a reader to look at; of the weights in `checkpoint`, if one is given."""
+        return None
+
+    def fingerprint(self, samples: Samples) -> str:
+        """By which `prunella eval` knows samples that were calibrated on; empty where it cannot."""
+        return ""

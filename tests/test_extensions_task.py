@@ -1,0 +1,204 @@
+"""A task from a file outside the package: what is there for text works with it, or says that it does not."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import prunella
+from prunella import InputError, ModelError, Report, read_masks
+from prunella.allocate import allocations
+from prunella.registry import steps
+from prunella.samples import Samples
+
+pytest.importorskip("prunella.model.cut")  # what finds the blocks of any network
+
+FILE = Path(__file__).parent / "extensions" / "toy_task.py"
+TASK = f"{FILE}:toy"
+NEEDS_TEXT = {"probe", "ramp"}  # allocations that hold out windows of text
+
+
+def network(seed: int = 0) -> Any:
+    """A toy, which the task's file defines."""
+    spec = importlib.util.spec_from_file_location("toy_task", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.manual_seed(seed)
+    return module.Net()
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A toy on disk."""
+    (tmp_path / "toy").mkdir()
+    save_file(network().state_dict(), tmp_path / "toy" / "model.safetensors")
+    return tmp_path / "toy"
+
+
+def zeros(net: nn.Module) -> dict[str, float]:
+    return {name: (p == 0).float().mean().item() for name, p in net.named_parameters() if p.ndim == 2}
+
+
+def options_of(step: str) -> dict[str, Any]:
+    """So that a step of other networks' widths works on eight inputs."""
+    return {"group": 8} if step == "gptq" else {}
+
+
+@pytest.mark.parametrize("order", ["layer", "block"])
+@pytest.mark.parametrize("name", sorted(steps))
+def test_every_step_prunes_a_toy(name: str, order: str) -> None:
+    method = steps[name]
+    if order == "layer" and not method.per_layer:
+        pytest.skip("works on whole blocks")
+    before = [] if method.prunes else ["wanda"]
+    net = network()
+    recipe = {"task": TASK, "steps": [*before, {name: options_of(name)}], "order": order}
+    report = prunella.prune(net, recipe)
+    assert [layer.name for layer in report.layers] == ["first.0", "second"]
+    if name == "besa":  # which shares out over the layers of a block what it prunes
+        assert report.sparsity == pytest.approx(0.5, abs=0.02)
+    else:
+        assert zeros(net) == {"first.0.weight": 0.5, "second.weight": 0.5}
+    assert report.dense["figure"] == "loss"
+    assert report.pruned["loss"] > 0
+    assert report.pruned["loss"] != report.dense["loss"]
+    assert all(layer.tokens for layer in report.layers) or not method.needs
+
+
+@pytest.mark.parametrize("name", sorted(allocations))
+def test_every_allocation_spreads_over_a_toy_or_says_that_it_needs_text(name: str) -> None:
+    recipe = {"task": TASK, "steps": ["wanda"], "allocate": name}
+    if name in NEEDS_TEXT:
+        with pytest.raises(InputError, match=f"allocation '{name}' .* text"):
+            prunella.prune(network(), recipe)
+        return
+    net = network()
+    report = prunella.prune(net, recipe)
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+    assert list(report.recipe["allocate"]) == [name]
+
+
+def test_losses_are_those_of_the_network_before_and_after() -> None:
+    net = network()
+    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(3))[32:]  # what is held out
+    with torch.no_grad():
+        dense = (net(x) - x.flip(1)).square().mean(1)
+        report = prunella.prune(net, {"task": TASK, "steps": ["sparsegpt"], "seed": 3})
+        pruned = (net(x) - x.flip(1)).square().mean(1)
+    assert report.dense["losses"] == pytest.approx(dense.tolist(), rel=1e-5)
+    assert report.pruned["losses"] == pytest.approx(pruned.tolist(), rel=1e-5)
+    assert report.pruned["loss"] == pytest.approx(pruned.mean().item(), rel=1e-5)
+    assert report.recipe["task"] == {TASK: {}}
+    assert report.recipe["calibration"]["source"] == report.recipe["evaluate"]["source"] == "random"
+    (label, *_), *_ = report.rows()
+    assert label == "loss (random, 8 samples)"
+
+
+def test_the_command_line_prunes_what_the_task_opens(toy: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    out = tmp_path / "out"
+    done = run("prune", toy, "-o", out, "--task", TASK, "--step", "wanda", "--set", f"{TASK}.noise=0.5")
+    assert done.code == 0, done.err
+    assert "loss (random, 8 samples)" in done.out
+    report = Report.read(out)
+    assert report.recipe["task"] == {TASK: {"noise": 0.5}}
+    tensors, masks = load_file(out / "model.safetensors"), read_masks(out)
+    assert sorted(masks) == ["first.0", "second"]
+    assert all((tensors[f"{name}.weight"][~mask] == 0).all() for name, mask in masks.items())
+    assert report.pruned["bytes"] == sum(tensor.nbytes for tensor in tensors.values()) == report.dense["bytes"]
+    assert "It is of task `toy_task.py:toy`" in (out / "README.md").read_text()
+    again = prunella.prune(str(toy), report.recipe, output=tmp_path / "again")
+    assert again.layers == report.layers
+    twice = prunella.prune(str(out), {**report.recipe, "sparsity": 0.75}, output=tmp_path / "twice")
+    assert twice.sparsity == 0.75
+    for command in ("eval", "heal"):
+        refused = run(command, out, *(("-o", tmp_path / "healed") if command == "heal" else ()))
+        assert refused.code == 2
+        (line,) = refused.err.splitlines()
+        assert f"is of task '{TASK}'" in line
+
+
+def test_samples_and_networks_are_handed_over_as_they_are(tmp_path: Path) -> None:
+    x = torch.randn(64, 8)
+    calibration = Samples.of({"x": x, "y": x.flip(1)})
+    recipe = {"task": TASK, "steps": ["wanda"], "evaluate": {"source": None}}
+    nets = []
+    for number in range(2):
+        nets.append(network(number))
+        report = prunella.prune(nets[-1], recipe, calibration=calibration, output=tmp_path / str(number))
+        assert report.dense == {"figure": "loss", "loss": None, "sample": None, "bytes": report.dense["bytes"]}
+        assert report.recipe["calibration"]["samples"] == 64
+        saved = load_file(tmp_path / str(number) / "model.safetensors")
+        assert all(torch.equal(saved[name], tensor) for name, tensor in nets[-1].state_dict().items())
+
+
+def test_tied_weights_are_saved_once(tmp_path: Path) -> None:
+    net = network()
+    net.second = nn.Linear(16, 8)
+    net.again = net.second  # one module by two names
+    prunella.prune(net, {"task": TASK, "steps": ["magnitude"]}, output=tmp_path / "out")
+    assert len([name for name in load_file(tmp_path / "out" / "model.safetensors") if name.endswith("weight")]) == 2
+
+
+def test_what_does_not_fit_a_toy_is_refused_in_one_line(toy: Path, tmp_path: Path) -> None:
+    wanda = {"task": TASK, "steps": ["wanda"]}
+
+    def refused(
+        message: str, recipe: Any = None, net: Any = None, kind: type[Exception] = InputError, **more: Any
+    ) -> None:
+        with pytest.raises(kind, match=message) as error:
+            prunella.prune(network() if net is None else net, {**wanda, **(recipe or {})}, **more)
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out.partial").exists()
+
+    out = tmp_path / "out"
+    wrong = Samples.of({"x": torch.zeros(4, 7), "y": torch.zeros(4, 7)})
+    refused(r"Net does not take the samples of task '.*toy', of shapes \{'x': \(7,\), 'y': \(7,\)\}", calibration=wrong)
+    refused("Net does not take the samples", calibration=Samples.of({"z": torch.zeros(4, 8)}))
+    refused("the defect is in the task", calibration=torch.zeros(4, 8), kind=prunella.PrunellaError)  # and what is y?
+    refused("healing trains causal language models only", {"heal": {"train": ["all"]}}, str(toy), output=out)
+    refused("packed files are of transformers models, and a Net is none", {"format": "packed"}, output=out)
+    refused("toys are run on 'random' numbers", {"calibration": {"source": "pydoc"}})
+    refused("unknown option of task toy 'length'", {"calibration": {"length": 8}})
+    refused("cannot be resumed", net=str(toy), output=out, resume=True)
+    refused("holds no toy", net=str(tmp_path), output=out, kind=ModelError)
+    refused("is opened for task 'text', not for the recipe's", net=prunella.wrap_model(_language()))
+
+
+def _language() -> Any:
+    import tiny
+
+    return tiny.build()
+
+
+def test_a_defect_of_a_task_is_said_to_be_one(tmp_path: Path, run: Callable[..., Any], toy: Path) -> None:
+    lines = {
+        "(outputs - batch": "(outputs - bach",
+        ".mean(1)": ".mean()",
+        "load_model(network, file)": "load_model(network, fil)",
+    }
+    for number, (good, bad) in enumerate(lines.items()):
+        path = tmp_path / f"{number}.py"
+        path.write_text(FILE.read_text().replace(good, bad))
+        done = run("prune", toy, "-o", tmp_path / "out", "--task", f"{path}:toy", "--step", "wanda")
+        assert done.code == 2
+        (line,) = done.err.splitlines()
+        assert f"task '{path}:toy'" in line
+        assert "the defect is in the task" in line
+
+
+def test_it_shows_up_among_the_methods_once_it_is_imported(run: Callable[..., Any]) -> None:
+    prunella.prune(network(), {"task": TASK, "steps": ["magnitude"]})
+    (row,) = [row for row in json.loads(run("methods", "--json").out) if row["name"] == "toy"]
+    assert (row["kind"], row["summary"]) == ("task", "Turn eight numbers around.")
+    assert row["options"] == {"width": 16, "noise": 0.0}
