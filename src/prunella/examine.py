@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .calls import Call, Calls, Key
-from .errors import ModelError
+from .linalg import apart
 from .model.cut import Argument, Interface, alike, overwrites
 from .model.network import Model
 from .samples import Batch, Samples, size_of
@@ -18,7 +18,6 @@ from .standins import StandIns, not_one_by_one
 from .trees import items, tensors
 
 TOLERANCE = 0.02  # of what a block adds to its input: how far its replay may be from the original
-CAUSAL = 16  # tokens on which `examine` looks whether a block sees what comes after
 
 
 def examine(model: Model, samples: Samples) -> Interface:
@@ -26,9 +25,8 @@ def examine(model: Model, samples: Samples) -> Interface:
 
     The first, a middle and the last block of each stack are replayed and compared with what they give inside the
     model's own forward pass, in which all other blocks hand on what they get; where more than that state travels, or
-    another stack follows, all blocks are. What a language model's block puts out for a token must not depend on later
-    tokens. Raises ModelError, naming the architecture, where any of this does not hold. The model's parameters outside
-    its blocks must be loaded.
+    another stack follows, all blocks are. The task may ask more of a block (`Task.check_block`). Raises ModelError,
+    naming the architecture, where any of this does not hold. The model's parameters outside its blocks must be loaded.
     """
     batches = _two(samples)
     interface = Interface({}, {}, 0, False, alike(model.network, model.blocks), overwrites(model.network, model.blocks))
@@ -76,8 +74,13 @@ def _tried(model: Model, interface: Interface, batches: list[Batch], states: lis
                 own = StandIns(model, interface, before, real={index})
                 own.pass_through(batch)
                 _compared(network, index, own, found[index - span.start], block, own.met[index], {})
-            if model.task.name == "text":
-                _check_causal(model, interface, index, batches[0]["input_ids"][:, :CAUSAL])
+
+            def within(batch: Batch, index: int = index) -> tuple[Tensor, Any]:
+                own = StandIns(model, interface, states[0], real={index})
+                own.pass_through(batch)
+                return own.met[index], own.gave[index]
+
+            model.task.check_block(network, index, within, batches[0], interface.batch)
     return interface
 
 
@@ -109,42 +112,8 @@ def _close(gave: Tensor, replayed: Tensor, before: Tensor) -> bool:
         return False
     if torch.equal(gave, replayed) or not gave.isfinite().all():
         return True
-    added = _apart(gave, before if before.shape == gave.shape else torch.zeros_like(gave))
-    return _apart(gave, replayed) <= TOLERANCE * added
-
-
-def _apart(one: Tensor, other: Tensor) -> float:
-    return float((one.float() - other.float()).norm())
-
-
-def _check_causal(model: Model, interface: Interface, index: int, ids_BL: Tensor) -> None:
-    """Raises ModelError where what a loaded block makes of the first tokens depends on the last one."""
-    changed = ids_BL.clone()
-    changed[:, -1] = torch.where(ids_BL[:, -1] == ids_BL[:, 0], ids_BL[:, ids_BL.shape[1] // 2], ids_BL[:, 0])
-    one, other = (StandIns(model, interface, real={index}) for _ in range(2))
-    one.pass_through({"input_ids": ids_BL})
-    other.pass_through({"input_ids": changed})
-    inputs = (one.entering != other.entering).nonzero()
-    places = [
-        (dimension, int(inputs[0, dimension]))
-        for dimension, size in enumerate(one.entering.shape)
-        if dimension != interface.batch and size > 1 and len(set(inputs[:, dimension].tolist())) == 1
-    ]
-    if len(places) != 1 or one.gave[index].shape != one.entering.shape:
-        return  # the two tokens are one, or where tokens stand cannot be told
-    dimension, place = places[0]
-
-    def early(state: Tensor) -> Tensor:
-        return state.narrow(dimension, 0, place)
-
-    before, after = early(one.gave[index]), early(other.gave[index])
-    share = (before != after).float().mean().item() if before.numel() else 0.0
-    # Which tokens meet in an expert changes the rounding of some; attention to what comes later changes nearly all.
-    if share > 0.25 and _apart(before, after) > 1e-3 * _apart(before, early(one.entering)):
-        raise ModelError(
-            f"{type(model.network).__name__} reads a text from both sides: what its block {index} makes of a token"
-            " depends on the tokens that follow. Prunella prunes causal language models."
-        )
+    added = apart(gave, before if before.shape == gave.shape else torch.zeros_like(gave))
+    return apart(gave, replayed) <= TOLERANCE * added
 
 
 def _taken(network: nn.Module, marked: StandIns, start: int) -> dict[Argument, int]:

@@ -70,6 +70,15 @@ class Samples:
                 count -= size_of(group)
         return Samples(tuple(found))
 
+    def after(self, count: int) -> Samples:
+        """All but the first so many samples."""
+        found = []
+        for group in self.groups:
+            if count < size_of(group):
+                found.append({key: tensor[max(0, count) :] for key, tensor in group.items()})
+            count -= size_of(group)
+        return Samples(tuple(found))
+
     def batches(self, size: int) -> Iterator[Batch]:
         """At most `size` samples at a time, all of one shape, in order."""
         for group in self.groups:
@@ -84,6 +93,11 @@ class Samples:
 
 def _raw(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().view(torch.uint8)
+
+
+def on(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """A batch on a device."""
+    return {key: tensor.to(device) for key, tensor in batch.items()}
 
 
 def size_of(group: Batch) -> int:

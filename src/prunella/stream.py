@@ -26,7 +26,7 @@ from .examine import examine
 from .grid import Grid, fit
 from .hidden import Hidden, Shelf
 from .histogram import histograms
-from .layers import Slot, find_layers, unpruned
+from .layers import Slot, find_layers, unpruned, within
 from .machine import cache_directory, free_memory
 from .model.checkpoint import Source
 from .model.network import Model
@@ -90,7 +90,7 @@ class Stream:
         self.rounding = rounding
         self.keep_zeros = keep_zeros
         self.checkpoint = checkpoint
-        self.samples = samples = Samples.of(samples)
+        self.samples = samples = Samples.of(samples, model.task.argument)
         self.order = order
         if order == "layer" and len(samples.groups) > 1:
             raise InputError(
@@ -104,7 +104,7 @@ class Stream:
                 batch
                 for group in samples.groups
                 for batch in Samples((group,)).batches(
-                    len(samples) if order == "layer" else 1 if alone else max(1, TOKENS // _tokens(group))
+                    len(samples) if order == "layer" else 1 if alone else max(1, TOKENS // tokens_of(group))
                 )
             )
             self._places = [(b, n) for b, batch in enumerate(self.batches) for n in range(size_of(batch))]
@@ -391,7 +391,7 @@ class Stream:
             return done, {}
         layers = tuple(self._layer(t, stats.get(leader.get(n, n), Stats()), begin) for n, t in active.items())
         weights = {id(getattr(slot.module, slot.parameter)) for slot in active.values()}
-        own = {f"{block.name}.{key}": p.data for key, p in block.module.named_parameters() if id(p) not in weights}
+        own = {within(block.name, key): p.data for key, p in block.module.named_parameters() if id(p) not in weights}
         beside: Any = self.dense
         whole_block = Block(
             block.index,
@@ -523,7 +523,7 @@ def _settle(layer: Layer, slot: Slot) -> Settled:
 ACTIVATIONS = 8 << 30  # bytes of them that `layer` order may hold at once where nobody chose it
 
 
-def _tokens(group: Batch) -> int:
+def tokens_of(group: Batch) -> int:
     """How long a sample is, in tokens: an image or a sound takes as much room as so many."""
     return max(math.prod(t.shape[1:]) // (1 if not t.is_floating_point() else NUMBERS) for t in group.values()) or 1
 
@@ -544,7 +544,7 @@ def pick_order(
     if whole_block or not any(step.needs for step in steps):
         return "block"
     samples = Samples.of(samples)
-    if model.task.name != "text" or len(samples.groups) > 1:
+    if not model.task.language or len(samples.groups) > 1:
         return "block"
     config, windows_NL = model.network.config.get_text_config(), samples.groups[0]["input_ids"]
     shapes = [s.shape for s in find_layers(model.module(model.blocks[0]), model.blocks[0])]

@@ -10,6 +10,7 @@ lies outside is stem and head. Chains before and after it, as those of an encode
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -75,13 +76,15 @@ def inside(name: str, block: str) -> bool:
 
 
 def find_stacks(network: nn.Module, task: Task) -> Stacks:
-    """Names of the network's blocks in the order in which they run, a tuple a stack; `WHOLE` where it is no chain, or
-    cannot be run without its weights to see. Those of a language model are its list of decoder blocks. Raises
-    ModelError if it has none, or if the network does not run on its task's example."""
-    if task.name == "text":
-        return (tuple(_listed(network)),)
+    """Names of the network's blocks in the order in which they run, a tuple a stack. Those of a language model are its
+    list of decoder blocks. `WHOLE` where a network is no chain, or cannot be run without its weights to see, or its
+    task has no example. Raises ModelError where a language model has no blocks, or where the example does not run."""
+    if (known := task.stacks(network)) is not None:
+        return known
+    if (batch := _example(network, task)) is None:
+        return WHOLE
     try:
-        return _chosen(network, _traced(network, task))
+        return _chosen(network, _traced(network, task, batch))
     except Exception as error:
         if any(parameter.is_meta for parameter in network.parameters()):  # where no numbers are, none can be asked for
             return WHOLE
@@ -181,14 +184,20 @@ class _Run(nn.Module):
 
 def whole_run(network: Any, task: Task) -> tuple[nn.Module, dict[str, Any]]:
     """A module that runs the network, without the head of a language model, and its arguments."""
-    if task.name == "text":
+    if task.language:
         return network.base_model, {"input_ids": torch.zeros((2, 16), dtype=torch.long), "use_cache": False}
-    return _Run(network, task), {"batch": task.example(network)}
+    return _Run(network, task), {"batch": _example(network, task) or {}}
 
 
-def _traced(network: nn.Module, task: Task) -> _Trace:
-    """The network's calls on its task's example: with its weights where all are in memory, else on the meta device."""
-    batch = task.example(network)
+def _example(network: nn.Module, task: Task) -> Batch | None:
+    try:
+        return task.example(network)
+    except NotImplementedError:  # a task need not have one
+        return None
+
+
+def _traced(network: nn.Module, task: Task, batch: Batch) -> _Trace:
+    """The network's calls on a batch: with its weights where all are in memory, else on the meta device."""
     named = dict(network.named_modules())
     trace = _Trace()
 
@@ -216,7 +225,7 @@ def _traced(network: nn.Module, task: Task) -> _Trace:
 def _chosen(network: nn.Module, trace: _Trace) -> Stacks:
     """The chain that holds most beside its largest block, and chains before and after it."""
     tied = _tied(network)
-    twice = {id(m) for m in network.modules() if sum(seen.module is m for seen in trace.calls) > 1}
+    twice = {key for key, count in Counter(id(seen.module) for seen in trace.calls).items() if count > 1}
     found = [
         _trimmed(piece)
         for outer in trace.calls
@@ -345,29 +354,3 @@ def _trimmed(chain: list[_Seen]) -> list[_Seen]:
     """A chain without what has no matrices at its ends."""
     full = [place for place, seen in enumerate(chain) if _weights(seen.module)]
     return chain[full[0] : full[-1] + 1] if full else []
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Language models
-
-
-def _listed(network: nn.Module) -> list[str]:
-    """Names of the decoder's blocks: of all lists of modules that lie in no other, the one with most weights, packed
-    ones too. Those of a vision tower do not count where the network says which part of it is the text's decoder.
-
-    Raises ModelError if there is none.
-    """
-    lists = {name: module for name, module in network.named_modules() if isinstance(module, nn.ModuleList)}
-    find: Any = getattr(network, "get_decoder", lambda: network)
-    decoder = find()
-    within = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
-    lists = {name: module for name, module in lists.items() if id(module) in within} or lists
-    outer = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
-    size = {name: sum(t.numel() for t in (*lists[name].parameters(), *lists[name].buffers())) for name in outer}
-    best = max(size, key=lambda name: size[name], default=None)
-    if best is None or not size[best]:
-        raise ModelError(
-            f"no blocks were found in {type(network).__name__}: it has no list of decoder layers. Prunella prunes"
-            " causal language models built as a list of blocks."
-        )
-    return [f"{best}.{i}" for i in range(len(lists[best]))]

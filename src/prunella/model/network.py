@@ -34,7 +34,7 @@ from ..errors import ModelError, ReadError
 from ..fast import use_fast_attention
 from ..layers import learn
 from ..progress import Track, no_track
-from ..samples import Batch
+from ..samples import Batch, on
 from .checkpoint import Checkpoint, Source
 from .cut import WHOLE, Interface, find_stacks, inside, whole_run
 from .walk import LoadedBlock, ReadAhead
@@ -90,7 +90,7 @@ class Model:
             self._experts = experts_of(network.config)
             network.set_experts_implementation("eager")  # one product per expert, which the stream can watch
         learn(network, self.blocks, *whole_run(network, self.task))
-        if device.type == "cpu" and self.task.name == "text":
+        if device.type == "cpu" and self.task.language:
             use_fast_attention(network)
 
     @property
@@ -108,7 +108,7 @@ class Model:
 
     def run(self, batch: Batch, **options: Any) -> Any:
         """What the network makes of a batch, wherever that is. `options` go to its forward pass."""
-        return self.task.run(self.network, {key: tensor.to(self.device) for key, tensor in batch.items()}, **options)
+        return self.task.run(self.network, on(batch, self.device), **options)
 
     @property
     def parameters(self) -> int:
@@ -339,7 +339,7 @@ class Model:
         """Loads everything but the blocks for as long as the context lasts: embeddings and norms, and with `head` the
         output head as well."""
         base = getattr(self.network, "base_model_prefix", "") + "."
-        single = self.task.name != "text" or self.network.base_model is self.network
+        single = not self.task.language or self.network.base_model is self.network
 
         def wanted(name: str) -> bool:
             return self.block_of(name) is None and (head or single or name.startswith(base))
