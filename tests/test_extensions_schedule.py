@@ -56,7 +56,7 @@ def trained_by(step: str, schedule: Schedule, folder: Path, **options: Any) -> t
 
 def weights(network: Any) -> dict[str, Tensor]:
     model = prunella.wrap_model(network)
-    found = {s.name: s.view().clone() for b in model.blocks for s in find_layers(model.module(b), b)}
+    found = {s.name: s.read().clone() for b in model.blocks for s in find_layers(model.module(b), b)}
     model.give_back()
     return found
 

@@ -25,9 +25,10 @@ from ..errors import (
     kept,
 )
 from ..evaluate.measure import measure, measure_once
-from ..evaluate.overlap import fingerprint, joined
+from ..lenses import wear
 from ..machine import pick_device
 from ..model.network import Model
+from ..overlap import fingerprint, joined
 from ..progress import OnStep, Track
 from ..recipe import Healing, Recipe
 from ..report import Report, peak_memory
@@ -242,6 +243,7 @@ class Line:
             pickles=self.pickles,
         )
         model.scratch = partial_of(self.path)
+        wear(map(model.module, model.blocks), self.recipe.lenses)
         return model
 
     @property
