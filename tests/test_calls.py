@@ -18,7 +18,7 @@ import prunella
 from prunella import stream as stream_module
 from prunella.model.network import Model
 from prunella.stream import Stream
-from prunella.tasks.text import wrap_model
+from prunella.tasks.text import Text, wrap_model
 
 # What blocks are called with differs from batch to batch, or travels from block to block.
 DEPENDENT = ("gemma4_text", "gemma3n_text", "zamba", "zamba2", "deepseek_v4", "qwen4_exp_text", "inkling_text", "zaya")
@@ -128,7 +128,7 @@ def changed(change: Callable[..., Any], only: int = 1) -> Any:
 
 def refused(network: Any, ids_NL: Tensor, reason: str) -> None:
     with pytest.raises(prunella.ModelError, match=reason) as caught:
-        prunella.perplexity(Model(network, None, None, network.device, ""), ids_NL)  # whatever its config says
+        prunella.perplexity(Model(network, None, None, network.device, "", Text()), ids_NL)  # whatever its config says
     assert type(network).__name__ in str(caught.value)
 
 
