@@ -10,6 +10,7 @@ lies outside is stem and head. Chains before and after it, as those of an encode
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -224,7 +225,7 @@ def _traced(network: nn.Module, task: Task, batch: Batch) -> _Trace:
 def _chosen(network: nn.Module, trace: _Trace) -> Stacks:
     """The chain that holds most beside its largest block, and chains before and after it."""
     tied = _tied(network)
-    twice = {id(m) for m in network.modules() if sum(seen.module is m for seen in trace.calls) > 1}
+    twice = {key for key, count in Counter(id(seen.module) for seen in trace.calls).items() if count > 1}
     found = [
         _trimmed(piece)
         for outer in trace.calls
