@@ -181,5 +181,12 @@ def test_what_only_takes_text_says_so_of_another_task(llama: Path, tmp_path: Pat
     done = run("eval", directory)
     assert done.code == 2
     assert "is of task 'toy.py:toy'" in done.err
+    for command in ("heal", "sweep"):
+        task = {"task": f"{Path(__file__).parent / 'extensions' / 'toy_task.py'}:toy"}
+        (tmp_path / "r.yaml").write_text(json.dumps(task))
+        done = run(command, llama, "-o", tmp_path / "out", "--recipe", tmp_path / "r.yaml")
+        assert done.code == 2
+        (line,) = done.err.splitlines()
+        assert "causal language models only, yet" in line
     with pytest.raises(ModelError, match="this Linear is no model of transformers: say what it is for"):
         prunella.prune(nn.Linear(3, 3))
