@@ -25,6 +25,7 @@ from torch import Tensor
 from .errors import InputError, ModelError, NumericalError
 from .hidden import Hidden
 from .layers import Slot, find_layers
+from .lenses import Chunks
 from .model.checkpoint import Source
 from .model.walk import LoadedBlock
 from .outcome import BlockResult
@@ -33,7 +34,7 @@ from .registry import Step
 from .samples import Batch, on
 from .statistics.registry import OUTPUTS, concatenate, merged, of_gradients, taking, whole
 from .types import Stats
-from .watch import Watch
+from .watch import Watch, stats_of
 
 if TYPE_CHECKING:
     from .stream import Stream
@@ -159,7 +160,7 @@ class Back:
             )
         self.stream.hidden[n] = found[0]
         by_key = dict(zip(weights, found[1:], strict=True))
-        return {slot.name: slot.part(by_key[slot.key]) for slot in slots}
+        return {slot.name: slot.read(by_key[slot.key]) for slot in slots}
 
     def prune(
         self, block: LoadedBlock, slots: Sequence[Slot], steps: Sequence[Step], *, min_tokens: int = 32
@@ -184,11 +185,11 @@ class Back:
         values: dict[str, dict[str, Tensor]] = {name: {} for name in active}
         previous, first = "", True
 
-        def see(name: str, x_TI: Tensor, same: bool) -> None:
+        def see(name: str, rows: Chunks, same: bool) -> None:
             nonlocal previous
             if not same:
                 previous = name
-                new = Stats.of(x_TI, of_input, SAMPLE if first or name not in inputs else 0)
+                new = stats_of(rows, of_input, SAMPLE if first or name not in inputs else 0)
                 inputs[name] = inputs[name] + new if name in inputs else new
             leader[name] = previous
 
