@@ -22,6 +22,7 @@ from .machine import fork_random, most_memory
 from .model.checks import check_plain, check_saveable
 from .model.names import at_revision, named
 from .model.network import Model
+from .order import pick_order, tokens_of
 from .outcome import LayerResult
 from .overlap import joined
 from .progress import Track, Watcher, no_track
@@ -29,7 +30,7 @@ from .recipe import Recipe
 from .report import Report, peak_memory, seen
 from .samples import Samples
 from .save import Output, begun_as, identity
-from .stream import TOKENS, Stream, pick_order, tokens_of
+from .stream import TOKENS, Stream
 from .workshop import check_output, finished, workshop
 
 
@@ -99,7 +100,7 @@ def prune(
     task = recipe.make_task()
     if recipe.heal.train:
         if not task.language:
-            raise InputError(f"healing trains causal language models only, yet: leave it out for task '{task.name}'.")
+            raise InputError(f"healing trains causal language models only, yet, and nothing of task '{task.name}'.")
         if in_memory or path is None or calibration is not None:
             raise InputError(
                 "healing reads and writes directories: give the model by name, and its calibration as text."
