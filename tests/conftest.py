@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import accelerator
 import pytest
@@ -23,7 +24,11 @@ import prunella.heal  # noqa: F401  (registers every step: tests are parametrize
 from prunella import cli, registry
 from prunella.allocate import allocations
 from prunella.heal import groups
+from prunella.lenses.registry import lenses
+from prunella.statistics.registry import statistics
+from prunella.store.registry import stores
 from prunella.tasks import tasks
+from prunella.train.schedule import schedules
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)  # whatever had imported torch before
@@ -45,8 +50,21 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def registries() -> Iterator[None]:
     """What a test registers is gone afterwards."""
-    before = [(known, dict(known)) for known in (registry.steps, allocations, groups, tasks)]
+    kinds: tuple[dict[str, Any], ...] = (
+        registry.steps,
+        allocations,
+        groups,
+        lenses,
+        schedules,
+        statistics,
+        stores,
+        tasks,
+    )
+    before = [(known, dict(known)) for known in kinds]
     yield
+    registry._of_file.clear()
+    for name in [name for name in sys.modules if name.startswith("prunella_step_")]:
+        del sys.modules[name]
     for known, methods in before:
         known.clear()
         known.update(methods)

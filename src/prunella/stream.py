@@ -9,44 +9,38 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .backward import Back, Loss, goes_back
+from .backward import Back, Loss
 from .calls import Calls
-from .compat import attention_of, version_of
-from .errors import DefectError, InputError, NumericalError, StepError, say
+from .compat import version_of
+from .errors import DefectError, InputError, NumericalError
 from .examine import examine
-from .grid import Grid, fit
 from .hidden import Hidden, Shelf
-from .histogram import histograms
-from .layers import Slot, find_layers, unpruned, within
+from .layers import Slot, unpruned, within
 from .lenses import Chunks
-from .machine import cache_directory, free_memory
+from .machine import cache_directory
 from .model.checkpoint import Source
 from .model.network import Model
 from .model.walk import LoadedBlock, Weights
-from .outcome import BlockResult, LayerResult, share_of
-from .pattern import hold_zeros, pack
+from .order import tokens_of
+from .outcome import BlockResult, LayerResult
 from .progress import Track, no_track
-from .registry import Step, make
-from .samples import Batch, Samples, size_of
+from .registry import Step
+from .samples import Samples, size_of
+from .solver import Settled, Solver
 from .standins import not_one_by_one
 from .statistics.registry import taking
 from .trees import first, map_tensors
-from .types import Block, Layer, Stats
+from .types import Block, Stats
 from .watch import SAMPLE, Gather, Stop, Watch, stats_of
 
 TOKENS = 2048  # that go through a block at a time, in `block` order
-NUMBERS = 1024  # of a picture or a sound that take the room of a token
-
-Order = Literal["auto", "layer", "block", "back"]
 
 
 class Stream:
@@ -206,12 +200,21 @@ class Stream:
         own = block.tensors()
         begin = {} if self.start is None else block.read(self.start)
         others: dict[str, Tensor] = {}
+        solver = Solver(
+            block,
+            steps,
+            begin=begin,
+            masks=self.masks,
+            min_tokens=min_tokens,
+            rounding=self.rounding,
+            keep_zeros=self.keep_zeros,
+        )
         with block.use({slot.key: own[slot.key].clone() for slot in active.values()}):
             if self.order == "layer":
-                layers = self._prune_on_arrival(block, active, steps, min_tokens, begin)
+                layers = self._prune_on_arrival(block, active, solver)
                 self.pass_on(block.index, self.hidden)
             else:
-                layers, others = self._prune_after_dense_pass(block, active, steps, min_tokens, begin, known)
+                layers, others = self._prune_after_dense_pass(block, active, solver, known)
                 if not last:
                     with block.use({**{k: v for k, v in begin.items() if k not in _keys(active)}, **others}):
                         self.advance(block)
@@ -229,62 +232,6 @@ class Stream:
                 changed[slot.key] = slot.tensor
         seconds = time.perf_counter() - started
         return BlockResult(block.index, block.name, tuple(results), masks, grids, changed, seconds)
-
-    def _layer(self, slot: Slot, stats: Stats, begin: Mapping[str, Tensor]) -> Layer:
-        for value in stats.values.values():
-            if value.ndim < 2 and not torch.isfinite(value).all():  # matrices would take long, and come with a norm
-                raise NumericalError(
-                    f"the inputs of layer '{slot.name}' hold NaN or infinity: the model overflows on the"
-                    " calibration text; use --dtype float32 or bfloat16."
-                )
-        weight_OI = slot.read().contiguous()
-        notes: tuple[str, ...] = ()
-        if self.keep_zeros and (zeros := share_of(weight_OI == 0)) > slot.sparsity:
-            notes = (f"came with {zeros:.1%} zeros, more than the {slot.sparsity:.1%} asked for: all stay",)
-        layer = Layer(
-            slot.name,
-            weight_OI,
-            weight_OI,
-            stats,
-            slot.sparsity,
-            slot.pattern,
-            bias_O=slot.bias(),
-            notes=notes,
-        )
-        if slot.name in self.masks:
-            mask_OI = self.masks[slot.name].to(weight_OI.device)
-            return layer.pruned(slot.read(begin[slot.key]), mask_OI)
-        return layer
-
-    def _starved(self, layer: Layer, steps: Sequence[Step], min_tokens: int) -> bool:
-        return any(step.needs for step in steps) and layer.stats.tokens < min_tokens
-
-    def _apply(self, block: Block, steps: Sequence[Step], min_tokens: int) -> Block:
-        """The steps, one after the other; magnitude for layers that saw too few tokens."""
-        starved = {la.name: la for la in block.layers if self._starved(la, steps, min_tokens)}
-        fed = replace(block, layers=tuple(la for la in block.layers if la.name not in starved))
-        if fed.layers:
-            for step in steps:
-                allowed = {la.name: la.stats.only(step.needs) for la in fed.layers}
-                kept = {la.name: la.stats for la in fed.layers}
-                lent = tuple(replace(la, stats=allowed[la.name]) for la in fed.layers)
-                fed = step.apply(replace(fed, layers=lent))
-                fed = replace(fed, layers=tuple(replace(self._held(la), stats=kept[la.name]) for la in fed.layers))
-        done = {la.name: la for la in fed.layers}
-        for name, layer in starved.items():
-            note = f"saw {layer.stats.tokens} tokens: pruned by magnitude"
-            result = make("magnitude").apply(replace(block, layers=(layer,)))
-            done[name] = replace(self._held(result.layers[0]), notes=(*layer.notes, note))
-        return replace(fed, layers=tuple(self._rounded(done[la.name]) for la in block.layers))
-
-    def _held(self, layer: Layer) -> Layer:
-        return hold_zeros(layer) if self.keep_zeros else layer
-
-    def _rounded(self, layer: Layer) -> Layer:
-        if self.rounding is None or layer.grid is not None or layer.mask_OI is None:
-            return layer
-        grid = fit(layer.weight_OI, *self.rounding)
-        return layer.pruned(grid.round(layer.weight_OI), layer.mask_OI, grid=grid)
 
     def _dense_inputs(
         self, block: LoadedBlock, active: Mapping[str, Slot], batch: int, needs: frozenset[str]
@@ -311,11 +258,9 @@ class Stream:
         self,
         block: LoadedBlock,
         active: Mapping[str, Slot],
-        steps: Sequence[Step],
-        min_tokens: int,
-        begin: Mapping[str, Tensor],
+        solver: Solver,
     ) -> dict[str, Settled]:
-        needs = frozenset().union(*[step.needs for step in steps])
+        needs = solver.needs
         done: dict[str, Settled] = {}
         stats = Stats()
 
@@ -325,9 +270,7 @@ class Stream:
                 return
             if not same:
                 stats = stats_of(rows, needs, SAMPLE, dense.pop(layer_name, None))
-            layer = self._layer(active[layer_name], stats, begin)
-            result = self._apply(Block(block.index, block.name, (layer,)), steps, min_tokens).layers[0]
-            done[layer_name] = _settle(result, active[layer_name])
+            done[layer_name] = solver.alone(active[layer_name], stats)
 
         dense = self._dense_inputs(block, active, 0, needs)
         with torch.no_grad(), Watch(active, see):
@@ -335,21 +278,17 @@ class Stream:
         _check_seen(block.name, done, active)
         for layer_name, slot in active.items():  # experts that no token reached
             if layer_name not in done:
-                layer = self._layer(slot, Stats(), begin)
-                result = self._apply(Block(block.index, block.name, (layer,)), steps, max(1, min_tokens)).layers[0]
-                done[layer_name] = _settle(result, slot)
+                done[layer_name] = solver.alone(slot, Stats(), reached=False)
         return done
 
     def _prune_after_dense_pass(
         self,
         block: LoadedBlock,
         active: Mapping[str, Slot],
-        steps: Sequence[Step],
-        min_tokens: int,
-        begin: Mapping[str, Tensor],
+        solver: Solver,
         known: dict[str, Stats] | None,
     ) -> tuple[dict[str, Settled], dict[str, Tensor]]:
-        needs = frozenset().union(*[step.needs for step in steps])
+        needs = solver.needs
         gather = Gather(needs)
         stats, leader = (gather.stats, gather.leader) if known is None else (known, {name: name for name in known})
         order: list[str] = []
@@ -378,17 +317,16 @@ class Stream:
                         outputs.append(out)
                 whole = len(order) == len(active) and not any(slot.routed for slot in active.values())
         _check_seen(block.name, leader, active)
-        if all(step.per_layer for step in steps):  # one layer at a time: its new weight and statistics can go
+        if all(step.per_layer for step in solver.steps):  # one layer at a time: its new weight and statistics can go
             done: dict[str, Settled] = {}
             waiting = [leader.get(layer_name, layer_name) for layer_name in active]
             for (layer_name, slot), source in zip(active.items(), tuple(waiting), strict=True):
                 waiting.remove(source)
                 found = stats.get(source, Stats()) if source in waiting else stats.pop(source, Stats())
-                one = Block(block.index, block.name, (self._layer(slot, found, begin),))
                 with torch.no_grad():
-                    done[layer_name] = _settle(self._apply(one, steps, min_tokens).layers[0], slot)
+                    done[layer_name] = solver.alone(slot, found)
             return done, {}
-        layers = tuple(self._layer(t, stats.get(leader.get(n, n), Stats()), begin) for n, t in active.items())
+        layers = tuple(solver.layer(slot, stats.get(leader.get(n, n), Stats())) for n, slot in active.items())
         weights = {id(getattr(slot.module, slot.parameter)) for slot in active.values()}
         own = {within(block.name, key): p.data for key, p in block.module.named_parameters() if id(p) not in weights}
         beside: Any = self.dense
@@ -400,13 +338,13 @@ class Stream:
             windows=len(self.samples) if known is None else 0,
             targets=(lambda n: self.window(n, outputs if same else beside)) if keep_outputs else None,
             dense=(lambda n: self.window(n, beside)) if "dense" in needs else None,
-            others={key: begin.get(key, value) for key, value in own.items()},
+            others={key: solver.begin.get(key, value) for key, value in own.items()},
             fixed=unpruned(block.module, block.name, _keys(active)),
         )
         with torch.no_grad():
-            result = self._apply(whole_block, steps, min_tokens)
+            result = solver.apply(whole_block)
         changed = {key: value for key, value in result.others.items() if value is not whole_block.others[key]}
-        return {la.name: _settle(la, active[la.name]) for la in result.layers}, changed
+        return {la.name: solver.settle(la, active[la.name]) for la in result.layers}, changed
 
     def window(self, n: int, batches: Sequence[Any] | Hidden | None = None) -> Any:
         """The hidden state of sample n alone, or what another sequence of batches has for it."""
@@ -484,80 +422,6 @@ def _check_seen(block: str, seen: Collection[str], active: Mapping[str, Slot]) -
             f"layer '{unseen[0]}' was not seen at work while its block ran, so nothing is known of its inputs: leave it"
             f" out with {' '.join(f'--skip {name}' for name in short)}"
         )
-
-
-Settled = tuple[LayerResult, Tensor, Grid | None]
-
-
-def _settle(layer: Layer, slot: Slot) -> Settled:
-    """Write the weight into the network; keep what the report needs, the mask as bits and the grid, nothing large and
-    nothing on the device."""
-    if layer.mask_OI is None:
-        raise StepError(
-            f"the steps chose no mask for layer '{layer.name}': the last one must end with layer.pruned(…)."
-        )
-    zero_OI = layer.dense_OI == 0
-    result = LayerResult(
-        layer.name,
-        slot.shape,
-        share_of(~layer.mask_OI | (zero_OI & (layer.weight_OI == 0))),
-        slot.sparsity,
-        str(slot.pattern),
-        layer.error(),  # before the dense weight is overwritten: the two share their memory
-        layer.stats.tokens,
-        layer.notes,
-        None if layer.grid is None else layer.grid.bits,
-        histograms(layer.dense_OI, layer.weight_OI, layer.mask_OI),
-        share_of(zero_OI),
-    )
-    slot.write(layer.weight_OI)
-    return result, pack(layer.mask_OI), None if layer.grid is None else layer.grid.on(torch.device("cpu"))
-
-
-ACTIVATIONS = 8 << 30  # bytes of them that `layer` order may hold at once where nobody chose it
-
-
-def tokens_of(group: Batch) -> int:
-    """How long a sample is, in tokens: an image or a sound takes as much room as so many."""
-    return max(math.prod(t.shape[1:]) // (1 if not t.is_floating_point() else NUMBERS) for t in group.values()) or 1
-
-
-def pick_order(
-    order: Order, steps: Sequence[Step], samples: Samples | Tensor, model: Model
-) -> Literal["layer", "block", "back"]:
-    """`back` where a step reads gradients; `layer` where every step looks at one layer at a time and the activations of
-    all windows are no more than `ACTIVATIONS`; else `block`. Nothing but sizes decides, so that a command gives the
-    same masks whatever memory is free. Raises InputError where what was asked for cannot be."""
-    if goes_back(order, steps, model.dtype):
-        return "back"
-    whole_block = [step.name for step in steps if not step.per_layer]
-    if order == "layer" and whole_block:
-        raise InputError(f"step '{whole_block[0]}' works on whole blocks: use --order block.")
-    if order == "layer" or order == "block":
-        return order
-    if whole_block or not any(step.needs for step in steps):
-        return "block"
-    samples = Samples.of(samples)
-    if not model.task.language or len(samples.groups) > 1:
-        return "block"
-    config, windows_NL = model.network.config.get_text_config(), samples.groups[0]["input_ids"]
-    shapes = [s.shape for s in find_layers(model.module(model.blocks[0]), model.blocks[0])]
-    widest = max((max(shape) for shape in shapes), default=0)
-    tokens = windows_NL.numel()
-    size = torch.empty(0, dtype=model.dtype).element_size()
-    need = tokens * widest * size * 4 + tokens * widest * 4
-    if any(taking("dense_TI", step.needs) for step in steps):
-        need += tokens * widest * size * 3  # the dense model's inputs of all layers of a block
-    if attention_of(config) == "eager":
-        need += 3 * 4 * tokens * windows_NL.shape[1] * getattr(config, "num_attention_heads", 1)
-    if need >= ACTIVATIONS:
-        return "block"
-    if need > (free := free_memory(model.device)):
-        say(
-            f"about {need / 1e9:.1f} GB of activations are held at once, and {free / 1e9:.1f} GB are free: if that is"
-            " too little, --order block holds fewer (and gives other masks)"
-        )
-    return "layer"
 
 
 def through(

@@ -7,9 +7,10 @@ from pydantic import PositiveFloat, PositiveInt
 
 from ..errors import InputError
 from ..evaluate.perplexity import losses
+from ..order import pick_order
 from ..registry import make
 from ..samples import Samples
-from ..stream import Stream, pick_order
+from ..stream import Stream
 from .budget import Budget
 from .registry import register_allocation
 

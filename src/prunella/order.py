@@ -1,0 +1,67 @@
+"""The order of a run: from which inputs statistics are made, and which way the blocks are taken."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .backward import goes_back
+from .compat import attention_of
+from .errors import InputError, say
+from .layers import find_layers
+from .machine import free_memory
+from .model.network import Model
+from .registry import Step
+from .samples import Batch, Samples
+from .statistics.registry import taking
+
+NUMBERS = 1024  # of a picture or a sound that take the room of a token
+Order = Literal["auto", "layer", "block", "back"]
+ACTIVATIONS = 8 << 30  # bytes of them that `layer` order may hold at once where nobody chose it
+
+
+def tokens_of(group: Batch) -> int:
+    """How long a sample is, in tokens: an image or a sound takes as much room as so many."""
+    return max(math.prod(t.shape[1:]) // (1 if not t.is_floating_point() else NUMBERS) for t in group.values()) or 1
+
+
+def pick_order(
+    order: Order, steps: Sequence[Step], samples: Samples | Tensor, model: Model
+) -> Literal["layer", "block", "back"]:
+    """`back` where a step reads gradients; `layer` where every step looks at one layer at a time and the activations of
+    all windows are no more than `ACTIVATIONS`; else `block`. Nothing but sizes decides, so that a command gives the
+    same masks whatever memory is free. Raises InputError where what was asked for cannot be."""
+    if goes_back(order, steps, model.dtype):
+        return "back"
+    whole_block = [step.name for step in steps if not step.per_layer]
+    if order == "layer" and whole_block:
+        raise InputError(f"step '{whole_block[0]}' works on whole blocks: use --order block.")
+    if order == "layer" or order == "block":
+        return order
+    if whole_block or not any(step.needs for step in steps):
+        return "block"
+    samples = Samples.of(samples)
+    if not model.task.language or len(samples.groups) > 1:
+        return "block"
+    config, windows_NL = model.network.config.get_text_config(), samples.groups[0]["input_ids"]
+    shapes = [s.shape for s in find_layers(model.module(model.blocks[0]), model.blocks[0])]
+    widest = max((max(shape) for shape in shapes), default=0)
+    tokens = windows_NL.numel()
+    size = torch.empty(0, dtype=model.dtype).element_size()
+    need = tokens * widest * size * 4 + tokens * widest * 4
+    if any(taking("dense_TI", step.needs) for step in steps):
+        need += tokens * widest * size * 3  # the dense model's inputs of all layers of a block
+    if attention_of(config) == "eager":
+        need += 3 * 4 * tokens * windows_NL.shape[1] * getattr(config, "num_attention_heads", 1)
+    if need >= ACTIVATIONS:
+        return "block"
+    if need > (free := free_memory(model.device)):
+        say(
+            f"about {need / 1e9:.1f} GB of activations are held at once, and {free / 1e9:.1f} GB are free: if that is"
+            " too little, --order block holds fewer (and gives other masks)"
+        )
+    return "layer"

@@ -1,0 +1,139 @@
+"""From a layer and its statistics to a pruned one: the steps of a recipe, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .errors import NumericalError, StepError
+from .grid import Grid, fit
+from .histogram import histograms
+from .layers import Slot
+from .model.walk import LoadedBlock
+from .outcome import LayerResult, share_of
+from .pattern import hold_zeros, pack
+from .registry import Step, make
+from .types import Block, Layer, Stats
+
+Settled = tuple[LayerResult, Tensor, Grid | None]
+
+
+class Solver:
+    """Applies steps to the layers of one block, and writes what they give into its weights.
+
+    Args:
+        begin: weights that the steps begin with, {parameter: tensor}, and `masks` theirs, {layer: mask (O, I)}, where
+            the block's own are the dense ones of a model that is pruned already.
+        min_tokens: a layer that fewer tokens reached is pruned by magnitude, and says so.
+        rounding: bits and group of the grid to which a layer is rounded that no step quantizes; None: none is.
+        keep_zeros: zeros that the weights come with stay zero, and count towards the sparsity (`hold_zeros`).
+    """
+
+    def __init__(
+        self,
+        block: LoadedBlock,
+        steps: Sequence[Step],
+        *,
+        begin: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        min_tokens: int,
+        rounding: tuple[int, int] | None,
+        keep_zeros: bool,
+    ):
+        self.block = block
+        self.steps = steps
+        self.begin = begin
+        self.masks = masks
+        self.min_tokens = min_tokens
+        self.rounding = rounding
+        self.keep_zeros = keep_zeros
+        self.needs = frozenset().union(*(step.needs for step in steps))
+
+    def alone(self, slot: Slot, stats: Stats, reached: bool = True) -> Settled:
+        """One layer by itself. One that no token `reached` is always pruned by magnitude."""
+        one = Block(self.block.index, self.block.name, (self.layer(slot, stats),))
+        least = self.min_tokens if reached else max(1, self.min_tokens)
+        return self.settle(self.apply(one, least).layers[0], slot)
+
+    def layer(self, slot: Slot, stats: Stats) -> Layer:
+        """A layer as the steps begin with it. Raises NumericalError for statistics that are not finite."""
+        for value in stats.values.values():
+            if value.ndim < 2 and not torch.isfinite(value).all():  # matrices would take long, and come with a norm
+                raise NumericalError(
+                    f"the inputs of layer '{slot.name}' hold NaN or infinity: the model overflows on the"
+                    " calibration text; use --dtype float32 or bfloat16."
+                )
+        weight_OI = slot.read().contiguous()
+        notes: tuple[str, ...] = ()
+        if self.keep_zeros and (zeros := share_of(weight_OI == 0)) > slot.sparsity:
+            notes = (f"came with {zeros:.1%} zeros, more than the {slot.sparsity:.1%} asked for: all stay",)
+        layer = Layer(
+            slot.name,
+            weight_OI,
+            weight_OI,
+            stats,
+            slot.sparsity,
+            slot.pattern,
+            bias_O=slot.bias(),
+            notes=notes,
+        )
+        if slot.name in self.masks:
+            mask_OI = self.masks[slot.name].to(weight_OI.device)
+            return layer.pruned(slot.read(self.begin[slot.key]), mask_OI)
+        return layer
+
+    def apply(self, block: Block, least: int | None = None) -> Block:
+        """The steps, one after the other; magnitude for layers that saw too few tokens."""
+        least = (self.min_tokens if least is None else least) if self.needs else 0
+        starved = {la.name: la for la in block.layers if la.stats.tokens < least}
+        fed = replace(block, layers=tuple(la for la in block.layers if la.name not in starved))
+        if fed.layers:
+            for step in self.steps:
+                allowed = {la.name: la.stats.only(step.needs) for la in fed.layers}
+                kept = {la.name: la.stats for la in fed.layers}
+                lent = tuple(replace(la, stats=allowed[la.name]) for la in fed.layers)
+                fed = step.apply(replace(fed, layers=lent))
+                fed = replace(fed, layers=tuple(replace(self._held(la), stats=kept[la.name]) for la in fed.layers))
+        done = {la.name: la for la in fed.layers}
+        for name, layer in starved.items():
+            note = f"saw {layer.stats.tokens} tokens: pruned by magnitude"
+            result = make("magnitude").apply(replace(block, layers=(layer,)))
+            done[name] = replace(self._held(result.layers[0]), notes=(*layer.notes, note))
+        return replace(fed, layers=tuple(self._rounded(done[la.name]) for la in block.layers))
+
+    def _held(self, layer: Layer) -> Layer:
+        return hold_zeros(layer) if self.keep_zeros else layer
+
+    def _rounded(self, layer: Layer) -> Layer:
+        if self.rounding is None or layer.grid is not None or layer.mask_OI is None:
+            return layer
+        grid = fit(layer.weight_OI, *self.rounding)
+        return layer.pruned(grid.round(layer.weight_OI), layer.mask_OI, grid=grid)
+
+    @staticmethod
+    def settle(layer: Layer, slot: Slot) -> Settled:
+        """Write the weight into the block; keep what the report needs, the mask as bits and the grid: nothing large,
+        and nothing on the device."""
+        if layer.mask_OI is None:
+            raise StepError(
+                f"the steps chose no mask for layer '{layer.name}': the last one must end with layer.pruned(…)."
+            )
+        zero_OI = layer.dense_OI == 0
+        result = LayerResult(
+            layer.name,
+            slot.shape,
+            share_of(~layer.mask_OI | (zero_OI & (layer.weight_OI == 0))),
+            slot.sparsity,
+            str(slot.pattern),
+            layer.error(),  # before the dense weight is overwritten: the two share their memory
+            layer.stats.tokens,
+            layer.notes,
+            None if layer.grid is None else layer.grid.bits,
+            histograms(layer.dense_OI, layer.weight_OI, layer.mask_OI),
+            share_of(zero_OI),
+        )
+        slot.write(layer.weight_OI)
+        return result, pack(layer.mask_OI), None if layer.grid is None else layer.grid.on(torch.device("cpu"))
