@@ -40,6 +40,10 @@ class Sum(Task):
     def example(self, network: nn.Module) -> Batch:
         return {key: tensor[:1] for key, tensor in self.batch.items()}
 
+    def run(self, network: nn.Module, batch: Batch, **options: Any) -> Any:
+        caches = getattr(getattr(network, "config", None), "is_encoder_decoder", False)
+        return super().run(network, batch, **options, **({"use_cache": False} if caches else {}))
+
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
         out: Tensor = outputs if isinstance(outputs, Tensor) else outputs.logits
         return out.float().square().flatten(1).mean(1)

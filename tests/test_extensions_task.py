@@ -100,11 +100,17 @@ def test_the_command_line_prunes_what_the_task_opens(toy: Path, tmp_path: Path, 
     assert again.layers == report.layers
     twice = prunella.prune(str(out), {**report.recipe, "sparsity": 0.75}, output=tmp_path / "twice")
     assert twice.sparsity == 0.75
-    for command in ("eval", "heal"):
+    for command in ("eval", "heal", "inspect"):
         refused = run(command, out, *(("-o", tmp_path / "healed") if command == "heal" else ()))
         assert refused.code == 2
         (line,) = refused.err.splitlines()
         assert f"is of task '{TASK}'" in line
+    shown = run("compare", out, tmp_path / "twice")
+    assert shown.code == 0, shown.err
+    assert "loss (random" in shown.out
+    assert "None" not in shown.out
+    assert run("report", out).code == 0
+    assert "loss (random, 8 samples)" in (out / "report.html").read_text()
 
 
 def test_samples_and_networks_are_handed_over_as_they_are(tmp_path: Path) -> None:

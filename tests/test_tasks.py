@@ -12,9 +12,10 @@ import tiny
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import BertConfig, BertForSequenceClassification
 
 import prunella
-from prunella import InputError, ModelError, Recipe, Task, load_model, register_task, wrap_model
+from prunella import InputError, Model, ModelError, Recipe, Task, load_model, register_task, wrap_model
 from prunella.calibrate import windows
 from prunella.recipe import override
 from prunella.samples import Samples
@@ -148,6 +149,46 @@ def test_the_digest_of_windows_is_what_reports_have_always_said(llama: Path, ids
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Other tasks
+
+
+def test_an_encoder_is_pruned_on_samples_of_several_lengths_and_saved_as_transformers_does(tmp_path: Path) -> None:
+    @register_task("ends")
+    class Ends(Task):
+        """Do texts begin and end with tokens of one kind?"""
+
+        def samples(
+            self, model: Model, source: str, count: int, *, used: int = 0, seed: int = 0, test: bool = False
+        ) -> Samples:
+            random = torch.Generator().manual_seed(seed)
+            groups = [torch.randint(50, (used + count, length), generator=random)[used:] for length in (7, 12)]
+            return Samples.of([{"input_ids": ids, "labels": (ids[:, 0] + ids[:, -1]) % 2} for ids in groups])
+
+        def example(self, network: nn.Module) -> dict[str, Tensor]:
+            return {"input_ids": torch.arange(6)[None]}
+
+        def run(self, network: nn.Module, batch: Any, **options: Any) -> Any:
+            return network(batch["input_ids"], **options)
+
+        def losses(self, outputs: Any, batch: Any) -> Tensor:
+            return functional.cross_entropy(outputs.logits, batch["labels"], reduction="none")
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32}
+    config = BertConfig(num_hidden_layers=3, num_attention_heads=2, **sizes)
+    network = BertForSequenceClassification(config)
+    report = prunella.prune(network, {"task": "ends", "steps": ["sparsegpt"]}, output=tmp_path / "out")
+    assert len(report.pruned["losses"]) == 16
+    assert report.recipe["calibration"]["samples"] == 64
+    saved = BertForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in network.state_dict().items())
+    for name, mask_OI in prunella.read_masks(tmp_path / "out").items():
+        assert ((saved[f"{name}.weight"] == 0) == ~mask_OI).all()
+    assert report.sparsity == 0.5
+    with pytest.raises(InputError, match="several shapes"):
+        prunella.prune(network, {"task": "ends", "steps": ["wanda"], "order": "layer"})
+
+
+# ---------------------------------------------------------------------------------------------------------
 # On the command line
 
 
@@ -181,5 +222,12 @@ def test_what_only_takes_text_says_so_of_another_task(llama: Path, tmp_path: Pat
     done = run("eval", directory)
     assert done.code == 2
     assert "is of task 'toy.py:toy'" in done.err
+    for command in ("heal", "sweep"):
+        task = {"task": f"{Path(__file__).parent / 'extensions' / 'toy_task.py'}:toy"}
+        (tmp_path / "r.yaml").write_text(json.dumps(task))
+        done = run(command, llama, "-o", tmp_path / "out", "--recipe", tmp_path / "r.yaml")
+        assert done.code == 2
+        (line,) = done.err.splitlines()
+        assert "causal language models only, yet" in line
     with pytest.raises(ModelError, match="this Linear is no model of transformers: say what it is for"):
         prunella.prune(nn.Linear(3, 3))

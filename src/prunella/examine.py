@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .calls import Call, Calls, Key
+from .errors import first_line
 from .linalg import apart
 from .model.cut import Argument, Interface, alike, overwrites
 from .model.network import Model
@@ -93,16 +94,22 @@ def _compared(
     hidden: Tensor,
     beside: Mapping[Key, Any],
 ) -> tuple[Any, dict[Key, Any]]:
-    """Replay a block. Raises ModelError where it gives something else than inside the network."""
+    """Replay a block, twice. Raises ModelError where it gives something else than inside the network."""
     before = hidden.clone()
     with torch.no_grad():
         replayed, after = call.run(block, hidden, beside)
+        try:
+            again = tensors(call.run(block, hidden.clone(), beside)[0])
+        except RuntimeError as error:
+            raise not_one_by_one(network, f"block {index} does not run twice: {first_line(error)}") from error
     if not torch.equal(before, hidden) and before.isfinite().all():
         raise not_one_by_one(network, f"block {index} overwrites what it is given")
     gave, gives = tensors(own.gave[index]), tensors(replayed)
     same = len(gave) == len(gives) and all(_close(a, b, before) for a, b in zip(gave, gives, strict=True))
     if not same:
         raise not_one_by_one(network, f"block {index} gives something else on its own than inside the model")
+    if not all(_close(a, b, before) for a, b in zip(gives, again, strict=True)):
+        raise not_one_by_one(network, f"block {index} gives something else each time it is run (has it a cache?)")
     return replayed, after
 
 

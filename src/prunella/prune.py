@@ -100,7 +100,7 @@ def prune(
     task = recipe.make_task()
     if recipe.heal.train:
         if not task.language:
-            raise InputError(f"healing trains causal language models only, yet: leave it out for task '{task.name}'.")
+            raise InputError(f"healing trains causal language models only, yet, and nothing of task '{task.name}'.")
         if in_memory or path is None or calibration is not None:
             raise InputError(
                 "healing reads and writes directories: give the model by name, and its calibration as text."

@@ -92,6 +92,8 @@ def heal(
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.of(calibrated(directory, recipe or {}))
+    if not recipe.make_task().language:
+        raise InputError("healing trains causal language models only, yet: leave the task out.")
     if not recipe.heal.train:
         recipe = recipe.model_copy(update={"heal": recipe.heal.model_copy(update={"train": DEFAULT})})
     path = Path(output)

@@ -54,7 +54,8 @@ class Comparison:
     @staticmethod
     def _calibration(report: Report) -> str:
         wanted = report.recipe["calibration"]
-        return f"{Path(wanted['source']).name}, {wanted['samples']} x {wanted['length']}"
+        length = f" x {wanted['length']}" if wanted["length"] else ""
+        return f"{Path(wanted['source']).name}, {wanted['samples']}{length}"
 
     @staticmethod
     def _healing(report: Report) -> str:

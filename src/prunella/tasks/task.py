@@ -108,6 +108,8 @@ class Task(ABC):
             try:
                 with torch.no_grad():
                     outputs = self.run(model.network, one)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
             except Exception as error:
                 shapes = {key: tuple(tensor.shape[1:]) for key, tensor in group.items()}
                 raise InputError(
