@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError, command
+from ..errors import InputError, ModelError, command
 from ..machine import fork_random, pick_device
 from ..progress import OnStep, Track, no_track
 from ..recipe import Recipe
