@@ -254,9 +254,7 @@ def reconstruct_blocks(
     for index, block in model.walk(dense.checkpoint, track=track, what="healing"):
         if index < len(out.finished):
             assert done is not None
-            with block.use(done):
-                stream.advance(block)
-            stream.advance(block, stream.dense)
+            stream.skip(block, done)
             continue
         torch.manual_seed(recipe.seed + index)
         slots = [
