@@ -30,6 +30,7 @@ from .recipe import Recipe
 from .report import Report, peak_memory, seen
 from .samples import Samples, tokens_of
 from .save import Output, begun_as, identity
+from .store import check_store
 from .stream import TOKENS, Stream
 from .workshop import workshop
 
@@ -102,9 +103,7 @@ def _prune(
     wear(map(opened.module, opened.blocks), recipe.lenses)
     slots = choose_slots(opened, recipe)
     task, wanted = opened.task, recipe.calibration
-    if recipe.format == "packed" and not hasattr(opened.network, "save_pretrained"):
-        kind = type(opened.network).__name__
-        raise InputError(f"packed files are of transformers models, and a {kind} is none: leave --format packed out.")
+    check_store(recipe.format, opened)
     with blamed(type(task), f"task '{task.name}'"):
         samples, blind = _calibration(opened, recipe, calibration)
         task.check(opened, samples)
@@ -148,7 +147,7 @@ def _prune(
         if shares is None:
             free = free_layers(slots, recipe)
             shares = allocation(Budget(opened, samples, slots, free, recipe.default_sparsity, shared, track))
-            if out and "uniform" not in recipe.allocate:  # which takes no work
+            if out and recipe.spreads:  # else it took no work
                 out.note("shares", shares)
         slots = [[replace(s, sparsity=shares.get(s.name, s.sparsity)) for s in block] for block in slots]
         seconds["allocate"] = time.perf_counter() - clock
@@ -251,8 +250,7 @@ def choose_slots(model: Model, recipe: Recipe) -> list[list[Slot]]:
 
 def reads_samples(recipe: Recipe) -> bool:
     """Does pruning look at the calibration samples, beyond measuring what it did to it?"""
-    spread = any(name != "uniform" for name in recipe.allocate)
-    return spread or recipe.calibration.source == "self" or any(step.needs for step in recipe.make_steps())
+    return recipe.spreads or recipe.calibration.source == "self" or any(step.needs for step in recipe.make_steps())
 
 
 def free_layers(slots: list[list[Slot]], recipe: Recipe) -> frozenset[str]:

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from .allocate import Allocation, allocations, make_allocation
+from .allocate import Allocation, allocations, find_allocation, make_allocation
 from .errors import InputError, unknown
 from .registry import Step, find, lookup, make, steps
 from .store import MakeStore, find_store, make_store
@@ -309,7 +309,7 @@ class Recipe(_Part):
                         f" {share:g}: leave it out, or use 0 for layers that stay dense"
                     )
             for name in self.allocate:
-                if name != "uniform":
+                if find_allocation(name).spreads:
                     raise ValueError(
                         f"pattern {self.pattern} prunes {fixed:g} of every layer, so allocation '{name}' has nothing"
                         " to spread: leave it out, or use another pattern"
@@ -330,6 +330,11 @@ class Recipe(_Part):
         """What the network is for; with samples of this length, where the task knows lengths. Raises InputError."""
         said = ({} if length is None else {"length": length}) | ({} if self.bos else {"bos": False})
         return next(make_task(name, {**options, **said}) for name, options in self.task.items())
+
+    @property
+    def spreads(self) -> bool:
+        """Do layers get sparsities of their own, found by looking at the model?"""
+        return any(find_allocation(name).spreads for name in self.allocate)
 
     def make_allocation(self) -> Allocation:
         return next(make_allocation(name, options) for name, options in self.allocate.items())
