@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from .allocate import Allocation, allocations, find_allocation, make_allocation
 from .errors import InputError, unknown
-from .registry import Step, find, lookup, make, steps
+from .registry import Method, Step, find, lookup, make, steps
 from .store import MakeStore, find_store, make_store
 from .tasks import Task, find_task, make_task, tasks
 from .train.parts import Group, groups, make_group
@@ -422,7 +422,7 @@ def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, An
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise InputError(f"--set {setting}: '{text}' is not a YAML value.") from None
-        methods = [("step", steps, part) for part in out["steps"]]
+        methods: list[tuple[str, Mapping[str, Method], Any]] = [("step", steps, part) for part in out["steps"]]
         methods += [("allocation", allocations, out["allocate"]), ("task", tasks, out["task"])]
         methods += [("healing method", groups, part) for part in out["heal"]["train"]]
         used = [name for _, _, part in methods for name in part]
