@@ -22,7 +22,7 @@ default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_class_signature = "mixed"
 autodoc_preserve_defaults = True
-autodoc_type_aliases = {name: name for name in ("Track", "Watcher")}
+autodoc_type_aliases = {name: name for name in ("Track", "OnStep")}
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 

@@ -28,6 +28,7 @@ from prunella.lenses.registry import lenses
 from prunella.statistics.registry import statistics
 from prunella.store.registry import stores
 from prunella.tasks import tasks
+from prunella.train.schedule import schedules
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)  # whatever had imported torch before
@@ -49,7 +50,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def registries() -> Iterator[None]:
     """What a test registers is gone afterwards."""
-    kinds: tuple[dict[str, Any], ...] = (registry.steps, allocations, groups, lenses, statistics, stores, tasks)
+    kinds: tuple[dict[str, Any], ...] = (
+        registry.steps,
+        allocations,
+        groups,
+        lenses,
+        schedules,
+        statistics,
+        stores,
+        tasks,
+    )
     before = [(known, dict(known)) for known in kinds]
     yield
     registry._of_file.clear()

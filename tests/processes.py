@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["prunella.cli", "prunella.cells", "prunella.heal.retrain", "prunella.sparse.quantizer"])
+CONTEXT.set_forkserver_preload(["prunella.cli", "prunella.cells", "prunella.heal.run", "prunella.sparse.quantizer"])
 SCALE = float(os.environ.get("PRUNELLA_FAULTS", "0.2"))  # how much of all kills and mutations
 
 SHORT = ("--samples", 4, "--length", 32, "--windows", 1)  # flags of a quick run
@@ -74,7 +74,7 @@ class Command:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 
 
-def _member(environment: dict[str, str], log: str, what: str, arguments: tuple[Any, ...], options: Any) -> None:
+def _member(environment: dict[str, str], log: str, what: Any, arguments: tuple[Any, ...], options: Any) -> None:
     os.environ.update(environment)
     import torch
 
@@ -90,12 +90,15 @@ def _member(environment: dict[str, str], log: str, what: str, arguments: tuple[A
         if step == dies:
             os._exit(1)
 
-    getattr(prunella, what)(*arguments, watch=watch, **options)
+    if callable(what):
+        what(*arguments)
+    else:
+        getattr(prunella, what)(*arguments, watch=watch, **options)
 
 
-def together(log: Path, what: str, *arguments: Any, count: int = 2, **options: Any) -> int:
-    """Call a function of Prunella in several processes, as `torchrun` starts them: when one fails, so do all. With
-    `dies` they end after that step. Returns the exit status of the first that failed, or 0."""
+def together(log: Path, what: Any, *arguments: Any, count: int = 2, **options: Any) -> int:
+    """Call a function, or one of Prunella by name, in several processes, as `torchrun` starts them: when one fails, so
+    do all. With `dies` they end after that step. Returns the exit status of the first that failed, or 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

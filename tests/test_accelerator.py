@@ -41,7 +41,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     dsnot: Any = importlib.import_module("prunella.steps.dsnot")
     monkeypatch.setitem(columns.tiles, "cpu", columns.plain_tile)
     monkeypatch.setitem(dsnot.swaps, "cpu", dsnot.plain_swap)
-    monkeypatch.setattr(importlib.import_module("prunella.heal.retrain"), "_fast_bfloat16", lambda device: False)
+    monkeypatch.setattr(importlib.import_module("prunella.train.retrain"), "_fast_bfloat16", lambda device: False)
 
 
 def everything(directory: Path) -> dict[str, bytes]:

@@ -92,7 +92,12 @@ CALLED = [
     ("transformers.initialization.no_init_weights", "", "sparse/bench.py", "random networks, fast"),
     ("transformers.cache_utils.DynamicLayer", "", "sparse/cache.py", "keys and values of the tokens before"),
     ("transformers.pytorch_utils.Conv1D", "nf nx", "sparse/quantizer.py", "GPT-2's layers, made plain"),
-    ("transformers.trainer_callback.PrinterCallback", "", "heal/retrain.py", "the Trainer's chatter"),
+    (
+        "accelerate.state.AcceleratorState._reset_state",
+        "reset_partial_state",
+        "forget_accelerator",
+        "a training in another precision, or on another device, than the one before it",
+    ),
     ("torch.cpu._is_avx512_bf16_supported", "", "has_bfloat16_products", "whether healing runs in bfloat16"),
     ("torch._C._get_tracing_state", "", "under_transform", "no kernels while torch traces"),
     ("torch._C._functorch.peek_interpreter_stack", "", "under_transform", "no kernels under torch.func"),
@@ -100,30 +105,6 @@ CALLED = [
 
 # class, method, the parameters that ours takes, the file that overrides it, what for
 OVERRIDDEN = [
-    ("transformers.Trainer", "_move_model_to_device", "self model device", "heal/retrain.py", "sharded networks"),
-    ("transformers.Trainer", "_defer_fsdp_gradient_reduction", "self", "heal/retrain.py", "sharded gradients"),
-    (
-        "transformers.Trainer",
-        "_save_optimizer_and_scheduler",
-        "self output_dir",
-        "heal/retrain.py",
-        "checkpoints",
-    ),
-    (
-        "transformers.Trainer",
-        "_load_from_checkpoint",
-        "self resume_from_checkpoint model",
-        "heal/retrain.py",
-        "checkpoints",
-    ),
-    ("transformers.Trainer", "_load_best_model", "self", "heal/retrain.py", "checkpoints"),
-    (
-        "transformers.Trainer",
-        "save_model",
-        "self output_dir _internal_call",
-        "heal/retrain.py",
-        "checkpoints",
-    ),
     (
         "transformers.quantizers.base.HfQuantizer",
         "_process_model_before_weight_loading",
@@ -253,13 +234,6 @@ def test_parameters_are_read_from_slices_and_written_back() -> None:
     assert network._weight_conversions, "what `fill` converted is no longer kept: `revert` needs it"
 
 
-def test_a_trainer_has_a_number_of_gpus_to_set(tmp_path: Path) -> None:
-    arguments = transformers.TrainingArguments(tmp_path, use_cpu=True)
-    assert hasattr(arguments, "_n_gpu") or hasattr(type(arguments), "_n_gpu"), "mend prunella.compat.use_one_gpu"
-    compat.use_one_gpu(arguments)
-    assert arguments.n_gpu == 1
-
-
 def test_tensors_of_torch_say_where_they_lie_and_when_they_changed() -> None:
     tensor = torch.zeros(2, 2, device="meta")
     assert compat.storage_of(tensor) == compat.storage_of(tensor[0]) != compat.storage_of(torch.zeros(1, device="meta"))
@@ -273,7 +247,7 @@ def test_tensors_of_torch_say_where_they_lie_and_when_they_changed() -> None:
 
 
 def test_modules_of_torch_keep_their_tensors_and_hooks_in_dictionaries() -> None:
-    """model/network.py, sparse/placed.py and heal/parts.py exchange parameters there."""
+    """model/network.py, sparse/placed.py and train/parts.py exchange parameters there."""
     module = torch.nn.Linear(1, 1)
     for name in ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"):
         assert isinstance(vars(module)[name], dict), name

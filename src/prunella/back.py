@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from .backward import Loss
 from .layers import LeftOut, Slot, left_out
 from .model.checkpoint import Source
 from .model.network import Model
-from .outcome import LayerResult
+from .outcome import BlockResult, LayerResult
 from .progress import Track, no_track
 from .recipe import Recipe
 from .samples import Samples
@@ -57,7 +57,13 @@ def gradients(
 
 
 def prune_back(
-    model: Model, recipe: Recipe, slots: list[list[Slot]], samples: Samples, out: Output | None, track: Track
+    model: Model,
+    recipe: Recipe,
+    slots: list[list[Slot]],
+    samples: Samples,
+    out: Output | None,
+    track: Track,
+    on_block: Callable[[BlockResult], None] | None,
 ) -> tuple[list[LayerResult], list[LeftOut]]:
     """Prune each block when its gradients have arrived. What became of each layer, and what is left out.
 
@@ -88,5 +94,7 @@ def prune_back(
                 out.write(result)
         if model.checkpoint is None:
             block.keep(result.changed)
+        if on_block is not None:
+            on_block(result)
         layers[:0] = result.layers
     return layers, left

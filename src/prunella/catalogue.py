@@ -19,7 +19,7 @@ KINDS = {  # decorator: kind
 _REGISTRIES = {
     "step": ("prunella.registry", "steps"),
     "allocation": ("prunella.allocate.registry", "allocations"),
-    "healing": ("prunella.heal.parts", "groups"),
+    "healing": ("prunella.train.parts", "groups"),
     "task": ("prunella.tasks.registry", "tasks"),
 }
 _ROOT = Path(__file__).parent

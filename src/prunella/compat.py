@@ -151,11 +151,6 @@ def forget_name(config: Any) -> None:
     config._name_or_path = ""
 
 
-def use_one_gpu(arguments: Any) -> None:
-    """A Trainer with several GPUs in one process would copy the network to all of them (DataParallel)."""
-    arguments._n_gpu = 1
-
-
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No loading bars and no chatter from transformers inside."""
@@ -170,6 +165,17 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# accelerate
+
+
+def forget_accelerator() -> None:
+    """The device and the precision of an Accelerator are those of the first one in this process: not any more."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 # ---------------------------------------------------------------------------------------------------------

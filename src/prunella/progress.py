@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 Track = Callable[[Iterable[int], str, int], Iterable[int]]
-Watcher = Callable[[int, int, float | None], None]  # of training: steps done, steps in all, the loss of the last
+OnStep = Callable[[int, int, float | None], None]  # of training: steps done, steps in all, the loss of the last
 
 
 def no_track(items: Iterable[int], description: str, total: int) -> Iterable[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +23,9 @@ from .model.checks import check_plain, check_saveable
 from .model.names import at_revision, named
 from .model.network import Model
 from .order import pick_order, tokens_of
-from .outcome import LayerResult
+from .outcome import BlockResult, LayerResult
 from .overlap import joined
-from .progress import Track, Watcher, no_track
+from .progress import OnStep, Track, no_track
 from .recipe import Recipe
 from .report import Report, peak_memory, seen
 from .samples import Samples
@@ -46,7 +46,8 @@ def prune(
     calibration: Tensor | Samples | None = None,
     shared: dict[Any, Any] | None = None,
     track: Track = no_track,
-    watch: Watcher | None = None,
+    watch: OnStep | None = None,
+    on_block: Callable[[BlockResult], None] | None = None,
     remote_code: bool = False,
     pickles: bool = False,
 ) -> Report:
@@ -67,6 +68,7 @@ def prune(
             other what they have in common: statistics of the dense model that allocations look at.
         track: wraps loops over blocks, `track(range, what, total)`, to show progress.
         watch: called after each step of healing, `watch(step, steps, loss)`.
+        on_block: called with each pruned block: its layers, their masks as bits, and the weights that changed.
         remote_code, pickles: trust code that comes with the model, weights that are pickles.
 
     Returns:
@@ -149,7 +151,7 @@ def prune(
     scratch = opened.scratch
     try:
         with fork_random(opened.device):
-            return _prune(opened, recipe, path, resume, calibration, {} if shared is None else shared, track)
+            return _prune(opened, recipe, path, resume, calibration, {} if shared is None else shared, track, on_block)
     finally:
         if opened is not model:
             opened.give_back()
@@ -164,6 +166,7 @@ def _prune(
     calibration: Tensor | Samples | None,
     shared: dict[Any, Any],
     track: Track,
+    on_block: Callable[[BlockResult], None] | None,
 ) -> Report:
     started, cpu = time.perf_counter(), time.process_time()
     torch.manual_seed(recipe.seed)
@@ -223,7 +226,7 @@ def _prune(
         slots = [[replace(s, sparsity=shares.get(s.name, s.sparsity)) for s in block] for block in slots]
         seconds["allocate"] = time.perf_counter() - clock
         clock = time.perf_counter()
-        layers, left = (prune_back if order == "back" else _run)(opened, recipe, slots, samples, out, track)
+        layers, left = (prune_back if order == "back" else _run)(opened, recipe, slots, samples, out, track, on_block)
         if blind:
             layers = [replace(layer, error=None, tokens=0) for layer in layers]
         seconds["prune"] = time.perf_counter() - clock
@@ -333,7 +336,13 @@ def free_layers(slots: list[list[Slot]], recipe: Recipe) -> frozenset[str]:
 
 
 def _run(
-    model: Model, recipe: Recipe, slots: list[list[Slot]], samples: Samples, out: Output | None, track: Track
+    model: Model,
+    recipe: Recipe,
+    slots: list[list[Slot]],
+    samples: Samples,
+    out: Output | None,
+    track: Track,
+    on_block: Callable[[BlockResult], None] | None,
 ) -> tuple[list[LayerResult], list[LeftOut]]:
     """Stream the calibration windows through the blocks, pruning each; blocks that an interrupted run left on
     disk are only passed through. What became of each layer, and what is left out."""
@@ -371,5 +380,7 @@ def _run(
                 out.write(result)
         if model.checkpoint is None:
             block.keep(result.changed)
+        if on_block is not None:
+            on_block(result)
         layers += result.layers
     return layers, left

@@ -7,21 +7,32 @@ from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from .allocate import Allocation, allocations, make_allocation
 from .errors import InputError, unknown
-from .heal import Group, groups, make_group
-from .heal.reconstruct import RATE as RECONSTRUCTION
-from .registry import Step, lookup, make, steps
+from .registry import Step, find, lookup, make, steps
 from .store import MakeStore, find_store, make_store
 from .tasks import Task, find_task, make_task, tasks
+from .train.parts import Group, groups, make_group
+from .train.retrain import retrain
 from .types import Pattern
 
 _SHIPPED = files(__package__) / "recipes"
+_RECONSTRUCT: dict[str, Any] = find("reconstruct").defaults
+
+
+def _option(key: str) -> Any:
+    """A key of `heal` that is an option of `retrain`: what its signature says of it."""
+    hint = get_type_hints(retrain, include_extras=True)[key]
+    return FieldInfo.merge_field_infos(*getattr(hint, "__metadata__", (Field(),)), default=_RETRAIN[key])
+
+
+_RETRAIN: dict[str, Any] = retrain.__kwdefaults__ or {}
 
 
 class _Part(BaseModel):
@@ -103,24 +114,24 @@ class Healing(_Part):
     text: tuple[str, ...] = ()
     tokens: int = Field(default=250_000, ge=1)
     length: int = Field(default=512, ge=2)
-    batch: int = Field(default=8, ge=1)
-    micro: int = Field(default=4, ge=1)
+    batch: int = _option("batch")
+    micro: int = _option("micro")
     rate: float | None = Field(default=None, gt=0, lt=1)
-    warmup: float = Field(default=0.1, ge=0, lt=1)
-    clip: float = Field(default=1.0, gt=0)
-    betas: tuple[float, float] = (0.9, 0.99)
-    distill: float = Field(default=0.0, ge=0, le=1)
-    temperature: float = Field(default=1.0, gt=0)
+    warmup: float = _option("warmup")
+    clip: float = _option("clip")
+    betas: tuple[float, float] = _option("betas")
+    distill: float = _option("distill")
+    temperature: float = _option("temperature")
     adapt: int = Field(default=0, ge=0)
     teacher: Literal["memory", "stream"] = "memory"
     dense: str | None = None
     held_out: int = Field(default=8, ge=0)
-    evaluations: int = Field(default=5, ge=1)
-    patience: int = Field(default=3, ge=1)
-    checkpointing: bool = False
-    part: Literal["block", "sub-block"] = "block"
-    aim: Literal["model", "block"] = "model"
-    epochs: int = Field(default=1, ge=1)
+    evaluations: int = _option("evaluations")
+    patience: int = _option("patience")
+    checkpointing: bool = _option("checkpointing")
+    part: Literal["block", "sub-block"] = _RECONSTRUCT["part"]
+    aim: Literal["model", "block"] = _RECONSTRUCT["aim"]
+    epochs: int = Field(default=_RECONSTRUCT["epochs"], ge=1)
     rounds: int = Field(default=1, ge=1)
 
     @field_validator("train", mode="before")
@@ -145,9 +156,14 @@ class Healing(_Part):
                 )
         return self
 
+    @property
+    def retraining(self) -> dict[str, Any]:
+        """The options of `retrain`."""
+        return {key: getattr(self, key) for key in _RETRAIN}
+
     def make_groups(self) -> list[Group]:
         """What trains, ready to use. Raises InputError."""
-        own = {"rate": RECONSTRUCTION} if self.way == "reconstruct" else {}
+        own = {"rate": _RECONSTRUCT["rate"]} if self.way == "reconstruct" else {}
         rate = {} if self.rate is None else {"rate": self.rate}
         return [make_group(name, {**own, **options, **rate}) for item in self.train for name, options in item.items()]
 

@@ -75,6 +75,10 @@ class Method:
         parameters = inspect.signature(self.function).parameters
         return {k: p for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return {key: parameter.default for key, parameter in self.options.items()}
+
 
 steps: dict[str, Method] = {}
 
@@ -151,9 +155,8 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Step:
         where = f"step '{name}' at {'layer' if method.per_layer else 'block'} '{thing.name}'"
         return call(method, where, type(thing), thing, chosen)
 
-    defaults = {k: p.default for k, p in method.options.items()}
     apply = each_layer(bound) if method.per_layer else bound
-    return Step(name, method.needs, apply, method.per_layer, method.prunes, defaults | chosen)
+    return Step(name, method.needs, apply, method.per_layer, method.prunes, method.defaults | chosen)
 
 
 def lookup(kind: str, methods: Mapping[str, M], name: str) -> M:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +87,13 @@ class Samples:
             parts = {key: torch.split(tensor, size) for key, tensor in group.items()}
             for number in range(-(-size_of(group) // size)):
                 yield {key: some[number] for key, some in parts.items()}
+
+    def pick(self, numbers: Sequence[int]) -> Iterator[Batch]:
+        """Samples by their numbers, in this order; those side by side that are of one shape together."""
+        starts = list(itertools.accumulate(map(size_of, self.groups), initial=0))
+        for at, some in itertools.groupby(numbers, lambda number: bisect_right(starts, number) - 1):
+            rows = torch.tensor([number - starts[at] for number in some])
+            yield {key: tensor[rows] for key, tensor in self.groups[at].items()}
 
     def __iter__(self) -> Iterator[Batch]:
         """Each sample alone."""

@@ -47,9 +47,9 @@ import prunella
 from healing import SETTINGS
 from prunella.heal import make_group
 from prunella.heal.masks import masks_of
-from prunella.heal.parts import attach, choose, parts_of, trained
-from prunella.heal.processes import gather, is_sharded, shard, whole
-from prunella.heal.loss import next_token_loss
+from prunella.train.parts import attach, choose, parts_of, trained
+from prunella.train.shard import gather, is_sharded, shard, whole
+from prunella.train.loss import next_token_loss
 
 where, names, ids = sys.argv[1], sys.argv[2:], tiny.token_windows(2, 24)
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

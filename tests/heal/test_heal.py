@@ -24,10 +24,13 @@ from transformers import AutoModelForCausalLM
 
 import prunella
 from prunella import InputError, ModelError, NumericalError, Report
-from prunella.heal import retrain, run
+from prunella.evaluate.measure import digest
+from prunella.heal import line
 from prunella.heal import rounds as in_rounds
-from prunella.heal.rounds import schedule
+from prunella.heal.report import calibrated
 from prunella.tensors import MASKS
+from prunella.train import checkpoints, retrain
+from prunella.train.schedule import make_schedule
 from prunella.workshop import Workshop
 
 
@@ -263,7 +266,7 @@ def test_a_loss_that_is_not_finite_ends_it_and_the_best_checkpoint_stays(
         prunella.heal(pruned, settings(train=["norms"]), output=tmp_path / "out")
     best = tmp_path / "out.partial" / "training" / "checkpoint-4"
     assert str(best) in str(error.value)
-    assert (best / retrain.WEIGHTS).is_file()
+    assert (best / checkpoints.WEIGHTS).is_file()
     assert not (tmp_path / "out").exists()
 
 
@@ -471,7 +474,7 @@ def test_each_round_trains_on_text_of_its_own(pruned: Path, tmp_path: Path, monk
         seen.append({tuple(ids.tolist()) for ids in held_NL})
         return real(model, chosen, windows_NL, held_NL, *rest, **options)
 
-    monkeypatch.setattr(retrain, "retrain", spy)
+    monkeypatch.setattr(line, "retrain", spy)
     for k in range(2):
         prunella.heal(pruned, settings(train=["norms"], tokens=256), output=tmp_path / str(k), portion=(k, 2))
     first, held, second, again = seen
@@ -526,7 +529,7 @@ def test_a_run_that_had_stopped_early_does_not_train_on(
     assert whole.healing["steps"] < 32
     climb(monkeypatch, after=16)
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["prunella.heal.run"], "_write", _interrupt)
+        patch.setattr(line, "write", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             prunella.heal(pruned, recipe, output=tmp_path / "out")
     again = prunella.heal(pruned, recipe, output=tmp_path / "out", resume=True)
@@ -541,7 +544,7 @@ def test_an_interrupted_run_with_new_biases_can_still_be_resumed(
 ) -> None:
     recipe = settings(train=["new-biases"], tokens=256)
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["prunella.heal.run"], "_write", _interrupt)
+        patch.setattr(line, "write", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             prunella.heal(pruned, recipe, output=tmp_path / "out")
     with pytest.raises(InputError, match="--resume"):
@@ -560,7 +563,7 @@ def test_killed_just_before_the_model_has_its_name_it_does_not_train_again(
         with pytest.raises(KeyboardInterrupt):
             prunella.heal(pruned, recipe, output=tmp_path / "out")
     steps: list[int] = []
-    monkeypatch.setattr(run, "add_biases", None)
+    monkeypatch.setattr(line, "add_biases", None)
     again = prunella.heal(
         pruned, recipe, output=tmp_path / "out", resume=True, watch=lambda step, *_: steps.append(step)
     )
@@ -615,7 +618,7 @@ def test_a_run_that_is_in_the_way_of_the_healing_is_said_before_the_pruning(
 ) -> None:
     recipe = settings(train=["norms"], tokens=256) | {"steps": ["magnitude"]}
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_write", _interrupt)
+        patch.setattr(line, "write", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             prunella.heal(pruned, recipe, output=tmp_path / "out")
     for resume in (False, True):
@@ -663,7 +666,8 @@ def test_weights_that_are_tied_and_stored_twice_stay_tied(dense: Path, tmp_path:
 def test_the_schedule_of_rounds_sums_to_its_target() -> None:
     for target in (0.5, 0.9):
         for rounds in (1, 2, 5, 20):
-            shares = schedule(target, rounds)
+            schedule = make_schedule("imp", rounds, {"rounds": rounds})
+            shares = [target * (schedule.sparsity(k) or 0.0) for k in range(rounds)]
             steps = [b - a for a, b in itertools.pairwise([0.0, *shares])]
             assert len(shares) == rounds
             assert shares[-1] == target
@@ -729,10 +733,10 @@ def test_what_is_not_said_of_the_calibration_is_that_of_the_pruning(dense: Path,
     wanted = {"source": str(text), "samples": 4, "length": 32, "min_tokens": 32}
     recipe = settings() | {"steps": ["magnitude"], "heal": {}, "calibration": wanted}
     prunella.prune(str(dense), recipe, output=tmp_path / "pruned")
-    assert run.calibrated(tmp_path / "pruned", {})["calibration"] == wanted
-    fewer = run.calibrated(tmp_path / "pruned", {"calibration": {"samples": 2}})
+    assert calibrated(tmp_path / "pruned", {})["calibration"] == wanted
+    fewer = calibrated(tmp_path / "pruned", {"calibration": {"samples": 2}})
     assert fewer["calibration"] == {**wanted, "samples": 2}
-    other = run.calibrated(tmp_path / "pruned", {"calibration": {"source": "pydoc"}})
+    other = calibrated(tmp_path / "pruned", {"calibration": {"source": "pydoc"}})
     assert other["calibration"] == {**wanted, "source": "pydoc"}
 
 
@@ -775,15 +779,15 @@ def test_a_dense_model_that_is_trained_first_teaches(
         seen.append({tuple(ids.tolist()) for ids in torch.cat([windows_NL, held_NL])})
         return real(model, chosen, windows_NL, held_NL, *rest, **options)
 
-    monkeypatch.setattr(retrain, "retrain", spy)
+    monkeypatch.setattr(line, "retrain", spy)
     kept: dict[str, Path] = {}
-    teach = retrain.teacher_in_memory
+    teach = line.teacher_in_memory
 
     def look(model: Any, *more: Any) -> Any:
         kept["teacher"] = Path(shutil.copytree(model.checkpoint.directory, tmp_path / "teacher"))
         return teach(model, *more)
 
-    monkeypatch.setattr(retrain, "teacher_in_memory", look)
+    monkeypatch.setattr(line, "teacher_in_memory", look)
     recipe = settings(train=["norms"], distill=0.5, adapt=512)
     prunella.heal(pruned, recipe, output=tmp_path / "out")
     first, then = seen
@@ -835,14 +839,14 @@ def test_every_window_to_train_on_begins_with_bos(
         seen.extend((windows_NL, held_NL))
         return real(model, chosen, windows_NL, held_NL, *rest, **options)
 
-    monkeypatch.setattr(retrain, "retrain", spy)
+    monkeypatch.setattr(line, "retrain", spy)
     recipe = settings(train=["norms"], tokens=128) | {"evaluate": {"windows": 2, "length": 48}}
     report = prunella.heal(source, recipe, output=tmp_path / "out")
     assert all((ids_NL[:, 0] == 1).all() for ids_NL in seen)
     assert report.healing["before"]["bos"]
     assert report.healing["after"]["bos"]
     tested = prunella.calibrate.windows(prunella.load_model(str(source)), "pydoc", 2, 48, skip=3)  # type: ignore[attr-defined]
-    assert report.healing["before"]["text"] == run.digest(tested)
+    assert report.healing["before"]["text"] == digest(tested)
     text = torch.cat([ids_NL[:, 1:] for ids_NL in seen])
     tested_runs = tested[:, 1:].flatten().unfold(0, 31, 1)
     assert not any((tested_runs == row).all(1).any() for row in text)  # whole windows of it, wherever they lie
@@ -853,8 +857,8 @@ def test_every_window_to_train_on_begins_with_bos(
 def test_bos_is_as_in_the_pruning_if_nothing_else_is_said(dense: Path, tmp_path: Path) -> None:
     recipe = settings() | {"steps": ["magnitude"], "heal": {}, "bos": False}
     prunella.prune(str(dense), recipe, output=tmp_path / "pruned")
-    assert run.calibrated(tmp_path / "pruned", {})["bos"] is False
-    assert run.calibrated(tmp_path / "pruned", {"bos": True})["bos"] is True
+    assert calibrated(tmp_path / "pruned", {})["bos"] is False
+    assert calibrated(tmp_path / "pruned", {"bos": True})["bos"] is True
 
 
 @pytest.mark.parametrize(

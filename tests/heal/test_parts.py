@@ -12,9 +12,9 @@ from torch import Tensor
 
 from prunella import InputError
 from prunella.heal import Change, Part, groups, make_group, trains
-from prunella.heal.parts import Chosen, LowRank, attach, choose, detach, parts_of
 from prunella.layers import find_layers
 from prunella.model.network import Model
+from prunella.train.parts import Chosen, LowRank, attach, choose, detach, parts_of
 
 NEEDS_BIAS = {"biases", "new-biases"}
 
@@ -269,3 +269,33 @@ def test_a_method_of_ones_own_is_a_function_with_a_rate() -> None:
             return None
 
     assert "rateless" not in groups
+
+
+@pytest.mark.parametrize("method", ["all", "mask-lora", "lora-prune"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_another_mask_is_held_wherever_it_lies(method: str, packed: bool) -> None:
+    """What it drops is zero, though the base is not; what comes back trains again."""
+    torch.manual_seed(0)
+    first = torch.ones(6, 8, dtype=torch.bool)
+    first[:, :4] = False
+    base = torch.randn(6, 8)
+    change = make_group(method).change(Part("w", frozenset({"linear"}), base * first, first))
+    assert change is not None
+    if packed:
+        change.pack_mask()
+    second = ~first
+    second[:, 7] = True
+    assert torch.equal(change.hold(second), first != second)
+    assert torch.equal(change.mask, second)
+    made = change(base)
+    assert not made[~second].any()
+    (made * torch.randn(6, 8)).sum().backward()
+    if method == "all":
+        assert torch.equal(change.master.grad != 0, second)
+
+
+def test_what_is_kept_apart_holds_no_mask() -> None:
+    mask = torch.eye(4, dtype=torch.bool)
+    change = make_group("lora").change(Part("w.weight", frozenset(), torch.randn(4, 4), mask))
+    with pytest.raises(InputError, match="kept apart"):
+        change.hold(~mask)

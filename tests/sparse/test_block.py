@@ -296,7 +296,7 @@ def test_the_cache_grows_in_place_and_holds_what_it_would_hold(monkeypatch: pyte
     rounds = (5, -4, 40, -2, 3)
     monkeypatch.setattr("prunella.sparse.cache.ROOM", 16)
     found, cache = through(rounds)
-    monkeypatch.setattr(block, "_append", lambda cache, number, k, v: cache.update(k, v, number))
+    monkeypatch.setattr("prunella.sparse.placed.append", lambda cache, number, k, v: cache.update(k, v, number))
     wanted, other = through(rounds)
     assert torch.equal(found, wanted)
     for layer, beside in zip(cache.layers, other.layers, strict=True):

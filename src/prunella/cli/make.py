@@ -93,7 +93,7 @@ def heal(
     trust: Annotated[dict[str, Any], TRUST],
 ) -> None:
     """Retrain a pruned model, the mask held, and save it exactly as sparse."""
-    from ..heal.run import calibrated
+    from ..heal.report import calibrated
     from ..heal.run import heal as run
     from ..recipe import Recipe, override
 

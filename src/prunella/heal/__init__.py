@@ -8,6 +8,7 @@ A method says what training makes of each tensor of the network, or None where i
 Methods combine freely; a tensor that several want belongs to the first of them.
 """
 
+from ..train.parts import Change, Group, Part, groups, make_group, trains
 from . import (  # noqa: F401  (importing a method registers it)
     biases,
     embeddings,
@@ -20,6 +21,5 @@ from . import (  # noqa: F401  (importing a method registers it)
     reconstruct,
     scale_lora,
 )
-from .parts import Change, Group, Part, groups, make_group, trains
 
 __all__ = ["Change", "Group", "Part", "groups", "make_group", "trains"]

@@ -23,8 +23,8 @@ from ..model.network import Model
 from ..progress import Track, no_track
 from ..stream import Stream
 from ..tensors import MASKS
+from ..train.parts import Change, Master, Part, trains
 from ..watch import Watch
-from .parts import Change, Master, Part, trains
 
 LIST = "new-biases.list"
 

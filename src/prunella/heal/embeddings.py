@@ -1,6 +1,6 @@
 """The embeddings."""
 
-from .parts import Change, Master, Part, trains
+from ..train.parts import Change, Master, Part, trains
 
 
 @trains("embeddings")

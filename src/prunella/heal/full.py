@@ -1,6 +1,6 @@
 """Every weight."""
 
-from .parts import Change, Master, Part, trains
+from ..train.parts import Change, Master, Part, trains
 
 
 @trains("all")

@@ -2,7 +2,7 @@
 
 from pydantic import PositiveFloat, PositiveInt
 
-from .parts import Change, LowRank, Part, trains
+from ..train.parts import Change, LowRank, Part, trains
 
 
 @trains("head")

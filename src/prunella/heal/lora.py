@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError
-from .parts import Change, Chosen, LowRank, Part, trains
+from ..train.parts import Change, Chosen, LowRank, Part, trains
 
 
 class Lora(LowRank):

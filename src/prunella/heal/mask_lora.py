@@ -3,7 +3,7 @@
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from .parts import Change, LowRank, Part, trains
+from ..train.parts import Change, LowRank, Part, trains
 
 
 class MaskLora(LowRank):

@@ -13,8 +13,7 @@ from ..layers import Slot, check_found, find_layers
 from ..model.network import Model
 from ..pattern import pack, unpack
 from ..tensors import MASKS, mask_shapes, read_masks
-
-DENSE = 0.001  # fewer zeros than this do not make a layer a pruned one
+from ..train.parts import DENSE
 
 
 def slots_of(model: Model) -> list[Slot]:

@@ -1,6 +1,6 @@
 """Gains and shifts of the norms."""
 
-from .parts import Change, Master, Part, trains
+from ..train.parts import Change, Master, Part, trains
 
 
 @trains("norms")

@@ -14,8 +14,8 @@ from ..errors import InputError, NumericalError
 from ..model.network import Model
 from ..registry import Step, register
 from ..steps.wanda import wanda
+from ..train.parts import Chosen, Group, Part, choose, kinds_of, make_group
 from ..types import Block
-from .parts import Chosen, Group, Part, choose, kinds_of, make_group
 
 
 def _known(name: str) -> str:

@@ -16,18 +16,14 @@ from ..recipe import Recipe
 from ..report import Report
 from ..save import REPORT, begun_as, compare, model_files
 from ..tasks.text import load_model
+from ..team import Team, team
 from ..tensors import write_text
+from ..train.schedule import make_schedule
+from ..train.shard import asked
 from ..workshop import MARK, RUN, Workshop, place, workshop
-from .processes import asked, check_way, world
-from .run import adapt, check_dtype, check_text, heal
-
-
-def schedule(target: float, rounds: int) -> list[float]:
-    """The sparsity after each round, s_k = s (1 - (1 - k/K)^3): large steps first, the last one ends at `target`.
-
-    Zhu & Gupta, "To prune, or not to prune", 2017.
-    """
-    return [target * (1 - (1 - k / rounds) ** 3) for k in range(1, rounds)] + [target]
+from .line import adapt, check_dtype, check_way
+from .run import heal
+from .text import Text
 
 
 def prune_and_heal(
@@ -46,8 +42,8 @@ def prune_and_heal(
     the end. A run that was interrupted continues in the round where it stopped. Of several processes the first one
     prunes, and has the report."""
     rounds = recipe.heal.rounds
-    team = world(pick_device(recipe.device))
-    check_way(recipe.heal.way, team)
+    crew = team(pick_device(recipe.device))
+    check_way(recipe.heal.way, crew)
     if rounds > 1 and recipe.shape.sparsity is not None:
         raise InputError(f"pattern {recipe.pattern} has one sparsity, which leaves nothing to do in {rounds} rounds.")
     if recipe.format != "dense":
@@ -60,10 +56,10 @@ def prune_and_heal(
     opened = load_model(model, dtype=recipe.dtype, device=recipe.device, remote_code=remote_code, pickles=pickles)
     part = recipe.heal.model_copy(update={"tokens": recipe.heal.tokens // rounds, "adapt": 0})
     check_dtype(opened.dtype, recipe.heal.way)  # now, not when the model has been pruned
-    check_text(opened, recipe.model_copy(update={"heal": part}), rounds)
+    Text(recipe.model_copy(update={"heal": part}), portion=(0, rounds)).check(opened)
     dense = find_directory(recipe.heal.dense or model, remote_code=remote_code, pickles=pickles)
     shop = None
-    if team.is_main_process:
+    if crew.main:
         shop = Workshop(aside_of(path), resume)
         try:
             workshop(path, shop.resumed).close()  # now, not when the model has been pruned
@@ -74,10 +70,10 @@ def prune_and_heal(
         except BaseException:
             shop.close()
             raise
-    team.wait_for_everyone()
+    crew.barrier()
     try:
         options |= {"tokenizer": tokenizer, "remote_code": remote_code, "pickles": pickles}
-        report = _rounds(prune, model, recipe, path, dense, team, **options)
+        report = _rounds(prune, model, recipe, path, dense, crew, **options)
         if shop:
             shop.remove(done=True)
         return report
@@ -96,34 +92,35 @@ def _rounds(
     recipe: Recipe,
     path: Path,
     dense: Path,
-    team: Any,
+    crew: Team,
     *,
     tokenizer: Any,
     **options: Any,
 ) -> Report:
     """What `prune_and_heal` does in the directory beside the output; what is there already is not done again."""
     aside, rounds = aside_of(path), recipe.heal.rounds
-    shares = {
-        glob: schedule(share, rounds) for glob, share in {"*": recipe.default_sparsity, **recipe.sparsity}.items()
-    }
+    schedule = make_schedule("imp", rounds, {"rounds": rounds})  # a round is its step
+    shares = {"*": recipe.default_sparsity, **recipe.sparsity}
     source, report = model, None
     if recipe.heal.adapt:
         source = str(aside / "adapted")
         if not (aside / "adapted").exists():
             with asked() as sharded:
-                adapt(str(dense), recipe, output=aside / "adapted", resume=True, sharded=sharded, **options)
+                adapt(str(dense), recipe, aside / "adapted", sharded=sharded, **options)
         dense = aside / "adapted"
     for k in range(rounds):
         pruned, healed = aside / f"{k + 1}-pruned", path if k == rounds - 1 else aside / f"{k + 1}-healed"
-        sparsity = {glob: steps[k] for glob, steps in shares.items()}
+        part = schedule.sparsity(k)
+        assert part is not None
+        sparsity = {glob: share * part for glob, share in shares.items()}
         plain = recipe.model_copy(
             update={
                 "sparsity": recipe.sparsity if recipe.shape.sparsity is not None else sparsity,
                 "heal": recipe.heal.model_copy(update={"train": ()}),
             }
         )
-        part = recipe.heal.model_copy(update={"dense": str(dense), "tokens": recipe.heal.tokens // rounds, "adapt": 0})
-        if team.is_main_process:
+        heals = recipe.heal.model_copy(update={"dense": str(dense), "tokens": recipe.heal.tokens // rounds, "adapt": 0})
+        if crew.main:
             if not pruned.exists():
                 own = tokenizer if source == model else None  # what was written has it
                 prune(source, plain, output=pruned, resume=True, tokenizer=own, **options)
@@ -136,10 +133,16 @@ def _rounds(
                 told = replace(told, model={**told.model, **named(model)}, dense={**told.dense, **measured})
             told = replace(told, recipe={**told.recipe, "model": model})
             write_text(pruned / REPORT, json.dumps(told.plain(), indent=1) + "\n")
-        team.wait_for_everyone()
+        crew.barrier()
         if not healed.exists() or healed == path:
-            heals = recipe.model_copy(update={"heal": part})
-            report = heal(pruned, heals, output=healed, resume=True, portion=(k, rounds), **options)
+            report = heal(
+                pruned,
+                recipe.model_copy(update={"heal": heals}),
+                output=healed,
+                resume=True,
+                portion=(k, rounds),
+                **options,
+            )
         source = str(healed)
     assert report is not None
     return report

@@ -6,7 +6,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from .parts import Change, Part, trains
+from ..train.parts import Change, Part, trains
 
 
 class ScaleLora(Change):

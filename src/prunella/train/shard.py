@@ -1,9 +1,8 @@
-"""Several processes: which they are, and sharding (FSDP): each process keeps its share of every weight and of what
-trains, and sees one block whole at a time.
+"""Sharding (FSDP): each process keeps its share of every weight and of what trains, and sees one block whole at a time.
 
 Accelerate's own preparation is for plain modules on accelerators: a tensor that training makes of others, shared by
 head and embeddings, is not in its plans. So the blocks are sharded here, by torch's `fully_shard`, as they are loaded;
-the Trainer takes such a network as it takes one that was sharded when it was loaded. It works on CPUs as on GPUs.
+the loop takes such a network as it is. It works on CPUs as on GPUs.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -26,39 +24,11 @@ from .parts import Chosen, Group, attach, check_idle, parts_of, pick
 
 ASKED = "ACCELERATE_USE_FSDP"  # `accelerate launch --use_fsdp` sets it
 OFFLOAD = "FSDP_OFFLOAD_PARAMS"
-DEVICE = "ACCELERATE_TORCH_DEVICE"
-
-
-def world(device: torch.device) -> Any:
-    """The processes that train together, as accelerate sees them."""
-    from accelerate import PartialState
-
-    with told(device):
-        return PartialState(cpu=device.type == "cpu", timeout=timedelta(days=1))  # others wait while one measures
-
-
-@contextlib.contextmanager
-def told(device: torch.device) -> Iterator[None]:
-    """Accelerate and transformers hear of this device meanwhile, unless they find it by themselves."""
-    if device.type in ("cpu", "cuda") or DEVICE in os.environ:
-        yield
-        return
-    os.environ[DEVICE] = str(device)
-    try:
-        yield
-    finally:
-        del os.environ[DEVICE]
-
-
-def check_way(way: str, team: Any) -> None:
-    """Raises InputError if models are not healed this way by several processes."""
-    if way == "reconstruct" and team.num_processes > 1:
-        raise InputError("reconstruction runs in one process: start it without accelerate launch or torchrun.")
 
 
 @contextlib.contextmanager
 def asked() -> Iterator[bool]:
-    """Was FSDP asked for? Accelerate and transformers do not hear of it meanwhile: they would shard a second time.
+    """Was FSDP asked for? Accelerate does not hear of it meanwhile: it would shard a second time.
 
     Raises InputError where it was asked for with weights that wait on the CPU.
     """

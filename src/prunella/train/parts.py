@@ -1,10 +1,11 @@
-"""What can train, and what training makes of it: the nouns of healing and the registry of its methods.
+"""What can train, and what training makes of it: its nouns, and the registry of healing methods.
 
 Third parties register their own: `@trains("mine")` in a file of theirs, then `--train path/to/mine.py:mine`.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from ..layers import find_layers
 from ..model.network import Model
 from ..pattern import pack, unpack
 from ..registry import Method, checked, lookup
+
+DENSE = 0.001  # fewer zeros than this do not make a tensor a pruned one
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Change(nn.Module):
 
     apart = False
     keep = False
+    moved = False  # is the mask another one than at first, so that what was pruned since is not zero in `base`?
 
     def __init__(self, mask: Tensor | None = None) -> None:
         super().__init__()
@@ -83,6 +87,24 @@ class Change(nn.Module):
             self._shape = mask.shape
             self._buffers["_mask"] = pack(mask).to(mask.device)
 
+    def hold(self, mask: Tensor) -> Tensor:
+        """Hold another mask from now on: zeros come to stand where it is False. Returns where it is new, True or False
+        of every weight. Raises InputError for a change that is kept apart, which holds no zeros."""
+        if self.apart:
+            raise InputError("a change that is kept apart from the model holds no mask: train another way.")
+        before, packed = self.mask, self._shape is not None
+        self._shape, self.moved = None, True
+        self._buffers["_mask"] = mask
+        if packed:
+            self.pack_mask()
+        self.forget()
+        return ~mask if before is None else before.to(mask.device) != mask
+
+    def made(self, base: Tensor) -> Tensor:
+        """`make`, its zeros where the mask says so."""
+        made, mask = self.make(base), self.mask
+        return made * mask if self.moved and mask is not None else made
+
     def make(self, base: Tensor) -> Tensor:
         """The tensor, made of what it was and of the parameters."""
         raise NotImplementedError
@@ -104,7 +126,7 @@ class _Once(torch.autograd.Function):
         if change._made is not None and change._made[0] == change.training:
             return change._made[1].detach()
         with torch.autocast(base.device.type, enabled=False):  # backward and merging know none
-            made = change.make(base.detach())
+            made = change.made(base.detach())
         if change.keep:
             change._made = (change.training, made)
         return made.detach()
@@ -114,7 +136,7 @@ class _Once(torch.autograd.Function):
         (base,) = ctx.saved_tensors
         change: Change = ctx.change
         with torch.enable_grad(), torch.autocast(base.device.type, enabled=False):
-            made = change.make(base.detach())
+            made = change.made(base.detach())
             pulled = torch.autograd.grad(made, list(change.parameters()), grads[0])
         return None, None, *pulled
 
@@ -204,6 +226,7 @@ class Group:
 
 def make_group(name: str, options: Mapping[str, Any] | None = None) -> Group:
     """Raises InputError for an unknown name, an unknown option or a wrong value."""
+    importlib.import_module(f"{__package__.partition('.')[0]}.heal")  # where the built-in ones register themselves
     method = lookup("healing method", groups, name)
     chosen = checked("healing method", method, options or {})
     rate = chosen.get("rate", method.options["rate"].default)

@@ -1,0 +1,387 @@
+"""The line of healing: a pruned directory -> what trains -> a healed directory, exactly as sparse."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..calibrate import check_windows
+from ..errors import (
+    InputError,
+    NumericalError,
+    PrunellaError,
+    ReadError,
+    disk_error,
+    disk_full,
+    kept,
+)
+from ..evaluate.measure import measure, measure_once
+from ..lenses import wear
+from ..machine import pick_device
+from ..model.network import Model
+from ..overlap import fingerprint, joined
+from ..progress import OnStep, Track
+from ..recipe import Healing, Recipe
+from ..report import Report, peak_memory
+from ..save import Output, identity
+from ..tasks.text import load_model, wrap_model
+from ..team import Team, team
+from ..train.parts import Chosen, attach, choose, detach, parts_of, trained
+from ..train.retrain import retrain
+from ..train.shard import gather, scatter, shard
+from ..workshop import BEFORE, Workshop, partial_of, workshop
+from .biases import LIST, add_biases
+from .lora import save_adapter, undo
+from .masks import full, masks_of, slots_of, verify
+from .reconstruct import reconstruct_blocks
+from .report import known, report_of, said_of, taught, write
+from .teacher import check_dense, dense_name, teacher_in_memory, teacher_streamed
+from .text import Text
+
+ADAPTING: tuple[dict[str, dict[str, Any]], ...] = ({"mask-lora": {"rate": 2e-3}},)  # of a dense model: the mask is full
+
+
+def adapt(dense: str, recipe: Recipe, output: Path, *, sharded: bool, **options: Any) -> Report:
+    """Train a dense model on `heal.adapt` tokens, so that it fits the text: low-rank changes of all layers in its
+    blocks, merged. The text is what follows that on which `recipe` heals, where there is enough.
+
+    Sreenivas et al., "LLM Pruning and Distillation in Practice: The Minitron Approach", 2024 (arXiv 2408.11796), call
+    it teacher correction: a dense model that was tuned for something else is no good teacher on this text.
+    """
+    kept = ("text", "length", "batch", "micro", "warmup", "clip", "betas", "held_out", "patience", "checkpointing")
+    settings = recipe.heal
+    own = Healing(train=ADAPTING, tokens=settings.adapt, evaluations=1, **{key: getattr(settings, key) for key in kept})
+    taken = max(1, settings.tokens // settings.length) + settings.held_out
+    recipe = recipe.model_copy(update={"heal": own})
+    return Line(Path(dense), recipe, output, True, skip=taken, whole=True, sharded=sharded, **options).all()
+
+
+def check_dtype(dtype: torch.dtype, way: str) -> None:
+    """Raises InputError if models of this dtype cannot be healed this way."""
+    if dtype == torch.float16 and way == "retrain":
+        raise InputError(
+            "float16 has no room for the gradients of a whole model: prune it with --dtype bfloat16 and heal that, or"
+            " heal with --way reconstruct."
+        )
+
+
+def check_way(way: str, crew: Team) -> None:
+    """Raises InputError if models are not healed this way by several processes."""
+    if way == "reconstruct" and crew.size > 1:
+        raise InputError("reconstruction runs in one process: start it without accelerate launch or torchrun.")
+
+
+@dataclass
+class Line:
+    """One healing, from directory to directory; the fields are the arguments of `heal`, and what `adapt` sets."""
+
+    directory: Path
+    recipe: Recipe
+    path: Path
+    resume: bool
+    track: Track
+    watch: OnStep | None
+    remote_code: bool
+    pickles: bool
+    portion: tuple[int, int] = (0, 1)
+    skip: int = 0  # windows of the text
+    whole: bool = False  # nothing is pruned: all weights of the layers train
+    sharded: bool = False  # each of several processes keeps its share of the model
+    shop: Workshop | None = None  # of the process that writes
+    out: Output | None = None
+
+    @functools.cached_property
+    def said(self) -> Report | None:
+        return said_of(self.directory)
+
+    @property
+    def text(self) -> Text:
+        return Text(self.recipe, lambda: self._dense, self.portion, self.skip, self.whole)
+
+    @property
+    def settings(self) -> Healing:
+        return self.recipe.heal
+
+    def all(self) -> Report:
+        crew = team(pick_device(self.recipe.device))
+        self.sharded = self.sharded and crew.size > 1
+        check_way(self.settings.way, crew)
+        self.shop = workshop(self.path, self.resume) if crew.main else None
+        try:
+            return self._all()
+        except NumericalError:
+            raise  # the checkpoints are kept, the best one is named
+        except (OSError, RuntimeError, SafetensorError) as error:  # of the checkpoints
+            if disk_full(error):
+                raise disk_error(error, self.path) from None
+            raise
+        except PrunellaError as error:
+            done = self._done() or isinstance(error, ReadError)
+            if self.shop and not self.shop.resumed and not done:
+                self.shop.remove()
+            elif self.out and done:
+                kept(error, partial_of(self.path))
+            raise
+        finally:
+            if self.out:
+                self.out.close()
+            elif self.shop:
+                self.shop.close()
+
+    def _done(self) -> bool:
+        """Is there anything that would have to be done again?"""
+        blocks = self.out.blocks if self.out else 0
+        training = (partial_of(self.path) / "training").exists()
+        return blocks > 0 or training or self._adapted.exists() or partial_of(self._adapted).exists()
+
+    def _all(self) -> Report:
+        started, cpu = time.perf_counter(), time.process_time()
+        source = self.directory
+        main = team().main
+        names = [name for item in self.settings.train for name in item]
+        if self.settings.adapt:
+            self.text.check(self._open(source))
+            self._adapt()
+        dense = None
+        if self.settings.way == "reconstruct" or self.settings.distill or "new-biases" in names:
+            dense = self._dense
+        new: list[str] = []
+        if "new-biases" in names:
+            assert dense is not None
+            new = self._add_biases(dense)
+            source = self._biased / "pruned"
+            if self.settings.way == "reconstruct":
+                dense = self._open(self._biased / "dense")
+        model = self._open(source)
+        check_dtype(model.dtype, self.settings.way)
+        masks: Mapping[str, Tensor] = full(model) if self.whole else masks_of(model, self.directory)
+        slots = [slot for slot in slots_of(model) if slot.name in masks]
+        if self.settings.way == "reconstruct":
+            ids_NL, held_NL = self.text.calibration(model), None
+            check_windows(model, ids_NL)
+            seen = fingerprint(ids_NL)
+        else:
+            ids_NL, held_NL = self.text.training(model)
+            all_NL = ids_NL if held_NL is None else torch.cat([ids_NL, held_NL])
+            check_windows(model, all_NL)
+            seen = fingerprint(all_NL)
+            ids_NL = self.text.own(ids_NL)
+        if self.said is not None:  # it may have been healed before
+            seen = joined(seen, self.said.healing.get("fingerprint", ""))
+        recipe = self.recipe.model_copy(update={"model": str(self.directory), "dtype": str(model.dtype)[6:]})
+        test_NL = self.text.test(model, recipe)
+        if self.shop:
+            made = [] if self.whole else slots
+            host = self._open(source, "cpu") if self.sharded else model  # merging needs all of it at once
+            texts = [ids_NL] if held_NL is None else [ids_NL, held_NL]
+            texts += [self.text.calibration(model)] if new else []
+            same = identity(model.checkpoint, recipe.plain(), texts, dense.checkpoint if dense else None)
+            self.out = Output(self.path, host, made, same, self.shop)
+        out = self.out
+        team().barrier()  # the directory is there
+        before = known(self.said, self.directory, model, test_NL) if source == self.directory else None
+        if before is None:
+            before = measure_once(out, "before", model, recipe, test_NL, None, self.track) if main else {}
+        clock = time.perf_counter()
+        if self.settings.way == "reconstruct":
+            assert dense is not None
+            assert out is not None
+            did = reconstruct_blocks(model, dense, masks, ids_NL, recipe, out, self.track, frozenset(new))
+            after = None
+        else:
+            did, after = self._retrain(
+                model, dense if self.settings.distill else None, masks, new, ids_NL, held_NL, test_NL, recipe, out
+            )
+        seconds = time.perf_counter() - clock
+        if out is None:
+            team().barrier()
+            return Report({}, {}, {}, {}, (), {})
+        out.complete()
+        weights = None
+        if after is None:
+            after = measure_once(out, "after", model, recipe, test_NL, out.checkpoint, self.track)
+        elif did["best_step"] and set(names) - set(did["apart"]):
+            weights = measure_once(out, "weights", model, recipe, test_NL, out.checkpoint, self.track)
+        else:
+            weights = before
+        healing = {
+            "recipe": recipe.plain()["heal"],
+            "source": str(self.directory),
+            **did,
+            "taught": taught(dense),
+            "processes": team().size,
+            "sharded": self.sharded,
+            "before": before,
+            "after": after,
+            "weights": weights,
+            "fingerprint": seen,
+            "seconds": seconds,
+            "cpu_seconds": time.process_time() - cpu,
+            "seconds in all": time.perf_counter() - started,
+            "peak_memory": peak_memory(),
+        }
+        report = report_of(self.said, model, masks, recipe, before, healing)
+        out.finish(report.plain(), report.card())
+        team().barrier()
+        return report
+
+    def _open(self, directory: Path | str, device: str | None = None, dtype: str = "auto") -> Model:
+        model = load_model(
+            str(directory),
+            dtype=dtype,
+            device=device or self.recipe.device,
+            remote_code=self.remote_code,
+            pickles=self.pickles,
+        )
+        model.scratch = partial_of(self.path)
+        wear(map(model.module, model.blocks), self.recipe.lenses)
+        return model
+
+    @property
+    def _biased(self) -> Path:
+        return partial_of(self.path) / BEFORE / "biased"
+
+    def _add_biases(self, dense: Model) -> list[str]:
+        """Write the pruned model and the dense one with new biases; their names."""
+        names = self._biased / "pruned" / LIST
+        pruned = self._open(self.directory)
+        check_dtype(pruned.dtype, self.settings.way)
+        if self.settings.way == "retrain":
+            self.text.check(pruned)  # too little of it is said now, not when the biases have been computed
+        if team().main and not names.is_file():
+            add_biases(pruned, dense, self.text.calibration(pruned), self._biased, self.track)
+        team().barrier()
+        return names.read_text(encoding="utf-8").split()
+
+    @property
+    def _adapted(self) -> Path:
+        return partial_of(self.path) / BEFORE / "adapted"
+
+    def _adapt(self) -> None:
+        """Write the teacher."""
+        if self.settings.way == "retrain" and not self.settings.distill:
+            raise InputError(
+                "heal.adapt trains the dense model so that it teaches better, but nothing asks it: add --distill 0.5."
+            )
+        if self._adapted.exists():
+            return
+        adapt(
+            self._dense_name,
+            self.recipe.model_copy(update={"evaluate": self.recipe.evaluate.model_copy(update={"source": None})}),
+            self._adapted,
+            track=self.track,
+            watch=self.watch,
+            remote_code=self.remote_code,
+            pickles=self.pickles,
+            sharded=self.sharded,
+        )
+
+    @property
+    def _dense_name(self) -> str:
+        return dense_name(self.directory, self.said, self.settings.dense)
+
+    @functools.cached_property
+    def _dense(self) -> Model:
+        """The model before it was pruned."""
+        name = str(self._adapted) if self.settings.adapt else self._dense_name
+        pruned = self._open(self.directory)
+        dense = self._open(name, dtype=str(pruned.dtype)[6:])
+        check_dense(dense, name, pruned, self.directory)
+        return dense
+
+    def _retrain(
+        self,
+        model: Model,
+        dense: Model | None,
+        masks: Mapping[str, Tensor],
+        new: Sequence[str],
+        ids_NL: Tensor,
+        held_NL: Tensor | None,
+        test_NL: Tensor | None,
+        recipe: Recipe,
+        out: Output | None,
+    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Train, merge, and write what changed."""
+        settings = self.settings
+        folder = partial_of(self.path) / "training"
+        groups = settings.make_groups()
+        total = model.parameters
+        with ExitStack() as stack:
+
+            def ready(model: Model) -> list[Chosen]:
+                """Load all of it, and choose and attach what trains."""
+                stack.enter_context(model.whole())
+                chosen = choose(parts_of(model, masks, new), groups)
+                attach(chosen)
+                return chosen
+
+            torch.manual_seed(recipe.seed)
+            if self.sharded:
+                assert model.checkpoint is not None
+                trainee = self._open(model.checkpoint.directory)
+                chosen = shard(trainee, groups, masks, new)
+            else:
+                trainee = model
+                chosen = ready(model)
+            count = sum(parameter.numel() for item in chosen for parameter in item.change.parameters())
+            teacher = None
+            if dense is not None and settings.teacher == "memory":
+                teacher = stack.enter_context(teacher_in_memory(dense, self.sharded))
+            elif dense is not None:
+                teacher = stack.enter_context(teacher_streamed(dense, ids_NL, self.track))
+            steps = settings.tokens // (settings.batch * ids_NL.shape[1])
+            did = retrain(
+                trainee,
+                chosen,
+                ids_NL,
+                held_NL,
+                steps,
+                folder,
+                recipe.seed,
+                teacher,
+                self.resume,
+                self.watch,
+                **settings.retraining,
+            )
+            if self.sharded:
+                values = gather(trained(chosen), keep=out is not None)
+                if out is None:
+                    return {}, None
+                model = out.model
+                chosen = ready(model)
+                scatter(values, trained(chosen))
+                del values  # as much as all that trains
+            apart = [item for item in chosen if item.change.apart]
+            merged = [item for item in chosen if not item.change.apart]
+            changed = detach(merged, merge=did.best_step > 0)  # else what was there before is best
+            if not did.best_step:
+                undo(apart)
+            after = None
+            if apart and out is not None:
+                with torch.no_grad():
+                    after = measure(wrap_model(model.network, model.tokenizer), recipe, test_NL, None, self.track)
+                save_adapter(out.folder / "adapter", apart, str(self.path))
+            detach(apart)
+            verify(model, masks)
+            if out is not None:
+                write(model, changed, {} if self.whole else masks, out)
+        return {
+            "trained": count / total,
+            "trained_parameters": count,
+            "parameters": total,
+            "steps": did.steps,
+            "tokens": did.steps * settings.batch * ids_NL.shape[1],
+            "losses": list(did.losses),
+            "held_out": {str(step): loss for step, loss in did.held_out.items()},
+            "best_step": did.best_step,
+            "apart": sorted({item.group.name for item in apart}),
+        }, after

@@ -1,0 +1,1 @@
+"""Training: one loop for every network, schedules, and what trains. Healing stands on it."""
