@@ -61,7 +61,11 @@ class Text(Task):
             raise ModelError(f"this {type(network).__name__} is no model of transformers: say what it is for (task).")
         _admit(name or "in memory", network.config)
         model = super().wrap(network, tokenizer, name)
-        check_causal(model)
+        try:
+            check_causal(model)
+        except ModelError:
+            model.give_back()
+            raise
         return model
 
     # --- samples
