@@ -58,6 +58,11 @@ def prune_once(
         trust = {"remote_code": remote_code, "pickles": pickles}
         with blamed(type(task), f"task '{task.name}'"):
             opened = task.open(model, dtype=recipe.dtype, device=recipe.device, tokenizer=tokenizer, **trust)
+        for key, got in {"dtype": str(opened.dtype)[6:], "device": opened.device.type}.items():
+            if (asked := getattr(recipe, key).partition(":")[0]) not in ("auto", got):
+                raise InputError(
+                    f"task '{task.name}' opens '{model}' with {key} {got}, not {asked}: leave --{key} out."
+                )
         if resume and opened.checkpoint is None:
             raise InputError(f"a model that task '{task.name}' opens is pruned in memory, and cannot be resumed.")
     else:
