@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLM
 
 import prunella
 from prunella import InputError, ModelError, NumericalError, Recipe, prune
+from prunella.samples import Samples
 from prunella.tasks.text import wrap_model
 
 SHORT = {"calibration": {"samples": 4, "length": 32}, "evaluate": {"windows": 1}}
@@ -420,3 +421,12 @@ def test_a_model_that_is_refused_is_left_as_it_was(kind: str, ids: Tensor) -> No
     with pytest.raises((InputError, ModelError)):
         prune(network, {"steps": ["wanda"]}, calibration=ids)
     assert _as_it_is(network) == before
+
+
+def test_padded_samples_are_refused_since_padding_would_count_as_text(ids: Tensor) -> None:
+    seen = torch.ones_like(ids)
+    network = tiny.build()
+    prune(network, {"steps": ["wanda"]}, calibration=Samples.of({"input_ids": ids, "attention_mask": seen}))
+    seen[:, -4:] = 0
+    with pytest.raises(InputError, match=r"attention_mask of these samples hides tokens.*as groups, without padding"):
+        prune(network, {"steps": ["wanda"]}, calibration=Samples.of({"input_ids": ids, "attention_mask": seen}))
