@@ -1,9 +1,9 @@
 """The matrices of a block: which of its parameters are layers to prune, through which lens each is read as (O, I), and
 which are left out and why.
 
-A parameter is a layer if a product multiplies by it. What torch's linear layer and transformers' own experts do is
-known; of any other parameter of two or more dimensions (experts kept as one matrix, gates without a module, heads side
-by side) the product itself tells, see learn.py.
+A parameter is a layer if the network multiplies by it. Of torch's linear layer and transformers' experts it is known
+how; of any other parameter with two or more dimensions (experts kept as one matrix, gates without a module, heads side
+by side) the product tells, see learn.py.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Slot:
         return tensor
 
     def read(self, tensor: Tensor | None = None) -> Tensor:
-        """The weight (O, I), or what another tensor of the parameter's shape has in its place. It shares memory where
-        that can be: only `write` changes it."""
+        """The weight (O, I), or what another tensor of the parameter's shape has in its place. It may share memory with
+        the parameter: only `write` changes it."""
         return self.lens.matrices(self.tensor if tensor is None else tensor)[self.part or 0]
 
     def write(self, weight_OI: Tensor, tensor: Tensor | None = None) -> None:

@@ -48,19 +48,23 @@ class Stream:
     >>> for index, block in model.walk():                                      # doctest: +SKIP
     ...     result = stream.prune(block, slots[index], steps)
 
-    `order` says from which inputs statistics are made. `block`: one pass through the dense block shows the
-    inputs of all its layers, and a second pass through the pruned block makes the next block's inputs; what
-    the reference codes of SparseGPT and Wanda do. `layer`: all windows go through the block together, each
-    layer is pruned when its inputs arrive, and the pass goes on with the pruned weight; every layer sees
-    what the pruned layers before it really produce, in half the passes, but the widest activation of all
-    windows must fit in memory at once.
+    `order` says from which inputs statistics are made:
 
-    `alone`: each window is a batch of its own, where `block` order would take several short ones together.
-    `keep_zeros`: zeros that the weights come with stay zero, and count towards the sparsity (`hold_zeros`).
-    `rounding`: bits and group of the grid to which pruned layers are rounded that no step has quantized; layers after
-    them see what that does.
-    `start`: the weights that the steps begin with, and `masks` theirs, where the model is pruned already; the blocks
-    have the dense ones then, as always.
+    block: one pass through the dense block shows the inputs of all its layers, and a second one, through the pruned
+           block, makes the next block's inputs. The reference codes of SparseGPT and Wanda do this
+    layer: all samples go through the block together. Each layer is pruned when its inputs arrive, and the pass goes on
+           with the pruned weight: a layer sees what the pruned layers before it put out, in half the passes. The widest
+           activation of all samples must fit in memory
+
+    Args:
+        alone: each sample is a batch of its own; else `block` order takes several short ones together.
+        beside: the dense model's hidden states are kept too, in `dense`.
+        rounding: bits and group of the grid to which pruned layers are rounded that no step has quantized; layers after
+            them see what that does.
+        keep_zeros: zeros that the weights come with stay zero, and count towards the sparsity (`hold_zeros`).
+        checkpoint: where the weights outside of the blocks come from, if not from the model's own.
+        start, masks: the weights that the steps begin with and their masks, if the model is pruned already; the blocks
+            of the walk have the dense weights then, as always.
     """
 
     def __init__(
