@@ -91,8 +91,8 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def stats_of(rows: Chunks, needs: Collection[str], sample: int = 0, dense: Chunks | None = None) -> Stats:
-    """The statistics (`Stats.of`) of a layer's inputs in one call. `rows` gives them chunk by chunk, (T, I), and `dense`
-    what the dense model has in their place. Of all rows, `sample` evenly spread ones are kept."""
+    """The statistics (`Stats.of`) of a layer's inputs in one call, `rows` (T, I) chunk by chunk; `dense` is what the
+    dense model has in their place. Of all rows, `sample` evenly spread ones are kept."""
     beside = itertools.repeat(None) if dense is None else dense()
     made = [Stats.of(x_TI, needs, sample, y_TI) for x_TI, y_TI in zip(rows(), beside, strict=dense is not None)]
     whole = functools.reduce(operator.add, made)
@@ -129,8 +129,8 @@ class Gather:
 
 
 def check_seen(block: str, seen: Collection[str], active: Mapping[str, Slot]) -> None:
-    """Raises DefectError for a layer whose product was not seen. Of a parameter with several matrices, such as a mixture's
-    experts, one is enough: the router need not pick them all."""
+    """Raises DefectError for a layer whose product was not seen. Of a parameter with several matrices, such as the
+    experts of a mixture, one is enough: the router need not pick them all."""
     reached = {active[name].key for name in seen}
     unseen = [name for name, slot in active.items() if slot.key not in reached]
     if unseen:
