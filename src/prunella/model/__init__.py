@@ -1,6 +1,8 @@
 """From a name to a model whose blocks come on demand. Each file imports only from those above it:
 
     files.py        the files of a directory: weights, and what belongs to them
+    gguf.py         what a GGUF file says of itself
+    quantized.py    weights that files store scaled, and how they are read
     convert.py      GGUF files and pickles to safetensors, once
     built_in.py     models that lie inside packages
     hub.py          models of the hub: on this machine already, or downloaded
@@ -12,6 +14,7 @@
     network.py      Model: one block at a time has its weights
     checks.py       what is refused of a network in memory
     open.py         a name, or a network in memory  ->  Model
+    task.py         Task: what a network is for. Files above name its type, since a model has a task
 
 A program takes what it needs from `prunella` itself.
 """
