@@ -10,13 +10,17 @@ import nets
 import pytest
 import tiny
 import torch
+import zoo
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import prunella
 from prunella.allocate import allocations
 from prunella.layers import find_layers, survey
 from prunella.lenses import Convolution, conv, fitting
 from prunella.model.checks import check_plain
+from prunella.packing import pack_model, unpack_model
 from prunella.registry import steps
 from prunella.samples import Samples
 from prunella.tasks import register_task
@@ -314,6 +318,29 @@ def test_masks_are_laid_out_as_the_matrices(tmp_path: Path) -> None:
     assert kernels
 
 
+def test_they_stay_dense_in_a_packed_model_and_are_named(tmp_path: Path, ids: Tensor) -> None:
+    """Zaya has grouped convolutions, of heads."""
+    zoo.build("zaya").save_pretrained(tmp_path / "m")
+    prunella.prune(tmp_path / "m", {"steps": ["magnitude"]}, output=tmp_path / "p", calibration=ids)
+    name = "model.layers.0.self_attn.qkv_proj.conv_qk_grouped.weight"
+    assert f"{name}.5" in prunella.read_masks(tmp_path / "p")
+    done = pack_model(str(tmp_path / "p"), tmp_path / "k")
+    assert {f"{name}.{part}" for part in range(6)} <= set(done.kept)
+    unpack_model(str(tmp_path / "k"), tmp_path / "u")
+    one, other = (
+        {key: value for path in (tmp_path / folder).glob("*.safetensors") for key, value in load_file(path).items()}
+        for folder in ("p", "u")
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    masks, again = (prunella.read_masks(tmp_path / folder) for folder in ("p", "u"))
+    assert masks.keys() == again.keys()
+    assert all(torch.equal(masks[key], again[key]) for key in masks)
+    with torch.no_grad():
+        logits = [AutoModelForCausalLM.from_pretrained(tmp_path / folder)(ids).logits for folder in ("p", "k")]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Healing
 
@@ -338,6 +365,7 @@ def test_low_rank_changes_are_of_the_matrices(method: str, groups: int) -> None:
         change.left.normal_()
         change.right.normal_()
     made = change.eval()(value)
+    assert made.is_contiguous()
     assert made.shape == value.shape
     assert not made[~mask].any()
     product = change.left @ change.right
@@ -347,3 +375,11 @@ def test_low_rank_changes_are_of_the_matrices(method: str, groups: int) -> None:
         kept = lens.matrices(mask)[part_number]
         wanted = old * factor[part_number] if method == "scale-lora" else old + factor[part_number] * kept
         torch.testing.assert_close(new, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_an_adapter_has_no_place_for_them() -> None:
+    module = nn.Conv2d(8, 8, 3)
+    value = module.weight.detach()
+    part = Part("conv.weight", frozenset({"linear"}), value, value > 0, fitting(module, "weight"))
+    with pytest.raises(prunella.InputError, match=r"'conv\.weight' holds a convolution.*use mask-lora"):
+        choose([part], [make_group("lora")])
