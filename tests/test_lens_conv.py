@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import prunella
+from prunella import Layer, keep, register
 from prunella.allocate import allocations
 from prunella.layers import find_layers, survey
 from prunella.lenses import Convolution, conv, fitting
@@ -300,6 +301,31 @@ def test_every_allocation_spreads_over_convolutions(allocation: str) -> None:
         network, nets.samples_of("resnet"), steps=["wanda"], allocate=allocation, calibration={"min_tokens": 1}
     )
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_gradients_are_read_through_the_lens() -> None:
+    network, dense = chain(), chain()
+    samples = Samples.of({"input": torch.randn(3, 4, 12, 12)})
+    found: dict[str, Tensor] = {}
+
+    @register("read", needs={"fisher"})
+    def read(layer: Layer) -> Layer:
+        found[layer.name] = layer.stats["fisher"]
+        return layer.pruned(layer.weight_OI, keep(layer.stats["fisher"], layer.sparsity, layer.pattern))
+
+    prune(network, samples, steps=["read"], pattern="4x2")
+    wanted = {slot.name: torch.zeros(slot.shape) for slot in find_layers(dense, "")}
+    for batch in samples:
+        dense.zero_grad()
+        dense(**batch).square().mean().backward()
+        for slot in find_layers(dense, ""):
+            gradient = getattr(slot.module, slot.parameter).grad
+            wanted[slot.name] += slot.read(gradient).square()
+    assert found.keys() == wanted.keys()
+    for name, fisher_OI in found.items():
+        torch.testing.assert_close(fisher_OI, wanted[name], rtol=1e-3, atol=1e-9)
+    blocks = (network[2].weight == 0).unflatten(0, (2, 2, 4)).unflatten(3, (2, 2))  # group, block, row, block, channel
+    assert torch.equal(blocks.all(4).all(2), blocks.any(4).any(2))
 
 
 def test_masks_are_laid_out_as_the_matrices(tmp_path: Path) -> None:
