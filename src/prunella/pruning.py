@@ -266,7 +266,7 @@ def choose_slots(model: Model, recipe: Recipe) -> list[list[Slot]]:
         if any(matches(slot.name, glob) for glob in recipe.skip):
             sparsity = 0.0
         if sparsity > 0:
-            recipe.shape.check(slot.shape, slot.name)
+            recipe.shape.check(slot.shape, slot.name, slot.channels)
         return replace(slot, sparsity=sparsity, pattern=recipe.shape)
 
     return [[goal(slot) for slot in slots] for slots, _ in found]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
-import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -71,7 +69,13 @@ class Watch(TorchFunctionMode):
                 f" {found.taken} of its weights: leave it out with --skip '{name}'"
             )
         source, version = found.source, version_of(found.source)
-        rows: Chunks = lambda: (x_TI.detach() for x_TI in found.chunks())  # noqa: E731
+
+        def rows() -> Iterator[Tensor]:
+            for x_TI in found.chunks():
+                if version_of(source) != version:  # they are made later than the call, and of what it was given
+                    raise DefectError(f"what enters layer '{name}' is overwritten before it was seen: skip it")
+                yield x_TI.detach()
+
         if found.batched:  # the tokens of other experts come as zeros
             own = [x_TI[x_TI.any(1)] for x_TI in rows()]
             rows = lambda: (x_TI for x_TI in own if len(x_TI))  # noqa: E731
@@ -94,11 +98,17 @@ def stats_of(rows: Chunks, needs: Collection[str], sample: int = 0, dense: Chunk
     """The statistics (`Stats.of`) of a layer's inputs in one call, `rows` (T, I) chunk by chunk; `dense` is what the
     dense model has in their place. Of all rows, `sample` evenly spread ones are kept."""
     beside = itertools.repeat(None) if dense is None else dense()
-    made = [Stats.of(x_TI, needs, sample, y_TI) for x_TI, y_TI in zip(rows(), beside, strict=dense is not None)]
-    whole = functools.reduce(operator.add, made)
-    if len(made) > 1 and whole.sample_TI is not None:
-        stride = max(1, len(whole.sample_TI) // sample)
-        whole = replace(whole, sample_TI=whole.sample_TI[::stride][:sample].clone())
+    whole, every = Stats(), 1
+    kept: list[Tensor] = []  # every so many-th of the rows: at least `sample`, and a few times that
+    for x_TI, y_TI in zip(rows(), beside, strict=dense is not None):
+        while sum(len(some_TI) for some_TI in kept) > 2 * sample:
+            kept, every = [torch.cat(kept)[::2].clone()], 2 * every
+        if sample:
+            kept.append(x_TI if every == 1 else x_TI[-whole.tokens % every :: every].clone())
+        whole += Stats.of(x_TI, needs, 0, y_TI)
+    if kept:
+        several_TI = kept[0] if len(kept) == 1 else torch.cat(kept)
+        whole = replace(whole, sample_TI=several_TI[:: max(1, len(several_TI) // sample)][:sample].clone())
     return whole
 
 

@@ -75,6 +75,11 @@ class Lens(ABC):
         parts, rows, columns = self.matrices(torch.empty(parameter.shape, device="meta")).shape
         return parts, rows, columns
 
+    def channels(self, parameter: Tensor) -> int:
+        """How many inputs of a row stand side by side that a pattern may take together: all of them, or the channels at
+        one place of a kernel."""
+        return self.shape(parameter)[2]
+
     def numbered(self, parameter: Tensor) -> bool:
         """Do the names of its layers have a number?"""
         return self.shape(parameter)[0] > 1
