@@ -81,7 +81,7 @@ def prune_back(
     for index, block in model.walk(back=True, track=track, what="pruning"):
         left[:0] = left_out(block.module, block.name)
         if index < first:  # all that comes before stays dense: no gradient has to get there
-            layers[:0] = [LayerResult.dense(slot) for slot in slots[index]]
+            layers[:0] = LayerResult.dense(slots[index])
             continue
         if last - index < len(done):
             layers[:0] = done[last - index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -46,6 +47,20 @@ def most_memory(device: torch.device) -> int:
     """Most bytes that were allocated on a device; 0 where it has no memory of its own or does not report it."""
     ask = getattr(torch.get_device_module(device), "max_memory_allocated", None)
     return 0 if ask is None else int(ask(device))
+
+
+def keep_random(device: torch.device) -> Callable[[], None]:
+    """What puts the generators of the CPU and of this device back to where they are now."""
+    host, there = torch.get_rng_state(), None
+    if device.type not in ("cpu", "meta"):
+        there = torch.get_device_module(device).get_rng_state(device)
+
+    def restore() -> None:
+        torch.set_rng_state(host)
+        if there is not None:
+            torch.get_device_module(device).set_rng_state(there, device)
+
+    return restore
 
 
 def fork_random(device: torch.device) -> AbstractContextManager[None]:

@@ -354,7 +354,7 @@ def _run(
     last = max(index for index, block in enumerate(slots) if any(slot.sparsity > 0 for slot in block))
     for index, block in model.walk(track=track, what="pruning"):
         if index > last:  # all that follows stays dense: nothing has to flow through it
-            layers += [LayerResult.dense(slot) for slot in slots[index]]
+            layers += LayerResult.dense(slots[index])
             left += left_out(block.module, block.name)
             continue
         if index < len(done):
