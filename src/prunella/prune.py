@@ -18,7 +18,7 @@ from .evaluate.measure import held_out, measure_once, whole_name
 from .foreign import blamed
 from .layers import LeftOut, Slot, left_out, matches, survey
 from .lenses import wear
-from .machine import fork_random, most_memory
+from .machine import at_a_time, fork_random, most_memory
 from .model.checks import check_plain, check_saveable
 from .model.names import at_revision, named
 from .model.network import Model
@@ -344,7 +344,7 @@ def _run(
     steps = recipe.make_steps()
     order: Literal["layer", "block"] = "layer" if recipe.order == "layer" else "block"
     if order == "block" and not any(step.needs for step in steps):  # errors are measured on the first batch alone
-        samples = samples.first(max(1, TOKENS // tokens_of(samples.groups[0])))
+        samples = samples.first(max(1, at_a_time(TOKENS, model.device) // tokens_of(samples.groups[0])))
     beside = any(step.beside for step in steps)
     stream = Stream(model, samples, order=order, beside=beside, rounding=recipe.rounding, keep_zeros=recipe.keep_zeros)
     layers: list[LayerResult] = []

@@ -12,6 +12,7 @@ from .errors import NumericalError, StepError
 from .grid import Grid, fit
 from .histogram import counted, histograms
 from .layers import Slot
+from .machine import exact_products
 from .model.walk import LoadedBlock
 from .outcome import LayerResult, share_of
 from .pattern import hold_zeros, pack
@@ -136,7 +137,8 @@ class Solver:
                 allowed = {la.name: la.stats.only(step.needs) for la in fed.layers}
                 kept = {la.name: la.stats for la in fed.layers}
                 lent = tuple(replace(la, stats=allowed[la.name]) for la in fed.layers)
-                fed = step.apply(replace(fed, layers=lent))
+                with exact_products(lent[0].weight_OI.device):
+                    fed = step.apply(replace(fed, layers=lent))
                 fed = replace(fed, layers=tuple(replace(self._held(la), stats=kept[la.name]) for la in fed.layers))
         done = {la.name: la for la in fed.layers}
         for name, layer in starved.items():

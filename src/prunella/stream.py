@@ -26,7 +26,7 @@ from .examine import examine
 from .hidden import Hidden, Shelf
 from .layers import Slot, unpruned, within
 from .lenses import Chunks
-from .machine import cache_directory, keep_random
+from .machine import at_a_time, cache_directory, keep_random
 from .model.checkpoint import Source
 from .model.network import Model
 from .model.walk import LoadedBlock, Weights
@@ -43,7 +43,7 @@ from .types import Block, Stats
 from .waits import Again, demand, fetch, together
 from .watch import SAMPLE, Gather, Stop, Watch, stats_of
 
-TOKENS = 2048  # that go through a block at a time, in `block` order
+TOKENS = 2048  # that go through a block at a time on a CPU, in `block` order
 
 
 class Stream:
@@ -102,7 +102,11 @@ class Stream:
                 batch
                 for group in samples.groups
                 for batch in Samples((group,)).batches(
-                    len(samples) if order == "layer" else 1 if alone else max(1, TOKENS // tokens_of(group))
+                    len(samples)
+                    if order == "layer"
+                    else 1
+                    if alone
+                    else max(1, at_a_time(TOKENS, model.device) // tokens_of(group))
                 )
             )
             self._places = [(b, n) for b, batch in enumerate(self.batches) for n in range(size_of(batch))]
