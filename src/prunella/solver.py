@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from .pattern import hold_zeros, pack
 from .registry import Step
 from .steps.magnitude import magnitude
 from .types import Block, Layer, Stats, quotient
-from .waits import demand
+from .waits import demand, fetch
 
 
 @dataclass(frozen=True)
@@ -185,3 +186,21 @@ class Solver:
         lost = layer.lost()  # before the dense weight is overwritten: the two share their memory
         slot.write(layer.weight_OI)
         return Settled(result, found, lost, layer.grid)
+
+
+def tell(
+    slots: Sequence[Slot], layers: Mapping[str, Settled]
+) -> dict[str, tuple[LayerResult, Tensor | None, Grid | None]]:
+    """What became of all layers of a block, those too that stayed dense: results, masks as bits and grids, all on the
+    host by one copy."""
+    asked = [
+        layers[slot.name].tensors if slot.name in layers else [(slot.read() == 0).count_nonzero()] for slot in slots
+    ]
+    found = iter(fetch([tensor for tensors in asked for tensor in tensors]))
+    told: dict[str, tuple[LayerResult, Tensor | None, Grid | None]] = {}
+    for slot, tensors in zip(slots, asked, strict=True):
+        here = list(islice(found, len(tensors)))
+        told[slot.name] = (
+            layers[slot.name].told(here) if slot.name in layers else (LayerResult.dense_one(slot, here[0]), None, None)
+        )
+    return told

@@ -12,7 +12,6 @@ import copy
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -29,16 +28,16 @@ from .machine import at_a_time, cache_directory, keep_random
 from .model.checkpoint import Source
 from .model.network import Model
 from .model.walk import LoadedBlock, Weights
-from .outcome import BlockResult, LayerResult
+from .outcome import BlockResult
 from .progress import Track, no_track
 from .registry import Step
 from .samples import Samples, size_of, tokens_of
-from .solver import Settled, Solver
+from .solver import Settled, Solver, tell
 from .standins import not_one_by_one
 from .statistics.registry import taking
 from .trees import first, map_tensors
 from .types import Block, Stats
-from .waits import Again, demand, fetch, together
+from .waits import Again, demand, together
 from .watch import SAMPLE, Gather, Stop, Watch, stats_of
 
 TOKENS = 2048  # that go through a block at a time on a CPU, in `block` order
@@ -243,11 +242,7 @@ class Stream:
                 layers, moved = self._prune_on_arrival(block, active, solver)
             else:
                 layers, others = self._prune_after_dense_pass(block, active, solver, known)
-            asked = [
-                layers[slot.name].tensors if slot.name in layers else [(slot.read() == 0).count_nonzero()]
-                for slot in slots
-            ]
-            told = iter(fetch([tensor for tensors in asked for tensor in tensors]))  # the one look at the device
+            told = tell(slots, layers)  # the one look at the device: nothing has moved on yet
             if self.order == "layer":
                 self.hidden.move(0, *moved)
                 self.pass_on(block.index, self.hidden)
@@ -256,19 +251,12 @@ class Stream:
                     self.advance(block)
             if self.dense is not None:
                 self.pass_on(block.index, self.dense)
-            results, masks, grids, changed = [], {}, {}, dict(others)
-            for slot, tensors in zip(slots, asked, strict=True):
-                here = list(islice(told, len(tensors)))
-                if slot.name not in layers:
-                    results.append(LayerResult.dense_one(slot, here[0]))
-                    continue
-                result, masks[slot.name], grid = layers[slot.name].told(here)
-                results.append(result)
-                if grid is not None:
-                    grids[slot.name] = grid
-                changed[slot.key] = slot.tensor
+            changed = {**others, **{slot.key: slot.tensor for slot in slots if slot.name in layers}}
+        results = tuple(told[slot.name][0] for slot in slots)
+        masks = {name: bits for name, (_, bits, _) in told.items() if bits is not None}
+        grids = {name: grid for name, (_, _, grid) in told.items() if grid is not None}
         seconds = time.perf_counter() - started
-        return BlockResult(block.index, block.name, tuple(results), masks, grids, changed, seconds)
+        return BlockResult(block.index, block.name, results, masks, grids, changed, seconds)
 
     def _dense_inputs(
         self, block: LoadedBlock, active: Mapping[str, Slot], batch: int, needs: frozenset[str]

@@ -31,7 +31,7 @@ def together(again: bool = False) -> Iterator[None]:
     is taken for granted (`holds`); where it does not, Again is raised."""
     global _waiting, _granted
     before = _waiting, _granted
-    _waiting, _granted = [], again
+    _waiting, _granted = [] if _waiting is None else _waiting, again
     try:
         try:
             yield
