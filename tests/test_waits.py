@@ -67,6 +67,20 @@ def test_a_block_waits_once_for_all_that_is_asked_of_it(steps: list[Any], order:
         assert {place.partition(":")[0] for place in two.places} <= BEGINNING | {"waits.py"}
 
 
+NAMED = {  # what else a block waits for, and why
+    "besa": {"steps/besa.py"},  # rates of rows are spent on the host, where their sum is looked at for each shift
+    "swap": {"steps/swap.py"},  # rows that are done leave
+    "alps": {"steps/alps.py"},  # the penalty follows from how much has changed
+}
+
+
+@pytest.mark.parametrize("step", NAMED)
+def test_what_else_a_block_waits_for_has_a_name(step: str) -> None:
+    two, three = (traffic([step], blocks, order="block") for blocks in (2, 3))
+    more = {place.partition(":")[0] for place in Counter(three.places) - Counter(two.places)}
+    assert more - BEGINNING == NAMED[step] | {"waits.py"}
+
+
 def test_what_leaves_the_device_is_masks_as_bits_and_little_else() -> None:
     two, three = (traffic(["sparsegpt"], blocks) for blocks in (2, 3))
     weights = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32
