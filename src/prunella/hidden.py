@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -95,6 +96,11 @@ class Hidden:
 
     def __getitem__(self, index: int) -> Any:
         return map_tensors(self._items[index], self._here)
+
+    def move(self, index: int, state: Any, beside: Mapping[Key, Any]) -> None:
+        """One batch has passed a block, with what travels beside it."""
+        self[index] = state
+        self.beside[index] = {key: map_tensors(value, self.shelf.put) for key, value in beside.items()}
 
     def __setitem__(self, index: int, value: Any) -> None:
         old = self._items[index]
