@@ -285,7 +285,7 @@ def test_a_block_that_works_in_place_gets_a_copy() -> None:
     stream = Stream(model, samples)
     for _, block in model.walk():
         before = stream.hidden[0].clone()
-        stream.forward(block, stream.hidden, 0, keep=False)
+        stream.run(block, stream.hidden, 0)
         assert torch.equal(stream.hidden[0], before)
         stream.advance(block)
     assert torch.equal(stream.outputs(0), network(**samples.groups[0]))

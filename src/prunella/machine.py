@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -46,6 +48,46 @@ def most_memory(device: torch.device) -> int:
     """Most bytes that were allocated on a device; 0 where it has no memory of its own or does not report it."""
     ask = getattr(torch.get_device_module(device), "max_memory_allocated", None)
     return 0 if ask is None else int(ask(device))
+
+
+LARGER = 8  # times as much goes at a time on an accelerator
+
+
+def at_a_time(size: int, device: torch.device) -> int:
+    """How much goes at a time where `size` of it suits the caches of a CPU: on an accelerator, which small pieces leave
+    idle, more."""
+    return size if device.type == "cpu" else size * LARGER
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Products of float32 are made in float32 inside, whatever is set: a GPU would make them of 10 bits (TF32), which
+    is too little for what is summed to be factored."""
+    matmul: Any = torch.backends.cuda.matmul
+    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    if device.type == "cpu":
+        yield
+        return
+    before = getattr(matmul, name)
+    setattr(matmul, name, exact)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
+
+
+def keep_random(device: torch.device) -> Callable[[], None]:
+    """What puts the generators of the CPU and of this device back to where they are now."""
+    host, there = torch.get_rng_state(), None
+    if device.type not in ("cpu", "meta"):
+        there = torch.get_device_module(device).get_rng_state(device)
+
+    def restore() -> None:
+        torch.set_rng_state(host)
+        if there is not None:
+            torch.get_device_module(device).set_rng_state(there, device)
+
+    return restore
 
 
 def fork_random(device: torch.device) -> AbstractContextManager[None]:

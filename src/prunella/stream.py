@@ -11,34 +11,36 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .calls import Calls
+from .calls import Calls, Key
 from .compat import version_of
 from .errors import InputError, NumericalError
 from .examine import examine
 from .hidden import Hidden, Shelf
 from .layers import Slot, as_parameters, unpruned, within
 from .lenses import Chunks
-from .machine import cache_directory
+from .machine import at_a_time, cache_directory, keep_random
 from .model.checkpoint import Source
 from .model.network import Model
 from .model.walk import LoadedBlock, Weights
-from .outcome import BlockResult, LayerResult
+from .outcome import BlockResult
 from .progress import Track, no_track
 from .registry import Step
 from .samples import Samples, size_of, tokens_of
-from .solver import Settled, Solver
+from .solver import Settled, Solver, tell
 from .standins import not_one_by_one
 from .statistics.registry import taking
 from .trees import first, map_tensors
 from .types import Block, Stats
+from .waits import Again, demand, together
 from .watch import SAMPLE, Gather, Stop, Watch, check_seen, run_to, stats_of
 
-TOKENS = 2048  # that go through a block at a time, in `block` order
+TOKENS = 2048  # that go through a block at a time on a CPU, in `block` order
 
 
 class Stream:
@@ -48,19 +50,23 @@ class Stream:
     >>> for index, block in model.walk():                                      # doctest: +SKIP
     ...     result = stream.prune(block, slots[index], steps)
 
-    `order` says from which inputs statistics are made. `block`: one pass through the dense block shows the
-    inputs of all its layers, and a second pass through the pruned block makes the next block's inputs; what
-    the reference codes of SparseGPT and Wanda do. `layer`: all windows go through the block together, each
-    layer is pruned when its inputs arrive, and the pass goes on with the pruned weight; every layer sees
-    what the pruned layers before it really produce, in half the passes, but the widest activation of all
-    windows must fit in memory at once.
+    `order` says from which inputs statistics are made:
 
-    `alone`: each window is a batch of its own, where `block` order would take several short ones together.
-    `keep_zeros`: zeros that the weights come with stay zero, and count towards the sparsity (`hold_zeros`).
-    `rounding`: bits and group of the grid to which pruned layers are rounded that no step has quantized; layers after
-    them see what that does.
-    `start`: the weights that the steps begin with, and `masks` theirs, where the model is pruned already; the blocks
-    have the dense ones then, as always.
+    block: one pass through the dense block shows the inputs of all its layers, and a second one, through the pruned
+           block, makes the next block's inputs. The reference codes of SparseGPT and Wanda do this
+    layer: all samples go through the block together. Each layer is pruned when its inputs arrive, and the pass goes on
+           with the pruned weight: a layer sees what the pruned layers before it put out, in half the passes. The widest
+           activation of all samples must fit in memory
+
+    Args:
+        alone: each sample is a batch of its own; else `block` order takes several short ones together.
+        beside: the dense model's hidden states are kept too, in `dense`.
+        rounding: bits and group of the grid to which pruned layers are rounded that no step has quantized; layers after
+            them see what that does.
+        keep_zeros: zeros that the weights come with stay zero, and count towards the sparsity (`hold_zeros`).
+        checkpoint: where the weights outside of the blocks come from, if not from the model's own.
+        start, masks: the weights that the steps begin with and their masks, if the model is pruned already; the blocks
+            of the walk have the dense weights then, as always.
     """
 
     def __init__(
@@ -97,7 +103,11 @@ class Stream:
                 batch
                 for group in samples.groups
                 for batch in Samples((group,)).batches(
-                    len(samples) if order == "layer" else 1 if alone else max(1, TOKENS // tokens_of(group))
+                    len(samples)
+                    if order == "layer"
+                    else 1
+                    if alone
+                    else max(1, at_a_time(TOKENS, model.device) // tokens_of(group))
                 )
             )
             self._places = [(b, n) for b, batch in enumerate(self.batches) for n in range(size_of(batch))]
@@ -148,17 +158,18 @@ class Stream:
                 hidden[b], calls = self.calls.enter(batch, hidden.states(b))
                 hidden.calls[b] += calls
 
-    def forward(self, block: LoadedBlock, hidden: Hidden, batch: int, *, keep: bool = True) -> Any:
-        """Run a block on one batch of the hidden states, which move on if `keep` says so; what it puts out."""
+    def forward(self, block: LoadedBlock, hidden: Hidden, batch: int) -> None:
+        """Run a block on one batch of the hidden states, which move on."""
+        hidden.move(batch, *self.run(block, hidden, batch))
+
+    def run(self, block: LoadedBlock, hidden: Hidden, batch: int) -> tuple[Any, dict[Key, Any]]:
+        """What a block puts out for one batch of the hidden states, and what travels on beside it."""
         state = hidden[batch]
         version = version_of(state)
         out, beside = hidden.calls[batch][block.index].run(block.module, state, hidden.beside[batch])
         if version_of(state) != version:
             raise not_one_by_one(self.model.network, f"block {block.index} overwrites what it is given")
-        if keep:
-            hidden[batch] = out
-            hidden.beside[batch] = {key: map_tensors(value, hidden.shelf.put) for key, value in beside.items()}
-        return out
+        return out, beside
 
     def outputs(self, batch: int, **options: Any) -> Any:
         """What the model puts out for one batch, once the hidden states have passed the last block."""
@@ -194,11 +205,30 @@ class Stream:
         magnitude, and say so. Raises NumericalError, naming the layer, for NaN or infinity in weights, inputs or
         results.
         """
+        # Before the device is asked nothing has moved on, unless statistics are used up or the dense model runs beside.
+        again = known is None and self.dense is None
+        restore = keep_random(self.model.device)
+        try:
+            with together(again):
+                return self._prune(block, slots, steps, min_tokens, last, known)
+        except Again:
+            restore()
+        with together():
+            return self._prune(block, slots, steps, min_tokens, last, known)
+
+    def _prune(
+        self,
+        block: LoadedBlock,
+        slots: Sequence[Slot],
+        steps: Sequence[Step],
+        min_tokens: int,
+        last: bool,
+        known: dict[str, Stats] | None,
+    ) -> BlockResult:
         started = time.perf_counter()
         active = {slot.name: slot for slot in slots if slot.sparsity > 0}
         for slot in active.values():
-            if not torch.isfinite(slot.read()).all():
-                raise NumericalError(f"layer '{slot.name}' has NaN or infinite weights before pruning.")
+            demand(torch.isfinite(slot.read()).all(), partial(_not_finite, slot))
         own = block.tensors()
         begin = {} if self.start is None else block.read(self.start)
         keys = {slot.key for slot in active.values()}
@@ -214,27 +244,24 @@ class Stream:
         )
         with block.use({slot.key: own[slot.key].clone() for slot in active.values()}):
             if self.order == "layer":
-                layers = self._prune_on_arrival(block, active, solver)
-                self.pass_on(block.index, self.hidden)
+                layers, moved = self._prune_on_arrival(block, active, solver)
             else:
                 layers, others = self._prune_after_dense_pass(block, active, solver, known)
-                if not last:
-                    with block.use({**{k: v for k, v in begin.items() if k not in keys}, **others}):
-                        self.advance(block)
+            told = tell(slots, layers)  # the one look at the device: nothing has moved on yet
+            if self.order == "layer":
+                self.hidden.move(0, *moved)
+                self.pass_on(block.index, self.hidden)
+            elif not last:
+                with block.use({**{k: v for k, v in begin.items() if k not in keys}, **others}):
+                    self.advance(block)
             if self.dense is not None:
                 self.pass_on(block.index, self.dense)
-            results, masks, grids, changed = [], {}, {}, dict(others)
-            for slot in slots:
-                if slot.name not in layers:
-                    results.append(LayerResult.dense(slot))
-                    continue
-                result, masks[slot.name], grid = layers[slot.name]
-                results.append(result)
-                if grid is not None:
-                    grids[slot.name] = grid
-                changed[slot.key] = slot.tensor
+            changed = {**others, **{slot.key: slot.tensor for slot in slots if slot.name in layers}}
+        results = tuple(told[slot.name][0] for slot in slots)
+        masks = {name: bits for name, (_, bits, _) in told.items() if bits is not None}
+        grids = {name: grid for name, (_, _, grid) in told.items() if grid is not None}
         seconds = time.perf_counter() - started
-        return BlockResult(block.index, block.name, tuple(results), masks, grids, changed, seconds)
+        return BlockResult(block.index, block.name, results, masks, grids, changed, seconds)
 
     def _dense_inputs(
         self, block: LoadedBlock, active: Mapping[str, Slot], batch: int, needs: frozenset[str]
@@ -262,7 +289,8 @@ class Stream:
         block: LoadedBlock,
         active: Mapping[str, Slot],
         solver: Solver,
-    ) -> dict[str, Settled]:
+    ) -> tuple[dict[str, Settled], tuple[Any, dict[Key, Any]]]:
+        """What became of its layers; what the block puts out, and what travels on beside it."""
         needs = solver.needs
         done: dict[str, Settled] = {}
         stats = Stats()
@@ -277,12 +305,12 @@ class Stream:
 
         dense = self._dense_inputs(block, active, 0, needs)
         with torch.no_grad(), Watch(active, see):
-            self.forward(block, self.hidden, 0)
+            moved = self.run(block, self.hidden, 0)
         check_seen(block.name, done, active)
         for layer_name, slot in active.items():  # experts that no token reached
             if layer_name not in done:
                 done[layer_name] = solver.alone(slot, Stats(), reached=False)
-        return done
+        return done, moved
 
     def _prune_after_dense_pass(
         self,
@@ -315,7 +343,7 @@ class Stream:
                 gather.first = batch == 0
                 gather.dense = self._dense_inputs(block, active, batch, needs)
                 with contextlib.suppress(Stop), Watch(active, see):
-                    out = self.forward(block, self.hidden, batch, keep=False)
+                    out, _ = self.run(block, self.hidden, batch)
                     if keep_outputs and same:
                         outputs.append(out)
                 whole = len(order) == len(active) and not any(slot.routed for slot in active.values())
@@ -385,6 +413,10 @@ class Stream:
             return result
 
         return run
+
+
+def _not_finite(slot: Slot) -> NumericalError:
+    return NumericalError(f"layer '{slot.name}' has NaN or infinite weights before pruning.")
 
 
 def through(

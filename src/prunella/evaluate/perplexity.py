@@ -15,6 +15,7 @@ from ..progress import Track, no_track
 from ..samples import Samples, on
 from ..stream import Stream, through
 from ..tasks.text import Perplexity
+from ..waits import fetch
 
 
 def perplexity(
@@ -52,11 +53,13 @@ def measured(
 
 def losses(stream: Stream, checkpoint: Source | None = None) -> list[float]:
     """The task's loss of each sample that has passed all blocks."""
-    model, out = stream.model, list[float]()
+    model = stream.model
     with model.outside(checkpoint=checkpoint), torch.no_grad():
-        for number, batch in enumerate(stream.batches):
-            out += model.task.losses(stream.outputs(number), on(batch, model.device)).tolist()
-    return out
+        every = [
+            model.task.losses(stream.outputs(number), on(batch, model.device))
+            for number, batch in enumerate(stream.batches)
+        ]
+        return [loss for some in fetch(every) for loss in some.tolist()]
 
 
 def _culprit(model: Model, samples: Samples, checkpoint: Source | None) -> str:
