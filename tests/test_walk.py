@@ -222,3 +222,13 @@ def test_a_walk_inside_of_a_walk_leaves_the_block_its_weights(llama: Path) -> No
         assert len(list(model.walk())) == 3
         assert all(torch.equal(tensor, before[name]) for name, tensor in block.tensors().items())
     assert all(parameter.is_meta for parameter in model.network.parameters())
+
+
+def test_what_lies_outside_of_the_blocks_may_be_loaded_twice(llama: Path) -> None:
+    model = load_model(str(llama))
+    with model.outside():
+        before = {name for name, parameter in model.network.named_parameters() if not parameter.is_meta}
+        with model.outside(head=False), model.block(0):
+            pass
+        assert {name for name, parameter in model.network.named_parameters() if not parameter.is_meta} == before
+    assert all(parameter.is_meta for parameter in model.network.parameters())

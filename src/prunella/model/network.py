@@ -298,15 +298,26 @@ class Model:
     def block(self, index: int, checkpoint: Source | None = None) -> Iterator[nn.Module]:
         """Block `index` with its weights, which are loaded for as long as the context lasts: `with model.block(0) as
         block`. They are the model's own, or those in `checkpoint`."""
-        within = self._within(index)
-        modules = [] if self.checkpoint is None else [*self.module(self.blocks[index]).modules()]
-        before = [(m, key, p) for m in modules for key, p in m._parameters.items() if p is not None and not p.is_meta]
-        self.load(within, checkpoint)
-        try:
+        with self._loaded(self._within(index), checkpoint):
             yield self.module(self.blocks[index])
+
+    @contextlib.contextmanager
+    def _loaded(self, wanted: Callable[[str], bool], checkpoint: Source | None) -> Iterator[None]:
+        """These parameters have their weights for as long as the context lasts; those that had some before, in a walk
+        around this one, have them back then."""
+        owners = {path: module for path, module in self.network.named_modules() if self.checkpoint is not None}
+        before = [
+            (module, key, parameter)
+            for path, module in owners.items()
+            for key, parameter in module._parameters.items()
+            if parameter is not None and not parameter.is_meta and wanted(".".join(filter(None, (path, key))))
+        ]
+        self.load(wanted, checkpoint)
+        try:
+            yield
         finally:
-            self.release(within)
-            for module, key, parameter in before:  # another walk stands here as well
+            self.release(wanted)
+            for module, key, parameter in before:
                 module._parameters[key] = parameter
 
     def walk(
@@ -358,20 +369,14 @@ class Model:
         def wanted(name: str) -> bool:
             return self.block_of(name) is None and (head or single or name.startswith(base))
 
-        self.load(wanted, checkpoint)
-        try:
+        with self._loaded(wanted, checkpoint):
             yield
-        finally:
-            self.release(wanted)
 
     @contextlib.contextmanager
     def whole(self, checkpoint: Source | None = None) -> Iterator[Any]:
         """The network with all its weights loaded, for as long as the context lasts: to generate text, say."""
-        self.load(lambda name: True, checkpoint)
-        try:
+        with self._loaded(lambda name: True, checkpoint):
             yield self.network
-        finally:
-            self.release(lambda name: True)
 
     def stored(self, block: str, changed: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameters of a loaded block, {parameter: tensor}, as the tensors that the checkpoint stores them in."""
