@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from .errors import InputError
 
@@ -28,11 +30,16 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError("this PyTorch sees no CUDA device")
+        module = getattr(torch, device.type, None)  # of accelerators: those that torch has none for fail below
+        count = getattr(module, "device_count", lambda: None)()
+        if count is not None and device.type != "cpu" and (count == 0 or (device.index or 0) >= count):
+            kind = device.type.upper()
+            raise RuntimeError(
+                f"this PyTorch sees no {kind} device" if count == 0 else f"this PyTorch sees {count}, numbered from 0"
+            )
         torch.zeros(1, device=device).item()  # `meta` is one too, but holds nothing
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for it
-        raise InputError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}.") from None
+        raise InputError(f"device '{name}' cannot be used: {str(error).splitlines()[0].rstrip('.')}.") from None
     return device
 
 
@@ -48,9 +55,34 @@ def most_memory(device: torch.device) -> int:
     return 0 if ask is None else int(ask(device))
 
 
-def fork_random(device: torch.device) -> AbstractContextManager[None]:
+def pins(device: torch.device) -> bool:
+    """Do copies between this device and main memory go by themselves where that is pinned?"""
+    return device.type == "cuda"
+
+
+def pinned(like: Tensor) -> Tensor:
+    """Pinned main memory for a tensor of a device."""
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
+
+def forget(device: torch.device) -> None:
+    """Give memory back that torch holds on a device for tensors that are gone."""
+    if give := getattr(torch.get_device_module(device), "empty_cache", None):
+        give()
+
+
+@contextlib.contextmanager
+def fork_random(device: torch.device) -> Iterator[None]:
     """Inside, random numbers may be drawn: afterwards the generators of the CPU and of this device are as before. Other
     devices are not touched."""
-    if device.type == "cpu":
-        return torch.random.fork_rng(devices=[])
-    return torch.random.fork_rng(devices=[device], device_type=device.type)
+    with torch.random.fork_rng(devices=[]):
+        if device.type == "cpu":
+            yield
+            return
+        module = torch.get_device_module(device)
+        of = () if device.type == "mps" else (device,)  # there is but one of those, which is not named
+        state = module.get_rng_state(*of)
+        try:
+            yield
+        finally:
+            module.set_rng_state(state, *of)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .backward import Back, Loss
-from .calls import Calls
+from .calls import Calls, Key
 from .compat import version_of
 from .errors import DefectError, InputError, NumericalError
 from .examine import examine
@@ -30,8 +31,10 @@ from .model.network import Model
 from .model.walk import LoadedBlock, Weights
 from .order import tokens_of
 from .outcome import BlockResult, LayerResult
+from .phases import phase
 from .progress import Track, no_track
 from .registry import Step
+from .room import fits
 from .samples import Samples, size_of
 from .solver import Settled, Solver
 from .standins import not_one_by_one
@@ -102,7 +105,6 @@ class Stream:
                     len(samples) if order == "layer" else 1 if alone else max(1, TOKENS // tokens_of(group))
                 )
             )
-            self._places = [(b, n) for b, batch in enumerate(self.batches) for n in range(size_of(batch))]
             self._folder = model.scratch or cache_directory() / "hidden"
             self.calls = Calls(model, model.interface, self._shelf, len(samples))
             streams: list[Hidden] = []
@@ -116,9 +118,16 @@ class Stream:
                     ]
                 for hidden in streams:
                     hidden[index], hidden.calls[index] = state, list(calls)
+        self.halved = False  # because the memory of the device ran out
+        self.first = size_of(self.batches[0])  # samples in the first batch, before any was halved
         self.hidden = streams[0]
         self.dense = streams[1] if beside else None  # what the dense model has in place of `hidden`
         self.calls.batches = self.hidden.calls
+
+    @property
+    def streams(self) -> list[Hidden]:
+        """The hidden states: of the pruned model, and of the dense one if that runs beside."""
+        return [self.hidden] if self.dense is None else [self.hidden, self.dense]
 
     def _shelf(self, nbytes: int) -> Callable[[Any], Any]:
         return Shelf(nbytes, self.model.device, self._folder).put
@@ -126,9 +135,14 @@ class Stream:
     def advance(self, block: LoadedBlock, hidden: Hidden | None = None) -> None:
         """Run a block on all samples: its outputs become the hidden states (or those in `hidden`)."""
         hidden = self.hidden if hidden is None else hidden
+        batch = 0
+
+        def move() -> None:
+            hidden.move(batch, *self._through(block, hidden, batch))
+
         with torch.no_grad():
-            for b in range(len(hidden)):
-                self.forward(block, hidden, b)
+            while batch < len(hidden):
+                batch += fits(self, batch, move)
         self.pass_on(block.index, hidden)
 
     def pass_on(self, index: int, hidden: Hidden) -> None:
@@ -144,15 +158,20 @@ class Stream:
 
     def forward(self, block: LoadedBlock, hidden: Hidden, batch: int, *, keep: bool = True) -> Any:
         """Run a block on one batch of the hidden states, which move on if `keep` says so; what it puts out."""
+        out, beside = self._through(block, hidden, batch)
+        if keep:
+            hidden.move(batch, out, beside)
+        return out
+
+    @phase("forward")
+    def _through(self, block: LoadedBlock, hidden: Hidden, batch: int) -> tuple[Any, dict[Key, Any]]:
+        """What a block puts out for one batch of the hidden states, and what travels on beside it."""
         state = hidden[batch]
         version = version_of(state)
         out, beside = hidden.calls[batch][block.index].run(block.module, state, hidden.beside[batch])
         if version_of(state) != version:
             raise not_one_by_one(self.model.network, f"block {block.index} overwrites what it is given")
-        if keep:
-            hidden[batch] = out
-            hidden.beside[batch] = {key: map_tensors(value, hidden.shelf.put) for key, value in beside.items()}
-        return out
+        return out, beside
 
     def outputs(self, batch: int, **options: Any) -> Any:
         """What the model puts out for one batch, once the hidden states have passed the last block."""
@@ -235,24 +254,22 @@ class Stream:
 
     def _dense_inputs(
         self, block: LoadedBlock, active: Mapping[str, Slot], batch: int, needs: frozenset[str]
-    ) -> dict[str, Chunks]:
-        """What the layers of the block, still dense, get from the dense model's hidden states, which move on; of
-        layers that share an input, the first. Experts are left out: other tokens may be routed to them."""
+    ) -> tuple[dict[str, Chunks], Callable[[], None]]:
+        """What the layers of the block, still dense, get from the dense model's hidden states, and what moves these on;
+        of layers that share an input, the first. Experts are left out: other tokens may be routed to them."""
         inputs: dict[str, Chunks] = {}
-        if self.dense is None:
-            return inputs
-        if not taking("dense_TI", needs):
-            with torch.no_grad():
-                self.forward(block, self.dense, batch)
-            return inputs
+        dense = self.dense
+        if dense is None:
+            return inputs, lambda: None
 
         def see(layer_name: str, rows: Chunks, same: bool) -> None:
             if not same and not active[layer_name].routed:
                 inputs[layer_name] = rows
 
-        with torch.no_grad(), Watch(active, see):
-            self.forward(block, self.dense, batch)
-        return inputs
+        watch = Watch(active, see) if taking("dense_TI", needs) else contextlib.nullcontext()
+        with torch.no_grad(), watch:
+            state, beside = self._through(block, dense, batch)
+        return inputs, lambda: dense.move(batch, state, beside)
 
     def _prune_on_arrival(
         self,
@@ -269,16 +286,20 @@ class Stream:
             if layer_name in done:
                 return
             if not same:
-                stats = stats_of(rows, needs, SAMPLE, dense.pop(layer_name, None))
-            done[layer_name] = solver.alone(active[layer_name], stats)
+                with phase("statistics"):
+                    stats = stats_of(rows, needs, SAMPLE, dense.pop(layer_name, None))
+            with phase("solve"):
+                done[layer_name] = solver.alone(active[layer_name], stats)
 
-        dense = self._dense_inputs(block, active, 0, needs)
+        dense, move = self._dense_inputs(block, active, 0, needs)
+        move()
         with torch.no_grad(), Watch(active, see):
             self.forward(block, self.hidden, 0)
         _check_seen(block.name, done, active)
         for layer_name, slot in active.items():  # experts that no token reached
             if layer_name not in done:
-                done[layer_name] = solver.alone(slot, Stats(), reached=False)
+                with phase("solve"):
+                    done[layer_name] = solver.alone(slot, Stats(), reached=False)
         return done
 
     def _prune_after_dense_pass(
@@ -295,10 +316,10 @@ class Stream:
 
         def see(layer_name: str, rows: Chunks, same: bool) -> None:
             gather.see(layer_name, rows, same)
-            if gather.first and layer_name not in order:
+            if first and layer_name not in order:
                 order.append(layer_name)
             # Nothing after the last layer is of interest, nor is its product, unless outputs are wanted.
-            if not gather.first and whole and not keep_outputs and layer_name == order[-1]:
+            if not first and whole and not keep_outputs and layer_name == order[-1]:
                 raise Stop
 
         keep_outputs = "targets" in needs
@@ -306,16 +327,30 @@ class Stream:
         same = self.dense is None or not taking("dense_TI", needs)
         outputs: list[Tensor] = []
         whole = False
-        batches = range(0 if known is not None else len(self.hidden) if needs else 1)
+        counted: dict[int, Counter[str]] = {}  # of samples an attempt at which ran out of memory: `Gather.known`
+
+        def gathered() -> None:
+            gather.seen = Counter()
+            gather.dense, move = self._dense_inputs(block, active, batch, needs)
+            with contextlib.suppress(Stop), Watch(active, see):
+                out, _ = self._through(block, self.hidden, batch)
+                if keep_outputs and same:
+                    outputs.append(out)
+            move()
+
+        batch = sample = 0
+        samples = 0 if known is not None else len(self.samples) if needs else self.first
         with torch.no_grad():
-            for batch in batches:
-                gather.first = batch == 0
-                gather.dense = self._dense_inputs(block, active, batch, needs)
-                with contextlib.suppress(Stop), Watch(active, see):
-                    out = self.forward(block, self.hidden, batch, keep=False)
-                    if keep_outputs and same:
-                        outputs.append(out)
-                whole = len(order) == len(active) and not any(slot.routed for slot in active.values())
+            while sample < samples:
+                size = size_of(self.batches[batch])
+                first = sample < self.first
+                gather.sample = max(1, SAMPLE * size // self.first) if first else 0
+                gather.known = counted.get(sample, Counter())
+                if fits(self, batch, gathered):
+                    whole = len(order) == len(active) and not any(slot.routed for slot in active.values())
+                    batch, sample = batch + 1, sample + size
+                else:
+                    counted.update(dict.fromkeys(range(sample, sample + size), gather.seen | Counter(gather.known)))
         _check_seen(block.name, leader, active)
         if all(step.per_layer for step in solver.steps):  # one layer at a time: its new weight and statistics can go
             done: dict[str, Settled] = {}
@@ -323,7 +358,7 @@ class Stream:
             for (layer_name, slot), source in zip(active.items(), tuple(waiting), strict=True):
                 waiting.remove(source)
                 found = stats.get(source, Stats()) if source in waiting else stats.pop(source, Stats())
-                with torch.no_grad():
+                with torch.no_grad(), phase("solve"):
                     done[layer_name] = solver.alone(slot, found)
             return done, {}
         layers = tuple(solver.layer(slot, stats.get(leader.get(n, n), Stats())) for n, slot in active.items())
@@ -341,15 +376,23 @@ class Stream:
             others={key: solver.begin.get(key, value) for key, value in own.items()},
             fixed=unpruned(block.module, block.name, _keys(active)),
         )
-        with torch.no_grad():
+        with torch.no_grad(), phase("solve"):
             result = solver.apply(whole_block)
-        changed = {key: value for key, value in result.others.items() if value is not whole_block.others[key]}
-        return {la.name: solver.settle(la, active[la.name]) for la in result.layers}, changed
+            changed = {key: value for key, value in result.others.items() if value is not whole_block.others[key]}
+            return {la.name: solver.settle(la, active[la.name]) for la in result.layers}, changed
 
     def window(self, n: int, batches: Sequence[Any] | Hidden | None = None) -> Any:
         """The hidden state of sample n alone, or what another sequence of batches has for it."""
-        batch, place = self._places[n]
+        batch, place = self._place(n)
         return self._one((self.hidden if batches is None else batches)[batch], place)
+
+    def _place(self, n: int) -> tuple[int, int]:
+        """The batch that has sample n, and its number there."""
+        for batch, samples in enumerate(map(size_of, self.batches)):
+            if n < samples:
+                return batch, n
+            n -= samples
+        raise IndexError(n)
 
     def _one(self, state: Any, place: int) -> Any:
         """What a batch's state has for one of its samples."""
@@ -364,7 +407,7 @@ class Stream:
     def _left(self, n: int) -> list[Any]:
         """What left the stacks before the one whose calls are to be recorded, of sample n alone."""
         known = len(self.calls.windows[n]) if self.calls.windows else 0
-        batch, place = self._places[n]
+        batch, place = self._place(n)
         passed = self.hidden.states(batch)[: sum(span.stop <= known for span in self.model.spans)]
         return [self._one(state, place) for state in passed]
 
@@ -387,7 +430,7 @@ class Stream:
                     some = parts.pop(slot.key)
                     replaced[slot.key.removeprefix(prefix)] = slot.lens.put(slot.tensor, some)
             self._record_windows(block.index)
-            beside = self.hidden.beside[self._places[n][0]]  # of this sample alone, if there is anything
+            beside = self.hidden.beside[self._place(n)[0]]  # of this sample alone, if there is anything
             call = self.calls.windows[n][block.index]
             args, kwargs, _ = call.arguments(self.window(n), beside)
             out: Any = None

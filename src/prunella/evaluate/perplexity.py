@@ -12,6 +12,7 @@ from ..errors import NumericalError
 from ..model.checkpoint import Source
 from ..model.network import Model
 from ..progress import Track, no_track
+from ..room import fits
 from ..samples import Samples, on
 from ..stream import Stream, through
 from ..tasks.text import Perplexity
@@ -53,9 +54,19 @@ def measured(
 def losses(stream: Stream, checkpoint: Source | None = None) -> list[float]:
     """The task's loss of each sample that has passed all blocks."""
     model, out = stream.model, list[float]()
-    with model.outside(checkpoint=checkpoint), torch.no_grad():
-        for number, batch in enumerate(stream.batches):
-            out += model.task.losses(stream.outputs(number), on(batch, model.device)).tolist()
+
+    def score() -> None:
+        batch = on(stream.batches[number], model.device)
+        out.extend(model.task.losses(stream.outputs(number), batch).tolist())
+
+    number = 0
+    with torch.no_grad():
+        while number < len(stream.batches):
+            with model.outside(
+                checkpoint=checkpoint
+            ):  # anew where batches were halved, which takes what it needs of this
+                while number < len(stream.batches) and fits(stream, number, score):
+                    number += 1
     return out
 
 
