@@ -154,6 +154,8 @@ def plugged_in() -> Iterator[torch.device]:
 
 def meet() -> None:
     """Let torch know of the device before any backward pass: autograd counts devices at its first one."""
+    if hasattr(torch, NAME):
+        return
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     class Hooks(torch._C._acc.PrivateUse1Hooks):

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import prunella
 from prunella import InputError, ModelError, cells, make
 from prunella.allocate import allocations
-from prunella.back import gradients
+from prunella.backward import gradients
 from prunella.hidden import Hidden, Shelf
 from prunella.machine import fork_random, free_memory, pick_device
 from prunella.order import pick_order

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import prunella
 from prunella import Block, InputError, Layer, ModelError, NumericalError, Report, Stats, keep, make, register
+from prunella.backward import Back
 from prunella.layers import find_layers
 from prunella.save import Output
 from prunella.stream import Stream
@@ -230,4 +231,4 @@ def test_a_step_on_blocks_sees_all_layers_and_runs_none(ids: Tensor) -> None:
 
 def test_only_single_windows_go_back(ids: Tensor) -> None:
     with pytest.raises(ValueError, match="alone=True"):
-        Stream(wrap_model(tiny.build()), ids).back()
+        Back(Stream(wrap_model(tiny.build()), ids))

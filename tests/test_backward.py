@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import prunella
 from prunella import InputError, Model, ModelError, NumericalError, load_model
-from prunella.back import gradients
+from prunella.backward import Back, gradients
 from prunella.layers import find_layers
 from prunella.model.checkpoint import Checkpoint
 from prunella.stream import Stream
@@ -96,7 +96,7 @@ def test_the_loss_may_be_any_function_of_logits_and_ids(ids: Tensor) -> None:
 
 def test_the_losses_are_those_of_perplexity(ids: Tensor) -> None:
     model = wrap_model(tiny.build())
-    assert Stream(model, ids, alone=True).back().losses == pytest.approx(prunella.perplexity(model, ids).nll, rel=1e-5)
+    assert Back(Stream(model, ids, alone=True)).losses == pytest.approx(prunella.perplexity(model, ids).nll, rel=1e-5)
 
 
 def test_no_more_than_one_block_is_in_memory(ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +132,7 @@ def test_no_more_than_one_block_is_in_memory(ids: Tensor, tmp_path: Path, monkey
 
 
 def test_states_are_let_go_when_their_block_is_done(ids: Tensor) -> None:
-    back = Stream(wrap_model(tiny.build(num_hidden_layers=4)), ids, alone=True).back()
+    back = Back(Stream(wrap_model(tiny.build(num_hidden_layers=4)), ids, alone=True))
     for index in (3, 2, 1, 0):
         assert len(back._entering) == index + 1
         assert [window for window, _ in back.advance(back.model.at(index))] == list(range(len(ids)))
@@ -144,7 +144,7 @@ def test_states_on_disk_give_the_same(ids: Tensor, tmp_path: Path, monkeypatch: 
     model = wrap_model(tiny.build("mixtral"))
     model.scratch = tmp_path / "hidden"
     found = collect(model, ids)
-    assert Stream(model, ids, alone=True).back()._entering[0].shelf.on_disk
+    assert Back(Stream(model, ids, alone=True))._entering[0].shelf.on_disk
     assert model.scratch.is_dir()  # they were there
     assert not any(model.scratch.iterdir())  # without names
     assert all(torch.equal(found[key], gradient) for key, gradient in expected.items())

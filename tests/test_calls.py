@@ -169,6 +169,10 @@ def test_a_second_output_that_the_model_works_on_is_refused(three_batches: Tenso
     refused(network, three_batches, "argument '0' of block 1 is made of an earlier block's")
 
 
+def test_a_head_that_uses_a_second_output_of_the_last_block_is_refused(three_batches: Tensor) -> None:
+    refused(zoo.build("reformer"), three_batches, "more than one thing that its last block puts out is used")
+
+
 @pytest.mark.parametrize("kind", ["bert", "cpmant", "xlnet"])
 def test_a_model_that_sees_later_tokens_is_refused(kind: str, three_batches: Tensor) -> None:
     refused(zoo.build(kind), three_batches, "reads a text from both sides")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import nets
 import pytest
 import torch
@@ -127,20 +128,41 @@ def test_a_cache_that_blocks_write_into_is_refused() -> None:
         Stream(model, samples)
 
 
-def test_running_means_of_a_block_are_read_with_its_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["resnet", "t5", "whisper"])
+def test_weights_are_read_block_by_block_running_means_among_them(kind: str, tmp_path: Path) -> None:
     """Persistent buffers are weights: a network on the meta device has the file's, not those it was made with."""
-    network: Any = nets.build("resnet")
-    samples = Samples(nets.samples_of("resnet").groups[:1])
+    network: Any = nets.build(kind)
+    samples = Samples(nets.samples_of(kind).groups[:1])
+    task = nets.Sum(samples.groups[0])
     with torch.no_grad():
-        expected = network(**samples.groups[0]).logits
+        expected = task.run(network, samples.groups[0]).logits
     network.save_pretrained(tmp_path)
-    with torch.device("meta"):
+    with accelerate.init_empty_weights(include_buffers=False):
         empty = type(network)(network.config).eval()
-    model = Model(empty, None, Checkpoint(tmp_path), torch.device("cpu"), "test", nets.Sum(samples.groups[0]))
-    assert len(model.blocks) == 10
+    model = Model(empty, None, Checkpoint(tmp_path), torch.device("cpu"), "test", task)
+    assert model.stacks == nets.wrapped(network, samples).stacks
     stream = through(model, samples, what="nothing")
+    assert all(parameter.is_meta for parameter in empty.parameters())
     with model.outside():
-        assert torch.equal(stream.outputs(0).logits, expected)
+        found = [stream.outputs(number).logits for number in range(len(stream.batches))]
+    torch.testing.assert_close(torch.cat(found), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_second_stack_of_a_stream_beside_another_follows_its_own_first() -> None:
+    samples = Samples(nets.samples_of("whisper").groups[:1])
+    model = nets.wrapped(nets.build("whisper"), samples)
+    stream = Stream(model, samples, beside=True)
+    assert stream.dense is not None
+    for index, block in model.walk():
+        stream.advance(block, stream.dense)
+        halved = {name: value / 2 for name, value in block.tensors().items()}
+        with block.use(halved if index == 0 else {}):
+            stream.advance(block)
+    with torch.no_grad():
+        whole = model.task.run(model.network, samples.groups[0]).logits
+    assert not torch.equal(stream.outputs(0).logits, whole)
+    stream.hidden = stream.dense
+    assert torch.equal(stream.outputs(0).logits, whole)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -127,6 +127,16 @@ def test_samples_and_networks_are_handed_over_as_they_are(tmp_path: Path) -> Non
         assert all(torch.equal(saved[name], tensor) for name, tensor in nets[-1].state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "besa"])
+def test_a_toy_on_another_device_is_pruned_there(name: str, sim: torch.device) -> None:
+    here, there = network(), network().to(sim)
+    one, other = (prunella.prune(net, {"task": TASK, "steps": [name]}) for net in (here, there))
+    assert one.pruned["losses"] == pytest.approx(other.pruned["losses"], rel=1e-4)
+    for layer in one.layers:
+        weights = [net.get_submodule(layer.name).weight.cpu() for net in (here, there)]
+        torch.testing.assert_close(*weights)
+
+
 def test_a_step_that_reads_gradients_reads_those_of_the_toys_loss() -> None:
     seen = {}
 
@@ -192,6 +202,7 @@ def test_what_does_not_fit_a_toy_is_refused_in_one_line(toy: Path, tmp_path: Pat
     refused("toys are run on 'random' numbers", {"calibration": {"source": "pydoc"}})
     refused("unknown option of task toy 'length'", {"calibration": {"length": 8}})
     refused("cannot be resumed", net=str(toy), output=out, resume=True)
+    refused("with dtype float32, not bfloat16: leave --dtype out", {"dtype": "bfloat16"}, str(toy), output=out)
     refused("holds no toy", net=str(tmp_path), output=out, kind=ModelError)
     refused("is opened for task 'text', not for the recipe's", net=prunella.wrap_model(_language()))
 

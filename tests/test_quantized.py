@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import prunella
 from prunella import ModelError, load_model
-from prunella.quantized import dequantize
+from prunella.model.quantized import dequantize
 
 FP8 = torch.float8_e4m3fn
 

@@ -11,10 +11,12 @@ import sys as _sys
 import types as _types
 import typing as _typing
 
-from . import sparse as _sparse  # registers the packed format with transformers
+import prunella_hook as _hook
+
+from .version import __version__ as __version__
 
 if _typing.TYPE_CHECKING:
-    from .back import gradients
+    from .backward import gradients
     from .errors import InputError, ModelError, NumericalError, PrunellaError, StatisticError
     from .evaluate.perplexity import perplexity
     from .heal.run import heal
@@ -31,8 +33,6 @@ if _typing.TYPE_CHECKING:
     from .tasks.text import Perplexity, load_model, wrap_model
     from .tensors import read_masks
     from .types import Block, Layer, Pattern, Stats
-
-__version__ = "0.1.0.dev0"
 
 __all__ = [
     "Block",
@@ -69,7 +69,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "back": ("gradients",),
+    "backward": ("gradients",),
     "errors": ("InputError", "ModelError", "NumericalError", "PrunellaError", "StatisticError"),
     "evaluate.perplexity": ("perplexity",),
     "heal.run": ("heal",),
@@ -116,5 +116,6 @@ class _Package(_types.ModuleType):
 
 
 _sys.modules[__name__].__class__ = _Package
+_hook.register()  # it has been, where torch calls what is installed beside it
 
-del _sparse
+del _hook

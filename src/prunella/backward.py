@@ -17,51 +17,26 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .errors import InputError, ModelError, NumericalError
+from .errors import ModelError, NumericalError
 from .hidden import Hidden
 from .layers import Slot, find_layers
 from .model.checkpoint import Source
+from .model.network import Model
 from .model.walk import LoadedBlock
 from .outcome import BlockResult
 from .progress import Track, no_track
 from .registry import Step
 from .samples import Batch, on
-from .statistics.registry import OUTPUTS, concatenate, merged, of_gradients, taking, whole
+from .statistics.registry import concatenate, merged, of_gradients, taking, whole
+from .stream import Stream
 from .types import Stats
 from .watch import Gather, Watch
 
-if TYPE_CHECKING:
-    from .stream import Stream
-
 Loss = Callable[[Tensor, Tensor], Tensor]  # of a window's logits (L, V) and ids (L)
-
-
-def goes_back(order: str, steps: Sequence[Step], dtype: torch.dtype) -> bool:
-    """Do steps work on the way back, because one of them reads gradients? Raises InputError where they do and cannot:
-    in another order, beside a step that reads what is not there then, in float16."""
-    if not (name := next((step.name for step in steps if step.back), None)):
-        if order == "back":
-            names = ", ".join(step.name for step in steps)
-            raise InputError(f"order back is for steps that read gradients, which {names} does not: leave --order out.")
-        return False
-    if order not in ("auto", "back"):
-        raise InputError(
-            f"step '{name}' reads gradients, which come from the last block to the first: use --order back."
-        )
-    for step in steps:
-        for need in sorted((step.needs & OUTPUTS) | taking("dense_TI", step.needs)):
-            raise InputError(
-                f"step '{step.name}' reads '{need}', which there is not on the way back, where '{name}' works: prune"
-                " with one of them, and then what comes of it with the other."
-            )
-    if dtype == torch.float16:
-        raise InputError(f"step '{name}' reads gradients, and small ones are zero in float16: use --dtype bfloat16.")
-    return True
 
 
 class Back:
@@ -198,6 +173,43 @@ class Back:
                 )
         shared = {name: gather.stats[first] for name, first in gather.leader.items()}
         return {name: replace(stats, values={**stats.values, **values.pop(name)}) for name, stats in shared.items()}
+
+
+def gradients(
+    model: Model,
+    windows_NL: Tensor,
+    *,
+    loss: Loss | None = None,
+    checkpoint: Source | None = None,
+    track: Track = no_track,
+) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+    """The gradients of the model's loss on each window, block by block from the last to the first.
+
+    Neither the model nor its gradients are ever held whole. Gradients have the model's dtype: in float16 small ones
+    become zero, in bfloat16 and float32 they do not.
+
+    Args:
+        model: from `load_model` or `wrap_model`.
+        windows_NL: token ids, one window a row.
+        loss: of a window's logits (L, V) and token ids (L), both on the model's device, a scalar; None: the mean cross
+            entropy of each next token.
+        checkpoint: read the weights from here in place of the model's own (its pruned version, say).
+        track: wraps each loop over blocks, `track(range, what, total)`, to show progress.
+
+    Yields:
+        (block, window, {layer name: gradient (O, I)}): all windows of a block, then those of the block before it. While
+        one is handed out, its block is loaded.
+
+    Raises:
+        InputError: the windows are not of the model's tokens, longer than it has positions, or of a single token.
+        ModelError: its blocks pass each other more than the hidden state.
+        NumericalError: the loss of a window is NaN or infinite.
+    """
+    stream = Stream(model, windows_NL, alone=True, checkpoint=checkpoint)
+    back = Back(stream, loss=loss, checkpoint=checkpoint, track=track)
+    for index, block in model.walk(checkpoint, back=True, track=track, what="gradients"):
+        for window, found in back.advance(block):
+            yield index, window, found
 
 
 @contextlib.contextmanager

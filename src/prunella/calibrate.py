@@ -13,7 +13,7 @@ import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,10 +22,8 @@ from torch import Tensor, nn
 
 from .errors import InputError, first_line, say
 from .machine import cache_directory, fork_random
+from .model.network import Model
 from .texts import Split, documents, endless, lead
-
-if TYPE_CHECKING:
-    from .model.network import Model
 
 MANY = 256  # windows of a data set that is too long to be evaluated as a whole
 

@@ -36,6 +36,7 @@ from .prune import prune
 from .recipe import Evaluation, Healing, Recipe, only_dense, override
 from .report.results import Results
 from .rows import Key, Row, Rows
+from .sparse.bench import bench
 from .sparse.format import SPAN, expected
 from .tasks.text import load_model, wrap_model
 from .texts import same_text
@@ -248,8 +249,6 @@ class Sweep:
                 "error": mean(report.layers, lambda layer: layer.error or 0.0),
             }
             if self.speed:
-                from .sparse.bench import bench
-
                 row["speed"] = bench(str(output) if output else model.network, prompt=128)
             return row
 
@@ -303,7 +302,7 @@ def sweep(
     base = {key: value for key, value in plan.items() if key != "grid"}
     cells = cells_of(base, plan.get("grid") or {})
     recipe = Recipe.of({**base, "model": model})
-    if "text" not in recipe.task:
+    if not recipe.make_task().language:
         raise InputError("a sweep compares causal language models only, yet: leave the task out.")
     opened = load_model(model, dtype=recipe.dtype, device=recipe.device, tokenizer=tokenizer, **trust)
     wanted = recipe.calibration

@@ -132,11 +132,22 @@ def _taken(network: nn.Module, marked: StandIns, start: int) -> dict[Argument, i
         for path, value in arguments:
             if id(value) in marks:
                 takes[path] = marks[id(value)]
-            elif isinstance(value, Tensor) and value.is_floating_point() and value.isnan().any():
+            elif _has_nan(value):
                 raise not_one_by_one(
                     network, f"argument '{path}' of block {start + place} is made of an earlier block's"
                 )
+    if (
+        marked.marks
+        and marked.marks[-1]
+        and not _has_nan(marked.entering)
+        and any(map(_has_nan, tensors(marked.reached)))
+    ):
+        raise not_one_by_one(network, "more than one thing that its last block puts out is used")
     return takes
+
+
+def _has_nan(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())
 
 
 def _batch_dimension(model: Model, marked: StandIns, two: Batch, states: list[Any]) -> int:

@@ -162,12 +162,7 @@ class _Look(TorchFunctionMode):
             weight = found.weight_OI
             place = self.places[storage_of(weight)]
             self.seen.setdefault(place, set()).add(_read(weight, *place, found.batched))
-        answer = _ANSWERS.get(function)
-        if answer is not None and args and isinstance(args[0], Tensor) and args[0].is_meta and len(args) == 1:
-            return answer(*args, **kwargs)
-        if function is Tensor.__getitem__:
-            args = (args[0], _without_numbers(args[1]))
-        return function(*args, **kwargs)
+        return answered(function, args, kwargs)
 
 
 def _read(weight_OI: Tensor, module: nn.Module, key: str, batched: bool) -> Lens | None:
@@ -212,3 +207,13 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     Tensor.__float__: lambda _: 0.0,
     Tensor.item: lambda _: 0,
 }
+
+
+def answered(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """A call of torch; where it asks a tensor on the meta device for a number, one that lets the pass go on."""
+    answer = _ANSWERS.get(function)
+    if answer is not None and len(args) == 1 and isinstance(args[0], Tensor) and args[0].is_meta:
+        return answer(*args, **kwargs)
+    if function is Tensor.__getitem__:
+        args = (args[0], _without_numbers(args[1]))
+    return function(*args, **kwargs)

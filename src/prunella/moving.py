@@ -12,7 +12,7 @@ from torch import Tensor
 from .layers import find_layers
 from .outcome import BlockResult
 from .pattern import unpack
-from .prune import prune
+from .pruning import prune_once
 from .recipe import Recipe
 from .tasks.text import wrap_model
 from .train.loop import Update
@@ -44,8 +44,8 @@ def updates(network: Any, chosen: Sequence[Chosen], recipe: Recipe, windows_NL: 
 
         with _plain(network, chosen), torch.random.fork_rng([]):
             if share:
-                sparsity = {glob: part * share for glob, part in wanted.items()}
-                prune(network, now.model_copy(update={"sparsity": sparsity}), calibration=windows_NL, on_block=keep)
+                part = now.model_copy(update={"sparsity": {glob: whole * share for glob, whole in wanted.items()}})
+                prune_once(network, part, calibration=windows_NL, on_block=keep)
             model = wrap_model(network)
             masks = {
                 slot.name: unpack(bits[slot.name], slot.shape)

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .backward import goes_back
 from .compat import attention_of
 from .errors import InputError, say
 from .layers import find_layers
 from .machine import free_memory
 from .model.network import Model
 from .registry import Step
-from .samples import Batch, Samples
-from .statistics.registry import taking
+from .samples import Samples
+from .statistics.registry import OUTPUTS, taking
 
-NUMBERS = 1024  # of a picture or a sound that take the room of a token
 Order = Literal["auto", "layer", "block", "back"]
 ACTIVATIONS = 8 << 30  # bytes of them that `layer` order may hold at once where nobody chose it
-
-
-def tokens_of(group: Batch) -> int:
-    """How long a sample is, in tokens: an image or a sound takes as much room as so many."""
-    return max(math.prod(t.shape[1:]) // (1 if not t.is_floating_point() else NUMBERS) for t in group.values()) or 1
 
 
 def pick_order(
@@ -35,7 +27,7 @@ def pick_order(
     """`back` where a step reads gradients; `layer` where every step looks at one layer at a time and the activations of
     all windows are no more than `ACTIVATIONS`; else `block`. Nothing but sizes decides, so that a command gives the
     same masks whatever memory is free. Raises InputError where what was asked for cannot be."""
-    if goes_back(order, steps, model.dtype):
+    if _goes_back(order, steps, model.dtype):
         return "back"
     whole_block = [step.name for step in steps if not step.per_layer]
     if order == "layer" and whole_block:
@@ -65,3 +57,26 @@ def pick_order(
             " too little, --order block holds fewer (and gives other masks)"
         )
     return "layer"
+
+
+def _goes_back(order: str, steps: Sequence[Step], dtype: torch.dtype) -> bool:
+    """Do steps work on the way back, because one of them reads gradients? Raises InputError where they do and cannot:
+    in another order, beside a step that reads what is not there then, in float16."""
+    if not (name := next((step.name for step in steps if step.back), None)):
+        if order == "back":
+            names = ", ".join(step.name for step in steps)
+            raise InputError(f"order back is for steps that read gradients, which {names} does not: leave --order out.")
+        return False
+    if order not in ("auto", "back"):
+        raise InputError(
+            f"step '{name}' reads gradients, which come from the last block to the first: use --order back."
+        )
+    for step in steps:
+        for need in sorted((step.needs & OUTPUTS) | taking("dense_TI", step.needs)):
+            raise InputError(
+                f"step '{step.name}' reads '{need}', which there is not on the way back, where '{name}' works: prune"
+                " with one of them, and then what comes of it with the other."
+            )
+    if dtype == torch.float16:
+        raise InputError(f"step '{name}' reads gradients, and small ones are zero in float16: use --dtype bfloat16.")
+    return True

@@ -37,6 +37,9 @@ class Clock:
         self._inside.pop()
         self._marks.append((self._inside[-1], self._mark()))
 
+    def stop(self) -> None:
+        self._marks.append(("other", self._mark()))
+
     def seconds(self) -> dict[str, float]:
         """By phase, up to the last mark."""
         found: dict[str, float] = {}
@@ -59,7 +62,7 @@ def measured(
     try:
         yield clock
     finally:
-        clock.leave()
+        clock.stop()
         _clock.reset(before)
 
 

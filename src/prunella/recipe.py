@@ -13,9 +13,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from .allocate import Allocation, allocations, make_allocation
+from .allocate import Allocation, allocations, find_allocation, make_allocation
 from .errors import InputError, unknown
-from .registry import Step, find, lookup, make, steps
+from .registry import Method, Step, find, lookup, make, steps
 from .store import MakeStore, find_store, make_store
 from .tasks import Task, find_task, make_task, tasks
 from .train.parts import Group, groups, make_group
@@ -309,7 +309,7 @@ class Recipe(_Part):
                         f" {share:g}: leave it out, or use 0 for layers that stay dense"
                     )
             for name in self.allocate:
-                if name != "uniform":
+                if find_allocation(name).spreads:
                     raise ValueError(
                         f"pattern {self.pattern} prunes {fixed:g} of every layer, so allocation '{name}' has nothing"
                         " to spread: leave it out, or use another pattern"
@@ -330,6 +330,11 @@ class Recipe(_Part):
         """What the network is for; with samples of this length, where the task knows lengths. Raises InputError."""
         said = ({} if length is None else {"length": length}) | ({} if self.bos else {"bos": False})
         return next(make_task(name, {**options, **said}) for name, options in self.task.items())
+
+    @property
+    def spreads(self) -> bool:
+        """Do layers get sparsities of their own, found by looking at the model?"""
+        return any(find_allocation(name).spreads for name in self.allocate)
 
     def make_allocation(self) -> Allocation:
         return next(make_allocation(name, options) for name, options in self.allocate.items())
@@ -417,7 +422,7 @@ def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, An
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise InputError(f"--set {setting}: '{text}' is not a YAML value.") from None
-        methods = [("step", steps, part) for part in out["steps"]]
+        methods: list[tuple[str, Mapping[str, Method], Any]] = [("step", steps, part) for part in out["steps"]]
         methods += [("allocation", allocations, out["allocate"]), ("task", tasks, out["task"])]
         methods += [("healing method", groups, part) for part in out["heal"]["train"]]
         used = [name for _, _, part in methods for name in part]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 from .errors import InputError
 
 Batch = Mapping[str, Tensor]  # what a network is called with: {argument: (B, …)}, a sample a row
+NUMBERS = 1024  # of a picture or a sound that take the room of a token
 
 
 @dataclass(frozen=True)
@@ -112,3 +114,8 @@ def on(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 def size_of(group: Batch) -> int:
     """How many samples a group or batch has."""
     return len(next(iter(group.values())))
+
+
+def tokens_of(group: Batch) -> int:
+    """How long a sample is, in tokens: an image or a sound takes as much room as so many."""
+    return max(math.prod(t.shape[1:]) // (1 if not t.is_floating_point() else NUMBERS) for t in group.values()) or 1

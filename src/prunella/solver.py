@@ -15,7 +15,8 @@ from .layers import Slot
 from .model.walk import LoadedBlock
 from .outcome import LayerResult, share_of
 from .pattern import hold_zeros, pack
-from .registry import Step, make
+from .registry import Step
+from .steps.magnitude import magnitude
 from .types import Block, Layer, Stats
 
 Settled = tuple[LayerResult, Tensor, Grid | None]
@@ -100,8 +101,7 @@ class Solver:
         done = {la.name: la for la in fed.layers}
         for name, layer in starved.items():
             note = f"saw {layer.stats.tokens} tokens: pruned by magnitude"
-            result = make("magnitude").apply(replace(block, layers=(layer,)))
-            done[name] = replace(self._held(result.layers[0]), notes=(*layer.notes, note))
+            done[name] = replace(self._held(magnitude(layer)), notes=(*layer.notes, note))
         return replace(fed, layers=tuple(self._rounded(done[la.name]) for la in block.layers))
 
     def _held(self, layer: Layer) -> Layer:

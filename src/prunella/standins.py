@@ -32,6 +32,7 @@ class StandIns:
     raw:    arguments, keyword arguments, the name of the hidden state and its shape, of each block of the stack
     met:    the hidden states that the real ones got
     gave:   what they put out
+    reached: what came out at the end, or entered the output layer
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class StandIns:
         self.met: dict[int, Tensor] = {}
         self.gave: dict[int, Any] = {}
         self.entering: Tensor
+        self.reached: Any = None
         self._next = 0  # the block that is to be called
         self._end: int | None = None
         self._last: Tensor | None = None
@@ -66,17 +68,22 @@ class StandIns:
         network, span = self.model.network, self.model.spans[self.stack]
         head = getattr(network, "get_output_embeddings", lambda: None)() if on else None
 
-        def stop(*_: Any) -> None:
+        def stop(module: nn.Module, args: Any) -> None:
+            self.reached = args
             raise Stop
 
         watched = head.register_forward_pre_hook(stop) if isinstance(head, nn.Module) else contextlib.nullcontext()
         self._end = None if on else span.stop
         try:
             with torch.no_grad(), self.installed(), contextlib.suppress(Stop), watched:
-                self.model.run(batch)
-        except (PrunellaError, NotImplementedError, MemoryError, torch.OutOfMemoryError):
+                self.reached = self.model.run(batch)
+        except (PrunellaError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
+            if on and self._next == span.stop and "meta" in str(error):
+                return  # what comes after the blocks need not have its weights
+            if isinstance(error, NotImplementedError):
+                raise
             raise not_one_by_one(network, first_line(error)) from error
         if self._next < span.stop:
             raise not_one_by_one(network, f"it has {len(self.model.blocks)} blocks but called {self._next}")
@@ -127,7 +134,9 @@ class StandIns:
     ) -> Any:
         """What stands in for a block's output."""
         kind, outputs = self.interface.alike[index], self.interface.outputs
-        like = outputs.get((kind, None), outputs.get((kind, hidden.shape)))
+        family = stack, type(self.model.module(self.model.blocks[index]))
+        like = outputs.get((family, None), outputs.get((kind, None), outputs.get((kind, hidden.shape))))
+        always = (family, None) in outputs or (kind, None) in outputs
         if like is None:
             plain: list[Any] = []
 
@@ -142,10 +151,11 @@ class StandIns:
             with torch.no_grad(), self.model.block(index) as block:
                 like = map_tree(run(), outline)
                 kept = _alike(first(like), hidden) and next(block.parameters(), None) is not None
-            outputs[kind, None if kept and not plain else hidden.shape] = like
+            always = kept and not plain
+            outputs[family if always and _has_more(like) else kind, None if always else hidden.shape] = like
         if stack < self.stack and index == self.model.spans[stack].stop - 1:
             out: Tensor = self.states[stack]
-        elif (kind, None) in outputs or _alike(first(like), hidden):
+        elif always or _alike(first(like), hidden):
             out = hidden.clone() if self.mark else hidden  # other memory: a block that is passed by is noticed
         else:
             out = self._filled(first(like), index, hidden.device)
@@ -159,7 +169,7 @@ class StandIns:
         ]
         if self.mark and stack == self.stack:
             found = {n: item for n, (_, item) in enumerate(items_of(like)) if n and isinstance(item, Tensor)}
-            marks |= {n: torch.full(t.shape, torch.nan, device=hidden.device) for n, t in found.items()}
+            marks |= {n: _mark(t, hidden.device) for n, t in found.items()}
         for number, one in {0: out, **marks}.items():
             items[number] = one
         for path, number in self.interface.takes.get(stack, {}).items():
@@ -185,6 +195,15 @@ class StandIns:
             return lambda *args, **kwargs: self._forward(index, original, *args, **kwargs)
 
         return replaced([self.model.module(name) for name in self.model.blocks], replacement)
+
+
+def _has_more(like: Any) -> bool:
+    """Does a block put out more than the hidden state? Those of one class do so alike, whatever they were given."""
+    return not isinstance(like, Tensor) and any(isinstance(item, Tensor) for _, item in items_of(like)[1:])
+
+
+def _mark(like: Tensor, device: torch.device) -> Tensor:
+    return torch.full(like.shape, torch.nan if like.is_floating_point() else 0, dtype=like.dtype, device=device)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

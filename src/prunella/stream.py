@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .backward import Back, Loss
 from .calls import Calls, Key
 from .compat import version_of
 from .errors import DefectError, InputError, NumericalError
@@ -29,13 +28,12 @@ from .machine import cache_directory
 from .model.checkpoint import Source
 from .model.network import Model
 from .model.walk import LoadedBlock, Weights
-from .order import tokens_of
 from .outcome import BlockResult, LayerResult
 from .phases import phase
 from .progress import Track, no_track
 from .registry import Step
 from .room import fits
-from .samples import Samples, size_of
+from .samples import Samples, size_of, tokens_of
 from .solver import Settled, Solver
 from .standins import not_one_by_one
 from .statistics.registry import taking
@@ -145,6 +143,14 @@ class Stream:
                 batch += fits(self, batch, move)
         self.pass_on(block.index, hidden)
 
+    def skip(self, block: LoadedBlock, source: Weights) -> None:
+        """Run a block that is pruned already on all samples, by the weights that the source has for it; the dense
+        model's hidden states, if they go beside, by its own."""
+        with block.use(source):
+            self.advance(block)
+        if self.dense is not None:
+            self.advance(block, self.dense)
+
     def pass_on(self, index: int, hidden: Hidden) -> None:
         """Where block `index`, which all samples have passed, was the last of its stack, let them enter the next."""
         stack = self.model.stack_of(index)
@@ -188,10 +194,6 @@ class Stream:
         """A language model's logits for one batch, once the hidden states have passed the last block."""
         logits: Tensor = self.outputs(batch).logits
         return logits
-
-    def back(self, *, loss: Loss | None = None, checkpoint: Source | None = None, track: Track = no_track) -> Back:
-        """Take all windows through all blocks, and the gradient of each one's loss the way back, see `Back`."""
-        return Back(self, loss=loss, checkpoint=checkpoint, track=track)
 
     def prune(
         self,

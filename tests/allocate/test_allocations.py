@@ -20,7 +20,7 @@ import prunella
 from prunella import InputError, Recipe
 from prunella.allocate import Budget, allocations, make_allocation
 from prunella.pattern import cut
-from prunella.prune import choose_slots, free_layers
+from prunella.pruning import choose_slots, free_layers
 from prunella.samples import Samples
 from prunella.tasks.text import wrap_model
 

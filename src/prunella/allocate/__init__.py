@@ -14,6 +14,6 @@ of the budget: allocation by hand needs no method.
 
 from . import dlp, global_, owl, probe, ramp, uniform  # noqa: F401  (importing a method registers it)
 from .budget import Budget
-from .registry import Allocation, allocations, make_allocation, register_allocation
+from .registry import Allocation, allocations, find_allocation, make_allocation, register_allocation
 
-__all__ = ["Allocation", "Budget", "allocations", "make_allocation", "register_allocation"]
+__all__ = ["Allocation", "Budget", "allocations", "find_allocation", "make_allocation", "register_allocation"]

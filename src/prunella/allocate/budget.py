@@ -13,10 +13,9 @@ from torch import Tensor
 from ..errors import InputError
 from ..layers import Slot
 from ..model.network import Model
-from ..order import tokens_of
 from ..progress import Track, no_track
 from ..registry import Step
-from ..samples import Samples
+from ..samples import Samples, tokens_of
 from ..stream import Stream
 from ..types import Block, Layer, Stats
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ..version import __version__
+
 MAKING, RUNNING, SEEING = "Prune and heal", "Store and run", "See and measure"
 
 app = typer.Typer(
@@ -19,8 +21,6 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from .. import __version__
-
         print(f"prunella {__version__}")
         raise typer.Exit
 

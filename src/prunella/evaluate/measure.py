@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -13,11 +13,9 @@ from ..model.network import Model
 from ..progress import Track
 from ..recipe import Recipe
 from ..samples import Samples
+from ..save import Output
 from ..texts import same_text
 from .perplexity import measured
-
-if TYPE_CHECKING:
-    from ..save import Output
 
 
 def held_out(model: Model, recipe: Recipe, used: int) -> Samples | None:

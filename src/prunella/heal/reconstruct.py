@@ -11,9 +11,11 @@ from pydantic import AfterValidator, Field, PositiveInt
 from torch import Tensor
 
 from ..errors import InputError, NumericalError
+from ..layers import find_layers
 from ..model.network import Model
 from ..registry import Step, register
 from ..steps.wanda import wanda
+from ..stream import Stream
 from ..train.parts import Chosen, Group, Part, choose, kinds_of, make_group
 from ..types import Block
 
@@ -225,9 +227,6 @@ def reconstruct_blocks(
 ) -> dict[str, Any]:
     """Stream the windows through the pruned model, fitting each block to the dense one; blocks that an interrupted
     run left on disk are only passed through. What happened, for the report."""
-    from ..layers import find_layers
-    from ..stream import Stream
-
     assert dense.checkpoint is not None
     strange = sorted(set(model.plan()) - set(dense.checkpoint.where))
     if strange:
@@ -254,9 +253,7 @@ def reconstruct_blocks(
     for index, block in model.walk(dense.checkpoint, track=track, what="healing"):
         if index < len(out.finished):
             assert done is not None
-            with block.use(done):
-                stream.advance(block)
-            stream.advance(block, stream.dense)
+            stream.skip(block, done)
             continue
         torch.manual_seed(recipe.seed + index)
         slots = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from ..errors import InputError, PrunellaError
 from ..machine import pick_device
 from ..model.names import find_directory, named
+from ..pruning import prune_once
 from ..recipe import Recipe
 from ..report import Report
 from ..save import REPORT, begun_as, compare, model_files
@@ -27,7 +27,6 @@ from .text import Text
 
 
 def prune_and_heal(
-    prune: Callable[..., Report],
     model: str,
     recipe: Recipe,
     path: Path,
@@ -38,7 +37,7 @@ def prune_and_heal(
     pickles: bool,
     **options: Any,
 ) -> Report:
-    """Prune, by `prunella.prune`, to the sparsity of each round and heal, in directories beside the output that go in
+    """Prune, to the sparsity of each round and heal, in directories beside the output that go in
     the end. A run that was interrupted continues in the round where it stopped. Of several processes the first one
     prunes, and has the report."""
     rounds = recipe.heal.rounds
@@ -73,7 +72,7 @@ def prune_and_heal(
     crew.barrier()
     try:
         options |= {"tokenizer": tokenizer, "remote_code": remote_code, "pickles": pickles}
-        report = _rounds(prune, model, recipe, path, dense, crew, **options)
+        report = _rounds(model, recipe, path, dense, crew, **options)
         if shop:
             shop.remove(done=True)
         return report
@@ -87,7 +86,6 @@ def prune_and_heal(
 
 
 def _rounds(
-    prune: Callable[..., Report],
     model: str,
     recipe: Recipe,
     path: Path,
@@ -123,7 +121,7 @@ def _rounds(
         if crew.main:
             if not pruned.exists():
                 own = tokenizer if source == model else None  # what was written has it
-                prune(source, plain, output=pruned, resume=True, tokenizer=own, **options)
+                prune_once(source, plain, pruned, resume=True, tokenizer=own, **options)
             told = Report.read(pruned)
             if k:  # what was pruned is the model of the first round
                 first = Report.read(aside / "1-pruned")

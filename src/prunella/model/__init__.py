@@ -1,6 +1,8 @@
 """From a name to a model whose blocks come on demand. Each file imports only from those above it:
 
     files.py        the files of a directory: weights, and what belongs to them
+    gguf.py         what a GGUF file says of itself
+    quantized.py    weights that files store scaled, and how they are read
     convert.py      GGUF files and pickles to safetensors, once
     built_in.py     models that lie inside packages
     hub.py          models of the hub: on this machine already, or downloaded

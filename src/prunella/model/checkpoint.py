@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ModelError, ReadError
-from ..quantized import Scaled, find_scales
 from .files import read_json, weight_files
+from .quantized import Scaled, find_scales
 
 Place = tuple[str, tuple[int, ...], int, int]  # of a tensor in a file: dtype, shape, first byte, last byte + 1
 

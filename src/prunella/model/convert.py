@@ -14,8 +14,8 @@ import torch
 
 from ..compat import forget_name, quiet_transformers
 from ..errors import InputError, ModelError, PrunellaError, disk_error, disk_full, first_line, say
-from ..gguf import GgufHeader
 from .files import copy_companions
+from .gguf import GgufHeader
 
 
 def from_gguf(path: Path, target: Path) -> Path:

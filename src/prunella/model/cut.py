@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..compat import version_of
 from ..errors import ModelError, first_line
-from ..learn import replaced
+from ..learn import answered, replaced
 from ..samples import Batch
 from ..trees import first, tensors
 
@@ -41,7 +41,8 @@ class Interface:
     """What blocks take and give, the same for all calls.
 
     outputs:    {(block, shape of its hidden state): what it puts out, on the meta device}; None for a shape that stays
-                the same. Of blocks that are alike, the first one's
+                the same. Of blocks that are alike, the first one's; in place of the block, its stack and class where it
+                puts out more than the hidden state
     takes:      of each stack, arguments that are an output of the block before, {argument: number of the output}
     batch:      the dimension of the hidden state that samples are stacked along
     stateful:   does anything but the hidden state travel from block to block?
@@ -49,7 +50,7 @@ class Interface:
     overwrites: blocks that work in place, maybe on their input
     """
 
-    outputs: dict[tuple[int, torch.Size | None], Any]
+    outputs: dict[tuple[int | tuple[int, type], torch.Size | None], Any]
     takes: Mapping[int, dict[Argument, int]]
     batch: int
     stateful: bool
@@ -138,7 +139,7 @@ class _Trace(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = tensors((args, kwargs or {}))
         versions = [version_of(tensor) for tensor in given]
-        result = function(*args, **(kwargs or {}))
+        result = answered(function, args, kwargs or {})
         made = tensors(result)
         changed = [t for t, old in zip(given, versions, strict=True) if version_of(t) != old]
         if made or changed or function in _READS:

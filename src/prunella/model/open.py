@@ -12,10 +12,10 @@ from torch import nn
 from ..compat import name_of, quiet_transformers
 from ..errors import InputError, ModelError, PrunellaError, command, first_line, unknown
 from ..machine import pick_device
-from ..quantized import READ, foreign
 from .checkpoint import Checkpoint
 from .names import at_revision, find_directory
 from .network import Model
+from .quantized import READ, foreign
 from .tokenizer import given_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from ..layers import UNSEEN, LeftOut
 from ..outcome import LayerResult, mean
 from ..overlap import joined
 from ..save import REPORT
+from ..version import __version__
 
 SAMPLE = "sample of text"
 Rows = list[tuple[str, str, str]]
@@ -291,8 +292,6 @@ def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     import safetensors
     import transformers
-
-    from .. import __version__
 
     return {
         "prunella": __version__,

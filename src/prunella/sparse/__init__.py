@@ -14,7 +14,3 @@ bench.py       how fast it is
 csrc/          the source of the compiled kernels, which native.py finds
 ```
 """
-
-from prunella_hook import register as _register  # outside of the package, so that torch can call it without a cost
-
-_register()  # it has been, where torch calls what is installed beside it

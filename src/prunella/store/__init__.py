@@ -8,13 +8,14 @@ packed.py     files without the zeros (docs/format.md)
 from ..model.checkpoint import Source
 from ..outcome import BlockResult
 from . import dense, packed
-from .registry import MakeStore, Store, find_store, make_store, register_store, stores
+from .registry import MakeStore, Store, check_store, find_store, make_store, register_store, stores
 
 __all__ = [
     "BlockResult",
     "MakeStore",
     "Source",
     "Store",
+    "check_store",
     "dense",
     "find_store",
     "make_store",

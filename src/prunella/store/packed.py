@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import pattern
-from ..errors import ModelError
+from ..errors import InputError, ModelError
 from ..layers import Slot, find_layers
 from ..model.checkpoint import Checkpoint
 from ..model.files import files_in
@@ -108,6 +108,14 @@ class PackedStore(Store):
             get, tied = model.network.get_parameter, model.network.all_tied_weights_keys
             same = {target for target, source in tied.items() if get(target) is get(source)}
             self.plan = {name: (name, False) for name in model.network.state_dict() if name not in same}
+
+    @classmethod
+    def check(cls, model: Model) -> None:
+        if not hasattr(model.network, "save_pretrained"):
+            kind = type(model.network).__name__
+            raise InputError(
+                f"packed files are of transformers models, and a {kind} is none: leave --format packed out."
+            )
 
     def write(self, result: BlockResult) -> dict[str, Any]:
         """As any store; layers are packed on their grids where they have some."""

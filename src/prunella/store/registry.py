@@ -43,6 +43,10 @@ class Store:
     def __init__(self, folder: Path, aside: Path, model: Model):
         self.folder, self.aside, self.model = folder, aside, model
 
+    @classmethod
+    def check(cls, model: Model) -> None:
+        """Raises InputError for a model of which it holds nothing."""
+
     def create(self, slots: Sequence[Slot]) -> None:
         """Begin a run that prunes these layers: the folder is empty."""
 
@@ -111,6 +115,12 @@ def register_store(name: str) -> Callable[[type[Store]], type[Store]]:
 def find_store(name: str) -> Method:
     """The registered store `name`, or the one that `path/to/file.py:name` registers. Raises InputError."""
     return lookup("format", stores, name)
+
+
+def check_store(name: str, model: Model) -> None:
+    """Raises InputError for a model that the store of this name does not hold."""
+    kind: Any = find_store(name).function
+    kind.check(model)
 
 
 def make_store(name: str, options: Mapping[str, Any] | None = None) -> MakeStore:

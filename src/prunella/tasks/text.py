@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,14 @@ from ..calibrate import check_windows, room, text_tokens, window_length, windows
 from ..errors import InputError, ModelError
 from ..linalg import apart
 from ..machine import free_memory
+from ..model.checkpoint import Source
 from ..model.files import read_json
+from ..model.network import Model
 from ..model.open import open_files
 from ..overlap import fingerprint, joined
 from ..samples import Batch, Samples
 from .registry import register_task
 from .task import Task
-
-if TYPE_CHECKING:
-    from ..model.checkpoint import Source
-    from ..model.network import Model
 
 ROWS = 256  # tokens at a time whose logits are made
 CAUSAL = 16  # tokens on which it is tried whether a block sees what comes after

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ModelError
+from ..errors import ModelError
 
 READ = ("fp8", "fbgemm_fp8", "compressed-tensors")  # methods of config.json whose floating-point weights can be read
 SCALES = ("_scale_inv", "_scale")  # what follows the name of an FP8 weight: its values are multiplied by this
