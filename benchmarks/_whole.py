@@ -87,7 +87,7 @@ class Size:
 
 
 LARGE = Size(4096, 11008, 32, 32, 32000, 32, 128, 2048, 2, 64, 8, 512, 128)
-SMALL = Size(64, 128, 2, 4, 300, 2, 4, 32, 1, 2, 2, 32, 4)
+SMALL = Size(32, 64, 2, 4, 259, 2, 4, 32, 1, 2, 2, 32, 4)
 Estimate = dict[str, tuple[float, str]]  # of a phase, its seconds, and why
 
 

@@ -344,11 +344,14 @@ GRID: list[dict[str, Any]] = [
     *({"steps": ["wanda"], "allocate": name, "order": "block"} for name in sorted(allocations)),
     {"steps": ["sparsegpt", "gptq"], "pattern": "2:4", "order": "block"},
     {"steps": ["wanda", "dsnot", "align", "reconstruct"], "pattern": "2:4"},
+    {"steps": [f"{Path(__file__).parent / 'extensions' / 'toy_statistic.py'}:toy-fisher"], "order": "back"},
 ]
 
 
 @pytest.mark.parametrize(
-    "recipe", GRID, ids=lambda recipe: "-".join(map(str, [*recipe["steps"], recipe.get("allocate")]))
+    "recipe",
+    GRID,
+    ids=lambda recipe: "-".join(Path(name).name for name in (*recipe["steps"], recipe.get("allocate", ""))),
 )
 def test_every_step_and_allocation_gives_the_weights_of_the_cpu(recipe: dict[str, Any], sim: torch.device) -> None:
     here, there = (on(device, lambda device: pruned(device, recipe)) for device in ("cpu", sim))
@@ -496,7 +499,7 @@ def test_a_run_that_is_killed_goes_on_there(source: Path, tmp_path: Path, monkey
 
 
 HEALED: list[dict[str, Any]] = [
-    {"train": ["mask-lora", "new-biases"], "distill": 0.5},
+    {"train": ["mask-lora", "new-biases", "embeddings"], "distill": 0.5},
     {"train": ["all"], "checkpointing": True},
     {"train": ["all"], "way": "reconstruct"},
     {"train": ["mask-lora"]},

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
+from .calls import Calls
 from .errors import say
+from .hidden import Hidden
 from .machine import forget
-from .samples import Samples, size_of
+from .model.checkpoint import Source
+from .model.network import Model
+from .samples import Batch, Samples, size_of
 
-if TYPE_CHECKING:
-    from .stream import Stream
+
+class Stream(Protocol):
+    """What is to be known of a stream."""
+
+    model: Model
+    checkpoint: Source | None
+    calls: Calls
+    batches: tuple[Batch, ...]
+    halved: bool
+
+    @property
+    def order(self) -> str: ...
+
+    @property
+    def streams(self) -> list[Hidden]: ...
 
 
 def fits(stream: Stream, batch: int, work: Callable[[], None]) -> bool:

@@ -87,7 +87,7 @@ class Stream:
         self.keep_zeros = keep_zeros
         self.checkpoint = checkpoint
         self.samples = samples = Samples.of(samples, model.task.argument)
-        self.order = order
+        self.order: Literal["layer", "block"] = order
         if order == "layer" and len(samples.groups) > 1:
             raise InputError(
                 "the samples are of several shapes, which do not go through a layer together: use --order block."
