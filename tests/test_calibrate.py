@@ -12,7 +12,7 @@ from torch import Tensor
 import prunella
 from prunella import InputError, Model, load_model, read_masks
 from prunella.calibrate import all_windows, check_windows, positions, sample_self, up_to, windows, with_bos
-from prunella.evaluate.measure import held_out_windows
+from prunella.pruning import held_out_windows
 from prunella.recipe import Recipe
 from prunella.tasks.text import wrap_model
 

@@ -20,16 +20,7 @@ from prunella.allocate import allocations
 from prunella.heal import groups
 from prunella.registry import steps
 
-MINE = '''
-from prunella import Layer, keep, register
-
-
-@register("mine", needs={"moments"})
-def mine(layer: Layer, *, power: float = 1.0, flip: bool = False) -> Layer:
-    """Prune by |w| times the spread of its input."""
-    score_OI = layer.weight_OI.float().abs() * layer.stats.variance_I.sqrt() ** power
-    return layer.pruned(layer.weight_OI, keep(-score_OI if flip else score_OI, layer.sparsity, layer.pattern))
-'''
+MINE = (Path(__file__).parent / "extensions" / "toy_step.py").read_text(encoding="utf-8")
 SHORT = ("--calibration", "pydoc", "--samples", 4, "--length", 32, "--windows", 1)
 
 

@@ -26,13 +26,13 @@ from torch import Tensor
 
 from .calibrate import window_length, windows, with_bos
 from .errors import InputError, PrunellaError, unknown
-from .evaluate.measure import held_out_windows
 from .evaluate.perplexity import perplexity
 from .machine import free_memory
 from .model.network import Model
 from .outcome import LayerResult, mean
 from .progress import Track, no_track
 from .prune import prune
+from .pruning import held_out_windows
 from .recipe import Evaluation, Healing, Recipe, only_dense, override
 from .report.results import Results
 from .rows import Key, Row, Rows

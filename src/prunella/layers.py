@@ -162,6 +162,19 @@ def unpruned(module: nn.Module, prefix: str, pruned: Collection[str]) -> frozens
     return frozenset(names)
 
 
+def as_parameters(weights: Mapping[str, Tensor], slots: Mapping[str, Slot]) -> dict[str, Tensor]:
+    """Weights by the names of layers as parameters, {name: tensor}: the matrices of one parameter are put together.
+    What is no layer among `slots` is a parameter already."""
+    whole: dict[str, Tensor] = {}
+    parts: dict[str, tuple[Slot, dict[int, Tensor]]] = {}
+    for name, weight in weights.items():
+        if (slot := slots.get(name)) is None:
+            whole[name] = weight
+        else:
+            parts.setdefault(slot.key, (slot, {}))[1][slot.part or 0] = weight
+    return whole | {key: slot.lens.put(slot.tensor, some) for key, (slot, some) in parts.items()}
+
+
 def check_found(masked: Iterable[str], slots: Iterable[Slot]) -> None:
     """Raises ModelError, naming the layer, for a mask of which no layer is found."""
     if strange := set(masked) - {slot.name for slot in slots}:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .allocate import Budget
 from .backward import Back
 from .errors import InputError, PrunellaError, ReadError, kept
-from .evaluate.measure import held_out, measure_once, whole_name
+from .evaluate.measure import measure_once, whole_name
 from .foreign import blamed
 from .layers import LeftOut, Slot, left_out, matches, survey
 from .lenses import wear
@@ -32,6 +32,7 @@ from .samples import Samples, tokens_of
 from .save import Output, begun_as, identity
 from .store import check_store
 from .stream import TOKENS, Stream
+from .texts import same_text
 from .workshop import workshop
 
 OnBlock = Callable[[BlockResult], None]
@@ -107,7 +108,7 @@ def _prune(
     allocation = recipe.make_allocation()
     wear(map(opened.module, opened.blocks), recipe.lenses)
     slots = choose_slots(opened, recipe)
-    task, wanted = opened.task, recipe.calibration
+    task, wanted, source = opened.task, recipe.calibration, recipe.evaluate.source
     check_store(recipe.format, opened)
     with blamed(type(task), f"task '{task.name}'"):
         samples, blind = _calibration(opened, recipe, calibration)
@@ -145,7 +146,7 @@ def _prune(
             out = Output(path, opened, active, run, shop, recipe.make_store())
             opened.scratch = shop.directory
         clock = time.perf_counter()
-        dense = measure_once(out, "dense", opened, recipe, measured, None, track)
+        dense = measure_once(out, "dense", opened, source, measured, None, track)
         seconds["dense evaluation"] = time.perf_counter() - clock
         clock = time.perf_counter()
         shares = out.notes.get("shares") if out else None
@@ -165,7 +166,7 @@ def _prune(
             out.complete()
         clock = time.perf_counter()
         written = out.checkpoint if out else None
-        pruned = measure_once(out, "pruned", opened, recipe, measured, written if opened.checkpoint else None, track)
+        pruned = measure_once(out, "pruned", opened, source, measured, written if opened.checkpoint else None, track)
         seconds["pruned evaluation"] = time.perf_counter() - clock
         seconds["all"] = time.perf_counter() - started
         if written:
@@ -223,6 +224,24 @@ def _calibration(model: Model, recipe: Recipe, given: Tensor | Samples | None) -
         return Samples.of(task.example(model.network)), True
     own = recipe.make_task(wanted.length)
     return own.samples(model, wanted.source, wanted.samples, seed=recipe.seed), False
+
+
+def held_out(model: Model, recipe: Recipe, used: int) -> Samples | None:
+    """The samples to evaluate on: none of the calibration's, which took at most `used` of its source (`Task.size`)."""
+    wanted = recipe.evaluate
+    if wanted.source is None or not model.task.reads(model):
+        return None
+    skip = used if same_text(recipe.calibration.source, wanted.source) else 0
+    task = recipe.make_task(wanted.length)
+    found = task.samples(model, wanted.source, wanted.windows, used=skip, seed=recipe.seed, test=True)
+    task.check(model, found)
+    return found
+
+
+def held_out_windows(model: Model, recipe: Recipe, used: int) -> Tensor | None:
+    """As `held_out`, of text: the windows of token ids."""
+    found = held_out(model, recipe, used)
+    return None if found is None else found.groups[0]["input_ids"]
 
 
 def choose_slots(model: Model, recipe: Recipe) -> list[list[Slot]]:

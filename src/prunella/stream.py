@@ -11,18 +11,18 @@ import contextlib
 import copy
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .calls import Calls, Key
 from .compat import version_of
-from .errors import DefectError, InputError, NumericalError
+from .errors import InputError, NumericalError
 from .examine import examine
 from .hidden import Hidden, Shelf
-from .layers import Slot, unpruned, within
+from .layers import Slot, as_parameters, unpruned, within
 from .lenses import Chunks
 from .machine import cache_directory
 from .model.checkpoint import Source
@@ -39,7 +39,7 @@ from .standins import not_one_by_one
 from .statistics.registry import taking
 from .trees import first, map_tensors
 from .types import Block, Stats
-from .watch import SAMPLE, Gather, Stop, Watch, stats_of
+from .watch import SAMPLE, Gather, Stop, Watch, check_seen, run_to, stats_of
 
 TOKENS = 2048  # that go through a block at a time, in `block` order
 
@@ -220,6 +220,7 @@ class Stream:
                 raise NumericalError(f"layer '{slot.name}' has NaN or infinite weights before pruning.")
         own = block.tensors()
         begin = {} if self.start is None else block.read(self.start)
+        keys = {slot.key for slot in active.values()}
         others: dict[str, Tensor] = {}
         solver = Solver(
             block,
@@ -237,7 +238,7 @@ class Stream:
             else:
                 layers, others = self._prune_after_dense_pass(block, active, solver, known)
                 if not last:
-                    with block.use({**{k: v for k, v in begin.items() if k not in _keys(active)}, **others}):
+                    with block.use({**{k: v for k, v in begin.items() if k not in keys}, **others}):
                         self.advance(block)
             if self.dense is not None:
                 self.pass_on(block.index, self.dense)
@@ -297,7 +298,7 @@ class Stream:
         move()
         with torch.no_grad(), Watch(active, see):
             self.forward(block, self.hidden, 0)
-        _check_seen(block.name, done, active)
+        check_seen(block.name, done, active)
         for layer_name, slot in active.items():  # experts that no token reached
             if layer_name not in done:
                 with phase("solve"):
@@ -353,7 +354,7 @@ class Stream:
                     batch, sample = batch + 1, sample + size
                 else:
                     counted.update(dict.fromkeys(range(sample, sample + size), gather.seen | Counter(gather.known)))
-        _check_seen(block.name, leader, active)
+        check_seen(block.name, leader, active)
         if all(step.per_layer for step in solver.steps):  # one layer at a time: its new weight and statistics can go
             done: dict[str, Settled] = {}
             waiting = [leader.get(layer_name, layer_name) for layer_name in active]
@@ -376,7 +377,7 @@ class Stream:
             targets=(lambda n: self.window(n, outputs if same else beside)) if keep_outputs else None,
             dense=(lambda n: self.window(n, beside)) if "dense" in needs else None,
             others={key: solver.begin.get(key, value) for key, value in own.items()},
-            fixed=unpruned(block.module, block.name, _keys(active)),
+            fixed=unpruned(block.module, block.name, {slot.key for slot in active.values()}),
         )
         with torch.no_grad(), phase("solve"):
             result = solver.apply(whole_block)
@@ -415,58 +416,18 @@ class Stream:
 
     def _runner(self, block: LoadedBlock, active: Mapping[str, Slot]) -> Callable[..., Tensor]:
         """`Block.run`: the block on one window, with other weights in place of its own."""
-        module = block.module
-        prefix = block.name + "."
 
         def run(weights: Mapping[str, Tensor], n: int, at: str | None = None) -> Tensor:
-            replaced: dict[str, Tensor] = {}
-            parts: dict[str, dict[int, Tensor]] = {}  # of one parameter each, which is put together once
-            for name, weight in weights.items():
-                slot = active.get(name)
-                if slot is None:
-                    replaced[name.removeprefix(prefix)] = weight
-                    continue
-                parts.setdefault(slot.key, {})[slot.part or 0] = weight
-            for slot in active.values():
-                if slot.key in parts:
-                    some = parts.pop(slot.key)
-                    replaced[slot.key.removeprefix(prefix)] = slot.lens.put(slot.tensor, some)
+            own = {key.removeprefix(f"{block.name}."): value for key, value in as_parameters(weights, active).items()}
             self._record_windows(block.index)
             beside = self.hidden.beside[self._place(n)[0]]  # of this sample alone, if there is anything
             call = self.calls.windows[n][block.index]
             args, kwargs, _ = call.arguments(self.window(n), beside)
-            out: Any = None
-
-            def stop(module: nn.Module, inputs: Any, output: Any) -> None:
-                nonlocal out
-                out = output
-                raise Stop
-
-            watched = contextlib.nullcontext() if at is None else module.get_submodule(at).register_forward_hook(stop)
-            with contextlib.suppress(Stop), watched:
-                out = torch.func.functional_call(module, replaced, args, kwargs)
+            out = run_to(at, block.module, own, args, kwargs)
             result: Tensor = out if call.whole and at is None else first(out)
             return result
 
         return run
-
-
-def _keys(active: Mapping[str, Slot]) -> set[str]:
-    """The parameters that hold these layers."""
-    return {slot.key for slot in active.values()}
-
-
-def _check_seen(block: str, seen: Collection[str], active: Mapping[str, Slot]) -> None:
-    """Raises DefectError for a layer of whose product nothing was seen; of a parameter with several matrices, such as
-    the experts of a mixture, one is enough: the router need not pick them all."""
-    reached = {active[name].key for name in seen}
-    unseen = [name for name, slot in active.items() if slot.key not in reached]
-    if unseen:
-        short = dict.fromkeys(name.removeprefix(f"{block}.") for name in unseen)
-        raise DefectError(
-            f"layer '{unseen[0]}' was not seen at work while its block ran, so nothing is known of its inputs: leave it"
-            f" out with {' '.join(f'--skip {name}' for name in short)}"
-        )
 
 
 def through(

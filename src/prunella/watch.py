@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import operator
@@ -10,7 +11,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .compat import version_of
@@ -133,3 +135,31 @@ class Gather:
                 self.stats[name] = self.stats[name] + new if name in self.stats else new
             self.seen[name] += 1
         self.leader[name] = self._previous
+
+
+def check_seen(block: str, seen: Collection[str], active: Mapping[str, Slot]) -> None:
+    """Raises DefectError for a layer of whose product nothing was seen; of a parameter with several matrices, such as
+    the experts of a mixture, one is enough: the router need not pick them all."""
+    reached = {active[name].key for name in seen}
+    unseen = [name for name, slot in active.items() if slot.key not in reached]
+    if unseen:
+        short = dict.fromkeys(name.removeprefix(f"{block}.") for name in unseen)
+        raise DefectError(
+            f"layer '{unseen[0]}' was not seen at work while its block ran, so nothing is known of its inputs: leave it"
+            f" out with {' '.join(f'--skip {name}' for name in short)}"
+        )
+
+
+def run_to(at: str | None, module: nn.Module, weights: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
+    """What a module puts out with these weights in place of its own, or its module `at` there, where the pass ends."""
+    out: Any = None
+
+    def stop(module: nn.Module, inputs: Any, output: Any) -> None:
+        nonlocal out
+        out = output
+        raise Stop
+
+    watched = contextlib.nullcontext() if at is None else module.get_submodule(at).register_forward_hook(stop)
+    with contextlib.suppress(Stop), watched:
+        out = torch.func.functional_call(module, dict(weights), args, kwargs)
+    return out

@@ -178,7 +178,7 @@ class Line:
         if self.said is not None:  # it may have been healed before
             seen = joined(seen, self.said.healing.get("fingerprint", ""))
         recipe = self.recipe.model_copy(update={"model": str(self.directory), "dtype": str(model.dtype)[6:]})
-        test_NL = self.text.test(model, recipe)
+        test_NL, tested = self.text.test(model, recipe), recipe.evaluate.source
         if self.shop:
             made = [] if self.whole else slots
             host = self._open(source, "cpu") if self.sharded else model  # merging needs all of it at once
@@ -190,7 +190,7 @@ class Line:
         team().barrier()  # the directory is there
         before = known(self.said, self.directory, model, test_NL) if source == self.directory else None
         if before is None:
-            before = measure_once(out, "before", model, recipe, test_NL, None, self.track) if main else {}
+            before = measure_once(out, "before", model, tested, test_NL, None, self.track) if main else {}
         clock = time.perf_counter()
         if self.settings.way == "reconstruct":
             assert dense is not None
@@ -208,9 +208,9 @@ class Line:
         out.complete()
         weights = None
         if after is None:
-            after = measure_once(out, "after", model, recipe, test_NL, out.checkpoint, self.track)
+            after = measure_once(out, "after", model, tested, test_NL, out.checkpoint, self.track)
         elif did["best_step"] and set(names) - set(did["apart"]):
-            weights = measure_once(out, "weights", model, recipe, test_NL, out.checkpoint, self.track)
+            weights = measure_once(out, "weights", model, tested, test_NL, out.checkpoint, self.track)
         else:
             weights = before
         healing = {
@@ -368,7 +368,8 @@ class Line:
             after = None
             if apart and out is not None:
                 with torch.no_grad():
-                    after = measure(wrap_model(model.network, model.tokenizer), recipe, test_NL, None, self.track)
+                    whole = wrap_model(model.network, model.tokenizer)
+                    after = measure(whole, recipe.evaluate.source, test_NL, None, self.track)
                 save_adapter(out.folder / "adapter", apart, str(self.path))
             detach(apart)
             verify(model, masks)

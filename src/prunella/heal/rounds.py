@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import InputError, PrunellaError
 from ..machine import pick_device
 from ..model.names import find_directory, named
+from ..progress import OnStep
 from ..pruning import prune_once
 from ..recipe import Recipe
 from ..report import Report
@@ -93,6 +94,7 @@ def _rounds(
     crew: Team,
     *,
     tokenizer: Any,
+    watch: OnStep | None,
     **options: Any,
 ) -> Report:
     """What `prune_and_heal` does in the directory beside the output; what is there already is not done again."""
@@ -104,7 +106,7 @@ def _rounds(
         source = str(aside / "adapted")
         if not (aside / "adapted").exists():
             with asked() as sharded:
-                adapt(str(dense), recipe, aside / "adapted", sharded=sharded, **options)
+                adapt(str(dense), recipe, aside / "adapted", sharded=sharded, watch=watch, **options)
         dense = aside / "adapted"
     for k in range(rounds):
         pruned, healed = aside / f"{k + 1}-pruned", path if k == rounds - 1 else aside / f"{k + 1}-healed"
@@ -139,6 +141,7 @@ def _rounds(
                 output=healed,
                 resume=True,
                 portion=(k, rounds),
+                watch=watch,
                 **options,
             )
         source = str(healed)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..calibrate import context, text_tokens, up_to, window_length, windows
 from ..errors import InputError
-from ..evaluate.measure import held_out_windows
 from ..model.network import Model
+from ..pruning import held_out_windows
 from ..recipe import Healing, Recipe
 from ..texts import same_text
 

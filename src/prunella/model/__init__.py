@@ -14,6 +14,7 @@
     network.py      Model: one block at a time has its weights
     checks.py       what is refused of a network in memory
     open.py         a name, or a network in memory  ->  Model
+    task.py         Task: what a network is for. Files above name its type, since a model has a task
 
 A program takes what it needs from `prunella` itself.
 """

@@ -26,7 +26,7 @@ from ..samples import Batch
 from ..trees import first, tensors
 
 if TYPE_CHECKING:
-    from ..tasks.task import Task
+    from .task import Task
 
 Argument = int | str  # of a block: where it stands after the hidden state, or its name
 Stacks = tuple[tuple[str, ...], ...]

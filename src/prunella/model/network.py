@@ -41,7 +41,7 @@ from .cut import WHOLE, Interface, find_stacks, inside, whole_run
 from .walk import LoadedBlock, ReadAhead
 
 if TYPE_CHECKING:
-    from ..tasks.task import Task
+    from .task import Task
 
 
 class Model:

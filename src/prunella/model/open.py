@@ -19,7 +19,7 @@ from .quantized import READ, foreign
 from .tokenizer import given_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    from ..tasks.task import Task
+    from .task import Task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -8,8 +8,8 @@ A task is a class derived from `Task`, with its options as keyword arguments of 
         def losses(self, outputs, batch): ...
 """
 
+from ..model.task import Task
 from . import text  # noqa: F401  (importing a task registers it)
 from .registry import find_task, make_task, register_task, tasks
-from .task import Task
 
 __all__ = ["Task", "find_task", "make_task", "register_task", "tasks"]

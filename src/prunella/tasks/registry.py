@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from ..foreign import blamed
+from ..model.task import Task
 from ..registry import Method, checked, lookup
-from .task import Task
 
 T = TypeVar("T", bound=type[Task])
 

@@ -21,10 +21,10 @@ from ..model.checkpoint import Source
 from ..model.files import read_json
 from ..model.network import Model
 from ..model.open import open_files
+from ..model.task import Task
 from ..overlap import fingerprint, joined
 from ..samples import Batch, Samples
 from .registry import register_task
-from .task import Task
 
 ROWS = 256  # tokens at a time whose logits are made
 CAUSAL = 16  # tokens on which it is tried whether a block sees what comes after

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from ..compat import quiet_transformers
 from ..errors import InputError, ModelError, first_line
 from ..foreign import blamed
-from ..model.files import SINGLE
-from ..model.open import wrap
 from ..samples import on
+from .files import SINGLE
+from .open import wrap
 
 if TYPE_CHECKING:
-    from ..model.checkpoint import Source
-    from ..model.network import Model
     from ..samples import Batch, Samples
+    from .checkpoint import Source
+    from .network import Model
 
 
 class Task(ABC):
