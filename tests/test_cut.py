@@ -99,7 +99,7 @@ def test_a_sample_alone_is_what_it_is_among_others(kind: str) -> None:
     stream = Stream(model, samples)
     last = model.spans[-1].stop - 1
     for index, block in model.walk():
-        run = stream._runner(block, {})
+        run = stream.runner(block, {})
         alone = [run({}, n) for n in range(len(samples))]
         stream.advance(block)
         if index == last or model.stack_of(index) == model.stack_of(index + 1):
@@ -285,7 +285,7 @@ def test_a_block_that_works_in_place_gets_a_copy() -> None:
     stream = Stream(model, samples)
     for _, block in model.walk():
         before = stream.hidden[0].clone()
-        stream.forward(block, stream.hidden, 0, keep=False)
+        stream.run(block, stream.hidden, 0)
         assert torch.equal(stream.hidden[0], before)
         stream.advance(block)
     assert torch.equal(stream.outputs(0), network(**samples.groups[0]))

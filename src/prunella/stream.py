@@ -12,17 +12,19 @@ import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .batches import Batches
 from .calls import Calls, Key
 from .compat import version_of
 from .errors import InputError, NumericalError
 from .examine import examine
 from .hidden import Hidden, Shelf
-from .layers import Slot, as_parameters, unpruned, within
+from .layers import Slot, unpruned, within
 from .lenses import Chunks
 from .machine import cache_directory
 from .model.checkpoint import Source
@@ -32,19 +34,17 @@ from .outcome import BlockResult, LayerResult
 from .phases import phase
 from .progress import Track, no_track
 from .registry import Step
-from .room import fits
 from .samples import Samples, size_of, tokens_of
 from .solver import Settled, Solver
 from .standins import not_one_by_one
 from .statistics.registry import taking
-from .trees import first, map_tensors
 from .types import Block, Stats
-from .watch import SAMPLE, Gather, Stop, Watch, check_seen, run_to, stats_of
+from .watch import SAMPLE, Gather, Stop, Watch, check_seen, stats_of
 
 TOKENS = 2048  # that go through a block at a time, in `block` order
 
 
-class Stream:
+class Stream(Batches):
     """Hidden states on their way through the blocks of a model.
 
     >>> stream = Stream(model, windows)                                        # doctest: +SKIP
@@ -116,16 +116,10 @@ class Stream:
                     ]
                 for hidden in streams:
                     hidden[index], hidden.calls[index] = state, list(calls)
-        self.halved = False  # because the memory of the device ran out
         self.first = size_of(self.batches[0])  # samples in the first batch, before any was halved
         self.hidden = streams[0]
         self.dense = streams[1] if beside else None  # what the dense model has in place of `hidden`
         self.calls.batches = self.hidden.calls
-
-    @property
-    def streams(self) -> list[Hidden]:
-        """The hidden states: of the pruned model, and of the dense one if that runs beside."""
-        return [self.hidden] if self.dense is None else [self.hidden, self.dense]
 
     def _shelf(self, nbytes: int) -> Callable[[Any], Any]:
         return Shelf(nbytes, self.model.device, self._folder).put
@@ -135,12 +129,9 @@ class Stream:
         hidden = self.hidden if hidden is None else hidden
         batch = 0
 
-        def move() -> None:
-            hidden.move(batch, *self._through(block, hidden, batch))
-
         with torch.no_grad():
             while batch < len(hidden):
-                batch += fits(self, batch, move)
+                batch += self.fits(batch, partial(self.forward, block, hidden, batch))
         self.pass_on(block.index, hidden)
 
     def skip(self, block: LoadedBlock, source: Weights) -> None:
@@ -162,15 +153,12 @@ class Stream:
                 hidden[b], calls = self.calls.enter(batch, hidden.states(b))
                 hidden.calls[b] += calls
 
-    def forward(self, block: LoadedBlock, hidden: Hidden, batch: int, *, keep: bool = True) -> Any:
-        """Run a block on one batch of the hidden states, which move on if `keep` says so; what it puts out."""
-        out, beside = self._through(block, hidden, batch)
-        if keep:
-            hidden.move(batch, out, beside)
-        return out
+    def forward(self, block: LoadedBlock, hidden: Hidden, batch: int) -> None:
+        """Run a block on one batch of the hidden states, which move on."""
+        hidden.move(batch, *self.run(block, hidden, batch))
 
     @phase("forward")
-    def _through(self, block: LoadedBlock, hidden: Hidden, batch: int) -> tuple[Any, dict[Key, Any]]:
+    def run(self, block: LoadedBlock, hidden: Hidden, batch: int) -> tuple[Any, dict[Key, Any]]:
         """What a block puts out for one batch of the hidden states, and what travels on beside it."""
         state = hidden[batch]
         version = version_of(state)
@@ -271,7 +259,7 @@ class Stream:
 
         watch = Watch(active, see) if taking("dense_TI", needs) else contextlib.nullcontext()
         with torch.no_grad(), watch:
-            state, beside = self._through(block, dense, batch)
+            state, beside = self.run(block, dense, batch)
         return inputs, lambda: dense.move(batch, state, beside)
 
     def _prune_on_arrival(
@@ -333,10 +321,10 @@ class Stream:
         counted: dict[int, Counter[str]] = {}  # of samples an attempt at which ran out of memory: `Gather.known`
 
         def gathered() -> None:
-            gather.seen = Counter()
+            gather.seen, gather.dense = Counter(), {}
             gather.dense, move = self._dense_inputs(block, active, batch, needs)
             with contextlib.suppress(Stop), Watch(active, see):
-                out, _ = self._through(block, self.hidden, batch)
+                out, _ = self.run(block, self.hidden, batch)
                 if keep_outputs and same:
                     outputs.append(out)
             move()
@@ -349,7 +337,7 @@ class Stream:
                 first = sample < self.first
                 gather.sample = max(1, SAMPLE * size // self.first) if first else 0
                 gather.known = counted.get(sample, Counter())
-                if fits(self, batch, gathered):
+                if self.fits(batch, gathered):
                     whole = len(order) == len(active) and not any(slot.routed for slot in active.values())
                     batch, sample = batch + 1, sample + size
                 else:
@@ -372,7 +360,7 @@ class Stream:
             block.index,
             block.name,
             layers,
-            run=self._runner(block, active) if known is None else None,
+            run=self.runner(block, active) if known is None else None,
             windows=len(self.samples) if known is None else 0,
             targets=(lambda n: self.window(n, outputs if same else beside)) if keep_outputs else None,
             dense=(lambda n: self.window(n, beside)) if "dense" in needs else None,
@@ -383,51 +371,6 @@ class Stream:
             result = solver.apply(whole_block)
             changed = {key: value for key, value in result.others.items() if value is not whole_block.others[key]}
             return {la.name: solver.settle(la, active[la.name]) for la in result.layers}, changed
-
-    def window(self, n: int, batches: Sequence[Any] | Hidden | None = None) -> Any:
-        """The hidden state of sample n alone, or what another sequence of batches has for it."""
-        batch, place = self._place(n)
-        return self._one((self.hidden if batches is None else batches)[batch], place)
-
-    def _place(self, n: int) -> tuple[int, int]:
-        """The batch that has sample n, and its number there."""
-        for batch, samples in enumerate(map(size_of, self.batches)):
-            if n < samples:
-                return batch, n
-            n -= samples
-        raise IndexError(n)
-
-    def _one(self, state: Any, place: int) -> Any:
-        """What a batch's state has for one of its samples."""
-        return map_tensors(state, lambda tensor: tensor.narrow(self.calls.interface.batch, place, 1))
-
-    def _record_windows(self, index: int) -> None:
-        """See to it that it is known how the stack of block `index` is called on each sample alone."""
-        while not self.calls.windows or len(self.calls.windows[0]) <= index:
-            with self.model.outside(head=False, checkpoint=self.checkpoint):
-                self.calls.record_windows(self.samples, self._left)
-
-    def _left(self, n: int) -> list[Any]:
-        """What left the stacks before the one whose calls are to be recorded, of sample n alone."""
-        known = len(self.calls.windows[n]) if self.calls.windows else 0
-        batch, place = self._place(n)
-        passed = self.hidden.states(batch)[: sum(span.stop <= known for span in self.model.spans)]
-        return [self._one(state, place) for state in passed]
-
-    def _runner(self, block: LoadedBlock, active: Mapping[str, Slot]) -> Callable[..., Tensor]:
-        """`Block.run`: the block on one window, with other weights in place of its own."""
-
-        def run(weights: Mapping[str, Tensor], n: int, at: str | None = None) -> Tensor:
-            own = {key.removeprefix(f"{block.name}."): value for key, value in as_parameters(weights, active).items()}
-            self._record_windows(block.index)
-            beside = self.hidden.beside[self._place(n)[0]]  # of this sample alone, if there is anything
-            call = self.calls.windows[n][block.index]
-            args, kwargs, _ = call.arguments(self.window(n), beside)
-            out = run_to(at, block.module, own, args, kwargs)
-            result: Tensor = out if call.whole and at is None else first(out)
-            return result
-
-        return run
 
 
 def through(

@@ -12,7 +12,6 @@ from ..errors import NumericalError
 from ..model.checkpoint import Source
 from ..model.network import Model
 from ..progress import Track, no_track
-from ..room import fits
 from ..samples import Samples, on
 from ..stream import Stream, through
 from ..tasks.text import Perplexity
@@ -65,7 +64,7 @@ def losses(stream: Stream, checkpoint: Source | None = None) -> list[float]:
             with model.outside(
                 checkpoint=checkpoint
             ):  # anew where batches were halved, which takes what it needs of this
-                while number < len(stream.batches) and fits(stream, number, score):
+                while number < len(stream.batches) and stream.fits(number, score):
                     number += 1
     return out
 

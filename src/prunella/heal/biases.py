@@ -94,7 +94,7 @@ def mean_errors(
 
         with torch.no_grad(), Watch(slots, see):
             for batch in range(len(stream.hidden)):
-                stream.forward(block, stream.hidden, batch, keep=False)
+                stream.run(block, stream.hidden, batch)
         for key, slot in slots.items():
             mean_I = sums[key] / windows_NL.numel()
             dense_OI = slot.read(weights[slot.key])
