@@ -61,9 +61,8 @@ def losses(stream: Stream, checkpoint: Source | None = None) -> list[float]:
     number = 0
     with torch.no_grad():
         while number < len(stream.batches):
-            with model.outside(
-                checkpoint=checkpoint
-            ):  # anew where batches were halved, which takes what it needs of this
+            # Loaded anew where batches were halved, after which what that needed of it is gone.
+            with model.outside(checkpoint=checkpoint):
                 while number < len(stream.batches) and stream.fits(number, score):
                     number += 1
     return out
