@@ -31,7 +31,16 @@ _KERNELS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _INDEXED = ("index", "index_put_", "_index_put_impl_", "_unsafe_index")  # whose indices may be the CPU's
 _POINTWISE = ("masked_fill_", "fill_", "index_fill_")  # as others are: a single CPU number may join in
 # The host has to wait for the answer.
-_WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2")
+_WAITS = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "is_nonzero",
+    "unique_dim",
+    "_unique2",
+    "bincount",
+)
 
 _pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer.restype, _pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
@@ -274,6 +283,12 @@ def _attention(
     return out
 
 
+def _asks(self: Tensor, indices: Any, values: Tensor | None = None, **options: Any) -> bool:
+    """How many places a mask has is asked, except to put one number into all of them."""
+    masks = any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in indices)
+    return masks and (values is None or values.numel() != 1)
+
+
 class _Operator:
     """An operator that the CPU runs on twins. (What its schema says is read once: many are small.)"""
 
@@ -298,7 +313,7 @@ class _Operator:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        if self.waits:
+        if self.waits or (self.name in _INDEXED and _asks(**given)):
             for traffic in _watching:
                 traffic.wait(self.name)
         twins = {name: self._twin(name, value) for name, value in given.items()}

@@ -37,11 +37,13 @@ pytestmark = pytest.mark.usefixtures("sim")
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU computes as any device does: in torch, and what it is given in the precision it is given in."""
+    """The CPU computes as any device does: in torch, and what it is given in the precision it is given in; and the
+    device as much at a time as the CPU."""
     columns: Any = importlib.import_module("prunella.columns")
     dsnot: Any = importlib.import_module("prunella.steps.dsnot")
     monkeypatch.setitem(columns.tiles, "cpu", columns.plain_tile)
     monkeypatch.setitem(dsnot.swaps, "cpu", dsnot.plain_swap)
+    monkeypatch.setattr(importlib.import_module("prunella.machine"), "LARGER", 1)
     monkeypatch.setattr(importlib.import_module("prunella.train.retrain"), "_fast_bfloat16", lambda device: False)
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from prunella.histogram import BINS, SAMPLE, SPAN, histograms
+from prunella.histogram import BINS, SAMPLE, SPAN, counted, histograms
 
 
 def counts(text):
@@ -13,7 +13,7 @@ def test_small_layers_are_counted_whole_as_numpy_counts_them():
     torch.manual_seed(0)
     dense, mask = torch.randn(24, 40), torch.rand(24, 40) > 0.5
     weight = (dense * 1.1).masked_fill(~mask, 0)
-    found = histograms(dense, weight, mask)
+    found = histograms(counted(dense, weight, mask))
     assert found["rms"] == pytest.approx(dense.square().mean().sqrt().item())
     limit = SPAN * found["rms"]
     for name, values in (("dense", dense.flatten()), ("pruned", weight[mask])):
@@ -24,7 +24,7 @@ def test_small_layers_are_counted_whole_as_numpy_counts_them():
 @pytest.mark.parametrize("shape", [(1024, 1024), (513, 512), (64, 4096)])
 def test_large_layers_are_counted_on_a_sample_that_sees_every_column(shape):
     dense = torch.arange(shape[1]).repeat(shape[0], 1) / shape[1] - 0.5  # a weight says its column
-    found = histograms(dense.bfloat16(), dense, torch.ones(shape, dtype=torch.bool))
+    found = histograms(counted(dense.bfloat16(), dense, torch.ones(shape, dtype=torch.bool)))
     seen = counts(found["dense"])
     assert SAMPLE // 2 <= seen.sum() <= SAMPLE
     inside = seen[seen > 0]
@@ -36,13 +36,13 @@ def test_pruned_weights_are_not_counted_and_far_ones_fall_into_the_last_bins():
     dense[0, 0], dense[0, 1] = 50.0, -50.0
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[0, :2] = True
-    found = histograms(dense, dense * mask, mask)
+    found = histograms(counted(dense, dense * mask, mask))
     assert counts(found["dense"]).sum() == 64
     pruned = counts(found["pruned"])
     assert (pruned[0], pruned[-1], pruned.sum()) == (1, 1, 2)
 
 
 def test_a_layer_of_zeros_has_a_histogram():
-    found = histograms(torch.zeros(4, 4), torch.zeros(4, 4), torch.ones(4, 4, dtype=torch.bool))
+    found = histograms(counted(torch.zeros(4, 4), torch.zeros(4, 4), torch.ones(4, 4, dtype=torch.bool)))
     assert found["rms"] == 0
     assert counts(found["dense"]).sum() == 16

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from .samples import Batch, on
 from .statistics.registry import concatenate, merged, of_gradients, taking, whole
 from .stream import Stream
 from .types import Stats
+from .waits import demand, fetch, together
 from .watch import Gather, Watch
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of a window's logits (L, V) and ids (L)
@@ -74,23 +76,26 @@ class Back:
             self._entering.append(hidden.copy(shelf))
             stream.advance(block)
         with model.outside(checkpoint=checkpoint):
-            self.losses = [self._begin(n) for n in range(len(hidden))]
+            parts = [self._begin(n) for n in range(len(hidden))]
+        every = iter(fetch([part for some in parts for part in some]))
+        self.losses = [sum(part.item() for part in islice(every, len(some))) for some in parts]
+        for n, total in enumerate(self.losses):
+            if not math.isfinite(total):
+                raise NumericalError(
+                    f"the loss of window {n} is not finite: weights of '{self.model.name}' hold NaN or infinity, or it"
+                    " overflows on this text; use --dtype float32 or bfloat16."
+                )
 
-    def _begin(self, n: int) -> float:
-        """The loss of window n; its gradient takes the place of the last block's output."""
+    def _begin(self, n: int) -> list[Tensor]:
+        """The loss of window n, in parts; its gradient takes the place of the last block's output."""
         output = self.stream.hidden[n].detach().requires_grad_()
-        total, gradient = 0.0, torch.zeros_like(output)
+        parts, gradient = list[Tensor](), torch.zeros_like(output)
         with torch.enable_grad():
             for part in self._losses(self.stream.batches[n], output):
                 gradient += torch.autograd.grad(part, output)[0]
-                total += part.item()
-        if not math.isfinite(total):
-            raise NumericalError(
-                f"the loss of window {n} is not finite: weights of '{self.model.name}' hold NaN or infinity, or it"
-                " overflows on this text; use --dtype float32 or bfloat16."
-            )
+                parts.append(part.detach())
         self.stream.hidden[n] = gradient
-        return total
+        return parts
 
     def _losses(self, batch: Batch, output: Tensor) -> Iterator[Tensor]:
         """The loss of a window, or parts that add up to it, each made when the one before it may go."""
@@ -144,8 +149,9 @@ class Back:
         active = {slot.name: slot for slot in slots if slot.sparsity > 0}
         if not active:
             self.skip(block)
-        known = self._known(block, active, needs) if active else {}
-        return self.stream.prune(block, slots, steps, min_tokens=min_tokens, last=True, known=known)
+        with together():
+            known = self._known(block, active, needs) if active else {}
+            return self.stream.prune(block, slots, steps, min_tokens=min_tokens, last=True, known=known)
 
     def _known(self, block: LoadedBlock, active: Mapping[str, Slot], needs: frozenset[str]) -> dict[str, Stats]:
         """The statistics of those layers of a block that a token reached."""
@@ -167,10 +173,8 @@ class Back:
                 values[name] = merged(values[name], made)
                 several.clear()
         for name, made in values.items():
-            if not all(torch.isfinite(value).all() for value in made.values()):
-                raise NumericalError(
-                    f"the gradients of layer '{name}' hold NaN or infinity: use --dtype float32 or bfloat16."
-                )
+            for value in made.values():
+                demand(torch.isfinite(value).all(), partial(_not_finite, name))
         shared = {name: gather.stats[first] for name, first in gather.leader.items()}
         return {name: replace(stats, values={**stats.values, **values.pop(name)}) for name, stats in shared.items()}
 
@@ -210,6 +214,10 @@ def gradients(
     for index, block in model.walk(checkpoint, back=True, track=track, what="gradients"):
         for window, found in back.advance(block):
             yield index, window, found
+
+
+def _not_finite(name: str) -> NumericalError:
+    return NumericalError(f"the gradients of layer '{name}' hold NaN or infinity: use --dtype float32 or bfloat16.")
 
 
 @contextlib.contextmanager

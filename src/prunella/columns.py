@@ -52,7 +52,7 @@ def column_pass(
     upper_II = factor.upper_II
     diagonal_I = upper_II.diagonal()
     weight_OI = torch.empty_like(weight_OI, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(weight_OI)
-    weight_OI[:, factor.dead_I] = 0
+    weight_OI.masked_fill_(factor.dead_I, 0)
     chosen_OI = torch.empty(rows, width, dtype=torch.bool, device=weight_OI.device)
     in_pass = pattern if mask_OI is None and pattern.kind == "nm" else None
     scales: list[Tensor] = []

@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .compat import attention_of, under_transform
+from .machine import at_a_time, exact_products
 from .native import call, library
 
-PANEL = 256  # columns of a product with float32 sums that torch makes at a time
-TOKENS = 2048  # tokens at a time: what a product reads stays in the cache
+PANEL = 256  # columns of a product with float32 sums that torch makes at a time on a CPU
+TOKENS = 2048  # tokens at a time, there: what a product reads stays in the cache
 
 
 @functools.cache
@@ -32,20 +33,43 @@ def _kernels() -> ctypes.CDLL | None:
     return found if found is not None and found.prunella_stream_available() else None
 
 
+@functools.cache
+def _sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Does torch have a product there of two matrices of this dtype, with sums and result in float32?"""
+    if device.type == "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    one = torch.ones(16, 16, dtype=dtype, device=device)
+    try:
+        made: Any = torch.mm(one, one * (1 + 2**-6), out_dtype=torch.float32)  # 16.25, which bfloat16 has not
+    except (TypeError, RuntimeError):  # NotImplementedError is one
+        return False
+    return made.dtype == torch.float32 and bool((made == 16.25).all())
+
+
 def add_gram(gram_II: Tensor, x_TI: Tensor) -> None:
     """gram += x^T x, in place, float32. Only one triangle is multiplied out; the other is its mirror."""
     width = x_TI.shape[1]
     kernels = _kernels() if x_TI.dtype == torch.bfloat16 and x_TI.device.type == "cpu" else None
-    for x in torch.split(x_TI, TOKENS):
+    mixed = _sums_in_float32(x_TI.device, x_TI.dtype)
+    panel = at_a_time(PANEL, x_TI.device)
+    for x in torch.split(x_TI, at_a_time(TOKENS, x_TI.device)):
         if kernels is not None and x.stride(1) == 1 and x.stride(0) >= width and len(x):
             call(kernels.prunella_gram, x, x.shape[0], width, x.stride(0), gram_II)
             continue
-        x = x.float()
-        for start in range(0, width, PANEL):
-            stop = min(start + PANEL, width)
-            gram_II[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
-    for start in range(0, width, PANEL):  # mirror the upper triangle
-        stop = min(start + PANEL, width)
+        x = x if mixed else x.float()
+        for start in range(0, width, panel):
+            panel_TP, right_TI, sum_PI = (
+                x[:, start : start + panel],
+                x[:, start:],
+                gram_II[start : start + panel, start:],
+            )
+            if mixed:
+                sum_PI += torch.mm(panel_TP.T, right_TI, out_dtype=torch.float32)
+            else:
+                with exact_products(x.device):
+                    sum_PI.addmm_(panel_TP.T, right_TI)
+    for start in range(0, width, panel):  # mirror the upper triangle
+        stop = min(start + panel, width)
         gram_II[stop:, start:stop] = gram_II[start:stop, stop:].T
         square = gram_II[start:stop, start:stop]
         square.copy_(square.triu() + square.triu(1).T)
@@ -56,10 +80,12 @@ def add_drift(drift_II: Tensor, dense_TI: Tensor, x_TI: Tensor) -> None:
 
     bfloat16 where x is: sums of `TOKENS` tokens are rounded to it, an error far below that of their estimate.
     """
-    for dense, x in zip(torch.split(dense_TI, TOKENS), torch.split(x_TI, TOKENS), strict=True):
-        if x.dtype != torch.bfloat16:
-            dense, x = dense.float(), x.float()
-        drift_II += (dense - x).T @ x
+    size = at_a_time(TOKENS, x_TI.device)
+    with exact_products(x_TI.device):
+        for dense, x in zip(torch.split(dense_TI, size), torch.split(x_TI, size), strict=True):
+            if x.dtype != torch.bfloat16:
+                dense, x = dense.float(), x.float()
+            drift_II += (dense - x).T @ x
 
 
 def attention(

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .errors import NumericalError
+from .waits import demand
 
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of the largest weight, at which clipping is tried
 
@@ -50,8 +51,7 @@ def fit(weight_OI: Tensor, bits: int, group: int) -> Grid:
     weight of a group, the one with the least squared error. With 8 bits clipping never pays. Raises NumericalError
     if a weight is NaN or infinite."""
     weight_OI = weight_OI.float()
-    if not torch.isfinite(weight_OI).all():
-        raise NumericalError("a weight to quantize is NaN or infinite.")
+    demand(torch.isfinite(weight_OI).all(), lambda: NumericalError("a weight to quantize is NaN or infinite."))
     columns = weight_OI.shape[1]
     group = group if group < columns else 0
     size = group or columns

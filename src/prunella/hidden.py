@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -84,11 +84,6 @@ class Hidden:
             other[index] = self[index]  # by way of the device, see `Shelf.put`
         return other
 
-    def move(self, index: int, state: Any, beside: dict[Key, Any]) -> None:
-        """A batch has passed a block: its state now, and what travels with it."""
-        self[index] = state
-        self.beside[index] = {key: map_tensors(value, self.shelf.put) for key, value in beside.items()}
-
     def split(self, index: int, sizes: Sequence[int], dimension: int) -> None:
         """Batches of so many samples in the place of one, beside which nothing travels; their calls are not known."""
 
@@ -120,6 +115,11 @@ class Hidden:
 
     def __getitem__(self, index: int) -> Any:
         return map_tensors(self._items[index], self._here)
+
+    def move(self, index: int, state: Any, beside: Mapping[Key, Any]) -> None:
+        """One batch has passed a block, with what travels beside it."""
+        self[index] = state
+        self.beside[index] = {key: map_tensors(value, self.shelf.put) for key, value in beside.items()}
 
     def __setitem__(self, index: int, value: Any) -> None:
         old = self._items[index]

@@ -20,6 +20,7 @@ from .compat import CONVOLUTIONS
 from .errors import ModelError
 from .lenses import Experts, Lens, Linear, fitting, holds_experts, learned, worn_by
 from .types import Pattern
+from .waits import fetch
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,9 @@ def survey(module: nn.Module, prefix: str) -> tuple[list[Slot], list[LeftOut]]:
 def left_out(module: nn.Module, prefix: str) -> list[LeftOut]:
     """What is left out of a block whose weights are loaded, its zeros counted."""
     values = dict(module.named_parameters())
-    return [
-        replace(item, zeros=item.weights - int(values[item.name.removeprefix(f"{prefix}.")].count_nonzero()))
-        for item in survey(module, prefix)[1]
-    ]
+    items = survey(module, prefix)[1]
+    counts = fetch([values[item.name.removeprefix(f"{prefix}.")].count_nonzero() for item in items])
+    return [replace(item, zeros=item.weights - int(count)) for item, count in zip(items, counts, strict=True)]
 
 
 def unpruned(module: nn.Module, prefix: str, pruned: Collection[str]) -> frozenset[str]:

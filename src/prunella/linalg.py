@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .errors import NumericalError
 from .types import Stats
+from .waits import demand, holds
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def inverse_factor(stats: Stats, damping: float, order_I: Tensor | None = None) 
         hessian = stats.hessian_II if order_I is None else stats.hessian_II[order_I][:, order_I]
         diagonal = hessian.diagonal()
         dead = diagonal == 0
-        diagonal[dead] = 1 if dead.all() else diagonal[~dead].mean()
+        diagonal.masked_fill_(dead, _of_others(diagonal, dead))
         diagonal += share * diagonal.mean()
         return hessian.flip(0, 1)
 
@@ -55,19 +56,33 @@ def inverse_factor(stats: Stats, damping: float, order_I: Tensor | None = None) 
         share = max(damping, 0.0)
         while True:
             lower, info = torch.linalg.cholesky_ex(reversed_hessian(share))
-            if not info.item():
-                inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-                torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-                if torch.isfinite(inverse.diagonal()).all():
-                    del lower
-                    return InverseFactor(inverse.flip(0, 1), dead, share)
+            inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            if holds((info == 0) & torch.isfinite(inverse.diagonal()).all()):
+                del lower
+                return InverseFactor(inverse.flip(0, 1), dead, share)
             share = share * 10 if share else 1e-6
             if not share <= 1e4:
                 raise NumericalError("the Hessian cannot be factored at any damping: are the activations finite?")
 
-    key = ("inverse_factor", damping, None if order_I is None else tuple(order_I.tolist()))
-    factor: InverseFactor = stats.once(key, make)
+    factor: InverseFactor
+    factor, _ = stats.once(("inverse_factor", damping, id(order_I)), lambda: (make(), order_I))  # which so stays
     return factor
+
+
+def _of_others(diagonal: Tensor, dead: Tensor) -> Tensor:
+    """The mean of what is not dead, 1 where all is."""
+    if diagonal.device.type == "cpu":
+        return diagonal.new_ones(()) if dead.all() else diagonal[~dead].mean()
+    return torch.where(dead.all(), 1, diagonal.masked_fill(dead, 0).sum() / (~dead).sum())
+
+
+def cholesky(matrix_II: Tensor) -> Tensor:
+    """The lower factor of a positive definite matrix. Raises NumericalError for any other."""
+    lower_II: Tensor
+    lower_II, info = torch.linalg.cholesky_ex(matrix_II)
+    demand(info == 0, lambda: NumericalError("a Hessian cannot be factored: raise the damping."))
+    return lower_II
 
 
 def apart(one: Tensor, other: Tensor) -> float:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -71,18 +72,54 @@ def forget(device: torch.device) -> None:
         give()
 
 
+LARGER = 8  # times as much goes at a time on an accelerator
+
+
+def at_a_time(size: int, device: torch.device) -> int:
+    """How much goes at a time where `size` of it suits the caches of a CPU: on an accelerator, which small pieces leave
+    idle, more."""
+    return size if device.type == "cpu" else size * LARGER
+
+
+@contextlib.contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Products of float32 are made in float32 inside, whatever is set: a GPU would make them of 10 bits (TF32), which
+    is too little for what is summed to be factored."""
+    matmul: Any = torch.backends.cuda.matmul
+    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    if device.type == "cpu":
+        yield
+        return
+    before = getattr(matmul, name)
+    setattr(matmul, name, exact)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
+
+
+def keep_random(device: torch.device) -> Callable[[], None]:
+    """What puts the generators of the CPU and of this device back to where they are now. Other devices are not
+    touched."""
+    host = torch.get_rng_state()
+    module = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
+    of = () if device.type == "mps" else (device,)  # there is but one of those, which is not named
+    there = None if module is None else module.get_rng_state(*of)
+
+    def restore() -> None:
+        torch.set_rng_state(host)
+        if module is not None:
+            module.set_rng_state(there, *of)
+
+    return restore
+
+
 @contextlib.contextmanager
 def fork_random(device: torch.device) -> Iterator[None]:
     """Inside, random numbers may be drawn: afterwards the generators of the CPU and of this device are as before. Other
     devices are not touched."""
-    with torch.random.fork_rng(devices=[]):
-        if device.type == "cpu":
-            yield
-            return
-        module = torch.get_device_module(device)
-        of = () if device.type == "mps" else (device,)  # there is but one of those, which is not named
-        state = module.get_rng_state(*of)
-        try:
-            yield
-        finally:
-            module.set_rng_state(state, *of)
+    restore = keep_random(device)
+    try:
+        yield
+    finally:
+        restore()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from .grid import Grid
 from .layers import Slot
+from .waits import fetch
 
 
 def share_of(where: Tensor) -> float:
@@ -45,10 +46,16 @@ class LayerResult:
         return self.shape[0] * self.shape[1]
 
     @classmethod
-    def dense(cls, slot: Slot) -> LayerResult:
-        """Of a layer, loaded, that stays as it is."""
-        zeros = share_of(slot.read() == 0)
-        return cls(slot.name, slot.shape, zeros, 0.0, str(slot.pattern), None, 0, before=zeros)
+    def dense(cls, slots: Sequence[Slot]) -> list[LayerResult]:
+        """Of layers, loaded, that stay as they are."""
+        zeros = fetch([(slot.read() == 0).count_nonzero() for slot in slots])
+        return [cls.dense_one(slot, count) for slot, count in zip(slots, zeros, strict=True)]
+
+    @classmethod
+    def dense_one(cls, slot: Slot, zeros: Tensor) -> LayerResult:
+        """Of one with so many zeros."""
+        share = zeros.item() / (slot.shape[0] * slot.shape[1])
+        return cls(slot.name, slot.shape, share, 0.0, str(slot.pattern), None, 0, before=share)
 
 
 def mean(layers: Iterable[LayerResult], value: Callable[[LayerResult], float | None]) -> float | None:

@@ -1,15 +1,18 @@
 """The only top-k: from scores to a mask with exactly the right number of zeros."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .errors import NumericalError
 from .types import Layer, Pattern
 
+ROWS = 64  # so few are sorted on an accelerator, to select from them
 _watching: list[Tensor] | None = None  # what `ranked` collects
 
 
@@ -142,23 +145,31 @@ def _lowest(score_GK: Tensor, count: int) -> Tensor:
     """True at the `count` lowest scores of each row; among equals the lower index counts as lower."""
     if count <= 0:
         return torch.zeros_like(score_GK, dtype=torch.bool)
-    if score_GK.device.type == "cpu" and score_GK.dtype == torch.float32:  # numpy selects two to three times as fast
+    here = score_GK.device.type == "cpu"
+    if not here and len(score_GK) < ROWS:  # where a row is selected from by a single block of threads
+        order_GK = (score_GK + 0.0).sort(dim=1, stable=True).indices  # + 0.0: there is one zero
+        return torch.zeros_like(score_GK, dtype=torch.bool).scatter_(1, order_GK[:, :count], True)
+    if here and score_GK.dtype == torch.float32:  # numpy selects two to three times as fast
         part = np.partition(score_GK.detach().numpy(), count - 1, axis=1)
         threshold_G1 = torch.from_numpy(part[:, count - 1 : count])
     else:
         threshold_G1 = score_GK.kthvalue(count, dim=1, keepdim=True).values
     lowest = score_GK <= threshold_G1
-    if lowest.count_nonzero() == count * len(lowest):  # no ties
+    if here and lowest.count_nonzero() == count * len(lowest):  # no ties; a device would have to be waited for
         return lowest
     below = score_GK < threshold_G1
     level = score_GK == threshold_G1
     missing_G1 = count - below.sum(1, keepdim=True)
-    return below | (level & (level.cumsum(1) <= missing_G1))
+    return below | (level & (level.cumsum(1, dtype=torch.int32) <= missing_G1))
 
 
 def pack(mask_OI: Tensor) -> Tensor:
-    """A mask as bits (uint8), row after row, the first weight in the highest bit of the first byte."""
-    return torch.from_numpy(np.packbits(mask_OI.cpu().numpy()))
+    """A mask as bits (uint8), on its device, row after row, the first weight in the highest bit of the first byte."""
+    if mask_OI.device.type == "cpu":
+        return torch.from_numpy(np.packbits(mask_OI.numpy()))
+    flat = mask_OI.flatten()
+    bytes_B8 = functional.pad(flat.view(torch.uint8), (0, -flat.numel() % 8)).view(-1, 8)
+    return (bytes_B8 * _places(flat.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack(bits: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -174,8 +185,13 @@ def unpack(bits: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def _bits(packed: Tensor) -> Tensor:
     """Eight bool for each byte, the highest bit first, as numpy.unpackbits gives them."""
-    places_8 = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=packed.device)
-    return (packed[:, None] & places_8).ne(0).flatten()
+    return (packed[:, None] & _places(packed.device)).ne(0).flatten()
+
+
+@functools.cache
+def _places(device: torch.device) -> Tensor:
+    """What each of a byte's eight bits is worth, the highest first."""
+    return torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=device)
 
 
 def best(score_OI: Tensor, where_OI: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from .evaluate.measure import measure_once, whole_name
 from .foreign import blamed
 from .layers import LeftOut, Slot, left_out, matches, survey
 from .lenses import wear
-from .machine import fork_random, most_memory
+from .machine import at_a_time, fork_random, most_memory
 from .model.checks import check_plain, check_saveable
 from .model.names import named
 from .model.network import Model
@@ -302,7 +302,7 @@ def _blocks(
     steps = recipe.make_steps()
     goes_back = recipe.order == "back"
     if recipe.order == "block" and not any(step.needs for step in steps):  # errors are measured on the first batch
-        samples = samples.first(max(1, TOKENS // tokens_of(samples.groups[0])))
+        samples = samples.first(max(1, at_a_time(TOKENS, model.device) // tokens_of(samples.groups[0])))
     stream = Stream(
         model,
         samples,
@@ -321,7 +321,7 @@ def _blocks(
     for n, (index, block) in enumerate(model.walk(back=goes_back, track=track, what="pruning")):
         left[index] = left_out(block.module, block.name)
         if n > last:  # all that follows stays dense: nothing has to get there
-            layers[index] = [LayerResult.dense(slot) for slot in slots[index]]
+            layers[index] = LayerResult.dense(slots[index])
             continue
         if n < len(done):
             layers[index] = done[n]

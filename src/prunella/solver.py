@@ -3,23 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from .errors import NumericalError, StepError
 from .grid import Grid, fit
-from .histogram import histograms
+from .histogram import counted, histograms
 from .layers import Slot
+from .machine import exact_products
 from .model.walk import LoadedBlock
 from .outcome import LayerResult, share_of
 from .pattern import hold_zeros, pack
 from .registry import Step
 from .steps.magnitude import magnitude
-from .types import Block, Layer, Stats
+from .types import Block, Layer, Stats, quotient
+from .waits import demand, fetch
 
-Settled = tuple[LayerResult, Tensor, Grid | None]
+
+@dataclass(frozen=True)
+class Settled:
+    """A layer that is written into its block: what the host knows of it, and what the device still has to say.
+
+    result: without what is to be said
+    found:  how many of its weights are zero, and how many were; what was `counted`; the mask as bits
+    lost:   what the error is the quotient of, if there is any
+    grid:   if a step quantized it
+    """
+
+    result: LayerResult
+    found: tuple[Tensor, ...]
+    lost: Tensor | None
+    grid: Grid | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What `told` takes, from the host."""
+        return [
+            *self.found,
+            *([] if self.lost is None else [self.lost]),
+            *([] if self.grid is None else [self.grid.scale_OG]),
+        ]
+
+    def told(self, here: Sequence[Tensor]) -> tuple[LayerResult, Tensor, Grid | None]:
+        """The result, the mask as bits, and the grid, all on the host."""
+        gone, before, *counts, bits = here[: len(self.found)]
+        rest = list(here[len(self.found) :])
+        size = self.result.size
+        result = replace(
+            self.result,
+            sparsity=gone.item() / size,
+            before=before.item() / size,
+            error=None if self.lost is None else quotient(rest.pop(0)),
+            weights=histograms(counts),
+        )
+        return result, bits, None if self.grid is None else replace(self.grid, scale_OG=rest.pop())
 
 
 class Solver:
@@ -62,10 +102,13 @@ class Solver:
     def layer(self, slot: Slot, stats: Stats) -> Layer:
         """A layer as the steps begin with it. Raises NumericalError for statistics that are not finite."""
         for value in stats.values.values():
-            if value.ndim < 2 and not torch.isfinite(value).all():  # matrices would take long, and come with a norm
-                raise NumericalError(
-                    f"the inputs of layer '{slot.name}' hold NaN or infinity: the model overflows on the"
-                    " calibration text; use --dtype float32 or bfloat16."
+            if value.ndim < 2:  # matrices would take long, and come with a norm
+                demand(
+                    torch.isfinite(value).all(),
+                    lambda: NumericalError(
+                        f"the inputs of layer '{slot.name}' hold NaN or infinity: the model overflows on the"
+                        " calibration text; use --dtype float32 or bfloat16."
+                    ),
                 )
         weight_OI = slot.read().contiguous()
         notes: tuple[str, ...] = ()
@@ -96,7 +139,8 @@ class Solver:
                 allowed = {la.name: la.stats.only(step.needs) for la in fed.layers}
                 kept = {la.name: la.stats for la in fed.layers}
                 lent = tuple(replace(la, stats=allowed[la.name]) for la in fed.layers)
-                fed = step.apply(replace(fed, layers=lent))
+                with exact_products(lent[0].weight_OI.device):
+                    fed = step.apply(replace(fed, layers=lent))
                 fed = replace(fed, layers=tuple(replace(self._held(la), stats=kept[la.name]) for la in fed.layers))
         done = {la.name: la for la in fed.layers}
         for name, layer in starved.items():
@@ -115,8 +159,7 @@ class Solver:
 
     @staticmethod
     def settle(layer: Layer, slot: Slot) -> Settled:
-        """Write the weight into the block; keep what the report needs, the mask as bits and the grid: nothing large,
-        and nothing on the device."""
+        """Write the weight into the block; keep what the report needs, the mask as bits and the grid: nothing large."""
         if layer.mask_OI is None:
             raise StepError(
                 f"the steps chose no mask for layer '{layer.name}': the last one must end with layer.pruned(…)."
@@ -125,15 +168,39 @@ class Solver:
         result = LayerResult(
             layer.name,
             slot.shape,
-            share_of(~layer.mask_OI | (zero_OI & (layer.weight_OI == 0))),
+            0.0,
             slot.sparsity,
             str(slot.pattern),
-            layer.error(),  # before the dense weight is overwritten: the two share their memory
+            None,
             layer.stats.tokens,
             layer.notes,
             None if layer.grid is None else layer.grid.bits,
-            histograms(layer.dense_OI, layer.weight_OI, layer.mask_OI),
-            share_of(zero_OI),
         )
+        gone_OI = ~layer.mask_OI | (zero_OI & (layer.weight_OI == 0))
+        found = (
+            gone_OI.count_nonzero(),
+            zero_OI.count_nonzero(),
+            *counted(layer.dense_OI, layer.weight_OI, layer.mask_OI),
+            pack(layer.mask_OI),
+        )
+        lost = layer.lost()  # before the dense weight is overwritten: the two share their memory
         slot.write(layer.weight_OI)
-        return result, pack(layer.mask_OI), None if layer.grid is None else layer.grid.on(torch.device("cpu"))
+        return Settled(result, found, lost, layer.grid)
+
+
+def tell(
+    slots: Sequence[Slot], layers: Mapping[str, Settled]
+) -> dict[str, tuple[LayerResult, Tensor | None, Grid | None]]:
+    """What became of all layers of a block, those too that stayed dense: results, masks as bits and grids, all on the
+    host by one copy."""
+    asked = [
+        layers[slot.name].tensors if slot.name in layers else [(slot.read() == 0).count_nonzero()] for slot in slots
+    ]
+    found = iter(fetch([tensor for tensors in asked for tensor in tensors]))
+    told: dict[str, tuple[LayerResult, Tensor | None, Grid | None]] = {}
+    for slot, tensors in zip(slots, asked, strict=True):
+        here = list(islice(found, len(tensors)))
+        told[slot.name] = (
+            layers[slot.name].told(here) if slot.name in layers else (LayerResult.dense_one(slot, here[0]), None, None)
+        )
+    return told

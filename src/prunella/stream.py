@@ -26,22 +26,23 @@ from .examine import examine
 from .hidden import Hidden, Shelf
 from .layers import Slot, unpruned, within
 from .lenses import Chunks
-from .machine import cache_directory
+from .machine import at_a_time, cache_directory, keep_random
 from .model.checkpoint import Source
 from .model.network import Model
 from .model.walk import LoadedBlock, Weights
-from .outcome import BlockResult, LayerResult
+from .outcome import BlockResult
 from .phases import phase
 from .progress import Track, no_track
 from .registry import Step
 from .samples import Samples, size_of, tokens_of
-from .solver import Settled, Solver
+from .solver import Settled, Solver, tell
 from .standins import not_one_by_one
 from .statistics.registry import taking
 from .types import Block, Stats
+from .waits import Again, demand, together
 from .watch import SAMPLE, Gather, Stop, Watch, check_seen, stats_of
 
-TOKENS = 2048  # that go through a block at a time, in `block` order
+TOKENS = 2048  # that go through a block at a time on a CPU, in `block` order
 
 
 class Stream(Batches):
@@ -100,7 +101,11 @@ class Stream(Batches):
                 batch
                 for group in samples.groups
                 for batch in Samples((group,)).batches(
-                    len(samples) if order == "layer" else 1 if alone else max(1, TOKENS // tokens_of(group))
+                    len(samples)
+                    if order == "layer"
+                    else 1
+                    if alone
+                    else max(1, at_a_time(TOKENS, model.device) // tokens_of(group))
                 )
             )
             self._folder = model.scratch or cache_directory() / "hidden"
@@ -201,11 +206,30 @@ class Stream(Batches):
         magnitude, and say so. Raises NumericalError, naming the layer, for NaN or infinity in weights, inputs or
         results.
         """
+        # Before the device is asked nothing has moved on, unless statistics are used up or the dense model runs beside.
+        again = known is None and self.dense is None
+        restore = keep_random(self.model.device)
+        try:
+            with together(again):
+                return self._prune(block, slots, steps, min_tokens, last, known)
+        except Again:
+            restore()
+        with together():
+            return self._prune(block, slots, steps, min_tokens, last, known)
+
+    def _prune(
+        self,
+        block: LoadedBlock,
+        slots: Sequence[Slot],
+        steps: Sequence[Step],
+        min_tokens: int,
+        last: bool,
+        known: dict[str, Stats] | None,
+    ) -> BlockResult:
         started = time.perf_counter()
         active = {slot.name: slot for slot in slots if slot.sparsity > 0}
         for slot in active.values():
-            if not torch.isfinite(slot.read()).all():
-                raise NumericalError(f"layer '{slot.name}' has NaN or infinite weights before pruning.")
+            demand(torch.isfinite(slot.read()).all(), partial(_not_finite, slot))
         own = block.tensors()
         begin = {} if self.start is None else block.read(self.start)
         keys = {slot.key for slot in active.values()}
@@ -221,27 +245,25 @@ class Stream(Batches):
         )
         with block.use({slot.key: own[slot.key].clone() for slot in active.values()}):
             if self.order == "layer":
-                layers = self._prune_on_arrival(block, active, solver)
-                self.pass_on(block.index, self.hidden)
+                layers, moved = self._prune_on_arrival(block, active, solver)
             else:
                 layers, others = self._prune_after_dense_pass(block, active, solver, known)
-                if not last:
-                    with block.use({**{k: v for k, v in begin.items() if k not in keys}, **others}):
-                        self.advance(block)
+            with phase("solve"):
+                told = tell(slots, layers)  # the one look at the device: nothing has moved on yet
+            if self.order == "layer":
+                self.hidden.move(0, *moved)
+                self.pass_on(block.index, self.hidden)
+            elif not last:
+                with block.use({**{k: v for k, v in begin.items() if k not in keys}, **others}):
+                    self.advance(block)
             if self.dense is not None:
                 self.pass_on(block.index, self.dense)
-            results, masks, grids, changed = [], {}, {}, dict(others)
-            for slot in slots:
-                if slot.name not in layers:
-                    results.append(LayerResult.dense(slot))
-                    continue
-                result, masks[slot.name], grid = layers[slot.name]
-                results.append(result)
-                if grid is not None:
-                    grids[slot.name] = grid
-                changed[slot.key] = slot.tensor
+            changed = {**others, **{slot.key: slot.tensor for slot in slots if slot.name in layers}}
+        results = tuple(told[slot.name][0] for slot in slots)
+        masks = {name: bits for name, (_, bits, _) in told.items() if bits is not None}
+        grids = {name: grid for name, (_, _, grid) in told.items() if grid is not None}
         seconds = time.perf_counter() - started
-        return BlockResult(block.index, block.name, tuple(results), masks, grids, changed, seconds)
+        return BlockResult(block.index, block.name, results, masks, grids, changed, seconds)
 
     def _dense_inputs(
         self, block: LoadedBlock, active: Mapping[str, Slot], batch: int, needs: frozenset[str]
@@ -267,7 +289,8 @@ class Stream(Batches):
         block: LoadedBlock,
         active: Mapping[str, Slot],
         solver: Solver,
-    ) -> dict[str, Settled]:
+    ) -> tuple[dict[str, Settled], tuple[Any, dict[Key, Any]]]:
+        """What became of its layers; what the block puts out, and what travels on beside it."""
         needs = solver.needs
         done: dict[str, Settled] = {}
         stats = Stats()
@@ -285,13 +308,13 @@ class Stream(Batches):
         dense, move = self._dense_inputs(block, active, 0, needs)
         move()
         with torch.no_grad(), Watch(active, see):
-            self.forward(block, self.hidden, 0)
+            moved = self.run(block, self.hidden, 0)
         check_seen(block.name, done, active)
         for layer_name, slot in active.items():  # experts that no token reached
             if layer_name not in done:
                 with phase("solve"):
                     done[layer_name] = solver.alone(slot, Stats(), reached=False)
-        return done
+        return done, moved
 
     def _prune_after_dense_pass(
         self,
@@ -371,6 +394,10 @@ class Stream(Batches):
             result = solver.apply(whole_block)
             changed = {key: value for key, value in result.others.items() if value is not whole_block.others[key]}
             return {la.name: solver.settle(la, active[la.name]) for la in result.layers}, changed
+
+
+def _not_finite(slot: Slot) -> NumericalError:
+    return NumericalError(f"layer '{slot.name}' has NaN or infinite weights before pruning.")
 
 
 def through(

@@ -20,6 +20,7 @@ from torch import Tensor
 from .errors import InputError, NumericalError, StatisticError
 from .grid import Grid
 from .statistics.registry import merged, of_inputs, whole
+from .waits import demand
 
 
 @dataclass(frozen=True)
@@ -201,24 +202,36 @@ class Layer:
     def pruned(self, weight_OI: Tensor, mask_OI: Tensor, *notes: str, grid: Grid | None = None) -> Layer:
         """This layer with a new weight under a new mask: the weight is cast to the layer's dtype and
         zeroed where the mask is False; `grid` says what its values are multiples of, if they are.
-        Raises NumericalError if a kept weight is not finite."""
+        Raises NumericalError if a kept weight is not finite (of a device, when the block is done)."""
         weight_OI = weight_OI.to(self.weight_OI.dtype).masked_fill(~mask_OI, 0)
-        if not torch.isfinite(weight_OI).all():
-            raise NumericalError(
+        demand(
+            torch.isfinite(weight_OI).all(),
+            lambda: NumericalError(
                 f"layer '{self.name}' got NaN or infinite weights while it was pruned: raise the damping,"
                 " use more calibration text, or run in float32 (--dtype float32)."
-            )
+            ),
+        )
         return replace(self, weight_OI=weight_OI, mask_OI=mask_OI, grid=grid, notes=self.notes + notes)
 
-    def error(self) -> float | None:
-        """Relative squared error of the outputs, ||X (W - W_dense)^T||^2 / ||X W_dense^T||^2, on the
-        sample of calibration tokens; None where there is none, or where the dense output is zero."""
+    def lost(self) -> Tensor | None:
+        """Squared error of the outputs, ||X (W - W_dense)^T||^2, and what it is an error of, ||X W_dense^T||^2, on the
+        sample of calibration tokens: a tensor (2,). None where there is no sample."""
         if self.stats.sample_TI is None or not self.stats.tokens:
             return None
         x_TI, dense_OI = self.stats.sample_TI.float(), self.dense_OI.float()
-        whole = (x_TI @ dense_OI.T).square().sum().item()
-        lost = (x_TI @ (self.weight_OI.float() - dense_OI).T).square().sum().item()
-        return lost / whole if whole else None
+        whole = (x_TI @ dense_OI.T).square().sum()
+        return torch.stack(((x_TI @ (self.weight_OI.float() - dense_OI).T).square().sum(), whole))
+
+    def error(self) -> float | None:
+        """The relative one, a quotient; None where there is no sample, or where the dense output is zero."""
+        found = self.lost()
+        return None if found is None else quotient(found)
+
+
+def quotient(pair: Tensor) -> float | None:
+    """The first of two numbers over the second; None where that is zero."""
+    one, other = pair.tolist()
+    return one / other if other else None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ..progress import Track, no_track
 from ..samples import Samples, on
 from ..stream import Stream, through
 from ..tasks.text import Perplexity
+from ..waits import fetch
 
 
 def perplexity(
@@ -52,11 +53,11 @@ def measured(
 
 def losses(stream: Stream, checkpoint: Source | None = None) -> list[float]:
     """The task's loss of each sample that has passed all blocks."""
-    model, out = stream.model, list[float]()
+    model, every = stream.model, list[Tensor]()
 
     def score() -> None:
         batch = on(stream.batches[number], model.device)
-        out.extend(model.task.losses(stream.outputs(number), batch).tolist())
+        every.append(model.task.losses(stream.outputs(number), batch))
 
     number = 0
     with torch.no_grad():
@@ -65,7 +66,7 @@ def losses(stream: Stream, checkpoint: Source | None = None) -> list[float]:
             with model.outside(checkpoint=checkpoint):
                 while number < len(stream.batches) and stream.fits(number, score):
                     number += 1
-    return out
+    return [loss for some in fetch(every) for loss in some.tolist()]
 
 
 def _culprit(model: Model, samples: Samples, checkpoint: Source | None) -> str:

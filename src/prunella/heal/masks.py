@@ -26,7 +26,9 @@ class Masks(Mapping[str, Tensor]):
 
     def __init__(self, masks: Iterable[tuple[str, Tensor]]):
         self._bits = {
-            name: (pack(mask_OI), (len(mask_OI), mask_OI.shape[1])) for name, mask_OI in masks if not mask_OI.all()
+            name: (pack(mask_OI).cpu(), (len(mask_OI), mask_OI.shape[1]))
+            for name, mask_OI in masks
+            if not mask_OI.all()
         }
 
     def __getitem__(self, name: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from ..steps.wanda import wanda
 from ..stream import Stream
 from ..train.parts import Chosen, Group, Part, choose, kinds_of, make_group
 from ..types import Block
+from ..waits import demand, fetch
 
 
 def _known(name: str) -> str:
@@ -81,7 +83,7 @@ def fit(
     epochs: int,
     warmup: float,
     new: frozenset[str] = frozenset(),
-) -> tuple[Block, list[float], int]:
+) -> tuple[Block, list[Tensor], int]:
     """The block with what `groups` train fitted, the loss of each step, and how many parameters trained."""
     if block.run is None or block.dense is None:
         raise InputError("step 'reconstruct' runs whole blocks: use --order block.")
@@ -96,7 +98,7 @@ def fit(
     ]
     now = {**block.others, **{item.name: item.value for item in layers}}
     chosen = choose([*layers, *others], groups)
-    losses: list[float] = []
+    losses: list[Tensor] = []
     trained = 0
     if part == "block":
         trained = _size(chosen)
@@ -168,7 +170,7 @@ def _train(
     epochs: int,
     warmup: float,
     at: str | None,
-    losses: list[float],
+    losses: list[Tensor],
 ) -> dict[str, Tensor]:
     """{name: value} of what trained."""
     for item in chosen:
@@ -201,14 +203,17 @@ def _train(
                             parameter.grad /= scale
             optimizer.step()
             schedule.step()
-            losses.append(loss.item())
-            if not torch.isfinite(loss):
-                raise NumericalError(
-                    f"reconstruction of '{chosen[0].part.name}' diverged: its loss is {loss.item()}. Use a lower"
-                    " learning rate (--set reconstruct.rate=… for the step, --set heal.rate=… for healing)."
-                )
+            losses.append(loss.detach())
+            demand(torch.isfinite(losses[-1]), partial(_diverged, chosen[0].part.name, losses[-1]))
     with torch.no_grad():
         return {item.part.name: item.change.eval()(item.part.value) for item in chosen}
+
+
+def _diverged(name: str, loss: Tensor) -> NumericalError:
+    return NumericalError(
+        f"reconstruction of '{name}' diverged: its loss is {loss.item()}. Use a lower"
+        " learning rate (--set reconstruct.rate=… for the step, --set heal.rate=… for healing)."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -240,7 +245,7 @@ def reconstruct_blocks(
     losses: dict[str, list[float]] = out.notes.get("losses", {})
     trained: dict[str, int] = out.notes.get("trained", {})
     last = len(model.blocks) - 1
-    seen: list[float] = []
+    seen: list[Tensor] = []
     count = 0
 
     def apply(block: Block) -> Block:
@@ -263,7 +268,7 @@ def reconstruct_blocks(
         ]
         seen, count = [], 0
         result = stream.prune(block, slots, [step], min_tokens=0, last=index == last)
-        losses[block.name], trained[block.name] = seen, count
+        losses[block.name], trained[block.name] = [loss.item() for loss in fetch(seen)], count
         out.note("losses", losses)
         out.note("trained", trained)
         out.write(result)  # last: a block that is on disk is not done again

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..errors import InputError, unknown
 from ..foreign import call
+from ..machine import at_a_time
 
-CHUNK = 2048  # tokens at a time: few enough to stay in the cache while several statistics read them
+CHUNK = 2048  # tokens at a time on a CPU: few enough to stay in the cache while several statistics read them
 OUTPUTS = frozenset({"targets", "dense"})  # what else a step may need: outputs of blocks
 BATCHES = (["x_TI"], ["x_TI", "dense_TI"], ["gradient_NOI"])  # what a statistic may be a function of
 Merge = Callable[[Tensor, Tensor], Tensor]
@@ -61,7 +62,7 @@ def register_statistic(
         name: what steps call it in their `needs`, and read it by: `layer.stats["name"]`.
         merge: of the values of two batches, the value of both: a sum if nothing else is said, `torch.maximum`, …
         implies: other statistics that come with it.
-        chunks: it is given `x_TI` in float32, and never more than 2048 tokens: those that say so share one pass.
+        chunks: it is given `x_TI` in float32, and a few thousand tokens at a time: those that say so share one pass.
     """
 
     def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -103,7 +104,7 @@ def of_inputs(needs: Iterable[str], x_TI: Tensor, dense_TI: Tensor | None = None
     values: dict[str, Tensor] = {}
     found = whole(needs)
     if chunked := [statistic for statistic in found if statistic.chunks]:
-        for x in torch.split(x_TI, CHUNK):
+        for x in torch.split(x_TI, at_a_time(CHUNK, x_TI.device)):
             x = x.float()
             values = merged(values, {statistic.name: statistic.of(x) for statistic in chunked})
     for statistic in found:

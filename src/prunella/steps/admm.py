@@ -6,6 +6,7 @@ import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from ..linalg import cholesky
 from ..pattern import keep
 from ..registry import register
 from ..types import Layer, Pattern
@@ -81,9 +82,10 @@ def _factor(hessian_II: Tensor, damping: float, rho: float) -> tuple[Tensor, Ten
     diagonal_I = hessian_II.diagonal()
     # An input that is always zero must not blow up its weights: it is scaled like the smallest live one.
     live = diagonal_I > 0
-    scale_I = diagonal_I.where(live, diagonal_I[live].min() if live.any() else diagonal_I.new_ones(())).sqrt()
+    least = diagonal_I.masked_fill(~live, torch.inf).min()
+    scale_I = diagonal_I.where(live, least.where(live.any(), 1.0)).sqrt()
     hessian_II = hessian_II / scale_I / scale_I[:, None]
     diagonal_I = hessian_II.diagonal()
     diagonal_I += damping * diagonal_I.mean()
     shifted_II = hessian_II + rho * torch.eye(len(hessian_II), device=hessian_II.device)
-    return scale_I, hessian_II, torch.cholesky_inverse(torch.linalg.cholesky(shifted_II))
+    return scale_I, hessian_II, torch.cholesky_inverse(cholesky(shifted_II))

@@ -6,6 +6,7 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
+from ..linalg import cholesky
 from ..registry import register
 from ..types import Layer, Stats
 
@@ -48,5 +49,5 @@ def _solve(stats: Stats, damping: float) -> Tensor:
     hessian_II = stats.hessian_II
     diagonal_I = hessian_II.diagonal()
     diagonal_I += max(damping, 1e-6) * diagonal_I.mean() + 1e-30
-    lower_II = torch.linalg.cholesky(hessian_II)
+    lower_II = cholesky(hessian_II)
     return torch.cholesky_solve(stats.mean_drift_II.T, lower_II).T

@@ -72,8 +72,9 @@ def besa(
     groups = [len(rank_OI) if per == "row" else 1 for rank_OI in ranks]
     size_G = torch.cat([torch.full((g,), la.weight_OI.numel() / g) for g, la in zip(groups, layers, strict=True)])
     goal_G = torch.cat([torch.full((g,), la.sparsity) for g, la in zip(groups, layers, strict=True)])
-    size_G, goal_G = size_G.to(ranks[0].device), goal_G.to(ranks[0].device)
     goal = ((goal_G * size_G).sum() / size_G.sum()).item()
+    device = ranks[0].device
+    size_G, goal_G = size_G.to(device), goal_G.to(device)
 
     theta_G = torch.logit(goal_G).requires_grad_()
     count = epochs * block.windows if steps is None else steps
@@ -91,9 +92,10 @@ def besa(
         schedule.step()
 
     rows = [theta_L.expand(len(r)) for theta_L, r in zip(torch.split(theta_G.detach(), groups), ranks, strict=True)]
-    inputs = torch.cat([torch.full((len(r),), r.shape[1], device=r.device) for r in ranks])
+    inputs = torch.cat([torch.full((len(r),), r.shape[1]) for r in ranks])
     total = sum(round(la.weight_OI.numel() * la.sparsity) for la in layers)
-    counts = torch.split(spend(torch.cat(rows), inputs, total), [len(r) for r in ranks])
+    # Where there is a device, it is asked for the rates, and not for their sum at every shift.
+    counts = torch.split(spend(torch.cat(rows).cpu(), inputs, total).to(device), [len(r) for r in ranks])
     done = {
         la.name: la.pruned(la.weight_OI, rank_OI >= count_O[:, None])
         for la, rank_OI, count_O in zip(layers, ranks, counts, strict=True)

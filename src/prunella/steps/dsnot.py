@@ -12,6 +12,7 @@ from ..native import call, library
 from ..pattern import best
 from ..registry import register
 from ..types import Layer
+from ..waits import number
 from .wanda import wanda
 
 
@@ -76,7 +77,7 @@ def dsnot(
     d_OI = torch.where(mask_OI, kept_OI, dense_OI) * mean_I
     e_O = (dense_OI - kept_OI * mask_OI) @ mean_I
     # A constant input would divide by zero: it counts as varying a little.
-    g_OI = d_OI / variance_I.clamp_min(1e-8 * variance_I.mean().item() + 1e-30) ** power
+    g_OI = d_OI / variance_I.clamp_min(1e-8 * number(variance_I.mean()) + 1e-30) ** power
     wanda_OI = kept_OI.abs() * layer.stats.norm_I
     span = layer.pattern.second if layer.pattern.kind == "nm" else 0
     if same_sign is None:
@@ -128,14 +129,13 @@ def plain_swap(
         active_O &= can_O & (e_O.abs() > threshold) & (~fits_O | (new_O.abs() < e_O.abs()))
         if same_sign:
             active_O &= ~fits_O | (new_O.sign() == first_O)
-        if not active_O.any():
+        if active_O.device.type == "cpu" and not active_O.any():  # a device is not asked
             break
         used_2O[side_O, row_O] += 1
         go_O = active_O & fits_O
-        at, grown, pruned = row_O[go_O], grown_O[go_O], pruned_O[go_O]
-        after_OI[at, grown] = True
-        after_OI[at, pruned] = False
-        group_OI[at, pruned] = torch.inf
+        moves = (after_OI, grown_O, True), (after_OI, pruned_O, False), (group_OI, pruned_O, torch.inf)
+        for matrix_OI, column_O, value in moves:
+            matrix_OI[row_O, column_O] = matrix_OI[row_O, column_O].masked_fill(go_O, value)
         e_O = torch.where(go_O, new_O, e_O)
     return after_OI
 

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from ..columns import column_pass
@@ -54,8 +55,9 @@ def gptq(
         )
     factor = inverse_factor(layer.stats, damping)
     start_OI = layer.weight_OI
-    if layer.mask_OI is not None and start_OI.equal(layer.dense_OI.masked_fill(~layer.mask_OI, 0)):
-        start_OI = layer.dense_OI
+    if layer.mask_OI is not None:
+        as_it_was = (start_OI == layer.dense_OI.masked_fill(~layer.mask_OI, 0)).all()
+        start_OI = torch.where(as_it_was, layer.dense_OI, start_OI)
     weight_OI, mask_OI, grid = column_pass(
         start_OI, factor, layer.mask_OI, layer.sparsity, layer.pattern, tile=tile, bits=bits, group=group
     )

@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
+from torch import Tensor
 
 from ..columns import column_pass
 from ..linalg import inverse_factor
@@ -44,10 +45,7 @@ def sparsegpt(
     span = layer.pattern.columns
     order_I = None
     if order == "activation":
-        # Groups of a pattern move together, the ones with the largest mean H_jj first.
-        energy = layer.stats.norm_I.square().view(-1, span).mean(1)
-        groups = energy.argsort(descending=True, stable=True)
-        order_I = (groups[:, None] * span + torch.arange(span, device=groups.device)).flatten()
+        order_I = layer.stats.once(("by activation", span), lambda: _by_activation(layer.stats.norm_I, span))
     factor = inverse_factor(layer.stats, damping, order_I)
     weight_OI, mask_OI = layer.weight_OI if layer.mask_OI is None else layer.dense_OI, layer.mask_OI
     if order_I is not None:
@@ -57,3 +55,9 @@ def sparsegpt(
         back_I = order_I.argsort()
         weight_OI, mask_OI = weight_OI[:, back_I], mask_OI[:, back_I]
     return layer.pruned(weight_OI, mask_OI, *factor.notes(damping))
+
+
+def _by_activation(norm_I: Tensor, span: int) -> Tensor:
+    """The columns in order: groups of a pattern move together, the ones with the largest mean H_jj first."""
+    groups = norm_I.square().view(-1, span).mean(1).argsort(descending=True, stable=True)
+    return (groups[:, None] * span + torch.arange(span, device=groups.device)).flatten()

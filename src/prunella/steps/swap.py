@@ -6,11 +6,12 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from ..machine import at_a_time
 from ..registry import register
 from ..types import Layer
 from .wanda import wanda
 
-CHUNK = 1 << 24  # numbers held at once, about
+CHUNK = 1 << 24  # numbers held at once on a CPU, about
 
 
 @register("swap", needs={"gram"})
@@ -53,7 +54,7 @@ def swap(
     columns = layer.weight_OI.shape[1]
     span = layer.pattern.second if layer.pattern.kind == "nm" else 0
     width = min(candidates or columns, columns)
-    rows = max(1, CHUNK // max(4 * columns, columns * span if span else width**2))
+    rows = max(1, at_a_time(CHUNK, gram_II.device) // max(4 * columns, columns * span if span else width**2))
     done = []
     for start in range(0, len(layer.weight_OI), rows):
         part = slice(start, start + rows)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..registry import register
 from ..types import Layer
+from ..waits import number
 from .wanda import wanda
 
 
@@ -70,7 +71,7 @@ def least_squares(
     """Weights under `mask_OI`, in the dtype of `weight_OI` and starting from it, whose outputs come close to
     those of `dense_OI`: see `update`."""
     diagonal_I = hessian_II.diagonal()
-    shift = damping * diagonal_I.mean().item()
+    shift = damping * number(diagonal_I.mean())
     inverse_I = 1 / (diagonal_I + shift).clamp_min(1e-30)
     v_OI = dense_OI.float()
     start_OI = weight_OI.masked_fill(~mask_OI, 0)
@@ -85,11 +86,12 @@ def least_squares(
     p_OI = z_OI.clone()
     rz_O1 = first_O1 = _dots(r_OI, z_OI)
     for _ in range(iterations):
-        if (rz_O1 <= tolerance**2 * first_O1).all():
+        going = ~(rz_O1 <= tolerance**2 * first_O1).all()
+        if going.device.type == "cpu" and not going:
             break
         q_OI = _product(p_OI, hessian_II, shift).mul_(m_OI)
         # Small steps where a row has nothing left to gain: 0 / 0 is 0.
-        a_O1 = _dots(p_OI, r_OI) / _dots(p_OI, q_OI).clamp_min(1e-30)
+        a_O1 = _dots(p_OI, r_OI) / _dots(p_OI, q_OI).clamp_min(1e-30) * going  # a device is not asked: it stands still
         w_OI.addcmul_(a_O1, p_OI)
         r_OI.addcmul_(a_O1, q_OI, value=-1)
         torch.mul(r_OI, inverse_I, out=z_OI)
@@ -103,8 +105,10 @@ def least_squares(
     return torch.where(after_O1 < before_O1, end_OI, start_OI)
 
 
-def _product(p_OI: Tensor, hessian_II: Tensor, shift: float) -> Tensor:
+def _product(p_OI: Tensor, hessian_II: Tensor, shift: Tensor | float) -> Tensor:
     """P (H + shift I), without making a copy of H."""
+    if isinstance(shift, Tensor):
+        return torch.addmm(p_OI * shift, p_OI, hessian_II)
     return torch.addmm(p_OI, p_OI, hessian_II, beta=shift)
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from ..calibrate import check_windows, room, text_tokens, window_length, windows, with_bos
 from ..errors import InputError, ModelError
 from ..linalg import apart
-from ..machine import free_memory
+from ..machine import at_a_time, free_memory
 from ..model.checkpoint import Source
 from ..model.files import read_json
 from ..model.network import Model
@@ -26,7 +26,7 @@ from ..overlap import fingerprint, joined
 from ..samples import Batch, Samples
 from .registry import register_task
 
-ROWS = 256  # tokens at a time whose logits are made
+ROWS = 256  # tokens at a time, on a CPU, whose logits are made
 CAUSAL = 16  # tokens on which it is tried whether a block sees what comes after
 PROMPT = "The most important thing about a garden is"
 
@@ -165,7 +165,7 @@ class Text(Task):
         predicted = len(ids_L) - 1
         if not predicted:
             raise InputError("windows of a single token have no next token to predict: use longer ones.")
-        for rows_R in torch.split(torch.arange(predicted, device=ids_L.device), ROWS):
+        for rows_R in torch.split(torch.arange(predicted, device=ids_L.device), at_a_time(ROWS, ids_L.device)):
             logits_RV = run(logits_to_keep=rows_R).logits[0]
             if len(logits_RV) != len(rows_R):
                 logits_RV = logits_RV[rows_R]

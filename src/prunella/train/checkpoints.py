@@ -47,7 +47,7 @@ def write(
     save_file({name: tensor.contiguous() for name, tensor in values.items()}, here / WEIGHTS)
     torch.save(moments, here / OPTIMIZER)
     if masks:
-        save_file({name: pack(mask) for name, mask in masks.items()}, here / MASKS)
+        save_file({name: pack(mask).cpu() for name, mask in masks.items()}, here / MASKS)
     write_text(here / STATE, json.dumps(asdict(state)))  # last: with it the checkpoint is whole
     kept = {state.step, *state.best.values()}
     for step, path in _all(folder):

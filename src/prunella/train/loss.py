@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROWS = 16  # tokens at a time: in float32 their logits stay in the cache
+from ..machine import at_a_time
+
+ROWS = 16  # tokens at a time on a CPU: in float32 their logits stay in the cache
 
 
 def _cooled(log_RV: Tensor, temperature: float) -> Tensor:
@@ -25,8 +27,9 @@ class _Loss(torch.autograd.Function):
         count = keep_T.sum().clamp_min(1)
         weight = 1.0 if teacher_TV is None else 1 - share
         total = torch.zeros((), dtype=torch.float32, device=logits_TV.device)
-        for start in range(0, len(labels_T), ROWS):
-            here = slice(start, start + ROWS)
+        rows = at_a_time(ROWS, logits_TV.device)
+        for start in range(0, len(labels_T), rows):
+            here = slice(start, start + rows)
             keep_R1 = keep_T[here, None]
             label_R1 = labels_T[here, None].clamp_min(0)
             log_RV = logits_TV[here].float().log_softmax(1)

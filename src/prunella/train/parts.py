@@ -85,7 +85,7 @@ class Change(nn.Module):
         mask = self.mask
         if mask is not None and self._shape is None:
             self._shape = mask.shape
-            self._buffers["_mask"] = pack(mask).to(mask.device)
+            self._buffers["_mask"] = pack(mask)
 
     def hold(self, mask: Tensor) -> Tensor:
         """Hold another mask from now on: zeros come to stand where it is False. Returns where it is new, True or False
