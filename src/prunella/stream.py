@@ -398,13 +398,3 @@ class Stream(Batches):
 
 def _not_finite(slot: Slot) -> NumericalError:
     return NumericalError(f"layer '{slot.name}' has NaN or infinite weights before pruning.")
-
-
-def through(
-    model: Model, samples: Samples | Tensor, *, checkpoint: Source | None = None, track: Track = no_track, what: str
-) -> Stream:
-    """A stream with no steps: all samples through all blocks, one block in memory at a time."""
-    stream = Stream(model, samples, checkpoint=checkpoint)
-    for _, block in model.walk(checkpoint, track=track, what=what):
-        stream.advance(block)
-    return stream

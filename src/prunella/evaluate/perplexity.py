@@ -13,7 +13,7 @@ from ..model.checkpoint import Source
 from ..model.network import Model
 from ..progress import Track, no_track
 from ..samples import Samples, on
-from ..stream import Stream, through
+from ..stream import Stream
 from ..tasks.text import Perplexity
 from ..waits import fetch
 
@@ -44,7 +44,10 @@ def measured(
 ) -> list[float]:
     """The task's loss of each sample, as `perplexity` makes it of windows. Raises NumericalError."""
     figure = model.task.figure
-    every = losses(through(model, samples, checkpoint=checkpoint, track=track, what=figure), checkpoint)
+    stream = Stream(model, samples, checkpoint=checkpoint)
+    for _, block in model.walk(checkpoint, track=track, what=figure):
+        stream.advance(block)
+    every = losses(stream, checkpoint)
     if not math.isfinite(sum(every)):
         reason = _culprit(model, samples, checkpoint)
         raise NumericalError(f"the {figure} of '{model.name}' is not finite: {reason}.")
