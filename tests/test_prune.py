@@ -9,10 +9,11 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
 
 import prunella
 from prunella import InputError, ModelError, NumericalError, Recipe, prune
+from prunella.samples import Samples
 from prunella.tasks.text import wrap_model
 
 SHORT = {"calibration": {"samples": 4, "length": 32}, "evaluate": {"windows": 1}}
@@ -393,3 +394,39 @@ def test_a_model_made_in_inference_mode_is_refused(ids: Tensor) -> None:
         network = AutoModelForCausalLM.from_config(tiny.build().config)
         with pytest.raises(InputError, match=r"made under torch\.inference_mode.*load it under torch\.no_grad"):
             prune(network, {"steps": ["wanda"]}, calibration=ids)
+
+
+def _as_it_is(network: Any) -> tuple[Any, ...]:
+    return {name: part.training for name, part in network.named_modules()}, network.config._attn_implementation
+
+
+def test_each_part_of_a_model_is_left_in_the_mode_in_which_it_was(ids: Tensor) -> None:
+    network = tiny.build().train()
+    network.model.layers[0].eval()
+    before = _as_it_is(network)
+    prune(network, {"steps": ["wanda"]}, calibration=ids)
+    assert _as_it_is(network) == before
+
+
+@pytest.mark.parametrize("kind", ["encoder", "no blocks", "inference"])
+def test_a_model_that_is_refused_is_left_as_it_was(kind: str, ids: Tensor) -> None:
+    with torch.inference_mode(kind == "inference"):
+        network: Any = tiny.build().train()
+    if kind == "encoder":
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        network = BertLMHeadModel(BertConfig(vocab_size=320, **sizes)).train()
+    elif kind == "no blocks":
+        network.model.layers = network.model.layers[:0]
+    before = _as_it_is(network)
+    with pytest.raises((InputError, ModelError)):
+        prune(network, {"steps": ["wanda"]}, calibration=ids)
+    assert _as_it_is(network) == before
+
+
+def test_padded_samples_are_refused_since_padding_would_count_as_text(ids: Tensor) -> None:
+    seen = torch.ones_like(ids)
+    network = tiny.build()
+    prune(network, {"steps": ["wanda"]}, calibration=Samples.of({"input_ids": ids, "attention_mask": seen}))
+    seen[:, -4:] = 0
+    with pytest.raises(InputError, match=r"attention_mask of these samples hides tokens.*as groups, without padding"):
+        prune(network, {"steps": ["wanda"]}, calibration=Samples.of({"input_ids": ids, "attention_mask": seen}))

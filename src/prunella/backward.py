@@ -44,7 +44,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # of a window's logits (L, V) and ids
 class Back:
     """The gradient of each window's loss on its way from the last block to the first.
 
-    losses: of each window
+    losses: the loss of each window
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Back:
         return parts
 
     def _losses(self, batch: Batch, output: Tensor) -> Iterator[Tensor]:
-        """The loss of a window, or parts that add up to it, each made when the one before it may go."""
+        """The loss of a window, or parts that add up to it, one at a time in memory."""
         batch, run = on(batch, self.model.device), partial(self.stream.calls.outputs, batch, [output])
         if self.loss is not None:
             yield self.loss(run().logits[0], batch["input_ids"][0])

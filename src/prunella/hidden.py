@@ -19,9 +19,9 @@ from .trees import map_tensors
 
 
 class Shelf:
-    """Where tensors of so many bytes in all wait until they are used on a device: there while they fit; otherwise in
-    main memory, and if they do not fit there in files of a folder, that disappear with the process. A file's space is
-    claimed before it is written: where the disk is too small it is said, as InputError."""
+    """A place for tensors, of `nbytes` in all, that wait to be used on a device: the device itself while they fit; else
+    main memory; else files of a folder, which disappear with the process. The space of a file is claimed before it is
+    written. Raises InputError where the disk is too small."""
 
     def __init__(self, nbytes: int, device: torch.device, folder: Path):
         main = torch.device("cpu")
@@ -30,7 +30,7 @@ class Shelf:
         self.folder = folder
 
     def put(self, value: Tensor, old: Tensor | None = None) -> Tensor:
-        """The tensor where it can wait; one that waited before gives its room if it is of the same shape.
+        """Put a tensor there, in the room of an old one if that has the same shape and dtype.
 
         What comes from a device into main memory is pinned, if that helps the device: then it may still be on its way,
         and is to be read on that device alone, whose work is done in order."""
@@ -53,10 +53,10 @@ class Shelf:
 
 
 class Hidden:
-    """The hidden states of all samples between two blocks, one tensor (B, …) a batch, on a shelf; behind a network that
-    is one block, all that it put out.
+    """The hidden states of all samples between two blocks: one tensor (B, …) a batch, on a shelf. If the network is a
+    single block, its whole output.
 
-    calls:  of each batch, how the blocks are called, as far as the stacks have been entered
+    calls:  for each batch, how the blocks are called, of the stacks that it has entered
     beside: what travels with each batch, see calls.py
     left:   the states that left each stack which has been passed
     """
@@ -73,7 +73,7 @@ class Hidden:
         return len(self._items)
 
     def copy(self, shelf: Shelf | None = None) -> Hidden:
-        """Another with the same states, which may go other ways, or wait on another shelf."""
+        """Another one with the same states, which then move by themselves, and may wait on another shelf."""
         other = copy.copy(self)
         other.shelf = shelf or self.shelf
         other._items = [None] * len(self)
@@ -97,7 +97,7 @@ class Hidden:
         self.beside[index : index + 1] = [{} for _ in sizes]
 
     def leave(self) -> None:
-        """The states have passed a stack, and stay as they are; those that enter the next one take their place."""
+        """Keep the states, which have left a stack, and make room for those that enter the next one."""
         self.left.append(self._items)
         self._items = [None] * len(self)
         self.beside = [{} for _ in self._items]

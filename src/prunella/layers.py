@@ -1,9 +1,9 @@
 """The matrices of a block: which of its parameters are layers to prune, through which lens each is read as (O, I), and
 which are left out and why.
 
-A parameter is a layer if a product multiplies by it. What torch's linear layer and transformers' own experts do is
-known; of any other parameter of two or more dimensions (experts kept as one matrix, gates without a module, heads side
-by side) the product itself tells, see learn.py.
+A parameter is a layer if the network multiplies by it. Of torch's linear layers and convolutions, and of transformers'
+experts, it is known how; of any other parameter with two or more dimensions (experts kept as one matrix, gates without
+a module, heads side by side) the product tells, see learn.py.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Slot:
         return tensor
 
     def read(self, tensor: Tensor | None = None) -> Tensor:
-        """The weight (O, I), or what another tensor of the parameter's shape has in its place. It shares memory where
-        that can be: only `write` changes it."""
+        """The weight (O, I), or what another tensor of the parameter's shape has in its place. It may share memory with
+        the parameter: only `write` changes it."""
         return self.lens.matrices(self.tensor if tensor is None else tensor)[self.part or 0]
 
     def write(self, weight_OI: Tensor, tensor: Tensor | None = None) -> None:
@@ -76,6 +76,11 @@ class Slot:
     def shape(self) -> tuple[int, int]:
         return self.lens.shape(self.tensor)[1:]
 
+    @property
+    def channels(self) -> int:
+        """How many inputs of a row stand side by side, along which patterns run."""
+        return self.lens.channels(self.tensor)
+
 
 @dataclass(frozen=True)
 class LeftOut:
@@ -94,7 +99,8 @@ class LeftOut:
 
 # Why a parameter is left out.
 ROUTER = "router"
-CONVOLUTION = "convolution"
+CONVOLUTION = "convolution"  # depthwise: a group has a single input or output
+TRANSPOSED = "transposed convolution"
 EMBEDDING = "embedding"
 BIAS = "bias"
 ONE_OUTPUT = "a single input or output"
@@ -105,8 +111,8 @@ UNSEEN = "unknown: it was not seen how the model multiplies by it"
 
 
 def find_layers(module: nn.Module, prefix: str) -> list[Slot]:
-    """The prunable weights of a block: linear layers (subclasses and GPT-2's transposed Conv1D too), each expert of a
-    mixture, and whatever else is multiplied by (`learn`). What is left out, `survey` tells."""
+    """The prunable weights of a block: linear layers (subclasses and GPT-2's transposed Conv1D too), convolutions, each
+    expert of a mixture, and whatever else is multiplied by (`learn`). What is left out, `survey` tells."""
     return survey(module, prefix)[0]
 
 
@@ -215,8 +221,8 @@ def _lens(block: nn.Module, path: str, key: str, mixtures: Mapping[str, set[int]
 
 def apart(module: nn.Module, key: str) -> str | None:
     """Why a parameter is left out whatever it is multiplied by."""
-    if isinstance(module, CONVOLUTIONS):
-        return CONVOLUTION
+    if isinstance(module, CONVOLUTIONS) and fitting(module, key) is None:
+        return TRANSPOSED if module.transposed else CONVOLUTION
     if isinstance(module, nn.Embedding):
         return EMBEDDING
     return BIAS if key.endswith("bias") else None

@@ -1,4 +1,4 @@
-"""What only the product tells: how those parameters are read that no lens knows by sight.
+"""How parameters are read that no lens knows: it is learned from the products that the network makes with them.
 
 `learn` runs the network once without any memory, on torch's meta device, and notes along which side of each parameter
 the inputs run.
@@ -25,10 +25,14 @@ _CASTS = {Tensor.to, Tensor.type, Tensor.float, Tensor.double, Tensor.half, Tens
 
 
 def learn(network: Any, blocks: Sequence[str], base: nn.Module, given: Mapping[str, Any]) -> None:
-    """Find out how those parameters of the blocks are read that nothing else tells about: from a forward pass of the
-    whole network on the meta device, which computes nothing: of `base`, a module that has it or most of it in it, with
-    these arguments. Where that cannot be, what it did not reach stays unknown, and `assumed` says what becomes of it.
-    Of blocks with the same modules and shapes the first one runs."""
+    """Find out how parameters of the blocks are read of which no lens knows it, from a forward pass on the meta device,
+    which computes nothing. Of blocks with the same modules and shapes only the first one runs. What the pass does not
+    reach stays unknown; `assumed` says what becomes of it.
+
+    Args:
+        base: the module to run: it holds the network, or most of it.
+        given: its arguments.
+    """
     _learn_shared(network, blocks)
     modules = [network.get_submodule(name) for name in blocks]
     unknown = [_unknown(block) for block in modules]
@@ -79,7 +83,7 @@ def _unknown(block: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def _kind(block: nn.Module) -> tuple[Any, ...]:
-    """What blocks that are alike have in common."""
+    """The same for blocks with the same modules and shapes."""
     modules = tuple((path, type(child)) for path, child in block.named_modules())
     return type(block), modules, tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
 
@@ -88,8 +92,8 @@ def _kind(block: nn.Module) -> tuple[Any, ...]:
 def replaced(
     modules: Sequence[nn.Module], by: Callable[[int, Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    """The modules' forward passes replaced by `by(number, original)`: the instances', so that what is read from their
-    attributes stays."""
+    """Replace the forward passes of modules by `by(number, original)`, in the instances, so that the class and its
+    attributes stay."""
     before = [vars(module).get("forward") for module in modules]
     try:
         for number, module in enumerate(modules):
@@ -104,7 +108,7 @@ def replaced(
 
 
 def _first_of_a_kind(blocks: Sequence[nn.Module], kinds: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
-    """Blocks give what the first of their kind gave, which is right where only shapes count."""
+    """Let each block return what the first of its kind returned, which is right where only shapes count."""
     gave: dict[Any, Any] = {}
 
     def replacement(number: int, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,7 +123,7 @@ def _first_of_a_kind(blocks: Sequence[nn.Module], kinds: Sequence[Any]) -> conte
 
 
 def _learn_shared(network: Any, blocks: Sequence[str]) -> None:
-    """Note the parameters that several blocks have in common. Pruning one for one block would change the others."""
+    """Note the parameters that several blocks share: to prune one for one block would change the others."""
     tied: Mapping[str, str] = getattr(network, "all_tied_weights_keys", {})
     owners: dict[Any, list[tuple[str, nn.Module, str]]] = {}
     for block in blocks:

@@ -24,9 +24,10 @@ ACTIVATIONS = 8 << 30  # bytes of them that `layer` order may hold at once where
 def pick_order(
     order: Order, steps: Sequence[Step], samples: Samples | Tensor, model: Model
 ) -> Literal["layer", "block", "back"]:
-    """`back` where a step reads gradients; `layer` where every step looks at one layer at a time and the activations of
-    all windows are no more than `ACTIVATIONS`; else `block`. Nothing but sizes decides, so that a command gives the
-    same masks whatever memory is free. Raises InputError where what was asked for cannot be."""
+    """The order of a run, if `auto` was asked for: `back` if a step reads gradients; `layer` if every step looks at one
+    layer at a time and the activations of all windows take less than `ACTIVATIONS`; else `block`. The memory that is
+    free does not count, so that a command gives the same masks on every machine. Raises InputError for an order in
+    which the steps cannot work."""
     if _goes_back(order, steps, model.dtype):
         return "back"
     whole_block = [step.name for step in steps if not step.per_layer]
@@ -60,8 +61,8 @@ def pick_order(
 
 
 def _goes_back(order: str, steps: Sequence[Step], dtype: torch.dtype) -> bool:
-    """Do steps work on the way back, because one of them reads gradients? Raises InputError where they do and cannot:
-    in another order, beside a step that reads what is not there then, in float16."""
+    """Does a step read gradients, so that all work on the way back? Raises InputError if that cannot be: in another
+    order, beside a step that reads what is not there then, in float16."""
     if not (name := next((step.name for step in steps if step.back), None)):
         if order == "back":
             names = ", ".join(step.name for step in steps)

@@ -32,6 +32,7 @@ from .samples import Samples, tokens_of
 from .save import Output, begun_as, identity
 from .store import check_store
 from .stream import TOKENS, Stream
+from .tasks import Task
 from .texts import same_text
 from .workshop import workshop
 
@@ -74,22 +75,28 @@ def prune_once(
         if path is not None:
             check_saveable(network)
         opened = model if isinstance(model, Model) else task.wrap(model, tokenizer)
-        names = [name.rpartition(":")[2] for name in (opened.task.name, task.name)]  # of a file's it is the last part
-        if names[0] != names[1]:
-            raise InputError(f"the model is opened for task '{opened.task.name}', not for the recipe's '{task.name}'.")
-        if any(parameter.is_inference() for parameter in opened.network.parameters()):
-            raise InputError(
-                "the model was made under torch.inference_mode, and its weights can never change: load it under"
-                " torch.no_grad instead, or give its directory."
-            )
     scratch = opened.scratch
     try:
+        if not isinstance(model, str):
+            _check_opened(opened, task)
         with fork_random(opened.device):
             return _prune(opened, recipe, path, resume, calibration, {} if shared is None else shared, track, on_block)
     finally:
         if opened is not model:
             opened.give_back()
         opened.scratch = scratch
+
+
+def _check_opened(opened: Model, task: Task) -> None:
+    """Raises InputError for a model that is opened for another task, or whose weights can never change."""
+    names = [name.rpartition(":")[2] for name in (opened.task.name, task.name)]  # of a file's it is the last part
+    if names[0] != names[1]:
+        raise InputError(f"the model is opened for task '{opened.task.name}', not for the recipe's '{task.name}'.")
+    if any(parameter.is_inference() for parameter in opened.network.parameters()):
+        raise InputError(
+            "the model was made under torch.inference_mode, and its weights can never change: load it under"
+            " torch.no_grad instead, or give its directory."
+        )
 
 
 def _prune(
@@ -266,7 +273,7 @@ def choose_slots(model: Model, recipe: Recipe) -> list[list[Slot]]:
         if any(matches(slot.name, glob) for glob in recipe.skip):
             sparsity = 0.0
         if sparsity > 0:
-            recipe.shape.check(slot.shape, slot.name)
+            recipe.shape.check(slot.shape, slot.name, slot.channels)
         return replace(slot, sparsity=sparsity, pattern=recipe.shape)
 
     return [[goal(slot) for slot in slots] for slots, _ in found]

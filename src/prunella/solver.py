@@ -66,10 +66,10 @@ class Solver:
     """Applies steps to the layers of one block, and writes what they give into its weights.
 
     Args:
-        begin: weights that the steps begin with, {parameter: tensor}, and `masks` theirs, {layer: mask (O, I)}, where
-            the block's own are the dense ones of a model that is pruned already.
+        begin, masks: of a model that is pruned already, the weights that the steps begin with, {parameter: tensor}, and
+            their masks, {layer: (O, I)}. The block's own weights are the dense ones.
         min_tokens: a layer that fewer tokens reached is pruned by magnitude, and says so.
-        rounding: bits and group of the grid to which a layer is rounded that no step quantizes; None: none is.
+        rounding: bits and group of the grid for layers that no step quantizes; None: they are not rounded.
         keep_zeros: zeros that the weights come with stay zero, and count towards the sparsity (`hold_zeros`).
     """
 

@@ -32,7 +32,6 @@ from .model.network import Model
 from .model.walk import LoadedBlock, Weights
 from .outcome import BlockResult
 from .phases import phase
-from .progress import Track, no_track
 from .registry import Step
 from .samples import Samples, size_of, tokens_of
 from .solver import Settled, Solver, tell
@@ -52,19 +51,23 @@ class Stream(Batches):
     >>> for index, block in model.walk():                                      # doctest: +SKIP
     ...     result = stream.prune(block, slots[index], steps)
 
-    `order` says from which inputs statistics are made. `block`: one pass through the dense block shows the
-    inputs of all its layers, and a second pass through the pruned block makes the next block's inputs; what
-    the reference codes of SparseGPT and Wanda do. `layer`: all windows go through the block together, each
-    layer is pruned when its inputs arrive, and the pass goes on with the pruned weight; every layer sees
-    what the pruned layers before it really produce, in half the passes, but the widest activation of all
-    windows must fit in memory at once.
+    `order` says from which inputs statistics are made:
 
-    `alone`: each window is a batch of its own, where `block` order would take several short ones together.
-    `keep_zeros`: zeros that the weights come with stay zero, and count towards the sparsity (`hold_zeros`).
-    `rounding`: bits and group of the grid to which pruned layers are rounded that no step has quantized; layers after
-    them see what that does.
-    `start`: the weights that the steps begin with, and `masks` theirs, where the model is pruned already; the blocks
-    have the dense ones then, as always.
+    block: one pass through the dense block shows the inputs of all its layers, and a second one, through the pruned
+           block, makes the next block's inputs. The reference codes of SparseGPT and Wanda do this
+    layer: all samples go through the block together. Each layer is pruned when its inputs arrive, and the pass goes on
+           with the pruned weight: a layer sees what the pruned layers before it put out, in half the passes. The widest
+           activation of all samples must fit in memory
+
+    Args:
+        alone: each sample is a batch of its own; else `block` order takes several short ones together.
+        beside: the dense model's hidden states are kept too, in `dense`.
+        rounding: bits and group of the grid to which pruned layers are rounded that no step has quantized; layers after
+            them see what that does.
+        keep_zeros: zeros that the weights come with stay zero, and count towards the sparsity (`hold_zeros`).
+        checkpoint: where the weights outside of the blocks come from, if not from the model's own.
+        start, masks: the weights that the steps begin with and their masks, if the model is pruned already; the blocks
+            of the walk have the dense weights then, as always.
     """
 
     def __init__(
@@ -97,15 +100,12 @@ class Stream(Batches):
             if model.interface is None:
                 model.interface = examine(model, samples)
             alone = alone or (model.interface.stateful and order == "block")  # what travels cannot be cut into samples
+            most = 1 if alone else at_a_time(TOKENS, model.device)
             self.batches = tuple(
                 batch
                 for group in samples.groups
                 for batch in Samples((group,)).batches(
-                    len(samples)
-                    if order == "layer"
-                    else 1
-                    if alone
-                    else max(1, at_a_time(TOKENS, model.device) // tokens_of(group))
+                    len(samples) if order == "layer" else max(1, most // tokens_of(group))
                 )
             )
             self._folder = model.scratch or cache_directory() / "hidden"

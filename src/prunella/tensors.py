@@ -173,7 +173,8 @@ def _write_all(file: int, data: memoryview, at: int) -> None:
 
 
 def read_masks(directory: str | Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """The masks saved with a pruned model: {layer name: bool (outputs, inputs)}, True where a weight was kept.
+    """The masks saved with a pruned model: {layer name: bool (outputs, inputs)}, True where a weight was kept. A
+    convolution's inputs are those of all places of its kernel, one place after the other: (O, k… C) of (O, C, k…).
 
     Args:
         directory: of the pruned model.

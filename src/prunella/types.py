@@ -77,12 +77,16 @@ class Pattern:
         size = shape[0] * shape[1]
         return size // (self.first * self.second) if self.kind == "block" else size
 
-    def check(self, shape: Sequence[int], name: str) -> None:
-        """Raises InputError, naming the layer, if a weight of `shape` (O, I) cannot take this pattern."""
+    def check(self, shape: Sequence[int], name: str, channels: int | None = None) -> None:
+        """Raises InputError, naming the layer, if a weight of `shape` (O, I) cannot take this pattern; `channels` of
+        a row stand side by side where that is not all of it (a convolution's kernel)."""
         rows, columns = shape
-        if columns % self.columns:
+        if (channels or columns) % self.columns:
+            inputs = (
+                f"its rows hold {columns} weights" if channels in (None, columns) else f"it has {channels} channels"
+            )
             raise InputError(
-                f"pattern {self} does not divide layer '{name}': its rows hold {columns} weights, not a"
+                f"pattern {self} does not divide layer '{name}': {inputs}, not a"
                 f" multiple of {self.columns}. Skip it with --skip '{name}' or choose another pattern."
             )
         if self.kind == "block" and rows % self.first:

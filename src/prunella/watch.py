@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
-import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
@@ -32,9 +30,9 @@ class Stop(Exception):
 class Watch(TorchFunctionMode):
     """Sees every product of a block's inputs with one of its layers' weights, before it is made.
 
-    `see(layer name, inputs as rows (T, I), are they the same as at the layer before)`. Watching the products and not
-    the modules makes one case of all that a lens can read. A product that meets a layer's weight in another shape, or
-    along its other side, is a defect.
+    `see(layer name, inputs as rows (T, I), are they the same as at the layer before)`. Modules are not watched, so it
+    does not matter which kind of module, if any, makes the product. A product that takes a layer's weight for a matrix
+    of another shape is a defect.
     """
 
     def __init__(self, slots: Mapping[str, Slot], see: Callable[[str, Chunks, bool], None]):
@@ -58,7 +56,7 @@ class Watch(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def _within(self, args: Any, kwargs: Any) -> list[tuple[Slot, dict[int, str]]]:
-        """The parameters that are among the arguments, whole or in part."""
+        """The watched parameters of which the arguments are, or are a part."""
         found = {}
         for operand in _tensors((*args, *kwargs.values())):
             for start, held in self.held.get(operand.untyped_storage().data_ptr(), {}).items():
@@ -73,7 +71,13 @@ class Watch(TorchFunctionMode):
                 f" {found.taken} of its weights: leave it out with --skip '{name}'"
             )
         source, version = found.source, version_of(found.source)
-        rows: Chunks = lambda: (x_TI.detach() for x_TI in found.chunks())  # noqa: E731
+
+        def rows() -> Iterator[Tensor]:
+            for x_TI in found.chunks():
+                if version_of(source) != version:  # they are made later than the call, and of what it was given
+                    raise DefectError(f"what enters layer '{name}' is overwritten before it was seen: skip it")
+                yield x_TI.detach()
+
         if found.batched:  # the tokens of other experts come as zeros
             own = [x_TI[x_TI.any(1)] for x_TI in rows()]
             rows = lambda: (x_TI for x_TI in own if len(x_TI))  # noqa: E731
@@ -93,22 +97,28 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def stats_of(rows: Chunks, needs: Collection[str], sample: int = 0, dense: Chunks | None = None) -> Stats:
-    """The statistics of a layer's inputs in one call, as `Stats.of` makes them of the rows (T, I), chunk by chunk;
-    `sample` of them are kept, evenly spread. `dense` is what the dense model has in their place."""
+    """The statistics (`Stats.of`) of a layer's inputs in one call, `rows` (T, I) chunk by chunk; `dense` is what the
+    dense model has in their place. Of all rows, `sample` evenly spread ones are kept."""
     beside = itertools.repeat(None) if dense is None else dense()
-    made = [Stats.of(x_TI, needs, sample, y_TI) for x_TI, y_TI in zip(rows(), beside, strict=dense is not None)]
-    whole = functools.reduce(operator.add, made)
-    if len(made) > 1 and whole.sample_TI is not None:
-        stride = max(1, len(whole.sample_TI) // sample)
-        whole = replace(whole, sample_TI=whole.sample_TI[::stride][:sample].clone())
+    whole, every = Stats(), 1
+    kept: list[Tensor] = []  # every so many-th of the rows: at least `sample`, and a few times that
+    for x_TI, y_TI in zip(rows(), beside, strict=dense is not None):
+        while sum(len(some_TI) for some_TI in kept) > 2 * sample:
+            kept, every = [torch.cat(kept)[::2].clone()], 2 * every
+        if sample:
+            kept.append(x_TI if every == 1 else x_TI[-whole.tokens % every :: every].clone())
+        whole += Stats.of(x_TI, needs, 0, y_TI)
+    if kept:
+        several_TI = kept[0] if len(kept) == 1 else torch.cat(kept)
+        whole = replace(whole, sample_TI=several_TI[:: max(1, len(several_TI) // sample)][:sample].clone())
     return whole
 
 
 class Gather:
     """Makes statistics of what is seen, batch by batch: `Watch(slots, gather.see)`.
 
-    stats:  of layers, {name: its statistics}; of those fed by the same tensor, of the first of them
-    leader: which one that is, {layer: layer}, of all that were seen
+    stats:  {layer: its statistics}; of layers fed by the same tensor, only the first has them
+    leader: {layer: the layer that has its statistics}, for all that were seen
     dense:  what the dense model has in place of the inputs of this batch, {layer: (T, I)}; used up
     sample: how many tokens of this batch are kept. Of a layer that no token reached before, SAMPLE always
     seen:   how often each layer was seen in this batch, {layer: times}
@@ -138,8 +148,8 @@ class Gather:
 
 
 def check_seen(block: str, seen: Collection[str], active: Mapping[str, Slot]) -> None:
-    """Raises DefectError for a layer of whose product nothing was seen; of a parameter with several matrices, such as
-    the experts of a mixture, one is enough: the router need not pick them all."""
+    """Raises DefectError for a layer whose product was not seen. Of a parameter with several matrices, such as the
+    experts of a mixture, one is enough: the router need not pick them all."""
     reached = {active[name].key for name in seen}
     unseen = [name for name, slot in active.items() if slot.key not in reached]
     if unseen:
@@ -151,7 +161,8 @@ def check_seen(block: str, seen: Collection[str], active: Mapping[str, Slot]) ->
 
 
 def run_to(at: str | None, module: nn.Module, weights: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
-    """What a module puts out with these weights in place of its own, or its module `at` there, where the pass ends."""
+    """What a module puts out with these weights in place of its own; or what its submodule `at` does, where the pass
+    then ends."""
     out: Any = None
 
     def stop(module: nn.Module, inputs: Any, output: Any) -> None:

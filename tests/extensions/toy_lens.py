@@ -17,7 +17,7 @@ from prunella import Inputs, Lens, register_lens
 @register_lens("patches")
 @dataclass(frozen=True)
 class Patches(Lens):
-    """The weight (O, C, K) of nn.Conv1d as a matrix (O, K C) a group. Channels stand side by side, so that an N:M
+    """The weight (O, C, K) of a convolution as a matrix (O, K C) a group. Channels stand side by side, so that an N:M
     pattern runs along them: which is no view of the weight."""
 
     groups: int
@@ -29,7 +29,7 @@ class Patches(Lens):
 
     @classmethod
     def of(cls, module: nn.Module, key: str) -> Lens | None:
-        if not isinstance(module, nn.Conv1d) or key != "weight" or isinstance(module.padding, str):
+        if type(module).__name__ != "Taps" or key != "weight":
             return None
         return cls(module.groups, module.stride[0], module.padding[0], module.dilation[0])
 

@@ -44,14 +44,21 @@ def measured(
 ) -> list[float]:
     """The task's loss of each sample, as `perplexity` makes it of windows. Raises NumericalError."""
     figure = model.task.figure
-    stream = Stream(model, samples, checkpoint=checkpoint)
-    for _, block in model.walk(checkpoint, track=track, what=figure):
-        stream.advance(block)
-    every = losses(stream, checkpoint)
+    every = losses(through(model, samples, checkpoint=checkpoint, track=track, what=figure), checkpoint)
     if not math.isfinite(sum(every)):
         reason = _culprit(model, samples, checkpoint)
         raise NumericalError(f"the {figure} of '{model.name}' is not finite: {reason}.")
     return every
+
+
+def through(
+    model: Model, samples: Samples | Tensor, *, checkpoint: Source | None = None, track: Track = no_track, what: str
+) -> Stream:
+    """A stream with no steps: all samples through all blocks, one block in memory at a time."""
+    stream = Stream(model, samples, checkpoint=checkpoint)
+    for _, block in model.walk(checkpoint, track=track, what=what):
+        stream.advance(block)
+    return stream
 
 
 def losses(stream: Stream, checkpoint: Source | None = None) -> list[float]:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError
+from ..lenses import Stored
 from ..train.parts import Change, Chosen, LowRank, Part, trains
 
 
@@ -37,7 +38,8 @@ def lora(
     if part.mask is None:
         return None
     if part.value.ndim != 2:
-        raise InputError(f"'{part.name}' holds experts, which PEFT's format has no place for: use mask-lora.")
+        what = "experts" if part.lens is None or isinstance(part.lens, Stored) else "a convolution"
+        raise InputError(f"'{part.name}' holds {what}, which PEFT's format has no place for: use mask-lora.")
     return Lora(part, rank, alpha)
 
 
@@ -61,12 +63,12 @@ def save_adapter(folder: Path, apart: Sequence[Chosen], base: str) -> None:
         change = item.change
         assert isinstance(change, LowRank)
         left, right = change.left.data, change.right.data
-        a_RI, b_OR = (left.T, right.T) if item.part.transposed else (right, left)
+        a_RI, b_OR = (left.T, right.T) if change.transposed else (right, left)
         tensors[f"base_model.model.{owner}.lora_A.weight"] = a_RI.contiguous()
         tensors[f"base_model.model.{owner}.lora_B.weight"] = b_OR.contiguous()
         ranks[owner] = left.shape[1]  # less than what was asked for where a layer has fewer rows or columns
         alphas[owner] = change.scale * ranks[owner]
-        transposed = item.part.transposed
+        transposed = change.transposed
     rank, alpha = max(ranks.values()), max(alphas.values())
     config = {
         "peft_type": "LORA",

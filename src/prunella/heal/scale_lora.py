@@ -2,30 +2,27 @@
 
 from typing import Literal
 
-import torch
 from pydantic import PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..train.parts import Change, Part, trains
+from ..train.parts import Change, Factors, Part, trains
 
 
-class ScaleLora(Change):
+class ScaleLora(Factors):
     """W * (B A), with B A = 1 at the start."""
 
     def __init__(self, part: Part, rank: int, start: str):
-        super().__init__()
-        *experts, rows, columns = part.value.shape
-        rank = min(rank, rows, columns)
-        device = part.value.device
-        left = torch.full((*experts, rows, rank), rank**-0.5, device=device)
-        right = torch.full((*experts, rank, columns), rank**-0.5, device=device)
+        super().__init__(part, rank)
+        left, right = self.left.data, self.right.data
         if start == "broken":
-            left.zero_()[..., :1] = 1
-            right.uniform_(-(columns**-0.5), columns**-0.5)[..., :1, :] = 1
-        self.left, self.right = nn.Parameter(left), nn.Parameter(right)
+            left[..., :1] = 1
+            right.uniform_(-(right.shape[-1] ** -0.5), right.shape[-1] ** -0.5)[..., :1, :] = 1
+        else:
+            left.fill_(left.shape[-1] ** -0.5)
+            right.fill_(left.shape[-1] ** -0.5)
 
     def make(self, base: Tensor) -> Tensor:
-        return (base.float() * (self.left @ self.right)).to(base.dtype)
+        return (base.float() * self.product()).to(base.dtype)
 
 
 @trains("scale-lora")

@@ -20,6 +20,7 @@ from .lens import Chunks, Inputs, Lens, Stored
 
 from .linear import Linear  # isort: skip  (importing a lens registers it; the first that fits is taken)
 from .conv1d import Conv1D  # isort: skip
+from .conv import Convolution  # isort: skip
 from .experts import Experts, holds_experts  # isort: skip
 from .product import Multiplied, learned  # isort: skip
 from .registry import fitting, lenses, register_lens, wear, worn_by
@@ -27,6 +28,7 @@ from .registry import fitting, lenses, register_lens, wear, worn_by
 __all__ = [
     "Chunks",
     "Conv1D",
+    "Convolution",
     "Experts",
     "Inputs",
     "Lens",

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from ..products import FUNCTIONS, products
 
-Chunks = Callable[
-    [], Iterator[Tensor]
-]  # the rows (T, I) of a layer's inputs, some at a time, made when they are asked for
+Chunks = Callable[[], Iterator[Tensor]]  # the rows (T, I) of a layer's inputs, some at a time, made when asked for
 
 
 @dataclass(frozen=True)
@@ -24,9 +22,9 @@ class Inputs:
     part:    which of them
     chunks:  the inputs, an output of the matrix a row
     source:  the tensor that they are made of
-    how:     what says how: inputs made of one tensor with equal `how` are the same; None: they are like no others
-    batched: other matrices take part in the product, and the rows that are theirs come as zeros
-    taken:   the shape (O, I) that the call takes the matrix for, if it is not the one that the lens reads
+    how:     two layers whose inputs have one `source` and equal `how` see the same rows; None: they are like no others
+    batched: other matrices take part in the product, and rows that belong to them come as zeros
+    taken:   the shape (O, I) that the call sees in the matrix, if it is not that of the lens
     """
 
     part: int
@@ -76,6 +74,11 @@ class Lens(ABC):
         """How many matrices there are, their outputs and inputs: (P, O, I)."""
         parts, rows, columns = self.matrices(torch.empty(parameter.shape, device="meta")).shape
         return parts, rows, columns
+
+    def channels(self, parameter: Tensor) -> int:
+        """How many inputs of a row stand side by side that a pattern may take together: all of them, or the channels at
+        one place of a kernel."""
+        return self.shape(parameter)[2]
 
     def numbered(self, parameter: Tensor) -> bool:
         """Do the names of its layers have a number?"""

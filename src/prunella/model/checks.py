@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.nn.parameter import is_lazy
+
 from ..compat import quiet_transformers
 from ..errors import ModelError
 
 
 def check_plain(network: Any) -> None:
-    """Raises ModelError for a network in memory whose weights are made of others: a PeftModel, or one under
-    torch.nn.utils.prune or parametrize."""
+    """Raises ModelError for a network in memory whose weights are made of others, a PeftModel, or one under
+    torch.nn.utils.prune or parametrize; and for one that has none yet."""
     from torch.nn.utils import parametrize
     from torch.nn.utils import prune as reparametrization
 
     kind = type(network).__name__
+    if lazy := [name for name, parameter in network.named_parameters() if is_lazy(parameter)]:
+        raise ModelError(f"the {kind} is lazy, '{lazy[0]}' has no shape yet: run it once first.")
     if (
         kind.startswith("Peft")
         or getattr(network, "peft_config", None)

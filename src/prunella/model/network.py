@@ -72,26 +72,35 @@ class Model:
     ):
         self.task = task
         self.tokenizer_given = False  # it is not the one in the checkpoint's directory
-        self._training = network.training
-        self.network = network.eval()
+        self.network = network
         self.tokenizer = tokenizer
         self.checkpoint = checkpoint
         self.device = device
         self.name = name
+        self._training = {module: module.training for module in network.modules()}
+        self._attention = attention_of(getattr(network, "config", None))
+        self._experts: str | None = None
+        self.interface: Interface | None = None  # how its blocks are called, once that was examined
+        self._plan: dict[str, tuple[str, bool]] | None = None
+        try:
+            self._find()
+        except BaseException:
+            self.give_back()
+            raise
+
+    def _find(self) -> None:
+        """Find the blocks, and let the network compute in the way that can be watched."""
+        network = self.network.eval()
         self.stacks = find_stacks(network, self.task)
         self.blocks = [name for stack in self.stacks for name in stack]
         ends = list(itertools.accumulate(map(len, self.stacks)))
         self.spans = [range(end - len(stack), end) for end, stack in zip(ends, self.stacks, strict=True)]
         self.undivided = self.stacks == WHOLE
-        self.interface: Interface | None = None  # how its blocks are called, once that was examined
-        self._plan: dict[str, tuple[str, bool]] | None = None
-        self._attention = attention_of(getattr(network, "config", None))
-        self._experts = None
         if can_set_experts(network):
             self._experts = experts_of(network.config)
             network.set_experts_implementation("eager")  # one product per expert, which the stream can watch
         learn(network, self.blocks, *whole_run(network, self.task))
-        if device.type == "cpu" and self.task.language:
+        if self.device.type == "cpu" and self.task.language:
             use_fast_attention(network)
 
     @property
@@ -123,7 +132,8 @@ class Model:
             self.network.set_attn_implementation(self._attention)
         if self._experts is not None:
             self.network.set_experts_implementation(self._experts)
-        self.network.train(self._training)
+        for module, training in self._training.items():  # each by itself: parts may have been in the other mode
+            module.training = training
 
     def module(self, name: str) -> nn.Module:
         module: nn.Module = self.network.get_submodule(name)

@@ -1,4 +1,4 @@
-"""What pruning the layers before has made of the inputs."""
+"""How far pruning the layers before has moved the inputs."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""How much the loss minds a change of each weight."""
+"""How much the loss changes with each weight."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""How the inputs go together."""
+"""Products of each two inputs."""
 
 import torch
 from torch import Tensor

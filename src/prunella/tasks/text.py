@@ -61,7 +61,11 @@ class Text(Task):
             raise ModelError(f"this {type(network).__name__} is no model of transformers: say what it is for (task).")
         _admit(name or "in memory", network.config)
         model = super().wrap(network, tokenizer, name)
-        check_causal(model)
+        try:
+            check_causal(model)
+        except ModelError:
+            model.give_back()
+            raise
         return model
 
     # --- samples
@@ -94,6 +98,12 @@ class Text(Task):
             if "input_ids" not in group:
                 raise InputError(f"samples of text are token ids, `input_ids`; these are {', '.join(group)}.")
             check_windows(model, group["input_ids"])
+            seen_NL = group.get("attention_mask")
+            if seen_NL is not None and seen_NL.ndim == 2 and not seen_NL.all():
+                raise InputError(
+                    "the attention_mask of these samples hides tokens, which would count as text: give samples of"
+                    " different lengths as groups, without padding."
+                )
 
     # --- the network's blocks
 

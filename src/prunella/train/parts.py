@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from ..errors import InputError, NumericalError
 from ..foreign import call
 from ..layers import find_layers
+from ..lenses import Lens, Stored
 from ..model.network import Model
 from ..pattern import pack, unpack
 from ..registry import Method, checked, lookup
@@ -30,20 +31,20 @@ DENSE = 0.001  # fewer zeros than this do not make a tensor a pruned one
 class Part:
     """One tensor of the network, which may train.
 
-    name:       of the parameter, such as `model.layers.0.self_attn.q_proj.weight`
-    kinds:      of linear, norm, bias, head, embedding, other; a head that is tied is an embedding too
-    value:      what it is now, in the model's dtype
-    mask:       True where a weight is kept; None where nothing was pruned. Of the shape of `value`
-    transposed: a linear layer's weight that is stored as (I, O)
-    new:        a bias that was added to be trained
-    places:     the modules that hold it, with its name in each; none for a tensor that no module holds
+    name:   of the parameter, such as `model.layers.0.self_attn.q_proj.weight`
+    kinds:  of linear, norm, bias, head, embedding, other; a head that is tied is an embedding too
+    value:  what it is now, in the model's dtype
+    mask:   True where a weight is kept; None where nothing was pruned. Of the shape of `value`
+    lens:   how a layer's weight is read as matrices; None of what is no layer, and of a matrix (O, I)
+    new:    a bias that was added to be trained
+    places: the modules that hold it, with its name in each; none for a tensor that no module holds
     """
 
     name: str
     kinds: frozenset[str]
     value: Tensor
     mask: Tensor | None = None
-    transposed: bool = False
+    lens: Lens | None = None
     new: bool = False
     places: tuple[tuple[nn.Module, str], ...] = ()
 
@@ -153,28 +154,40 @@ class Master(Change):
         return (self.master if mask is None else self.master * mask).to(base.dtype)
 
 
-class LowRank(Change):
-    """W + c B A with A (r, I) drawn uniformly from +-1/sqrt(I) and B (O, r) zero; c = alpha / r.
+class Factors(Change):
+    """What is made of a product B A that has the shape of the matrices in a tensor, with B in `left` and A in `right`,
+    both zero at first. A mixture's experts (E, O, I) have a pair each, as have the groups of a convolution. Of a weight
+    that is stored as (I, O) the roles are swapped (`transposed`)."""
 
-    A mixture's experts (E, O, I) have a pair each. Of a weight that is stored as (I, O) the roles are swapped.
-    """
+    def __init__(self, part: Part, rank: int, mask: Tensor | None = None):
+        super().__init__(mask)
+        # What lies in memory as matrices is multiplied there.
+        self.lens = None if isinstance(part.lens, Stored) else part.lens
+        self.transposed = isinstance(part.lens, Stored) and part.lens.transposed
+        self.whole = part.value.shape
+        *parts, rows, columns = self.whole if self.lens is None else self.lens.shape(part.value)
+        rank = min(rank, rows, columns)
+        self.left = nn.Parameter(torch.zeros(*parts, rows, rank, device=part.value.device))
+        self.right = nn.Parameter(torch.zeros(*parts, rank, columns, device=part.value.device))
+
+    def product(self) -> Tensor:
+        """B A, of the tensor's shape."""
+        made = self.left @ self.right
+        return made if self.lens is None else self.lens.tensor(made, self.whole)
+
+
+class LowRank(Factors):
+    """W + c B A with A (r, I) drawn uniformly from +-1/sqrt(I) and B (O, r) zero; c = alpha / r."""
 
     def __init__(self, part: Part, rank: int, alpha: float | None):
-        super().__init__(part.mask)
-        *experts, rows, columns = part.value.shape
-        rank = min(rank, rows, columns)
-        device = part.value.device
-        bound = (rows if part.transposed else columns) ** -0.5
-        left = torch.zeros(*experts, rows, rank, device=device)
-        right = torch.zeros(*experts, rank, columns, device=device)
-        drawn = left if part.transposed else right
-        drawn.uniform_(-bound, bound)
-        self.left, self.right = nn.Parameter(left), nn.Parameter(right)
+        super().__init__(part, rank, part.mask)
+        drawn, inputs = (self.left, self.left.shape[-2]) if self.transposed else (self.right, self.right.shape[-1])
+        drawn.data.uniform_(-(inputs**-0.5), inputs**-0.5)
+        rank = self.left.shape[-1]
         self.scale = (2 * rank if alpha is None else alpha) / rank
-        self.transposed = part.transposed
 
     def delta(self) -> Tensor:
-        return self.scale * (self.left @ self.right)
+        return self.scale * self.product()
 
     def masked(self) -> Tensor:
         """The change where weights are kept."""
@@ -273,20 +286,20 @@ def parts_of(
     for module in network.modules():
         for key, parameter in module.named_parameters(recurse=False):
             places.setdefault(id(parameter), []).append((module, key))
-    found: dict[int, tuple[Tensor | None, bool]] = {}
+    found: dict[int, tuple[Tensor | None, Lens | None]] = {}
     within = {model.block_of(name) for name in tensors}
     for block in (name for name in model.blocks if name in within):
         for slot in find_layers(model.module(block), block):
             parameter = getattr(slot.module, slot.parameter)
-            mask, whole = masks.get(slot.name), found.get(id(parameter), (None, False))[0]
+            mask, whole = masks.get(slot.name), found.get(id(parameter), (None, None))[0]
             if mask is not None:
                 whole = torch.ones(parameter.shape, dtype=torch.bool) if whole is None else whole
                 slot.write(mask, whole)
-            found[id(parameter)] = (whole, slot.lens.transposed)
+            found[id(parameter)] = (whole, slot.lens)
     head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
     parts = []
     for name, parameter in tensors.items():
-        mask, transposed = found.get(id(parameter), (None, False))
+        mask, lens = found.get(id(parameter), (None, None))
         kinds = {"linear"} if id(parameter) in found else set(kinds_of(name, tensors))
         if head is not None and parameter is head.weight:
             kinds = {"head"}
@@ -296,7 +309,7 @@ def parts_of(
             kinds = (kinds - {"other"}) | {"embedding"}
         mask = None if mask is None else mask.to(parameter.device)
         here = tuple(places[id(parameter)])
-        parts.append(Part(name, frozenset(kinds), parameter.data, mask, transposed, name in added, here))
+        parts.append(Part(name, frozenset(kinds), parameter.data, mask, lens, name in added, here))
     return parts
 
 
