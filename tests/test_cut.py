@@ -15,11 +15,12 @@ from test_zoo import LISTED
 from torch import Tensor, nn
 
 import prunella
+from prunella.evaluate.perplexity import through
 from prunella.model.checkpoint import Checkpoint
 from prunella.model.cut import WHOLE, find_stacks
 from prunella.model.network import Model
 from prunella.samples import Batch, Samples
-from prunella.stream import Stream, through
+from prunella.stream import Stream
 from prunella.tasks.text import Text
 from prunella.trees import tensors
 
