@@ -1,27 +1,34 @@
 """Everything that runs on a GPU, checked and timed by one command, in one table.
 
-    python benchmarks/gpu.py [--json FILE] [--only check --only decode ...] [--model llama-1b] [--tune]
-    python benchmarks/gpu.py --interpret         # without a GPU: the checks alone, small, in Triton's interpreter
+    python benchmarks/gpu.py [--json FILE] [--only check --only run ...] [--minutes 8] [--model llama-1b] [--tune]
+    python benchmarks/gpu.py --interpret     # without a GPU: the checks and whole runs, small, in Triton's interpreter
+    python benchmarks/gpu.py --simulate      # without a GPU: whole runs, small, on the simulated accelerator of tests
 
     check     products with packed weights against float64, column passes and swaps against torch's, a packed model's
               logits against the dense one's, masks that are pruned here against those of the CPU
+    run       whole runs on random weights of a 7B shape in bfloat16, which are made on the spot (13.5 GB in --folder):
+              SparseGPT and Wanda on 128 and on 32 windows of 2,048 tokens, `best` on a few blocks; healing, packing,
+              decoding; each phase beside an estimate and its reasoning; the built-in model's perplexities
     decode    one and a few tokens, 11008x4096, beside torch's dense bfloat16
     prefill   many tokens, packed, dense and 2:4 on sparse tensor cores
     model     tokens per second of a whole random model, dense beside packed, as it is and as a CUDA graph
     prune     the column pass and DSnoT's swaps, torch beside Triton; a block of a 7B shape
 
 It needs no network and no model. Products are timed as replays of a CUDA graph over several copies of the weight
-that together are larger than the cache, so neither launches nor the cache count. Exits with 1 if a check fails or
-anything raises.
+that together are larger than the cache, so neither launches nor the cache count. What matters most comes first, and no
+part begins after --minutes; each row is printed and appended to the file at once, a JSON object a line, and a second
+call with the same file goes on with what is not done there. Exits with 1 if a check fails or anything raises.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -29,14 +36,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-INTERPRET = "--interpret" in sys.argv
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+INTERPRET, SIMULATE = "--interpret" in sys.argv, "--simulate" in sys.argv
 if INTERPRET:
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
 import triton  # noqa: E402
+from _whole import Runs, estimates  # noqa: E402
 from decode import random_packed  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -53,7 +62,7 @@ from prunella.sparse.linear import SparseLinear  # noqa: E402
 from prunella.steps import dsnot  # noqa: E402
 from prunella.types import Pattern  # noqa: E402
 
-DEVICE = torch.device("cpu" if INTERPRET else "cuda")
+DEVICE = torch.device("cpu" if INTERPRET or SIMULATE else "cuda")
 if INTERPRET:  # which takes as long for a program of many rows as for one of few
     gpu.ROWS, columns_gpu.TILE_ROWS = 64, 64
 GIB = 1 << 30
@@ -61,8 +70,9 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. ok: of a check; None: it is a figure."""
+    """A line of the table. part: of what it was found by; ok: of a check; None: it is a figure."""
 
+    part: str
     section: str
     what: str
     value: str
@@ -71,16 +81,40 @@ class Row:
 
 
 class Report:
-    """What was found so far, said as it comes."""
+    """What was found so far, said and written down as it comes. done: parts that an earlier call ended."""
 
-    def __init__(self, out: Console):
+    def __init__(self, out: Console, path: Path | None = None):
+        self.out, self.path = out, path
         self.rows: list[Row] = []
-        self.out = out
+        self.part = ""
+        lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else []
+        found = [entry for entry in map(json.loads, lines) if entry.pop("on") == title()]
+        self.done = {entry["done"] for entry in found if "done" in entry}
+        self.rows += [Row(**entry) for entry in found if entry.get("part") in self.done]
 
     def add(self, section: str, what: str, value: str, beside: str = "", ok: bool | None = None) -> None:
-        self.rows.append(Row(section, what, value, beside, ok))
+        self.rows.append(Row(self.part, section, what, value, beside, ok))
+        self._write(asdict(self.rows[-1]))
         mark = "" if ok is None else " ok" if ok else " FAILED"
         self.out.print(f"{section}: {what}: {value} {beside}{mark}", highlight=False, markup=False)
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"on": title(), **entry}) + "\n")
+
+    def run(self, part: str, section: str, work: Callable[[], None]) -> None:
+        """Do a part, unless it is done. One that raises is not, and is tried again by the next call."""
+        if part in self.done:
+            return
+        self.part = part
+        try:
+            work()
+        except Exception as error:
+            traceback.print_exc()
+            self.add(section, f"{part} stopped", f"{type(error).__name__}: {error}"[:100], ok=False)
+        else:
+            self._write({"done": part})
 
     def check(self, what: str, error: float, limit: float) -> None:
         self.add("check", what, f"{error:.1e}", f"at most {limit:.0e}", ok=error <= limit)  # NaN fails
@@ -96,7 +130,7 @@ class Report:
 
 
 def title() -> str:
-    name = "Triton's interpreter" if INTERPRET else torch.cuda.get_device_name()
+    name = "Triton's interpreter" if INTERPRET else "simulated" if SIMULATE else torch.cuda.get_device_name()
     return f"{name}; torch {torch.__version__}, triton {triton.__version__}, transformers {transformers.__version__}"
 
 
@@ -499,37 +533,70 @@ def time_prune(report: Report, rows: int = 11008, columns: int = 4096) -> None:
         report.add("prune", what, f"{result.run['seconds']['prune']:.2f} s", memory)
 
 
+def as_it_runs(network: Any, tokens: int) -> tuple[float, str]:
+    plain, graph, why = decoded(network, tokens)
+    return plain, f"{why}, as a CUDA graph" if graph is None else f"{graph:.1f} tokens/s as a CUDA graph"
+
+
+def simulated() -> contextlib.AbstractContextManager[torch.device]:
+    """The second device of the tests."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import accelerator
+
+    accelerator.meet()
+    return accelerator.plugged_in()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sections = ("check", "decode", "prefill", "model", "prune")
+    sections = ("check", "run", "prune", "decode", "prefill", "model")
     parser.add_argument("--only", action="append", choices=sections, help="repeat it for several")
-    parser.add_argument("--interpret", action="store_true", help="the checks alone, small, without a GPU")
+    parser.add_argument("--interpret", action="store_true", help="checks and whole runs, small, without a GPU")
+    parser.add_argument("--simulate", action="store_true", help="whole runs, small, on a device that is simulated")
+    parser.add_argument("--estimate", metavar="CARD", help="say what pruning should take on a card, H100 say; no more")
+    parser.add_argument("--minutes", type=float, default=8, help="begin no part after so many")
+    parser.add_argument("--folder", type=Path, help="for models: 45 GB at most, of which 14 stay for the next call")
     parser.add_argument("--model", default="llama-1b", help="the shape of the whole model")
     parser.add_argument("--tune", action="store_true", help="time other shapes of a tile too")
-    parser.add_argument("--json", type=Path, help="write what was found here")
+    parser.add_argument("--json", type=Path, help="append what is found, and skip what is done")
     arguments = parser.parse_args()
-    if not INTERPRET and not torch.cuda.is_available():
-        sys.exit("this PyTorch sees no CUDA device; --interpret runs the checks without one")
+    if arguments.estimate:
+        Console(width=140).print(estimates(arguments.estimate))
+        return
+    small = INTERPRET or SIMULATE
+    if not small and not torch.cuda.is_available():
+        sys.exit("this PyTorch sees no CUDA device; --interpret and --simulate do without one, small")
+    start = time.perf_counter()
     out = Console(width=140)
-    report = Report(out)
-    parts: dict[str, list[Callable[[], None]]] = {
-        "check": [lambda run=run: run(report) for run in (check_products, check_passes, check_model, check_pruning)],
-        "decode": [lambda: time_decode(report)] + [lambda: tune(report)] * arguments.tune,
-        "prefill": [lambda: time_prefill(report)],
-        "model": [lambda: time_model(report, arguments.model)],
-        "prune": [lambda: time_prune(report)],
-    }
-    for section in ("check",) if INTERPRET else arguments.only or sections:
-        for run in parts[section]:
-            try:
-                run()
-            except Exception as error:
-                traceback.print_exc()
-                report.add(section, "stopped", f"{type(error).__name__}: {error}"[:100], ok=False)
+    report = Report(out, arguments.json)
+    device, place = DEVICE, arguments.folder or Path(tempfile.gettempdir()) / "prunella-gpu"
+    with contextlib.ExitStack() as stack:
+        if SIMULATE:
+            device = stack.enter_context(simulated())
+        if small and arguments.folder is None:
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+
+        def add(*what: Any) -> None:
+            report.add("run", *what)
+
+        runs = Runs(add, device, place, small, None if small else as_it_runs)
+        checks = (check_products, check_passes, check_model, check_pruning)
+        parts: dict[str, dict[str, Callable[[], None]]] = {
+            "check": {check.__name__: lambda check=check: check(report) for check in checks},
+            "run": runs.parts(),
+            "prune": {"columns and swaps": lambda: time_prune(report)},
+            "decode": {"decode": lambda: time_decode(report)}
+            | ({"tune": lambda: tune(report)} if arguments.tune else {}),
+            "prefill": {"prefill": lambda: time_prefill(report)},
+            "model": {arguments.model: lambda: time_model(report, arguments.model)},
+        }
+        for section in arguments.only or (("run",) if SIMULATE else ("check", "run") if INTERPRET else sections):
+            for part, work in parts[section].items():
+                if time.perf_counter() - start > 60 * arguments.minutes:
+                    out.print(f"{section}: {part}: for another call", highlight=False, markup=False)
+                else:
+                    report.run(part, section, work)
     out.print(report.table())
-    if arguments.json:
-        found = {"on": title(), "rows": [asdict(row) for row in report.rows]}
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     failed = [row for row in report.rows if row.ok is False]
     if failed:
         sys.exit(f"{len(failed)} of {sum(row.ok is not None for row in report.rows)} checks failed")

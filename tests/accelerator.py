@@ -71,6 +71,7 @@ class Traffic:
 
 
 _watching: list[Traffic] = []
+_largest: list[int] = []
 
 
 @contextlib.contextmanager
@@ -82,6 +83,16 @@ def count() -> Iterator[Traffic]:
         yield traffic
     finally:
         _watching.remove(traffic)
+
+
+@contextlib.contextmanager
+def largest(nbytes: int) -> Iterator[None]:
+    """Memory is short meanwhile: a tensor of more bytes finds no room."""
+    _largest.append(nbytes)
+    try:
+        yield
+    finally:
+        _largest.pop()
 
 
 class _Module:
@@ -152,6 +163,8 @@ def plugged_in() -> Iterator[torch.device]:
 
 def meet() -> None:
     """Let torch know of the device before any backward pass: autograd counts devices at its first one."""
+    if hasattr(torch, NAME):
+        return
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     class Hooks(torch._C._acc.PrivateUse1Hooks):
@@ -358,6 +371,8 @@ class _Operator:
         if name is not None:
             return given[name]
         if isinstance(value, Tensor):
+            if _largest and value.nbytes > _largest[-1]:
+                raise torch.OutOfMemoryError(f"{NAME} out of memory. Tried to allocate {value.nbytes} bytes.")
             return _relabel(value, _OTHER)
         if isinstance(value, list | tuple):
             return [_relabel(item, _OTHER) if isinstance(item, Tensor) else item for item in value]

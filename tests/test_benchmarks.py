@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+PHASES = ["load", "forward", "statistics", "solve", "write", "other"]
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -32,6 +34,55 @@ def bench(name: str, *arguments: object) -> str:
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "failed" not in ran.stderr
     return ran.stdout + ran.stderr
+
+
+def called(name: str, *arguments: object) -> None:
+    """Run it in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(FOLDER / name), run_name="__main__")
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_acc"), reason="this PyTorch takes no device that is written in Python")
+def test_whole_runs_on_a_device_that_is_simulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All parts run, each row is on disk at once, and what is done is not done again."""
+    asked = ("gpu.py", "--simulate", "--folder", tmp_path, "--json", tmp_path / "rows.jsonl", "--minutes")
+    called(*asked, 0)
+    assert "run: wanda, many: for another call" in capsys.readouterr().out
+    assert not (tmp_path / "rows.jsonl").exists()
+    called(*asked, 8)
+    found = rows(tmp_path / "rows.jsonl")
+    said = capsys.readouterr().out
+    assert not [row for row in found if row.get("ok") is False]
+    assert all(f"run: {row['what']}: {row['value']}" in said for row in found if "what" in row)
+    done = [row["done"] for row in found if "done" in row]
+    assert done[:3] == ["sparsegpt, many", "wanda, many", "heal"]
+    assert {"packed", "best, few", "best, many", "pack", "sparsegpt, few", "wanda, few"} <= set(done)
+    spent = [
+        row["what"].rpartition(": ")[2] for row in found if row.get("what", "").startswith("sparsegpt, 4 x 32 tok")
+    ]
+    assert spent == ["sparsegpt, 4 x 32 tokens", *PHASES, "all phases"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir() and "dense" not in path.name] == []
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(lines[:-1]))  # as if it had been killed before the last part was done
+    called(*asked, 8)
+    again = rows(tmp_path / "rows.jsonl")
+    assert again[: len(found) - 1] == found[:-1]
+    assert {row.get("part", row.get("done")) for row in again[len(found) - 1 :]} == {"pack"}
+
+
+def test_estimates_need_no_device(capsys: pytest.CaptureFixture[str]) -> None:
+    called("gpu.py", "--estimate", "H100")
+    assert "sparsegpt, 128 windows" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_gpu_in_the_interpreter(tmp_path: Path) -> None:
+    said = bench("gpu.py", "--interpret", "--json", tmp_path / "rows.jsonl")
+    found = rows(tmp_path / "rows.jsonl")
+    assert {row["section"] for row in found if "section" in row} == {"check", "run"}
+    assert "FAILED" not in said
 
 
 def rows(path: Path) -> list[Any]:

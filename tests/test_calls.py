@@ -54,7 +54,7 @@ def test_a_window_alone_is_what_it_is_among_others(kind: str, three_batches: Ten
     model = wrap_model(zoo.build(kind))
     stream = Stream(model, three_batches)
     for _, block in model.walk():
-        run = stream._runner(block, {})
+        run = stream.runner(block, {})
         alone = [run({}, n) for n in range(len(three_batches))]
         stream.advance(block)
         for n, found in enumerate(alone):

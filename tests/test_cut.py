@@ -15,11 +15,12 @@ from test_zoo import LISTED
 from torch import Tensor, nn
 
 import prunella
+from prunella.evaluate.perplexity import through
 from prunella.model.checkpoint import Checkpoint
 from prunella.model.cut import WHOLE, find_stacks
 from prunella.model.network import Model
 from prunella.samples import Batch, Samples
-from prunella.stream import Stream, through
+from prunella.stream import Stream
 from prunella.tasks.text import Text
 from prunella.trees import tensors
 
@@ -99,7 +100,7 @@ def test_a_sample_alone_is_what_it_is_among_others(kind: str) -> None:
     stream = Stream(model, samples)
     last = model.spans[-1].stop - 1
     for index, block in model.walk():
-        run = stream._runner(block, {})
+        run = stream.runner(block, {})
         alone = [run({}, n) for n in range(len(samples))]
         stream.advance(block)
         if index == last or model.stack_of(index) == model.stack_of(index + 1):

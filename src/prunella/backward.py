@@ -163,7 +163,7 @@ class Back:
         waiting: dict[str, list[Tensor]] = {name: [] for name in active}
         values: dict[str, dict[str, Tensor]] = {name: {} for name in active}
         for n, found in self.advance(block, active.values(), Watch(active, gather.see)):
-            gather.first = False
+            gather.sample = 0
             for name, gradient_OI in found.items():
                 waiting[name].append(gradient_OI)
             if together and n + 1 < len(self.losses):

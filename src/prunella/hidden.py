@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .calls import Call, Key
 from .errors import disk_error
-from .machine import free_memory
+from .machine import free_memory, pinned, pins
 from .tensors import claim
 from .trees import map_tensors
 
@@ -30,10 +30,17 @@ class Shelf:
         self.folder = folder
 
     def put(self, value: Tensor, old: Tensor | None = None) -> Tensor:
-        """Put a tensor there, in the room of an old one if that has the same shape and dtype."""
-        if not self.on_disk:
+        """Put a tensor there, in the room of an old one if that has the same shape and dtype.
+
+        What comes from a device into main memory is pinned, if that helps the device: then it may still be on its way,
+        and is to be read on that device alone, whose work is done in order."""
+        if not self.on_disk and (value.device.type == self.place.type or not pins(value.device)):
             return value.to(self.place)
-        if old is None or old.shape != value.shape or old.dtype != value.dtype:
+        fits = old is not None and old.shape == value.shape and old.dtype == value.dtype
+        if not self.on_disk:
+            room = old if fits and old is not None and old.is_pinned() else pinned(value)
+            return room.copy_(value, non_blocking=True)
+        if old is None or not fits:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with NamedTemporaryFile(prefix=".hidden-", dir=self.folder) as file:
@@ -73,9 +80,21 @@ class Hidden:
         other.calls = [list(calls) for calls in self.calls]
         other.beside = list(self.beside)
         other.left = list(self.left)
-        for index, item in enumerate(self._items):
-            other[index] = item
+        for index in range(len(self)):
+            other[index] = self[index]  # by way of the device, see `Shelf.put`
         return other
+
+    def split(self, index: int, sizes: Sequence[int], dimension: int) -> None:
+        """Batches of so many samples in the place of one, beside which nothing travels; their calls are not known."""
+
+        def part(value: Any, number: int) -> Any:
+            start = sum(sizes[:number])
+            return map_tensors(value, lambda tensor: tensor.narrow(dimension, start, sizes[number]))
+
+        for items in (self._items, *self.left):
+            items[index : index + 1] = [part(items[index], number) for number in range(len(sizes))]
+        self.calls[index : index + 1] = [[] for _ in sizes]
+        self.beside[index : index + 1] = [{} for _ in sizes]
 
     def leave(self) -> None:
         """Keep the states, which have left a stack, and make room for those that enter the next one."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from .errors import InputError
 
@@ -30,11 +31,16 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError("this PyTorch sees no CUDA device")
+        module = getattr(torch, device.type, None)  # of accelerators: those that torch has none for fail below
+        count = getattr(module, "device_count", lambda: None)()
+        if count is not None and device.type != "cpu" and (count == 0 or (device.index or 0) >= count):
+            kind = device.type.upper()
+            raise RuntimeError(
+                f"this PyTorch sees no {kind} device" if count == 0 else f"this PyTorch sees {count}, numbered from 0"
+            )
         torch.zeros(1, device=device).item()  # `meta` is one too, but holds nothing
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for it
-        raise InputError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}.") from None
+        raise InputError(f"device '{name}' cannot be used: {str(error).splitlines()[0].rstrip('.')}.") from None
     return device
 
 
@@ -50,6 +56,22 @@ def most_memory(device: torch.device) -> int:
     return 0 if ask is None else int(ask(device))
 
 
+def pins(device: torch.device) -> bool:
+    """Do copies between this device and main memory go by themselves where that is pinned?"""
+    return device.type == "cuda"
+
+
+def pinned(like: Tensor) -> Tensor:
+    """Pinned main memory for a tensor of a device."""
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
+
+def forget(device: torch.device) -> None:
+    """Give memory back that torch holds on a device for tensors that are gone."""
+    if give := getattr(torch.get_device_module(device), "empty_cache", None):
+        give()
+
+
 LARGER = 8  # times as much goes at a time on an accelerator
 
 
@@ -59,7 +81,7 @@ def at_a_time(size: int, device: torch.device) -> int:
     return size if device.type == "cpu" else size * LARGER
 
 
-@contextmanager
+@contextlib.contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
     """Products of float32 are made in float32 inside, whatever is set: a GPU would make them of 10 bits (TF32), which
     is too little for what is summed to be factored."""
@@ -77,22 +99,27 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 
 def keep_random(device: torch.device) -> Callable[[], None]:
-    """What puts the generators of the CPU and of this device back to where they are now."""
-    host, there = torch.get_rng_state(), None
-    if device.type not in ("cpu", "meta"):
-        there = torch.get_device_module(device).get_rng_state(device)
+    """What puts the generators of the CPU and of this device back to where they are now. Other devices are not
+    touched."""
+    host = torch.get_rng_state()
+    module = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
+    of = () if device.type == "mps" else (device,)  # there is but one of those, which is not named
+    there = None if module is None else module.get_rng_state(*of)
 
     def restore() -> None:
         torch.set_rng_state(host)
-        if there is not None:
-            torch.get_device_module(device).set_rng_state(there, device)
+        if module is not None:
+            module.set_rng_state(there, *of)
 
     return restore
 
 
-def fork_random(device: torch.device) -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def fork_random(device: torch.device) -> Iterator[None]:
     """Inside, random numbers may be drawn: afterwards the generators of the CPU and of this device are as before. Other
     devices are not touched."""
-    if device.type == "cpu":
-        return torch.random.fork_rng(devices=[])
-    return torch.random.fork_rng(devices=[device], device_type=device.type)
+    restore = keep_random(device)
+    try:
+        yield
+    finally:
+        restore()

@@ -32,6 +32,7 @@ from .model.checkpoint import Checkpoint, Source
 from .model.files import copy_companions
 from .model.network import Model
 from .outcome import BlockResult, LayerResult
+from .phases import phase
 from .store import MakeStore, make_store
 from .tensors import write_json, write_text
 from .workshop import RUN, Workshop
@@ -129,6 +130,7 @@ class Output:
         """The pruned weights written so far."""
         return self.weights.source
 
+    @phase("write")
     def write(self, result: BlockResult) -> None:
         """Put one finished block on disk, whole: a run that resumes reads it from here."""
         with self._writing():
@@ -141,11 +143,13 @@ class Output:
         with self._writing():
             self.weights.write_outside(changed)
 
+    @phase("write")
     def complete(self) -> None:
         """Write what no block holds: after this `checkpoint` is a whole model."""
         with self._writing():
             self.weights.complete()
 
+    @phase("write")
     def finish(self, report: Mapping[str, Any], card: str) -> None:
         """Add everything that is not weights and let the directory appear."""
         with self._writing():

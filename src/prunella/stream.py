@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -17,33 +18,33 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .batches import Batches
 from .calls import Calls, Key
 from .compat import version_of
 from .errors import InputError, NumericalError
 from .examine import examine
 from .hidden import Hidden, Shelf
-from .layers import Slot, as_parameters, unpruned, within
+from .layers import Slot, unpruned, within
 from .lenses import Chunks
 from .machine import at_a_time, cache_directory, keep_random
 from .model.checkpoint import Source
 from .model.network import Model
 from .model.walk import LoadedBlock, Weights
 from .outcome import BlockResult
-from .progress import Track, no_track
+from .phases import phase
 from .registry import Step
 from .samples import Samples, size_of, tokens_of
 from .solver import Settled, Solver, tell
 from .standins import not_one_by_one
 from .statistics.registry import taking
-from .trees import first, map_tensors
 from .types import Block, Stats
 from .waits import Again, demand, together
-from .watch import SAMPLE, Gather, Stop, Watch, check_seen, run_to, stats_of
+from .watch import SAMPLE, Gather, Stop, Watch, check_seen, stats_of
 
 TOKENS = 2048  # that go through a block at a time on a CPU, in `block` order
 
 
-class Stream:
+class Stream(Batches):
     """Hidden states on their way through the blocks of a model.
 
     >>> stream = Stream(model, windows)                                        # doctest: +SKIP
@@ -90,7 +91,7 @@ class Stream:
         self.keep_zeros = keep_zeros
         self.checkpoint = checkpoint
         self.samples = samples = Samples.of(samples, model.task.argument)
-        self.order = order
+        self.order: Literal["layer", "block"] = order
         if order == "layer" and len(samples.groups) > 1:
             raise InputError(
                 "the samples are of several shapes, which do not go through a layer together: use --order block."
@@ -99,18 +100,14 @@ class Stream:
             if model.interface is None:
                 model.interface = examine(model, samples)
             alone = alone or (model.interface.stateful and order == "block")  # what travels cannot be cut into samples
+            most = 1 if alone else at_a_time(TOKENS, model.device)
             self.batches = tuple(
                 batch
                 for group in samples.groups
                 for batch in Samples((group,)).batches(
-                    len(samples)
-                    if order == "layer"
-                    else 1
-                    if alone
-                    else max(1, at_a_time(TOKENS, model.device) // tokens_of(group))
+                    len(samples) if order == "layer" else max(1, most // tokens_of(group))
                 )
             )
-            self._places = [(b, n) for b, batch in enumerate(self.batches) for n in range(size_of(batch))]
             self._folder = model.scratch or cache_directory() / "hidden"
             self.calls = Calls(model, model.interface, self._shelf, len(samples))
             streams: list[Hidden] = []
@@ -124,6 +121,7 @@ class Stream:
                     ]
                 for hidden in streams:
                     hidden[index], hidden.calls[index] = state, list(calls)
+        self.first = size_of(self.batches[0])  # samples in the first batch, before any was halved
         self.hidden = streams[0]
         self.dense = streams[1] if beside else None  # what the dense model has in place of `hidden`
         self.calls.batches = self.hidden.calls
@@ -134,9 +132,11 @@ class Stream:
     def advance(self, block: LoadedBlock, hidden: Hidden | None = None) -> None:
         """Run a block on all samples: its outputs become the hidden states (or those in `hidden`)."""
         hidden = self.hidden if hidden is None else hidden
+        batch = 0
+
         with torch.no_grad():
-            for b in range(len(hidden)):
-                self.forward(block, hidden, b)
+            while batch < len(hidden):
+                batch += self.fits(batch, partial(self.forward, block, hidden, batch))
         self.pass_on(block.index, hidden)
 
     def skip(self, block: LoadedBlock, source: Weights) -> None:
@@ -162,6 +162,7 @@ class Stream:
         """Run a block on one batch of the hidden states, which move on."""
         hidden.move(batch, *self.run(block, hidden, batch))
 
+    @phase("forward")
     def run(self, block: LoadedBlock, hidden: Hidden, batch: int) -> tuple[Any, dict[Key, Any]]:
         """What a block puts out for one batch of the hidden states, and what travels on beside it."""
         state = hidden[batch]
@@ -247,7 +248,8 @@ class Stream:
                 layers, moved = self._prune_on_arrival(block, active, solver)
             else:
                 layers, others = self._prune_after_dense_pass(block, active, solver, known)
-            told = tell(slots, layers)  # the one look at the device: nothing has moved on yet
+            with phase("solve"):
+                told = tell(slots, layers)  # the one look at the device: nothing has moved on yet
             if self.order == "layer":
                 self.hidden.move(0, *moved)
                 self.pass_on(block.index, self.hidden)
@@ -265,24 +267,22 @@ class Stream:
 
     def _dense_inputs(
         self, block: LoadedBlock, active: Mapping[str, Slot], batch: int, needs: frozenset[str]
-    ) -> dict[str, Chunks]:
-        """What the layers of the block, still dense, get from the dense model's hidden states, which move on; of
-        layers that share an input, the first. Experts are left out: other tokens may be routed to them."""
+    ) -> tuple[dict[str, Chunks], Callable[[], None]]:
+        """What the layers of the block, still dense, get from the dense model's hidden states, and what moves these on;
+        of layers that share an input, the first. Experts are left out: other tokens may be routed to them."""
         inputs: dict[str, Chunks] = {}
-        if self.dense is None:
-            return inputs
-        if not taking("dense_TI", needs):
-            with torch.no_grad():
-                self.forward(block, self.dense, batch)
-            return inputs
+        dense = self.dense
+        if dense is None:
+            return inputs, lambda: None
 
         def see(layer_name: str, rows: Chunks, same: bool) -> None:
             if not same and not active[layer_name].routed:
                 inputs[layer_name] = rows
 
-        with torch.no_grad(), Watch(active, see):
-            self.forward(block, self.dense, batch)
-        return inputs
+        watch = Watch(active, see) if taking("dense_TI", needs) else contextlib.nullcontext()
+        with torch.no_grad(), watch:
+            state, beside = self.run(block, dense, batch)
+        return inputs, lambda: dense.move(batch, state, beside)
 
     def _prune_on_arrival(
         self,
@@ -300,16 +300,20 @@ class Stream:
             if layer_name in done:
                 return
             if not same:
-                stats = stats_of(rows, needs, SAMPLE, dense.pop(layer_name, None))
-            done[layer_name] = solver.alone(active[layer_name], stats)
+                with phase("statistics"):
+                    stats = stats_of(rows, needs, SAMPLE, dense.pop(layer_name, None))
+            with phase("solve"):
+                done[layer_name] = solver.alone(active[layer_name], stats)
 
-        dense = self._dense_inputs(block, active, 0, needs)
+        dense, move = self._dense_inputs(block, active, 0, needs)
+        move()
         with torch.no_grad(), Watch(active, see):
             moved = self.run(block, self.hidden, 0)
         check_seen(block.name, done, active)
         for layer_name, slot in active.items():  # experts that no token reached
             if layer_name not in done:
-                done[layer_name] = solver.alone(slot, Stats(), reached=False)
+                with phase("solve"):
+                    done[layer_name] = solver.alone(slot, Stats(), reached=False)
         return done, moved
 
     def _prune_after_dense_pass(
@@ -326,10 +330,10 @@ class Stream:
 
         def see(layer_name: str, rows: Chunks, same: bool) -> None:
             gather.see(layer_name, rows, same)
-            if gather.first and layer_name not in order:
+            if first and layer_name not in order:
                 order.append(layer_name)
             # Nothing after the last layer is of interest, nor is its product, unless outputs are wanted.
-            if not gather.first and whole and not keep_outputs and layer_name == order[-1]:
+            if not first and whole and not keep_outputs and layer_name == order[-1]:
                 raise Stop
 
         keep_outputs = "targets" in needs
@@ -337,16 +341,30 @@ class Stream:
         same = self.dense is None or not taking("dense_TI", needs)
         outputs: list[Tensor] = []
         whole = False
-        batches = range(0 if known is not None else len(self.hidden) if needs else 1)
+        counted: dict[int, Counter[str]] = {}  # of samples an attempt at which ran out of memory: `Gather.known`
+
+        def gathered() -> None:
+            gather.seen, gather.dense = Counter(), {}
+            gather.dense, move = self._dense_inputs(block, active, batch, needs)
+            with contextlib.suppress(Stop), Watch(active, see):
+                out, _ = self.run(block, self.hidden, batch)
+                if keep_outputs and same:
+                    outputs.append(out)
+            move()
+
+        batch = sample = 0
+        samples = 0 if known is not None else len(self.samples) if needs else self.first
         with torch.no_grad():
-            for batch in batches:
-                gather.first = batch == 0
-                gather.dense = self._dense_inputs(block, active, batch, needs)
-                with contextlib.suppress(Stop), Watch(active, see):
-                    out, _ = self.run(block, self.hidden, batch)
-                    if keep_outputs and same:
-                        outputs.append(out)
-                whole = len(order) == len(active) and not any(slot.routed for slot in active.values())
+            while sample < samples:
+                size = size_of(self.batches[batch])
+                first = sample < self.first
+                gather.sample = max(1, SAMPLE * size // self.first) if first else 0
+                gather.known = counted.get(sample, Counter())
+                if self.fits(batch, gathered):
+                    whole = len(order) == len(active) and not any(slot.routed for slot in active.values())
+                    batch, sample = batch + 1, sample + size
+                else:
+                    counted.update(dict.fromkeys(range(sample, sample + size), gather.seen | Counter(gather.known)))
         check_seen(block.name, leader, active)
         if all(step.per_layer for step in solver.steps):  # one layer at a time: its new weight and statistics can go
             done: dict[str, Settled] = {}
@@ -354,7 +372,7 @@ class Stream:
             for (layer_name, slot), source in zip(active.items(), tuple(waiting), strict=True):
                 waiting.remove(source)
                 found = stats.get(source, Stats()) if source in waiting else stats.pop(source, Stats())
-                with torch.no_grad():
+                with torch.no_grad(), phase("solve"):
                     done[layer_name] = solver.alone(slot, found)
             return done, {}
         layers = tuple(solver.layer(slot, stats.get(leader.get(n, n), Stats())) for n, slot in active.items())
@@ -365,65 +383,18 @@ class Stream:
             block.index,
             block.name,
             layers,
-            run=self._runner(block, active) if known is None else None,
+            run=self.runner(block, active) if known is None else None,
             windows=len(self.samples) if known is None else 0,
             targets=(lambda n: self.window(n, outputs if same else beside)) if keep_outputs else None,
             dense=(lambda n: self.window(n, beside)) if "dense" in needs else None,
             others={key: solver.begin.get(key, value) for key, value in own.items()},
             fixed=unpruned(block.module, block.name, {slot.key for slot in active.values()}),
         )
-        with torch.no_grad():
+        with torch.no_grad(), phase("solve"):
             result = solver.apply(whole_block)
-        changed = {key: value for key, value in result.others.items() if value is not whole_block.others[key]}
-        return {la.name: solver.settle(la, active[la.name]) for la in result.layers}, changed
-
-    def window(self, n: int, batches: Sequence[Any] | Hidden | None = None) -> Any:
-        """The hidden state of sample n alone, or what another sequence of batches has for it."""
-        batch, place = self._places[n]
-        return self._one((self.hidden if batches is None else batches)[batch], place)
-
-    def _one(self, state: Any, place: int) -> Any:
-        """What a batch's state has for one of its samples."""
-        return map_tensors(state, lambda tensor: tensor.narrow(self.calls.interface.batch, place, 1))
-
-    def _record_windows(self, index: int) -> None:
-        """See to it that it is known how the stack of block `index` is called on each sample alone."""
-        while not self.calls.windows or len(self.calls.windows[0]) <= index:
-            with self.model.outside(head=False, checkpoint=self.checkpoint):
-                self.calls.record_windows(self.samples, self._left)
-
-    def _left(self, n: int) -> list[Any]:
-        """What left the stacks before the one whose calls are to be recorded, of sample n alone."""
-        known = len(self.calls.windows[n]) if self.calls.windows else 0
-        batch, place = self._places[n]
-        passed = self.hidden.states(batch)[: sum(span.stop <= known for span in self.model.spans)]
-        return [self._one(state, place) for state in passed]
-
-    def _runner(self, block: LoadedBlock, active: Mapping[str, Slot]) -> Callable[..., Tensor]:
-        """`Block.run`: the block on one window, with other weights in place of its own."""
-
-        def run(weights: Mapping[str, Tensor], n: int, at: str | None = None) -> Tensor:
-            own = {key.removeprefix(f"{block.name}."): value for key, value in as_parameters(weights, active).items()}
-            self._record_windows(block.index)
-            beside = self.hidden.beside[self._places[n][0]]  # of this sample alone, if there is anything
-            call = self.calls.windows[n][block.index]
-            args, kwargs, _ = call.arguments(self.window(n), beside)
-            out = run_to(at, block.module, own, args, kwargs)
-            result: Tensor = out if call.whole and at is None else first(out)
-            return result
-
-        return run
+            changed = {key: value for key, value in result.others.items() if value is not whole_block.others[key]}
+            return {la.name: solver.settle(la, active[la.name]) for la in result.layers}, changed
 
 
 def _not_finite(slot: Slot) -> NumericalError:
     return NumericalError(f"layer '{slot.name}' has NaN or infinite weights before pruning.")
-
-
-def through(
-    model: Model, samples: Samples | Tensor, *, checkpoint: Source | None = None, track: Track = no_track, what: str
-) -> Stream:
-    """A stream with no steps: all samples through all blocks, one block in memory at a time."""
-    stream = Stream(model, samples, checkpoint=checkpoint)
-    for _, block in model.walk(checkpoint, track=track, what=what):
-        stream.advance(block)
-    return stream

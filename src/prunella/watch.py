@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from .compat import version_of
 from .errors import DefectError
 from .layers import Slot
 from .lenses import Chunks, Inputs
+from .phases import phase
 from .types import Stats
 
 SAMPLE = 512  # calibration tokens on which the error of each layer is measured
@@ -118,7 +120,9 @@ class Gather:
     stats:  {layer: its statistics}; of layers fed by the same tensor, only the first has them
     leader: {layer: the layer that has its statistics}, for all that were seen
     dense:  what the dense model has in place of the inputs of this batch, {layer: (T, I)}; used up
-    first:  is it the first batch? The sample of tokens comes from there
+    sample: how many tokens of this batch are kept. Of a layer that no token reached before, SAMPLE always
+    seen:   how often each layer was seen in this batch, {layer: times}
+    known:  how many of these times count already: an attempt at this batch ended after them
     """
 
     def __init__(self, needs: Collection[str]):
@@ -126,15 +130,20 @@ class Gather:
         self.stats: dict[str, Stats] = {}
         self.leader: dict[str, str] = {}
         self.dense: dict[str, Chunks] = {}
-        self.first = True
+        self.sample = SAMPLE
+        self.seen: Counter[str] = Counter()
+        self.known: Mapping[str, int] = {}
         self._previous = ""
 
+    @phase("statistics")
     def see(self, name: str, rows: Chunks, same: bool) -> None:
         if not same:
             self._previous = name
-            sample = SAMPLE if self.first or name not in self.stats else 0
-            new = stats_of(rows, self.needs, sample, self.dense.pop(name, None))
-            self.stats[name] = self.stats[name] + new if name in self.stats else new
+            if self.seen[name] >= self.known.get(name, 0):
+                sample = self.sample or (SAMPLE if name not in self.stats else 0)
+                new = stats_of(rows, self.needs, sample, self.dense.pop(name, None))
+                self.stats[name] = self.stats[name] + new if name in self.stats else new
+            self.seen[name] += 1
         self.leader[name] = self._previous
 
 

@@ -13,7 +13,7 @@ from ..model.checkpoint import Source
 from ..model.network import Model
 from ..progress import Track, no_track
 from ..samples import Samples, on
-from ..stream import Stream, through
+from ..stream import Stream
 from ..tasks.text import Perplexity
 from ..waits import fetch
 
@@ -51,15 +51,32 @@ def measured(
     return every
 
 
+def through(
+    model: Model, samples: Samples | Tensor, *, checkpoint: Source | None = None, track: Track = no_track, what: str
+) -> Stream:
+    """A stream with no steps: all samples through all blocks, one block in memory at a time."""
+    stream = Stream(model, samples, checkpoint=checkpoint)
+    for _, block in model.walk(checkpoint, track=track, what=what):
+        stream.advance(block)
+    return stream
+
+
 def losses(stream: Stream, checkpoint: Source | None = None) -> list[float]:
     """The task's loss of each sample that has passed all blocks."""
-    model = stream.model
-    with model.outside(checkpoint=checkpoint), torch.no_grad():
-        every = [
-            model.task.losses(stream.outputs(number), on(batch, model.device))
-            for number, batch in enumerate(stream.batches)
-        ]
-        return [loss for some in fetch(every) for loss in some.tolist()]
+    model, every = stream.model, list[Tensor]()
+
+    def score() -> None:
+        batch = on(stream.batches[number], model.device)
+        every.append(model.task.losses(stream.outputs(number), batch))
+
+    number = 0
+    with torch.no_grad():
+        while number < len(stream.batches):
+            # Loaded anew where batches were halved, after which what that needed of it is gone.
+            with model.outside(checkpoint=checkpoint):
+                while number < len(stream.batches) and stream.fits(number, score):
+                    number += 1
+    return [loss for some in fetch(every) for loss in some.tolist()]
 
 
 def _culprit(model: Model, samples: Samples, checkpoint: Source | None) -> str:

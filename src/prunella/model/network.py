@@ -33,6 +33,7 @@ from ..compat import (
 from ..errors import ModelError, ReadError
 from ..fast import use_fast_attention
 from ..learn import learn
+from ..phases import phase
 from ..progress import Track, no_track
 from ..samples import Batch, on
 from .checkpoint import Checkpoint, Source
@@ -236,6 +237,7 @@ class Model:
         found = ((key, name) for key, (name, _) in self.plan().items() if wanted(name) or name in also)
         return [key for key, _ in found if key in checkpoint.where]
 
+    @phase("load")
     def load(self, wanted: Callable[[str], bool], checkpoint: Source | None = None) -> None:
         """Fill the parameters whose names are `wanted`, from the model's own checkpoint or from another one
         with the same tensors. Raises ModelError for a tensor that is missing or has the wrong shape."""

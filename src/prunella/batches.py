@@ -1,0 +1,134 @@
+"""Samples in batches, and their hidden states between two blocks: what a stream moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .calls import Calls
+from .errors import say
+from .hidden import Hidden
+from .layers import Slot, as_parameters
+from .machine import forget
+from .model.checkpoint import Source
+from .model.network import Model
+from .model.walk import LoadedBlock
+from .samples import Batch, Samples, size_of
+from .trees import first, map_tensors
+from .watch import run_to
+
+
+class Batches:
+    """The samples of a stream and where they are.
+
+    batches: as they go through a block
+    hidden:  their hidden states
+    dense:   what the dense model has in place of these, if it runs beside
+    calls:   how blocks are called with them
+    halved:  the memory of the device ran out, and they are smaller than they were
+    """
+
+    model: Model
+    checkpoint: Source | None
+    samples: Samples
+    order: Literal["layer", "block"]
+    batches: tuple[Batch, ...]
+    hidden: Hidden
+    dense: Hidden | None
+    calls: Calls
+    halved = False
+
+    # --- memory that runs out
+
+    def fits(self, batch: int, work: Callable[[], None]) -> bool:
+        """Do this work with a batch, and say that it was done. If the memory of the device runs out, halve that batch
+        and all that follow: the work is still to be done then, with each half.
+
+        Raises torch.OutOfMemoryError for what cannot be halved: a single sample, or all of them in `layer` order.
+        """
+        try:
+            work()
+            return True
+        except torch.OutOfMemoryError:
+            whole = self.order == "layer" or size_of(self.batches[batch]) == 1
+            if whole or any(hidden.beside[batch] for hidden in self._streams):
+                raise
+        forget(self.model.device)  # here, where nothing holds on any more to what was begun
+        if not self.halved:
+            half = -(-size_of(self.batches[batch]) // 2)
+            say(
+                f"the memory of {self.model.device} ran out: from here on {half} samples and not more go through a"
+                " block at a time"
+            )
+        self._halve(batch)
+        return False
+
+    @property
+    def _streams(self) -> list[Hidden]:
+        return [self.hidden] if self.dense is None else [self.hidden, self.dense]
+
+    def _halve(self, start: int) -> None:
+        """Halve the batches from this one on. How blocks are called with the halves is recorded anew."""
+        self.halved = True
+        batches = list(self.batches)
+        with torch.no_grad(), self.model.outside(head=False, checkpoint=self.checkpoint):
+            for index in range(len(batches) - 1, start - 1, -1):
+                halves = list(Samples((batches[index],)).batches(-(-size_of(batches[index]) // 2)))
+                batches[index : index + 1] = halves
+                for hidden in self._streams:
+                    hidden.split(index, [size_of(half) for half in halves], self.calls.interface.batch)
+                    for number, half in enumerate(halves, index):
+                        passed = hidden.states(number)
+                        for stack in range(len(passed) + 1):
+                            hidden.calls[number] += self.calls.enter(half, passed[:stack])[1]
+        self.batches = tuple(batches)
+
+    # --- one sample alone
+
+    def window(self, n: int, batches: Sequence[Any] | Hidden | None = None) -> Any:
+        """The hidden state of sample n alone, or what another sequence of batches has for it."""
+        batch, place = self._place(n)
+        return self._one((self.hidden if batches is None else batches)[batch], place)
+
+    def _place(self, n: int) -> tuple[int, int]:
+        """The batch that has sample n, and its number there."""
+        for batch, samples in enumerate(map(size_of, self.batches)):
+            if n < samples:
+                return batch, n
+            n -= samples
+        raise IndexError(n)
+
+    def _one(self, state: Any, place: int) -> Any:
+        """What a batch's state has for one of its samples."""
+        return map_tensors(state, lambda tensor: tensor.narrow(self.calls.interface.batch, place, 1))
+
+    def _record_windows(self, index: int) -> None:
+        """See to it that it is known how the stack of block `index` is called on each sample alone."""
+        while not self.calls.windows or len(self.calls.windows[0]) <= index:
+            with self.model.outside(head=False, checkpoint=self.checkpoint):
+                self.calls.record_windows(self.samples, self._left)
+
+    def _left(self, n: int) -> list[Any]:
+        """What left the stacks before the one whose calls are to be recorded, of sample n alone."""
+        known = len(self.calls.windows[n]) if self.calls.windows else 0
+        batch, place = self._place(n)
+        passed = self.hidden.states(batch)[: sum(span.stop <= known for span in self.model.spans)]
+        return [self._one(state, place) for state in passed]
+
+    def runner(self, block: LoadedBlock, active: Mapping[str, Slot]) -> Callable[..., Tensor]:
+        """`Block.run`: the block on one window, with other weights in place of its own."""
+
+        def run(weights: Mapping[str, Tensor], n: int, at: str | None = None) -> Tensor:
+            own = {key.removeprefix(f"{block.name}."): value for key, value in as_parameters(weights, active).items()}
+            self._record_windows(block.index)
+            beside = self.hidden.beside[self._place(n)[0]]  # of this sample alone, if there is anything
+            call = self.calls.windows[n][block.index]
+            args, kwargs, _ = call.arguments(self.window(n), beside)
+            out = run_to(at, block.module, own, args, kwargs)
+            result: Tensor = out if call.whole and at is None else first(out)
+            return result
+
+        return run
