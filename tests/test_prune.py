@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLM
 
 import prunella
 from prunella import InputError, ModelError, NumericalError, Recipe, prune
+from prunella.report.compare import Comparison
+from prunella.report.page import command, sentence
 from prunella.samples import Samples
 from prunella.tasks.text import wrap_model
 
@@ -430,3 +432,13 @@ def test_padded_samples_are_refused_since_padding_would_count_as_text(ids: Tenso
     seen[:, -4:] = 0
     with pytest.raises(InputError, match=r"attention_mask of these samples hides tokens.*as groups, without padding"):
         prune(network, {"steps": ["wanda"]}, calibration=Samples.of({"input_ids": ids, "attention_mask": seen}))
+
+
+def test_samples_that_are_handed_over_are_not_called_those_of_the_recipe(ids: Tensor) -> None:
+    one = prune(tiny.build(), {"steps": ["wanda"]}, calibration=ids)
+    assert "calibrated on 5 windows of\n32 tokens that were handed over" in one.card()
+    several = Samples.of([{"input_ids": ids}, {"input_ids": ids[:, :9]}])
+    two = prune(tiny.build(), {"steps": ["wanda"]}, calibration=several)
+    assert "calibrated on 10 windows that were handed over" in sentence(two)
+    assert "these commands take the recipe's" in command(two, "out")
+    assert "handed over, 10" in str(Comparison(("one", "two"), (one, two)).rows())

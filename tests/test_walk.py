@@ -213,3 +213,12 @@ def test_nothing_else_goes_over_blocks() -> None:
         if re.search(r"\b(model|opened|dense|self)\.block\(", path.read_text(encoding="utf-8"))
     }
     assert found == {"examine.py", "standins.py", "model/network.py"}
+
+
+def test_a_walk_inside_of_a_walk_leaves_the_block_its_weights(llama: Path) -> None:
+    model = load_model(str(llama))
+    for _, block in model.walk():
+        before = {name: tensor.clone() for name, tensor in block.tensors().items()}
+        assert len(list(model.walk())) == 3
+        assert all(torch.equal(tensor, before[name]) for name, tensor in block.tensors().items())
+    assert all(parameter.is_meta for parameter in model.network.parameters())

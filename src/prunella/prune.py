@@ -59,7 +59,8 @@ def prune(
         The report, as it stands in prunella.json.
 
     Raises:
-        PrunellaError: anything about the input that the user can mend.
+        PrunellaError: anything about the input that the user can mend. In a network in memory the blocks before the
+            one that failed are pruned then.
 
     >>> import prunella
     >>> report = prunella.prune("smollm2-135m", {"steps": ["wanda"]}, output="pruned")  # doctest: +SKIP

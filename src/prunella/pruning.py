@@ -200,6 +200,7 @@ def _prune(
                 "gpu_memory": most_memory(opened.device),
                 "threads": torch.get_num_threads(),
                 "resumed_after_blocks": len(out.finished) if out else 0,
+                "handed_over": calibration is not None,
             },
             fingerprint="" if blind else joined(task.fingerprint(samples), known),
         )

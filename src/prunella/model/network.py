@@ -301,11 +301,15 @@ class Model:
         """Block `index` with its weights, which are loaded for as long as the context lasts: `with model.block(0) as
         block`. They are the model's own, or those in `checkpoint`."""
         within = self._within(index)
+        modules = [] if self.checkpoint is None else [*self.module(self.blocks[index]).modules()]
+        before = [(m, key, p) for m in modules for key, p in m._parameters.items() if p is not None and not p.is_meta]
         self.load(within, checkpoint)
         try:
             yield self.module(self.blocks[index])
         finally:
             self.release(within)
+            for module, key, parameter in before:  # another walk stands here as well
+                module._parameters[key] = parameter
 
     def walk(
         self, source: Source | None = None, *, back: bool = False, track: Track = no_track, what: str = ""

@@ -55,7 +55,7 @@ class Comparison:
     def _calibration(report: Report) -> str:
         wanted = report.recipe["calibration"]
         length = f" x {wanted['length']}" if wanted["length"] else ""
-        return f"{Path(wanted['source']).name}, {wanted['samples']}{length}"
+        return f"{report.calibration()[1] or 'handed over'}, {wanted['samples']}{length}"
 
     @staticmethod
     def _healing(report: Report) -> str:

@@ -100,7 +100,7 @@ def page(report: Report, directory: str | Path = "pruned") -> str:
 
 def sentence(report: Report) -> str:
     """What was done, in a paragraph."""
-    recipe, calibration = report.recipe, report.recipe["calibration"]
+    recipe = report.recipe
     text = f"{report.sparsity:.1%} of the block weights of {title_of_model(report)} are zero"
     if pruned_here(report):
         touched = sum(la.target > 0 for la in report.layers)
@@ -110,10 +110,8 @@ def sentence(report: Report) -> str:
             f" {recipe['pattern']}" + (f", spread by {spread}" if spread else "") + ")"
         )
         if any(la.tokens for la in report.layers):
-            text += (
-                f", calibrated on {calibration['samples']} windows of {calibration['length']} tokens of"
-                f" {Path(calibration['source']).name}"
-            )
+            what, source = report.calibration()
+            text += f", calibrated on {what} " + (f"of {source}" if source else "that were handed over")
     text += "." + _moved(report.dense, report.pruned)
     did = report.healing
     if did:
@@ -194,6 +192,8 @@ def command(report: Report, directory: str | Path) -> str:
         lines.append(f"cat > {file} <<'END OF RECIPE'\n{text}END OF RECIPE")
         lines.append(f"prunella {verb} {shlex.quote(model)} -o {shlex.quote(out)} --recipe {file}")
 
+    if report.run.get("handed_over"):
+        lines.append("# calibrated on samples that were handed over: these commands take the recipe's in their place")
     if pruned_here(report):
         name = Path(source).name + "-again" if did else out + "-again"
         add("recipe.yaml", report.recipe, "prune", report.model["name"], name)

@@ -35,7 +35,7 @@ class Report:
     layers:   what became of each layer, in order: name, shape, sparsity, error and more
     left_out: the matrices of the blocks that are no layers to prune (routers, convolutions, …), and why
     run:      seconds by phase, cpu_seconds, peak memory in bytes (resident, and of the GPU), threads, blocks that an
-              interrupted run had finished before
+              interrupted run had finished before; were the calibration samples handed over, in place of the recipe's?
     versions: of what the result depends on
     fingerprint: of the calibration text; by it `prunella eval` knows a text that the model was calibrated on
     healing:  what retraining did, if there was any: what trained and how, losses, tokens, seconds, perplexity before
@@ -206,17 +206,25 @@ class Report:
         unknown = [f"{item.name}: stays dense; {item.why}" for item in self.left_out if item.why == UNSEEN]
         return unknown + [f"{la.name}: {note}" for la in self.layers for note in la.notes]
 
+    def calibration(self) -> tuple[str, str]:
+        """On what it was calibrated, in words, and where that came from; "" for samples that were handed over."""
+        said = self.recipe["calibration"]
+        length = f" of {said['length']} tokens" if said.get("length") else ""  # else they are of several
+        what = f"windows{length}" if "text" in self.recipe.get("task", ["text"]) else "samples"
+        return f"{said['samples']} {what}", "" if self.run.get("handed_over") else Path(said["source"]).name
+
     def card(self) -> str:
         """A model card that says what was done."""
         steps = " + ".join(name for step in self.recipe["steps"] for name in step)
         base = self.model["name"]
         library = "library_name: transformers\n" if "text" in self.recipe.get("task", "text") else ""
         front = f"base_model: {base}\n" if "/" in base and not Path(base).exists() else ""
-        calibration, task = self.recipe["calibration"], next(iter(self.recipe.get("task", ["text"])))
+        task = next(iter(self.recipe.get("task", ["text"])))
         text = "which reads no text" if task == "text" else "which reads no samples"
         if any(layer.tokens for layer in self.layers):
-            what = f"windows of\n{calibration['length']} tokens" if task == "text" else "samples"
-            text = f"calibrated on {calibration['samples']} {what} of `{Path(calibration['source']).name}`"
+            what, source = self.calibration()
+            what = what.replace(" of ", " of\n")
+            text = f"calibrated on {what} " + (f"of `{source}`" if source else "that were handed over")
         format_, masks = self.recipe.get("format", "dense"), "The masks are in `prunella.masks` (bit-packed)"
         if format_ == "packed":
             load = (
