@@ -25,7 +25,6 @@ BY_NAME = {"__init__.py", "registry.py", "train/parts.py"}
 # Files of more than 400 lines, and why.
 LONG = {
     "recipe.py": "every key of a recipe, and what is refused of them: one place to read",
-    "stream.py": "the loop: both orders, what they share, and a block run on a single sample",
 }
 
 Arrow = tuple[str, str, int]  # the importing file, the imported one, the line
