@@ -84,9 +84,9 @@ def test_blocks_replayed_one_by_one_give_the_models_logits_exactly(architecture:
     assert len(stream.batches) == (1 if order == "layer" else 2)
     for _, block in model.walk():
         stream.advance(block)
-    for number, ids in enumerate(stream.batches):
+    for number, batch in enumerate(stream.batches):
         with torch.no_grad():
-            whole = model.network(ids, use_cache=False).logits
+            whole = model.network(**batch, use_cache=False).logits
         assert torch.equal(stream.logits(number), whole)
 
 

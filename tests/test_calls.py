@@ -18,7 +18,7 @@ import prunella
 from prunella import stream as stream_module
 from prunella.model.network import Model
 from prunella.stream import Stream
-from prunella.tasks.text import wrap_model
+from prunella.tasks.text import Text, wrap_model
 
 # What blocks are called with differs from batch to batch, or travels from block to block.
 DEPENDENT = ("gemma4_text", "gemma3n_text", "zamba", "zamba2", "deepseek_v4", "qwen4_exp_text", "inkling_text", "zaya")
@@ -45,8 +45,8 @@ def test_every_batch_gets_the_models_logits_exactly(kind: str, order: Any, three
     assert len(stream.batches) == 1 if order == "layer" else len(stream.batches) in (3, 6)
     for _, block in model.walk():
         stream.advance(block)
-    for number, ids_BL in enumerate(stream.batches):
-        assert torch.equal(stream.logits(number), whole(model.network, ids_BL))
+    for number, batch in enumerate(stream.batches):
+        assert torch.equal(stream.logits(number), whole(model.network, batch["input_ids"]))
 
 
 @pytest.mark.parametrize("kind", ["llama", *DEPENDENT])
@@ -72,13 +72,13 @@ def test_two_streams_beside_each_other_do_not_mix_what_travels(three_batches: Te
         stream.advance(block)
         stream.advance(block, stream.dense)
     last = [stream.logits(batch) for batch in range(len(stream.batches))]
-    for logits_BLV, ids_BL in zip(last, stream.batches, strict=True):
-        assert torch.equal(logits_BLV, whole(model.network, ids_BL))
+    for logits_BLV, batch in zip(last, stream.batches, strict=True):
+        assert torch.equal(logits_BLV, whole(model.network, batch["input_ids"]))
 
 
 def test_arguments_that_two_batches_have_in_common_are_kept_once(three_batches: Tensor) -> None:
     stream = Stream(wrap_model(zoo.build("gemma4_text", num_kv_shared_layers=0)), three_batches, order="layer")
-    stream.calls.record_windows(three_batches)
+    stream.calls.record_windows(stream.samples)
     first, second = (calls[0] for calls in stream.calls.windows[:2])
     per_layer_inputs = 0
     assert first.args[per_layer_inputs] is not second.args[per_layer_inputs]
@@ -97,8 +97,8 @@ def test_what_does_not_fit_into_memory_waits_on_disk(
     assert stream.hidden.shelf.on_disk
     for _, block in model.walk():
         stream.advance(block)
-    for number, ids_BL in enumerate(stream.batches):
-        assert torch.equal(stream.logits(number), whole(model.network, ids_BL))
+    for number, batch in enumerate(stream.batches):
+        assert torch.equal(stream.logits(number), whole(model.network, batch["input_ids"]))
     assert model.scratch.is_dir()  # they were there
     assert not any(model.scratch.iterdir())  # without names
 
@@ -128,7 +128,7 @@ def changed(change: Callable[..., Any], only: int = 1) -> Any:
 
 def refused(network: Any, ids_NL: Tensor, reason: str) -> None:
     with pytest.raises(prunella.ModelError, match=reason) as caught:
-        prunella.perplexity(Model(network, None, None, network.device, ""), ids_NL)  # whatever its config says
+        prunella.perplexity(Model(network, None, None, network.device, "", Text()), ids_NL)  # whatever its config says
     assert type(network).__name__ in str(caught.value)
 
 

@@ -58,9 +58,9 @@ def test_blocks_are_replayed_exactly_and_every_weight_is_accounted_for(kind: str
         stream = Stream(model, windows, order=order)
         for _, block in model.walk():
             stream.advance(block)
-        for number, ids_BL in enumerate(stream.batches):
+        for number, batch in enumerate(stream.batches):
             with torch.no_grad():
-                whole = network(input_ids=ids_BL, use_cache=False).logits
+                whole = network(**batch, use_cache=False).logits
             assert torch.equal(stream.logits(number), whole)
     report = prunella.prune(model, {"steps": ["wanda"]}, calibration=windows)
     matrices = {id(p): p for name in model.blocks for p in model.module(name).parameters() if p.ndim > 1}.values()

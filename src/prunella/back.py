@@ -14,6 +14,7 @@ from .model.network import Model
 from .outcome import LayerResult
 from .progress import Track, no_track
 from .recipe import Recipe
+from .samples import Samples
 from .save import Output
 from .stream import Stream
 
@@ -56,7 +57,7 @@ def gradients(
 
 
 def prune_back(
-    model: Model, recipe: Recipe, slots: list[list[Slot]], ids_NL: Tensor, out: Output | None, track: Track
+    model: Model, recipe: Recipe, slots: list[list[Slot]], samples: Samples, out: Output | None, track: Track
 ) -> tuple[list[LayerResult], list[LeftOut]]:
     """Prune each block when its gradients have arrived. What became of each layer, and what is left out.
 
@@ -64,7 +65,7 @@ def prune_back(
     weights of the blocks that are on disk already, which are the last ones.
     """
     steps = recipe.make_steps()
-    stream = Stream(model, ids_NL, alone=True, rounding=recipe.rounding, keep_zeros=recipe.keep_zeros)
+    stream = Stream(model, samples, alone=True, rounding=recipe.rounding, keep_zeros=recipe.keep_zeros)
     back = stream.back(track=track)
     last = len(model.blocks) - 1
     done = out.finished if out else []

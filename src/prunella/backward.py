@@ -13,17 +13,15 @@ before a block is dense still, and what comes behind it was dense when the gradi
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from .calibrate import check_windows
 from .errors import InputError, ModelError, NumericalError
 from .hidden import Hidden
 from .layers import Slot, find_layers
@@ -33,6 +31,7 @@ from .model.walk import LoadedBlock
 from .outcome import BlockResult
 from .progress import Track, no_track
 from .registry import Step
+from .samples import Batch, on
 from .statistics.registry import OUTPUTS, concatenate, merged, of_gradients, taking, whole
 from .types import Stats
 from .watch import Watch, stats_of
@@ -40,7 +39,6 @@ from .watch import Watch, stats_of
 if TYPE_CHECKING:
     from .stream import Stream
 
-ROWS = 256  # tokens at a time whose logits are made
 SAMPLE = 512  # calibration tokens on which the error of each layer is measured
 Loss = Callable[[Tensor, Tensor], Tensor]  # of a window's logits (L, V) and ids (L)
 
@@ -86,13 +84,11 @@ class Back:
         Raises:
             InputError, ModelError, NumericalError: as `gradients`.
         """
-        model, windows_NL = stream.model, stream.windows_NL
-        check_windows(model, windows_NL)
-        if loss is None and windows_NL.shape[1] < 2:
-            raise InputError("windows of a single token have no next token to predict: use longer ones.")
-        if len(stream.batches) != len(windows_NL):
+        model = stream.model
+        model.task.check(model, stream.samples)
+        if len(stream.batches) != len(stream.samples):
             raise ValueError("gradients are of single windows: make the stream with alone=True")
-        if stream.calls.interface.stateful:
+        if stream.calls.interface.stateful or len(model.stacks) > 1:
             raise ModelError(
                 f"the blocks of {type(model.network).__name__} pass each other more than the hidden state: its"
                 " gradients cannot be made block by block."
@@ -123,20 +119,13 @@ class Back:
         self.stream.hidden[n] = gradient
         return total
 
-    def _losses(self, ids_1L: Tensor, output: Tensor) -> Iterator[Tensor]:
+    def _losses(self, batch: Batch, output: Tensor) -> Iterator[Tensor]:
         """The loss of a window, or parts that add up to it, each made when the one before it may go."""
-        ids_L = ids_1L[0].to(self.model.device)
+        batch, run = on(batch, self.model.device), partial(self.stream.calls.outputs, batch, [output])
         if self.loss is not None:
-            yield self.loss(self.stream.calls.logits(ids_1L, output)[0], ids_L)
-            return
-        chooses = "logits_to_keep" in inspect.signature(self.model.network.forward).parameters
-        predicted = len(ids_L) - 1
-        for rows_R in torch.split(torch.arange(predicted, device=ids_L.device), ROWS):
-            logits_RV = self.stream.calls.logits(ids_1L, output, **({"logits_to_keep": rows_R} if chooses else {}))[0]
-            if len(logits_RV) != len(rows_R):
-                logits_RV = logits_RV[rows_R]
-            logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
-            yield functional.cross_entropy(logits_RV, ids_L[rows_R + 1], reduction="sum") / predicted
+            yield self.loss(run().logits[0], batch["input_ids"][0])
+        else:
+            yield from self.model.task.parts(run, batch)
 
     def advance(
         self, block: LoadedBlock, slots: Collection[Slot] | None = None, watch: Watch | None = None

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calls import Key
+from .calls import Call, Key
 from .errors import disk_error
 from .machine import free_memory
 from .tensors import claim
+from .trees import map_tensors
 
 
 class Shelf:
@@ -44,11 +45,19 @@ class Shelf:
 
 
 class Hidden:
-    """The hidden states of all windows between two blocks, one tensor (B, L, D) a batch, on a shelf."""
+    """The hidden states of all samples between two blocks, one tensor (B, …) a batch, on a shelf; behind a network that
+    is one block, all that it put out.
+
+    calls:  of each batch, how the blocks are called, as far as the stacks have been entered
+    beside: what travels with each batch, see calls.py
+    left:   the states that left each stack which has been passed
+    """
 
     def __init__(self, batches: int, device: torch.device, shelf: Shelf):
-        self._items: list[Tensor | None] = [None] * batches
-        self.beside: list[dict[Key, Any]] = [{} for _ in range(batches)]  # what travels with each batch, see calls.py
+        self._items: list[Any] = [None] * batches
+        self.calls: list[list[Call]] = [[] for _ in range(batches)]
+        self.beside: list[dict[Key, Any]] = [{} for _ in range(batches)]
+        self.left: list[list[Any]] = []
         self.device = device
         self.shelf = shelf
 
@@ -60,20 +69,36 @@ class Hidden:
         other = copy.copy(self)
         other.shelf = shelf or self.shelf
         other._items = [None] * len(self)
+        other.calls = [list(calls) for calls in self.calls]
         other.beside = list(self.beside)
+        other.left = list(self.left)
         for index, item in enumerate(self._items):
-            assert item is not None
             other[index] = item
         return other
+
+    def leave(self) -> None:
+        """The states have passed a stack, and stay as they are; those that enter the next one take their place."""
+        self.left.append(self._items)
+        self._items = [None] * len(self)
+        self.beside = [{} for _ in self._items]
 
     def shelf_for(self, copies: int) -> Shelf:
         """Where so many copies of these states can wait."""
         return Shelf(self[0].nbytes * len(self) * copies, self.device, self.shelf.folder)
 
-    def __getitem__(self, index: int) -> Tensor:
-        item = self._items[index]
-        assert item is not None
-        return item.to(self.device, non_blocking=True)
+    def states(self, index: int) -> list[Any]:
+        """Of one batch, the states that left each stack that has been passed."""
+        return [map_tensors(items[index], self._here) for items in self.left]
 
-    def __setitem__(self, index: int, value: Tensor) -> None:
-        self._items[index] = self.shelf.put(value, self._items[index])
+    def _here(self, value: Tensor) -> Tensor:
+        return value.to(self.device, non_blocking=True)
+
+    def __getitem__(self, index: int) -> Any:
+        return map_tensors(self._items[index], self._here)
+
+    def __setitem__(self, index: int, value: Any) -> None:
+        old = self._items[index]
+        if isinstance(value, Tensor):
+            self._items[index] = self.shelf.put(value, old if isinstance(old, Tensor) else None)
+        else:
+            self._items[index] = map_tensors(value, self.shelf.put)

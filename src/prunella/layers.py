@@ -109,17 +109,22 @@ def find_layers(module: nn.Module, prefix: str) -> list[Slot]:
     return survey(module, prefix)[0]
 
 
+def within(block: str, path: str) -> str:
+    """The name in the network of what has this one in a block; a block without a name is the network itself."""
+    return ".".join(filter(None, (block, path)))
+
+
 def survey(module: nn.Module, prefix: str) -> tuple[list[Slot], list[LeftOut]]:
     """All parameters of a block that have two or more dimensions: those that are layers, and the others."""
     slots: list[Slot] = []
     left: list[LeftOut] = []
     mixtures = _mixtures(module)
     for path, child in module.named_modules():
-        name = f"{prefix}.{path}" if path else prefix
+        name = within(prefix, path)
         for key, parameter in child.named_parameters(recurse=False):
             if parameter.ndim < 2:
                 continue
-            full = f"{name}.{key}"
+            full = within(name, key)
             lens = _lens(module, path, key, mixtures)
             if isinstance(lens, str):
                 left.append(LeftOut(full, tuple(parameter.shape), lens))
@@ -147,11 +152,11 @@ def unpruned(module: nn.Module, prefix: str, pruned: Collection[str]) -> frozens
     routers = {item.name.rpartition(".")[0] for item in left if item.why == ROUTER}
     names = set()
     for path, child in module.named_modules():
-        name = f"{prefix}.{path}" if path else prefix
+        name = within(prefix, path)
         router = name in routers or routes(module, path, 0, {})
         for key, _ in child.named_parameters(recurse=False):
-            full = f"{name}.{key}"
-            owner = f"{name}.weight" if key == "bias" else full.removesuffix("_bias")
+            full = within(name, key)
+            owner = within(name, "weight") if key == "bias" else full.removesuffix("_bias")
             if router or owner in kept:
                 names.add(full)
     return frozenset(names)

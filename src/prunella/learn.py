@@ -19,20 +19,21 @@ from .layers import NO_PRODUCT, OWN_DTYPE, SHARED, UNSEEN, apart, assumed, route
 from .lenses import Experts, Lens, Linear, Multiplied, Stored, fitting
 from .lenses.product import learned
 from .products import products
+from .trees import map_tensors
 
 _CASTS = {Tensor.to, Tensor.type, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type_as}
 
 
-def learn(network: Any, blocks: Sequence[str]) -> None:
+def learn(network: Any, blocks: Sequence[str], base: nn.Module, given: Mapping[str, Any]) -> None:
     """Find out how those parameters of the blocks are read that nothing else tells about: from a forward pass of the
-    whole network on the meta device, which computes nothing. Where that cannot be, what it did not reach stays
-    unknown, and `assumed` says what becomes of it. Of blocks with the same modules and shapes the first one runs."""
+    whole network on the meta device, which computes nothing: of `base`, a module that has it or most of it in it, with
+    these arguments. Where that cannot be, what it did not reach stays unknown, and `assumed` says what becomes of it.
+    Of blocks with the same modules and shapes the first one runs."""
     _learn_shared(network, blocks)
     modules = [network.get_submodule(name) for name in blocks]
     unknown = [_unknown(block) for block in modules]
     if not any(unknown):
         return
-    base = network.base_model
     names = {id(parameter): name for name, parameter in base.named_parameters()}
     named = (*base.named_parameters(), *base.named_buffers())
     values = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in named}
@@ -45,11 +46,10 @@ def learn(network: Any, blocks: Sequence[str]) -> None:
         if id(getattr(module, key)) in names
     }
     look = _Look(places)
-    ids = torch.zeros((2, 16), dtype=torch.long, device="meta")
     complete = False
     # A forward pass that needs numbers ends where it needs them.
     with contextlib.suppress(Exception), torch.no_grad(), _first_of_a_kind(modules, kinds), look:
-        torch.func.functional_call(base, values, kwargs={"input_ids": ids, "use_cache": False})
+        torch.func.functional_call(base, values, kwargs=map_tensors(given, lambda tensor: tensor.to("meta")))
         complete = True
     for module, key in places.values():
         seen = look.seen.get((module, key), set())

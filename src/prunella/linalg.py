@@ -68,3 +68,8 @@ def inverse_factor(stats: Stats, damping: float, order_I: Tensor | None = None) 
     key = ("inverse_factor", damping, None if order_I is None else tuple(order_I.tolist()))
     factor: InverseFactor = stats.once(key, make)
     return factor
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    """How far two tensors are apart: the norm of their difference."""
+    return float((one.float() - other.float()).norm())

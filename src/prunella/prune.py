@@ -29,7 +29,7 @@ from .recipe import Recipe
 from .report import Report, peak_memory, seen
 from .samples import Samples
 from .save import Output, begun_as, identity
-from .stream import TOKENS, Stream, pick_order
+from .stream import TOKENS, Stream, pick_order, tokens_of
 from .workshop import check_output, finished, workshop
 
 
@@ -98,7 +98,7 @@ def prune(
         check_output(path)
     task = recipe.make_task()
     if recipe.heal.train:
-        if task.name != "text":
+        if not task.language:
             raise InputError(f"healing trains causal language models only, yet: leave it out for task '{task.name}'.")
         if in_memory or path is None or calibration is not None:
             raise InputError(
@@ -173,14 +173,13 @@ def _prune(
         samples, blind = _calibration(opened, recipe, calibration)
         task.check(opened, samples)
         measured = held_out(opened, recipe, task.size(samples))
-    ids_NL = samples.groups[0]["input_ids"]
     shop = None if path is None else workshop(path, resume)
     out = None
     seconds: dict[str, float] = {}
     try:
         begun = begun_as(shop) if shop else None
         wanted_order = begun.get("order", "auto") if begun and recipe.order == "auto" else recipe.order
-        order = pick_order(wanted_order, steps, ids_NL, opened)
+        order = pick_order(wanted_order, steps, samples, opened)
         recipe = recipe.model_copy(
             update={
                 "model": opened.name,
@@ -212,13 +211,13 @@ def _prune(
         shares = out.notes.get("shares") if out else None
         if shares is None:
             free = free_layers(slots, recipe)
-            shares = allocation(Budget(opened, ids_NL, slots, free, recipe.default_sparsity, shared, track))
+            shares = allocation(Budget(opened, samples, slots, free, recipe.default_sparsity, shared, track))
             if out and "uniform" not in recipe.allocate:  # which takes no work
                 out.note("shares", shares)
         slots = [[replace(s, sparsity=shares.get(s.name, s.sparsity)) for s in block] for block in slots]
         seconds["allocate"] = time.perf_counter() - clock
         clock = time.perf_counter()
-        layers, left = (prune_back if order == "back" else _run)(opened, recipe, slots, ids_NL, out, track)
+        layers, left = (prune_back if order == "back" else _run)(opened, recipe, slots, samples, out, track)
         if blind:
             layers = [replace(layer, error=None, tokens=0) for layer in layers]
         seconds["prune"] = time.perf_counter() - clock
@@ -328,16 +327,16 @@ def free_layers(slots: list[list[Slot]], recipe: Recipe) -> frozenset[str]:
 
 
 def _run(
-    model: Model, recipe: Recipe, slots: list[list[Slot]], ids_NL: Tensor, out: Output | None, track: Track
+    model: Model, recipe: Recipe, slots: list[list[Slot]], samples: Samples, out: Output | None, track: Track
 ) -> tuple[list[LayerResult], list[LeftOut]]:
     """Stream the calibration windows through the blocks, pruning each; blocks that an interrupted run left on
     disk are only passed through. What became of each layer, and what is left out."""
     steps = recipe.make_steps()
     order: Literal["layer", "block"] = "layer" if recipe.order == "layer" else "block"
     if order == "block" and not any(step.needs for step in steps):  # errors are measured on the first batch alone
-        ids_NL = ids_NL[: max(1, TOKENS // ids_NL.shape[1])]
+        samples = samples.first(max(1, TOKENS // tokens_of(samples.groups[0])))
     beside = any(step.beside for step in steps)
-    stream = Stream(model, ids_NL, order=order, beside=beside, rounding=recipe.rounding, keep_zeros=recipe.keep_zeros)
+    stream = Stream(model, samples, order=order, beside=beside, rounding=recipe.rounding, keep_zeros=recipe.keep_zeros)
     layers: list[LayerResult] = []
     left: list[LeftOut] = []
     done = out.finished if out else []

@@ -38,7 +38,7 @@ class Samples:
             if len({len(tensor) for tensor in group.values()}) != 1:
                 shapes = {key: tuple(tensor.shape) for key, tensor in group.items()}
                 raise InputError(f"the tensors of a group of samples have a sample per row: {shapes} have not.")
-        samples = cls(tuple(group for group in groups if _size(group)))
+        samples = cls(tuple(group for group in groups if size_of(group)))
         if not samples.groups:
             raise InputError("there are no samples to run the network on.")
         return samples
@@ -59,7 +59,7 @@ class Samples:
         return [_raw(tensor) for group in self.groups for tensor in group.values()]
 
     def __len__(self) -> int:
-        return sum(map(_size, self.groups))
+        return sum(map(size_of, self.groups))
 
     def first(self, count: int) -> Samples:
         """The first so many samples."""
@@ -67,14 +67,23 @@ class Samples:
         for group in self.groups:
             if count > 0:
                 found.append({key: tensor[:count] for key, tensor in group.items()})
-                count -= _size(group)
+                count -= size_of(group)
+        return Samples(tuple(found))
+
+    def after(self, count: int) -> Samples:
+        """All but the first so many samples."""
+        found = []
+        for group in self.groups:
+            if count < size_of(group):
+                found.append({key: tensor[max(0, count) :] for key, tensor in group.items()})
+            count -= size_of(group)
         return Samples(tuple(found))
 
     def batches(self, size: int) -> Iterator[Batch]:
         """At most `size` samples at a time, all of one shape, in order."""
         for group in self.groups:
             parts = {key: torch.split(tensor, size) for key, tensor in group.items()}
-            for number in range(-(-_size(group) // size)):
+            for number in range(-(-size_of(group) // size)):
                 yield {key: some[number] for key, some in parts.items()}
 
     def __iter__(self) -> Iterator[Batch]:
@@ -86,5 +95,11 @@ def _raw(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().view(torch.uint8)
 
 
-def _size(group: Batch) -> int:
+def on(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """A batch on a device."""
+    return {key: tensor.to(device) for key, tensor in batch.items()}
+
+
+def size_of(group: Batch) -> int:
+    """How many samples a group or batch has."""
     return len(next(iter(group.values())))

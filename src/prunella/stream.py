@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -18,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from .backward import SAMPLE, Back, Loss, goes_back
-from .calls import Calls, examine, first, map_tree
-from .compat import attention_of
+from .calls import Calls
+from .compat import attention_of, version_of
 from .errors import DefectError, InputError, NumericalError, StepError, say
+from .examine import examine
 from .grid import Grid, fit
 from .hidden import Hidden, Shelf
 from .histogram import histograms
-from .layers import Slot, find_layers, unpruned
+from .layers import Slot, find_layers, unpruned, within
 from .lenses import Chunks
 from .machine import cache_directory, free_memory
 from .model.checkpoint import Source
@@ -34,11 +36,15 @@ from .outcome import BlockResult, LayerResult, share_of
 from .pattern import hold_zeros, pack
 from .progress import Track, no_track
 from .registry import Step, make
+from .samples import Batch, Samples, size_of
+from .standins import not_one_by_one
 from .statistics.registry import taking
+from .trees import first, map_tensors
 from .types import Block, Layer, Stats
 from .watch import Stop, Watch, stats_of
 
 TOKENS = 2048  # that go through a block at a time, in `block` order
+NUMBERS = 1024  # of a picture or a sound that take the room of a token
 
 Order = Literal["auto", "layer", "block", "back"]
 
@@ -68,7 +74,7 @@ class Stream:
     def __init__(
         self,
         model: Model,
-        windows_NL: Tensor,
+        samples: Samples | Tensor,
         *,
         order: Literal["layer", "block"] = "block",
         alone: bool = False,
@@ -84,45 +90,80 @@ class Stream:
         self.masks = masks or {}
         self.rounding = rounding
         self.keep_zeros = keep_zeros
-        self.windows_NL = windows_NL
+        self.checkpoint = checkpoint
+        self.samples = samples = Samples.of(samples, model.task.argument)
         self.order = order
-        count, length = windows_NL.shape
-        batch = count if order == "layer" else 1 if alone else min(count, max(1, TOKENS // length))
-        streams: list[Hidden] = []
+        if order == "layer" and len(samples.groups) > 1:
+            raise InputError(
+                "the samples are of several shapes, which do not go through a layer together: use --order block."
+            )
         with torch.no_grad(), model.outside(head=False, checkpoint=checkpoint):
             if model.interface is None:
-                model.interface = examine(model, windows_NL)
-            folder = model.scratch or cache_directory() / "hidden"
-            self.calls = Calls(model, model.interface, lambda nbytes: Shelf(nbytes, model.device, folder).put, count)
-            if model.interface.stateful and order == "block":
-                batch = 1  # what travels beside a hidden state cannot be cut into windows
-            self.batches: tuple[Tensor, ...] = torch.split(windows_NL, batch)
-            for index, ids in enumerate(self.batches):
-                state = self.calls.embed(ids)
+                model.interface = examine(model, samples)
+            alone = alone or (model.interface.stateful and order == "block")  # what travels cannot be cut into samples
+            self.batches = tuple(
+                batch
+                for group in samples.groups
+                for batch in Samples((group,)).batches(
+                    len(samples) if order == "layer" else 1 if alone else max(1, TOKENS // tokens_of(group))
+                )
+            )
+            self._places = [(b, n) for b, batch in enumerate(self.batches) for n in range(size_of(batch))]
+            self._folder = model.scratch or cache_directory() / "hidden"
+            self.calls = Calls(model, model.interface, self._shelf, len(samples))
+            streams: list[Hidden] = []
+            for index, batch in enumerate(self.batches):
+                state, calls = self.calls.enter(batch)
                 if not streams:
-                    size = state.numel() // len(ids) * state.element_size() * count
-                    shelves = [Shelf(size, model.device, folder) for _ in range(1 + beside)]
-                    streams = [Hidden(len(self.batches), model.device, shelf) for shelf in shelves]
+                    size = max(call.shape.numel() for call in calls) // size_of(batch) * state.element_size()
+                    streams = [
+                        Hidden(len(self.batches), model.device, Shelf(size * len(samples), model.device, self._folder))
+                        for _ in range(1 + beside)
+                    ]
                 for hidden in streams:
-                    hidden[index] = state
+                    hidden[index], hidden.calls[index] = state, list(calls)
         self.hidden = streams[0]
         self.dense = streams[1] if beside else None  # what the dense model has in place of `hidden`
+        self.calls.batches = self.hidden.calls
+
+    def _shelf(self, nbytes: int) -> Callable[[Any], Any]:
+        return Shelf(nbytes, self.model.device, self._folder).put
 
     def advance(self, block: LoadedBlock, hidden: Hidden | None = None) -> None:
-        """Run a block on all windows: its outputs become the hidden states (or those in `hidden`)."""
+        """Run a block on all samples: its outputs become the hidden states (or those in `hidden`)."""
         hidden = self.hidden if hidden is None else hidden
         with torch.no_grad():
             for b in range(len(hidden)):
                 self.forward(block, hidden, b)
+        self.pass_on(block.index, hidden)
 
-    def forward(self, block: LoadedBlock, hidden: Hidden, batch: int, *, keep: bool = True) -> Tensor:
+    def pass_on(self, index: int, hidden: Hidden) -> None:
+        """Where block `index`, which all samples have passed, was the last of its stack, let them enter the next."""
+        stack = self.model.stack_of(index)
+        if index != self.model.spans[stack].stop - 1 or stack == len(self.model.spans) - 1:
+            return
+        hidden.leave()
+        with torch.no_grad(), self.model.outside(head=False, checkpoint=self.checkpoint):
+            for b, batch in enumerate(self.batches):
+                hidden[b], calls = self.calls.enter(batch, hidden.states(b))
+                hidden.calls[b] += calls
+
+    def forward(self, block: LoadedBlock, hidden: Hidden, batch: int, *, keep: bool = True) -> Any:
         """Run a block on one batch of the hidden states, which move on if `keep` says so; what it puts out."""
-        call = self.calls.batches[batch][block.index]
-        out, beside = call.run(block.module, hidden[batch], hidden.beside[batch])
+        state = hidden[batch]
+        version = version_of(state)
+        out, beside = hidden.calls[batch][block.index].run(block.module, state, hidden.beside[batch])
+        if version_of(state) != version:
+            raise not_one_by_one(self.model.network, f"block {block.index} overwrites what it is given")
         if keep:
             hidden[batch] = out
-            hidden.beside[batch] = {key: map_tree(value, hidden.shelf.put) for key, value in beside.items()}
+            hidden.beside[batch] = {key: map_tensors(value, hidden.shelf.put) for key, value in beside.items()}
         return out
+
+    def outputs(self, batch: int, **options: Any) -> Any:
+        """What the model puts out for one batch, once the hidden states have passed the last block."""
+        states = [*self.hidden.states(batch), self.hidden[batch]]
+        return self.calls.outputs(self.batches[batch], states, **options)
 
     def fork(self, shelf: Shelf) -> Stream:
         """Another stream whose hidden states, the same as now, go on by themselves and wait on that shelf."""
@@ -131,8 +172,9 @@ class Stream:
         return other
 
     def logits(self, batch: int) -> Tensor:
-        """The model's logits for one batch of windows, once the hidden states have passed the last block."""
-        return self.calls.logits(self.batches[batch], self.hidden[batch])
+        """A language model's logits for one batch, once the hidden states have passed the last block."""
+        logits: Tensor = self.outputs(batch).logits
+        return logits
 
     def back(self, *, loss: Loss | None = None, checkpoint: Source | None = None, track: Track = no_track) -> Back:
         """Take all windows through all blocks, and the gradient of each one's loss the way back, see `Back`."""
@@ -167,11 +209,14 @@ class Stream:
         with block.use({slot.key: own[slot.key].clone() for slot in active.values()}):
             if self.order == "layer":
                 layers = self._prune_on_arrival(block, active, steps, min_tokens, begin)
+                self.pass_on(block.index, self.hidden)
             else:
                 layers, others = self._prune_after_dense_pass(block, active, steps, min_tokens, begin, known)
                 if not last:
                     with block.use({**{k: v for k, v in begin.items() if k not in _keys(active)}, **others}):
                         self.advance(block)
+            if self.dense is not None:
+                self.pass_on(block.index, self.dense)
             results, masks, grids, changed = [], {}, {}, dict(others)
             for slot in slots:
                 if slot.name not in layers:
@@ -352,14 +397,14 @@ class Stream:
             return done, {}
         layers = tuple(self._layer(t, stats.get(leader.get(n, n), Stats()), begin) for n, t in active.items())
         weights = {id(getattr(slot.module, slot.parameter)) for slot in active.values()}
-        own = {f"{block.name}.{key}": p.data for key, p in block.module.named_parameters() if id(p) not in weights}
+        own = {within(block.name, key): p.data for key, p in block.module.named_parameters() if id(p) not in weights}
         beside: Any = self.dense
         whole_block = Block(
             block.index,
             block.name,
             layers,
             run=self._runner(block, active) if known is None else None,
-            windows=len(self.windows_NL) if known is None else 0,
+            windows=len(self.samples) if known is None else 0,
             targets=(lambda n: self.window(n, outputs if same else beside)) if keep_outputs else None,
             dense=(lambda n: self.window(n, beside)) if "dense" in needs else None,
             others={key: begin.get(key, value) for key, value in own.items()},
@@ -370,11 +415,27 @@ class Stream:
         changed = {key: value for key, value in result.others.items() if value is not whole_block.others[key]}
         return {la.name: _settle(la, active[la.name]) for la in result.layers}, changed
 
-    def window(self, n: int, batches: Sequence[Tensor] | Hidden | None = None) -> Tensor:
-        """The hidden state of window n alone, or what another sequence of batches has for it."""
-        size = len(self.batches[0])
-        batch = (self.hidden if batches is None else batches)[n // size]
-        return batch.narrow(self.calls.interface.batch, n % size, 1)
+    def window(self, n: int, batches: Sequence[Any] | Hidden | None = None) -> Any:
+        """The hidden state of sample n alone, or what another sequence of batches has for it."""
+        batch, place = self._places[n]
+        return self._one((self.hidden if batches is None else batches)[batch], place)
+
+    def _one(self, state: Any, place: int) -> Any:
+        """What a batch's state has for one of its samples."""
+        return map_tensors(state, lambda tensor: tensor.narrow(self.calls.interface.batch, place, 1))
+
+    def _record_windows(self, index: int) -> None:
+        """See to it that it is known how the stack of block `index` is called on each sample alone."""
+        while not self.calls.windows or len(self.calls.windows[0]) <= index:
+            with self.model.outside(head=False, checkpoint=self.checkpoint):
+                self.calls.record_windows(self.samples, self._left)
+
+    def _left(self, n: int) -> list[Any]:
+        """What left the stacks before the one whose calls are to be recorded, of sample n alone."""
+        known = len(self.calls.windows[n]) if self.calls.windows else 0
+        batch, place = self._places[n]
+        passed = self.hidden.states(batch)[: sum(span.stop <= known for span in self.model.spans)]
+        return [self._one(state, place) for state in passed]
 
     def _runner(self, block: LoadedBlock, active: Mapping[str, Slot]) -> Callable[..., Tensor]:
         """`Block.run`: the block on one window, with other weights in place of its own."""
@@ -394,11 +455,10 @@ class Stream:
                 if slot.key in parts:
                     some = parts.pop(slot.key)
                     replaced[slot.key.removeprefix(prefix)] = slot.lens.put(slot.tensor, some)
-            if not self.calls.windows:
-                with self.model.outside(head=False):
-                    self.calls.record_windows(self.windows_NL)
-            beside = self.hidden.beside[n // len(self.batches[0])]  # of this window alone, if there is anything
-            args, kwargs, _ = self.calls.windows[n][block.index].arguments(self.window(n), beside)
+            self._record_windows(block.index)
+            beside = self.hidden.beside[self._places[n][0]]  # of this sample alone, if there is anything
+            call = self.calls.windows[n][block.index]
+            args, kwargs, _ = call.arguments(self.window(n), beside)
             out: Any = None
 
             def stop(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -409,7 +469,8 @@ class Stream:
             watched = contextlib.nullcontext() if at is None else module.get_submodule(at).register_forward_hook(stop)
             with contextlib.suppress(Stop), watched:
                 out = torch.func.functional_call(module, replaced, args, kwargs)
-            return first(out)
+            result: Tensor = out if call.whole and at is None else first(out)
+            return result
 
         return run
 
@@ -463,8 +524,13 @@ def _settle(layer: Layer, slot: Slot) -> Settled:
 ACTIVATIONS = 8 << 30  # bytes of them that `layer` order may hold at once where nobody chose it
 
 
+def tokens_of(group: Batch) -> int:
+    """How long a sample is, in tokens: an image or a sound takes as much room as so many."""
+    return max(math.prod(t.shape[1:]) // (1 if not t.is_floating_point() else NUMBERS) for t in group.values()) or 1
+
+
 def pick_order(
-    order: Order, steps: Sequence[Step], windows_NL: Tensor, model: Model
+    order: Order, steps: Sequence[Step], samples: Samples | Tensor, model: Model
 ) -> Literal["layer", "block", "back"]:
     """`back` where a step reads gradients; `layer` where every step looks at one layer at a time and the activations of
     all windows are no more than `ACTIVATIONS`; else `block`. Nothing but sizes decides, so that a command gives the
@@ -478,7 +544,10 @@ def pick_order(
         return order
     if whole_block or not any(step.needs for step in steps):
         return "block"
-    config = model.network.config.get_text_config()
+    samples = Samples.of(samples)
+    if not model.task.language or len(samples.groups) > 1:
+        return "block"
+    config, windows_NL = model.network.config.get_text_config(), samples.groups[0]["input_ids"]
     shapes = [s.shape for s in find_layers(model.module(model.blocks[0]), model.blocks[0])]
     widest = max((max(shape) for shape in shapes), default=0)
     tokens = windows_NL.numel()
@@ -499,10 +568,10 @@ def pick_order(
 
 
 def through(
-    model: Model, windows_NL: Tensor, *, checkpoint: Source | None = None, track: Track = no_track, what: str
+    model: Model, samples: Samples | Tensor, *, checkpoint: Source | None = None, track: Track = no_track, what: str
 ) -> Stream:
-    """A stream with no steps: all windows through all blocks, one block in memory at a time."""
-    stream = Stream(model, windows_NL, checkpoint=checkpoint)
+    """A stream with no steps: all samples through all blocks, one block in memory at a time."""
+    stream = Stream(model, samples, checkpoint=checkpoint)
     for _, block in model.walk(checkpoint, track=track, what=what):
         stream.advance(block)
     return stream

@@ -21,6 +21,7 @@ from prunella import InputError, Recipe
 from prunella.allocate import Budget, allocations, make_allocation
 from prunella.pattern import cut
 from prunella.prune import choose_slots, free_layers
+from prunella.samples import Samples
 from prunella.tasks.text import wrap_model
 
 
@@ -33,7 +34,7 @@ def budget_of(network: Any, windows: Tensor, **recipe: Any) -> Budget:
     wanted = Recipe.of({"sparsity": 0.6, **recipe})
     model = wrap_model(network)
     slots = choose_slots(model, wanted)
-    return Budget(model, windows, slots, free_layers(slots, wanted), wanted.default_sparsity)
+    return Budget(model, Samples.of(windows), slots, free_layers(slots, wanted), wanted.default_sparsity)
 
 
 def mean(budget: Budget, shares: dict[str, float]) -> float:
@@ -189,11 +190,11 @@ def test_ramp_takes_the_rise_with_the_least_held_out_loss(windows: Tensor, monke
         assert shares[budget.blocks[-1][0]] - shares[budget.blocks[0][0]] == pytest.approx(best, abs=0.005)
         assert len(seen) <= 9
         assert {(learn, held) for _, learn, held in seen} == {(5, 1)}
-    assert torch.equal(budget.windows_NL, windows)
+    assert torch.equal(budget.samples.groups[0]["input_ids"], windows)
 
 
 def test_ramp_without_a_window_to_hold_out_says_so(windows: Tensor) -> None:
-    budget = replace(budget_of(tiny.build("llama"), windows), windows_NL=windows[:1])
+    budget = replace(budget_of(tiny.build("llama"), windows), samples=Samples.of(windows[:1]))
     with pytest.raises(InputError, match="use two or more windows"):
         make_allocation("ramp")(budget)
 

@@ -15,7 +15,8 @@ from ..layers import Slot
 from ..model.network import Model
 from ..progress import Track, no_track
 from ..registry import Step
-from ..stream import Stream
+from ..samples import Samples
+from ..stream import Stream, tokens_of
 from ..types import Block, Layer, Stats
 
 T = TypeVar("T")
@@ -25,16 +26,16 @@ T = TypeVar("T")
 class Budget:
     """What an allocation is given: layers, and the share of all their weights together that is to be pruned.
 
-    model, windows_NL: for allocations that look at how the model behaves on the calibration text
+    model, samples: for allocations that look at how the model behaves on what it is calibrated on
     slots:    the layers of each block, in order; those with sparsity 0 stay dense
     free:     names of the layers to decide on: not those that the recipe skips or names a sparsity for
     sparsity: share to prune of all free weights together
-    shared:   statistics that `look` made and other budgets on the same dense model and windows may use
+    shared:   statistics that `look` made and other budgets on the same dense model and samples may use
     track:    wraps loops over blocks, `track(range, what, total)`, to show progress
     """
 
     model: Model
-    windows_NL: Tensor
+    samples: Samples
     slots: Sequence[Sequence[Slot]]
     free: frozenset[str]
     sparsity: float
@@ -57,7 +58,7 @@ class Budget:
         what the calls return.
 
         No more than one block is in memory at a time. Where only small statistics are wanted, and another budget on the
-        same windows has made them, no text is run through the model.
+        same samples has made them, nothing is run through the model.
 
         Args:
             visit: is called with each block, in order.
@@ -81,7 +82,7 @@ class Budget:
             return replace(block, layers=tuple(whole))
 
         step = Step("look", key[0], apply, per_layer=False, prunes=False, options={})
-        stream = Stream(self.model, self.windows_NL)
+        stream = Stream(self.model, self.samples)
         last = len(self.model.blocks) - 1
         for index, block in self.model.walk(track=self.track, what="allocating"):
             wanted = [replace(slot, sparsity=0.5) for slot in self.slots[index] if slot.name in self.free]
@@ -93,19 +94,19 @@ class Budget:
             self.shared[key] = made
         return seen
 
-    def trial(self, tokens: int, allocation: str, otherwise: str = "") -> tuple[Tensor, Tensor]:
-        """The windows that hold the first `tokens` tokens: three quarters to prune on, and the others, to measure on.
+    def trial(self, tokens: int, allocation: str, otherwise: str = "") -> tuple[Samples, Samples]:
+        """The samples that hold the first `tokens` tokens: three quarters to prune on, and the others, to measure on.
 
-        Raises InputError, naming the allocation and what else helps, where there is no window to hold out.
+        Raises InputError, naming the allocation and what else helps, where there is none to hold out.
         """
-        ids_NL = self.windows_NL[: max(2, math.ceil(tokens / self.windows_NL.shape[1]))]
-        if len(ids_NL) < 2:
+        some = self.samples.first(max(2, math.ceil(tokens / tokens_of(self.samples.groups[0]))))
+        if len(some) < 2:
             raise InputError(
                 f"allocation '{allocation}' holds out calibration windows to measure on: use two or more windows"
                 f" (--samples){otherwise}."
             )
-        held = max(1, len(ids_NL) // 4)
-        return ids_NL[:-held], ids_NL[-held:]
+        learn = len(some) - max(1, len(some) // 4)
+        return some.first(learn), some.after(learn)
 
     def spend(self, wish: Mapping[str, float]) -> dict[str, float]:
         """Sparsities that are as near to a wish, {layer: sparsity}, as the budget allows.

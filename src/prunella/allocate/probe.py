@@ -32,7 +32,7 @@ def probe(
     a forward pass of the held-out windows for each block.
     """
     model, steps = budget.model, [make(step)]
-    learn, held = (Stream(model, ids_NL) for ids_NL in budget.trial(tokens, "probe"))
+    learn, held = (Stream(model, samples) for samples in budget.trial(tokens, "probe"))
     damaged: dict[int, Stream] = {}  # the held-out text where that block alone is pruned: all of them ride along
     shelf = held.hidden.shelf_for(len(model.blocks))
     for index, block in model.walk(track=budget.track, what="allocating"):

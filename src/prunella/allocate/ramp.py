@@ -4,11 +4,11 @@ import math
 from dataclasses import replace
 
 from pydantic import PositiveFloat, PositiveInt
-from torch import Tensor
 
 from ..errors import InputError
 from ..evaluate.perplexity import losses
 from ..registry import make
+from ..samples import Samples
 from ..stream import Stream, pick_order
 from .budget import Budget
 from .registry import register_allocation
@@ -52,11 +52,11 @@ def ramp(
 
     if rise is not None or len(blocks) < 2:
         return shares(rise or 0.0)
-    learn_NL, held_NL = budget.trial(tokens, "ramp", ", or set its rise")
+    learn_on, held_out = budget.trial(tokens, "ramp", ", or set its rise")
     tried: dict[int, float] = {}  # strides from 0 -> loss
 
     def loss(strides: float) -> float:
-        return held_out_loss(budget, shares(strides * stride), step, learn_NL, held_NL)
+        return held_out_loss(budget, shares(strides * stride), step, learn_on, held_out)
 
     tried[0] = loss(0)
     for direction in (1, -1):
@@ -77,18 +77,18 @@ def ramp(
     return shares(best * stride)
 
 
-def held_out_loss(budget: Budget, shares: dict[str, float], step: str, learn_NL: Tensor, held_NL: Tensor) -> float:
-    """Mean loss on `held_NL` of the model pruned by `step` on `learn_NL`; the model is left as it was.
+def held_out_loss(budget: Budget, shares: dict[str, float], step: str, learn_on: Samples, held_out: Samples) -> float:
+    """Mean loss on `held_out` of the model pruned by `step` on `learn_on`; the model is left as it was.
 
     Both texts go through the blocks side by side, so that each block is pruned once and in memory once.
     """
     model, steps = budget.model, [make(step)]
-    order = pick_order("auto", steps, learn_NL, model)
+    order = pick_order("auto", steps, learn_on, model)
     if order == "back":
         raise InputError(
             f"step '{step}' works on the way back, on which allocation 'ramp' tries none: use another step."
         )
-    learn, held = Stream(model, learn_NL, order=order), Stream(model, held_NL)
+    learn, held = Stream(model, learn_on, order=order), Stream(model, held_out)
     last = len(model.blocks) - 1
     for index, block in model.walk(track=budget.track, what="allocating"):
         slots = [replace(slot, sparsity=shares.get(slot.name, slot.sparsity)) for slot in budget.slots[index]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from ..errors import NumericalError
 from ..model.checkpoint import Source
 from ..model.network import Model
 from ..progress import Track, no_track
-from ..samples import Samples
+from ..samples import Samples, on
 from ..stream import Stream, through
 from ..tasks.text import Perplexity
 
@@ -43,25 +42,24 @@ def measured(
     model: Model, samples: Samples, *, checkpoint: Source | None = None, track: Track = no_track
 ) -> list[float]:
     """The task's loss of each sample, as `perplexity` makes it of windows. Raises NumericalError."""
-    windows_NL, figure = samples.groups[0]["input_ids"], model.task.figure
-    every = losses(through(model, windows_NL, checkpoint=checkpoint, track=track, what=figure), checkpoint)
+    figure = model.task.figure
+    every = losses(through(model, samples, checkpoint=checkpoint, track=track, what=figure), checkpoint)
     if not math.isfinite(sum(every)):
-        reason = _culprit(model, windows_NL, checkpoint)
+        reason = _culprit(model, samples, checkpoint)
         raise NumericalError(f"the {figure} of '{model.name}' is not finite: {reason}.")
     return every
 
 
 def losses(stream: Stream, checkpoint: Source | None = None) -> list[float]:
     """The task's loss of each sample that has passed all blocks."""
-    out: list[float] = []
-    with stream.model.outside(checkpoint=checkpoint), torch.no_grad():
-        for number, ids_BL in enumerate(stream.batches):
-            outputs = SimpleNamespace(logits=stream.logits(number))
-            out += stream.model.task.losses(outputs, {"input_ids": ids_BL}).tolist()
+    model, out = stream.model, list[float]()
+    with model.outside(checkpoint=checkpoint), torch.no_grad():
+        for number, batch in enumerate(stream.batches):
+            out += model.task.losses(stream.outputs(number), on(batch, model.device)).tolist()
     return out
 
 
-def _culprit(model: Model, windows_NL: Tensor, checkpoint: Source | None) -> str:
+def _culprit(model: Model, samples: Samples, checkpoint: Source | None) -> str:
     """The tensor that is damaged or, if none is, the block that overflows first."""
 
     def damaged(inside: str | None) -> str | None:
@@ -73,7 +71,7 @@ def _culprit(model: Model, windows_NL: Tensor, checkpoint: Source | None) -> str
     with model.outside(checkpoint=checkpoint):
         if found := damaged(None):
             return found
-    stream = Stream(model, windows_NL)
+    stream = Stream(model, samples)
     for _, block in model.walk(checkpoint):
         if found := damaged(block.name):
             return found

@@ -7,6 +7,7 @@
     tokenizer.py    a model's tokenizer, or one in its place
     names.py        hub id | local directory | .gguf file | built-in name  ->  directory
     checkpoint.py   tensors in safetensors files, read one by one
+    cut.py          the blocks of a network, found by how it calls its modules
     walk.py         a block with its weights, and the thread that reads the next one
     network.py      Model: one block at a time has its weights
     checks.py       what is refused of a network in memory

@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,39 +34,27 @@ from ..errors import ModelError, ReadError
 from ..fast import use_fast_attention
 from ..learn import learn
 from ..progress import Track, no_track
+from ..samples import Batch, on
 from .checkpoint import Checkpoint, Source
+from .cut import WHOLE, Interface, find_stacks, inside, whole_run
 from .walk import LoadedBlock, ReadAhead
 
 if TYPE_CHECKING:
     from ..tasks.task import Task
 
-Argument = int | str  # of a block: where it stands after the hidden state, or its name
-
-
-@dataclass(frozen=True)
-class Interface:
-    """What blocks take and give, the same for all calls.
-
-    outputs:  of each class of blocks: empty if it returns a tensor, else which items of the tuple are tensors
-    takes:    arguments that are an output of the block before, {argument: number of the output}
-    batch:    the dimension of the hidden state that windows are stacked along
-    stateful: does anything but the hidden state travel from block to block?
-    """
-
-    outputs: dict[type, tuple[bool, ...]]
-    takes: dict[Argument, int]
-    batch: int
-    stateful: bool
-
 
 class Model:
-    """A causal language model whose weights are loaded block by block; `load_model` and `wrap_model` make one.
+    """A network whose weights are loaded block by block; `load_model` and `wrap_model` make one of a causal language
+    model.
 
-    network:     the transformers model; parameters that are not loaded are on the meta device
+    network:     a model of transformers, or any module; parameters that are not loaded are on the meta device
     tokenizer:   its tokenizer, or None
-    blocks:      names of its decoder blocks, in order
-    checkpoint:  where its weights come from, or None if the model is in memory
     task:        what the network is for
+    stacks:      names of its blocks, in order, a tuple a stack: most networks have one
+    blocks:      all of them
+    spans:       the numbers of each stack's blocks
+    undivided:   the network is no chain of blocks, but itself the only one
+    checkpoint:  where its weights come from, or None if the model is in memory
     scratch:     folder for hidden states that do not fit into memory; None: one in the cache
     """
 
@@ -90,34 +77,48 @@ class Model:
         self.checkpoint = checkpoint
         self.device = device
         self.name = name
-        self.blocks = find_blocks(network)
+        self.stacks = find_stacks(network, self.task)
+        self.blocks = [name for stack in self.stacks for name in stack]
+        ends = list(itertools.accumulate(map(len, self.stacks)))
+        self.spans = [range(end - len(stack), end) for end, stack in zip(ends, self.stacks, strict=True)]
+        self.undivided = self.stacks == WHOLE
         self.interface: Interface | None = None  # how its blocks are called, once that was examined
         self._plan: dict[str, tuple[str, bool]] | None = None
-        self._attention = attention_of(network.config)
+        self._attention = attention_of(getattr(network, "config", None))
         self._experts = None
         if can_set_experts(network):
             self._experts = experts_of(network.config)
             network.set_experts_implementation("eager")  # one product per expert, which the stream can watch
-        learn(network, self.blocks)
-        if device.type == "cpu":
+        learn(network, self.blocks, *whole_run(network, self.task))
+        if device.type == "cpu" and self.task.language:
             use_fast_attention(network)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        dtype: torch.dtype = self.network.dtype
+        own = (p.dtype for p in self.network.parameters() if p.is_floating_point())
+        dtype: torch.dtype = getattr(self.network, "dtype", None) or next(own, torch.get_default_dtype())
         return dtype
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """Names of parameters that are another one by another name, {one: the other}, as transformers knows them."""
+        tied: Mapping[str, str] = getattr(self.network, "all_tied_weights_keys", {})
+        return tied
+
+    def run(self, batch: Batch, **options: Any) -> Any:
+        """What the network makes of a batch, wherever that is. `options` go to its forward pass."""
+        return self.task.run(self.network, on(batch, self.device), **options)
 
     @property
     def parameters(self) -> int:
         """How many parameters the network has. Tied ones count once, whether they are loaded or not."""
         named = dict(self.network.named_parameters())
-        tied = self.network.all_tied_weights_keys
-        return sum(p.numel() for name, p in named.items() if tied.get(name) not in named)
+        return sum(p.numel() for name, p in named.items() if self.tied.get(name) not in named)
 
     def give_back(self) -> None:
         """Let a wrapped model compute as it did before it was wrapped."""
-        if attention_of(self.network.config) != self._attention:
+        if attention_of(getattr(self.network, "config", None)) != self._attention:
             self.network.set_attn_implementation(self._attention)
         if self._experts is not None:
             self.network.set_experts_implementation(self._experts)
@@ -129,7 +130,11 @@ class Model:
 
     def block_of(self, parameter: str) -> str | None:
         """The block that a parameter belongs to."""
-        return next((block for block in self.blocks if parameter.startswith(block + ".")), None)
+        return next((block for block in self.blocks if inside(parameter, block)), None)
+
+    def stack_of(self, index: int) -> int:
+        """The number of the stack that block `index` belongs to."""
+        return next(number for number, span in enumerate(self.spans) if index in span)
 
     # --- loading
 
@@ -172,7 +177,7 @@ class Model:
                     f"tensor '{key}' in '{self.checkpoint.directory}' is stored as {code}: only F32, BF16 and F16 can"
                     " be pruned. Dequantize the model first."
                 )
-        for pair in self.network.all_tied_weights_keys.items():
+        for pair in self.tied.items():
             if found & set(pair):
                 found |= set(pair)
         self._check_groups()
@@ -197,10 +202,10 @@ class Model:
                 number = re.search(r"\.(\d+)\.", short)
                 found = (re.sub(r"\.\d+\.", ".{}.", short, count=1), int(number[1]) if number else 0)
                 groups.setdefault(name.removeprefix(block), {}).setdefault(block, set()).add(found)
-        for inside, blocks in groups.items():
+        for place, blocks in groups.items():
             templates = {template for found in blocks.values() for template, _ in found}
             for block, those in blocks.items():
-                whole = self.network.get_parameter_or_buffer(block + inside)
+                whole = self.network.get_parameter_or_buffer(block + place)
                 experts = len(whole) if whole.ndim == 3 else 1
                 every = {(t, e) for t in templates for e in (range(experts) if t.count("{}") > 1 else range(1))}
                 if missing := sorted(every - those):
@@ -214,7 +219,7 @@ class Model:
         stored = {name for name, _ in self.plan().values()}
         also = {  # what is stored under the name of a parameter that it is tied to, in another block maybe
             other
-            for pair in self.network.all_tied_weights_keys.items()
+            for pair in self.tied.items()
             for one, other in (pair, pair[::-1])
             if wanted(one) and one not in stored
         }
@@ -271,7 +276,7 @@ class Model:
 
     def _tie(self) -> None:
         """Where two parameters are one, share what is loaded: a checkpoint has one of them, or both alike."""
-        for pair in self.network.all_tied_weights_keys.items():
+        for pair in self.tied.items():
             loaded = [self.network.get_parameter(name) for name in pair]
             twice = loaded[0] is not loaded[1] and not loaded[0].is_meta and not loaded[1].is_meta
             if loaded[0].is_meta != loaded[1].is_meta or (twice and torch.equal(*loaded)):
@@ -327,15 +332,14 @@ class Model:
 
     def _within(self, index: int) -> Callable[[str], bool]:
         """Does a parameter belong to block `index`?"""
-        prefix = self.blocks[index] + "."
-        return lambda name: name.startswith(prefix)
+        return lambda name: inside(name, self.blocks[index])
 
     @contextlib.contextmanager
     def outside(self, head: bool = True, checkpoint: Source | None = None) -> Iterator[None]:
         """Loads everything but the blocks for as long as the context lasts: embeddings and norms, and with `head` the
         output head as well."""
-        base = self.network.base_model_prefix + "."
-        single = self.network.base_model is self.network
+        base = getattr(self.network, "base_model_prefix", "") + "."
+        single = not self.task.language or self.network.base_model is self.network
 
         def wanted(name: str) -> bool:
             return self.block_of(name) is None and (head or single or name.startswith(base))
@@ -362,10 +366,9 @@ class Model:
         tensors = {plain[name]: tensor for name, tensor in changed.items() if name in plain}
         converted = {name: tensor for name, tensor in changed.items() if name not in plain}
         if converted:
-            expected = {key for key, (name, convert) in plan.items() if convert and name.startswith(block + ".")}
+            expected = {key for key, (name, convert) in plan.items() if convert and inside(name, block)}
             # A group is converted back as a whole: parameters that no step changed may belong to it.
-            prefix = block + "."
-            whole = {n: p.data for n, p in self.network.named_parameters() if n.startswith(prefix) and n not in plain}
+            whole = {n: p.data for n, p in self.network.named_parameters() if inside(n, block) and n not in plain}
             back = revert(self.network, whole | converted)
             for key, tensor in back.items():
                 full = [k for k in expected if k == key or k.endswith("." + key) or key.endswith("." + k)]
@@ -373,25 +376,3 @@ class Model:
                     raise ModelError(f"'{key}' cannot be written back under the names of the checkpoint.")
                 tensors[full[0]] = tensor
         return tensors
-
-
-def find_blocks(network: nn.Module) -> list[str]:
-    """Names of the decoder's blocks: of all lists of modules that lie in no other, the one with most weights, packed
-    ones too. Those of a vision tower do not count where the network says which part of it is the text's decoder.
-
-    Raises ModelError if there is none.
-    """
-    lists = {name: module for name, module in network.named_modules() if isinstance(module, nn.ModuleList)}
-    find: Any = getattr(network, "get_decoder", lambda: network)
-    decoder = find()
-    inside = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
-    lists = {name: module for name, module in lists.items() if id(module) in inside} or lists
-    outer = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
-    size = {name: sum(t.numel() for t in (*lists[name].parameters(), *lists[name].buffers())) for name in outer}
-    best = max(size, key=lambda name: size[name], default=None)
-    if best is None or not size[best]:
-        raise ModelError(
-            f"no blocks were found in {type(network).__name__}: it has no list of decoder layers. Prunella prunes"
-            " causal language models built as a list of blocks."
-        )
-    return [f"{best}.{i}" for i in range(len(lists[best]))]

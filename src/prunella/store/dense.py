@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..layers import Slot
 from ..model.checkpoint import Checkpoint
+from ..model.cut import inside
 from ..model.files import SINGLE, files_in, read_json
 from ..outcome import BlockResult
 from ..tensors import CODES, FLOATS, GRIDS, INDEX, MASKS, TensorFile, write_grids, write_index, write_json
@@ -53,10 +54,10 @@ class Dense(Store):
         if self.model.checkpoint is not None:
             where, plan = self.model.checkpoint.where, self.model.plan()
             changed = self._write(result.name, result.changed)
-            inside = {name for name, (parameter, _) in plan.items() if parameter.startswith(result.name + ".")}
-            for name in sorted(inside - changed):
+            held = {name for name, (parameter, _) in plan.items() if inside(parameter, result.name)}
+            for name in sorted(held - changed):
                 self._copy(name)
-            for name in sorted(inside | changed):
+            for name in sorted(held | changed):
                 tensors.setdefault(where[name], []).append(name)
         for name, mask in result.masks.items():
             self.masks.write(name, mask)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from ..errors import InputError, ModelError, first_line
 from ..foreign import blamed
 from ..model.files import SINGLE
 from ..model.open import wrap
+from ..samples import on
 
 if TYPE_CHECKING:
     from ..model.checkpoint import Source
@@ -32,12 +33,14 @@ class Task(ABC):
     source:   where its samples come from if nobody says so
     argument: what the network calls samples that are handed over as one tensor
     figure:   that of `scores` which says how good it is
+    language: networks are causal language models of transformers, of which more is known than of others
     """
 
     name = ""
     source = ""
     argument = "input_ids"
     figure = "loss"
+    language = False
 
     # --- opening and saving
 
@@ -101,7 +104,7 @@ class Task(ABC):
         if model.checkpoint is not None:
             return
         for group in samples.groups:
-            one = {key: tensor[:1].to(model.device) for key, tensor in group.items()}
+            one = on({key: tensor[:1] for key, tensor in group.items()}, model.device)
             try:
                 with torch.no_grad():
                     outputs = self.run(model.network, one)
@@ -116,6 +119,24 @@ class Task(ABC):
                 if losses.shape != (1,):
                     raise ValueError(f"losses of shape {tuple(losses.shape)} for one sample, expected (1,)")
 
+    # --- the network's blocks
+
+    def stacks(self, network: nn.Module) -> tuple[tuple[str, ...], ...] | None:
+        """Names of the network's blocks in the order in which they run, a tuple a stack; None where the task does not
+        know them, and they are to be found. Raises ModelError."""
+        return None
+
+    def check_block(  # noqa: B027  (most ask nothing more)
+        self, network: nn.Module, index: int, run: Callable[[Batch], tuple[Tensor, Any]], batch: Batch, dimension: int
+    ) -> None:
+        """Raises ModelError for a block that does what no network of this task does.
+
+        Args:
+            run: what enters the block and what it puts out when the network is run on a batch.
+            batch: one to try.
+            dimension: that of the hidden state along which samples are stacked.
+        """
+
     # --- what the network makes of them
 
     def run(self, network: nn.Module, batch: Batch, **options: Any) -> Any:
@@ -125,6 +146,14 @@ class Task(ABC):
     @abstractmethod
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
         """The loss of each sample (B,), from what `run` returned."""
+
+    def parts(self, run: Callable[..., Any], batch: Batch) -> Iterator[Tensor]:
+        """The loss of a batch of one sample, or parts that add up to it, each made when the one before it may go.
+
+        Args:
+            run: what the network makes of the batch; its keyword arguments go to the forward pass.
+        """
+        yield self.losses(run(), batch)[0]
 
     def divergence(self, outputs: Any, teacher: Any, batch: Batch) -> Tensor:
         """How far outputs are from a teacher's, one number, differentiable in the former."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from ..calibrate import check_windows, room, text_tokens, window_length, windows, with_bos
 from ..errors import InputError, ModelError
 from ..evaluate.overlap import fingerprint, joined
+from ..linalg import apart
 from ..machine import free_memory
 from ..model.files import read_json
 from ..model.open import open_files
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from ..model.checkpoint import Source
     from ..model.network import Model
 
+ROWS = 256  # tokens at a time whose logits are made
+CAUSAL = 16  # tokens on which it is tried whether a block sees what comes after
 PROMPT = "The most important thing about a garden is"
 
 _OWN_MASKS = ("git",)  # hide what comes later, though their attention says that it is not causal
@@ -38,6 +42,7 @@ class Text(Task):
 
     source = "pydoc"
     figure = "perplexity"
+    language = True
 
     def __init__(self, *, length: int | None = None, bos: bool = True):
         """
@@ -84,7 +89,7 @@ class Text(Task):
         return {"length": lengths.pop() if len(lengths) == 1 else None}
 
     def example(self, network: nn.Module) -> Batch:
-        return {"input_ids": torch.zeros(1, 2, dtype=torch.int64)}
+        return {"input_ids": torch.arange(8)[None]}
 
     def check(self, model: Model, samples: Samples) -> None:
         for group in samples.groups:
@@ -92,16 +97,82 @@ class Text(Task):
                 raise InputError(f"samples of text are token ids, `input_ids`; these are {', '.join(group)}.")
             check_windows(model, group["input_ids"])
 
+    # --- the network's blocks
+
+    def stacks(self, network: Any) -> tuple[tuple[str, ...], ...]:
+        """Those of the decoder: of all lists of modules that lie in no other, the one with most weights, packed ones
+        too. Those of a vision tower do not count where the network says which part of it is the text's decoder."""
+        lists = {name: module for name, module in network.named_modules() if isinstance(module, nn.ModuleList)}
+        find: Any = getattr(network, "get_decoder", lambda: network)
+        decoder = find()
+        within = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+        lists = {name: module for name, module in lists.items() if id(module) in within} or lists
+        outer = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
+        size = {name: sum(t.numel() for t in (*lists[name].parameters(), *lists[name].buffers())) for name in outer}
+        best = max(size, key=lambda name: size[name], default=None)
+        if best is None or not size[best]:
+            raise ModelError(
+                f"no blocks were found in {type(network).__name__}: it has no list of decoder layers. Prunella prunes"
+                " causal language models built as a list of blocks."
+            )
+        return (tuple(f"{best}.{i}" for i in range(len(lists[best]))),)
+
+    def check_block(
+        self, network: nn.Module, index: int, run: Callable[[Batch], tuple[Tensor, Any]], batch: Batch, dimension: int
+    ) -> None:
+        """What a block makes of the first tokens must not depend on the last one."""
+        ids_BL = batch["input_ids"][:, :CAUSAL]
+        changed = ids_BL.clone()
+        changed[:, -1] = torch.where(ids_BL[:, -1] == ids_BL[:, 0], ids_BL[:, ids_BL.shape[1] // 2], ids_BL[:, 0])
+        (entering, gave), (other, others) = (run({"input_ids": ids}) for ids in (ids_BL, changed))
+        inputs = (entering != other).nonzero()
+        places = [
+            (d, int(inputs[0, d]))
+            for d, size in enumerate(entering.shape)
+            if d != dimension and size > 1 and len(set(inputs[:, d].tolist())) == 1
+        ]
+        if len(places) != 1 or gave.shape != entering.shape:
+            return  # the two tokens are one, or where tokens stand cannot be told
+        tokens, place = places[0]
+
+        def early(state: Tensor) -> Tensor:
+            return state.narrow(tokens, 0, place)
+
+        before, after = early(gave), early(others)
+        share = (before != after).float().mean().item() if before.numel() else 0.0
+        # Which tokens meet in an expert changes the rounding of some; attention to what comes later changes nearly all.
+        if share > 0.25 and apart(before, after) > 1e-3 * apart(before, early(entering)):
+            raise ModelError(
+                f"{type(network).__name__} reads a text from both sides: what its block {index} makes of a token"
+                " depends on the tokens that follow. Prunella prunes causal language models."
+            )
+
     # --- what the network makes of them
 
     def run(self, network: nn.Module, batch: Batch, **options: Any) -> Any:
+        """`logits_to_keep` is for the networks that know it: others make all logits."""
+        if "logits_to_keep" in options and "logits_to_keep" not in inspect.signature(network.forward).parameters:
+            del options["logits_to_keep"]
         return network(**batch, use_cache=False, **options)
 
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
         """Mean negative log-likelihood per predicted token of each window."""
-        ids_BL = batch["input_ids"].to(outputs.logits.device)
-        each = zip(outputs.logits, ids_BL, strict=True)  # one at a time: in float32 its logits are as large as all
+        # One at a time: in float32 its logits are as large as all of them in bfloat16.
+        each = zip(outputs.logits, batch["input_ids"], strict=True)
         return torch.stack([cross_entropy(logits_LV[:-1].float(), ids_L[1:]) for logits_LV, ids_L in each])
+
+    def parts(self, run: Callable[..., Any], batch: Batch) -> Iterator[Tensor]:
+        """The cross entropy of a few tokens at a time."""
+        (ids_L,) = batch["input_ids"]
+        predicted = len(ids_L) - 1
+        if not predicted:
+            raise InputError("windows of a single token have no next token to predict: use longer ones.")
+        for rows_R in torch.split(torch.arange(predicted, device=ids_L.device), ROWS):
+            logits_RV = run(logits_to_keep=rows_R).logits[0]
+            if len(logits_RV) != len(rows_R):
+                logits_RV = logits_RV[rows_R]
+            logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
+            yield cross_entropy(logits_RV, ids_L[rows_R + 1], reduction="sum") / predicted
 
     def divergence(self, outputs: Any, teacher: Any, batch: Batch) -> Tensor:
         """KL(teacher || model), mean over predicted tokens."""
