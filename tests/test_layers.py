@@ -135,7 +135,7 @@ def test_gates_without_a_module_are_read_head_by_head_as_the_product_reads_them(
     slots = {slot.name: slot for slot in find_layers(model.module(model.blocks[0]), "")}
     gate = model.network.model.layers[0].temporal_block.rg_lru.input_gate_weight  # (heads, in, out)
     for head in range(4):
-        slot = slots[f".temporal_block.rg_lru.input_gate_weight.{head}"]
+        slot = slots[f"temporal_block.rg_lru.input_gate_weight.{head}"]
         assert torch.equal(slot.read(), gate[head].T)
         assert slot.lens.packed is None
 
