@@ -12,6 +12,8 @@ import tiny
 import torch
 import zoo
 from test_backward import EXACT, by_autograd
+from test_extensions_task import TASK
+from test_extensions_task import network as toy_network
 from test_resume import files_of, killed_run
 from torch import Tensor
 
@@ -109,6 +111,23 @@ def test_a_step_prunes_by_it(files: bool, llama: Path, ids: Tensor, tmp_path: Pa
         assert layer.tokens == ids.numel()
         assert layer.error is not None
         assert 0 < layer.error < 1
+
+
+def test_a_network_of_another_task_goes_back_by_its_own_loss(seen: dict[str, Stats]) -> None:
+    net = toy_network()
+    x = torch.randn(12, 8)
+    expected: dict[str, Tensor] = {}
+    for sample in x:
+        loss = (net(sample[None]) - sample.flip(0)).square().mean()
+        for name in ("first.0", "second"):
+            gradient_OI = torch.autograd.grad(loss, net.get_submodule(name).weight, retain_graph=True)[0]
+            expected[name] = expected.get(name, torch.zeros(())) + gradient_OI.square()
+    recipe = {"task": TASK, "steps": ["seer"], "calibration": {"min_tokens": 1}, **QUIET}
+    report = prunella.prune(net, recipe, calibration={"x": x, "y": x.flip(1)})
+    assert report.recipe["order"] == "back"
+    assert seen.keys() == expected.keys()
+    for name, fisher_OI in expected.items():
+        torch.testing.assert_close(seen[name]["fisher"], fisher_OI, rtol=1e-4, atol=1e-8)
 
 
 def test_what_comes_before_the_first_pruned_block_is_left_alone(ids: Tensor) -> None:

@@ -12,11 +12,12 @@ import zoo
 from torch import Tensor, nn
 
 import prunella
-from prunella import InputError, Model, ModelError, NumericalError, backward, load_model
+from prunella import InputError, Model, ModelError, NumericalError, load_model
 from prunella.back import gradients
 from prunella.layers import find_layers
 from prunella.model.checkpoint import Checkpoint
 from prunella.stream import Stream
+from prunella.tasks import text
 from prunella.tasks.text import wrap_model
 
 EXACT = ("llama", "gpt2", "mixtral")  # linear layers, transposed ones, experts
@@ -69,7 +70,7 @@ def assert_same(found: Found, expected: Found, rtol: float = 1e-9) -> None:
 def test_gradients_are_those_of_autograd_on_the_whole_network(
     architecture: str, files: bool, ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backward, "ROWS", 10)  # several parts of a window's logits, the last one shorter
+    monkeypatch.setattr(text, "ROWS", 10)  # several parts of a window's logits, the last one shorter
     network = tiny.build(architecture, num_hidden_layers=3).double()
     model = on_disk(network, tmp_path) if files else wrap_model(network)
     found = collect(model, ids)

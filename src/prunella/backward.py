@@ -25,7 +25,6 @@ from torch import Tensor
 from .errors import InputError, ModelError, NumericalError
 from .hidden import Hidden
 from .layers import Slot, find_layers
-from .lenses import Chunks
 from .model.checkpoint import Source
 from .model.walk import LoadedBlock
 from .outcome import BlockResult
@@ -34,12 +33,11 @@ from .registry import Step
 from .samples import Batch, on
 from .statistics.registry import OUTPUTS, concatenate, merged, of_gradients, taking, whole
 from .types import Stats
-from .watch import Watch, stats_of
+from .watch import Gather, Watch
 
 if TYPE_CHECKING:
     from .stream import Stream
 
-SAMPLE = 512  # calibration tokens on which the error of each layer is measured
 Loss = Callable[[Tensor, Tensor], Tensor]  # of a window's logits (L, V) and ids (L)
 
 
@@ -178,40 +176,27 @@ class Back:
         """The statistics of those layers of a block that a token reached."""
         of_gradient = taking("gradient_NOI", needs)
         of_input = frozenset(statistic.name for statistic in whole(needs)) - of_gradient
-        together = any(statistic.merge is concatenate for statistic in whole(of_gradient))  # and not one by one
-        inputs: dict[str, Stats] = {}
-        leader: dict[str, str] = {}  # layers fed by the same tensor share the statistics of the first of them
+        # What is one behind the other in the end is put together once, and not for each window anew.
+        together = any(statistic.merge is concatenate for statistic in whole(of_gradient))
+        gather = Gather(of_input)
         waiting: dict[str, list[Tensor]] = {name: [] for name in active}
         values: dict[str, dict[str, Tensor]] = {name: {} for name in active}
-        previous, first = "", True
-
-        def see(name: str, rows: Chunks, same: bool) -> None:
-            nonlocal previous
-            if not same:
-                previous = name
-                new = stats_of(rows, of_input, SAMPLE if first or name not in inputs else 0)
-                inputs[name] = inputs[name] + new if name in inputs else new
-            leader[name] = previous
-
-        def settle(name: str) -> None:
-            gradient_NOI = torch.stack(waiting.pop(name))
-            values[name] = merged(values[name], of_gradients(of_gradient, gradient_NOI))
-
-        slots = list(active.values())
-        for _, found in self.advance(block, slots, Watch(active, see)):
-            first = False
+        for n, found in self.advance(block, active.values(), Watch(active, gather.see)):
+            gather.first = False
             for name, gradient_OI in found.items():
-                waiting.setdefault(name, []).append(gradient_OI)
-                if not together:
-                    settle(name)
-        for name in list(waiting) if together else ():
-            settle(name)
+                waiting[name].append(gradient_OI)
+            if together and n + 1 < len(self.losses):
+                continue
+            for name, several in waiting.items():
+                made = of_gradients(of_gradient, torch.stack(several))
+                values[name] = merged(values[name], made)
+                several.clear()
         for name, made in values.items():
             if not all(torch.isfinite(value).all() for value in made.values()):
                 raise NumericalError(
                     f"the gradients of layer '{name}' hold NaN or infinity: use --dtype float32 or bfloat16."
                 )
-        shared = {name: inputs[first] for name, first in leader.items()}
+        shared = {name: gather.stats[first] for name, first in gather.leader.items()}
         return {name: replace(stats, values={**stats.values, **values.pop(name)}) for name, stats in shared.items()}
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .backward import SAMPLE, Back, Loss, goes_back
+from .backward import Back, Loss, goes_back
 from .calls import Calls
 from .compat import attention_of, version_of
 from .errors import DefectError, InputError, NumericalError, StepError, say
@@ -41,7 +41,7 @@ from .standins import not_one_by_one
 from .statistics.registry import taking
 from .trees import first, map_tensors
 from .types import Block, Layer, Stats
-from .watch import Stop, Watch, stats_of
+from .watch import SAMPLE, Gather, Stop, Watch, stats_of
 
 TOKENS = 2048  # that go through a block at a time, in `block` order
 NUMBERS = 1024  # of a picture or a sound that take the room of a token
@@ -350,35 +350,28 @@ class Stream:
         known: dict[str, Stats] | None,
     ) -> tuple[dict[str, Settled], dict[str, Tensor]]:
         needs = frozenset().union(*[step.needs for step in steps])
-        stats: dict[str, Stats] = {} if known is None else known
-        leader = {key: key for key in stats}  # layers fed by the same tensor share the statistics of the first of them
-        previous, batch = "", 0
+        gather = Gather(needs)
+        stats, leader = (gather.stats, gather.leader) if known is None else (known, {name: name for name in known})
         order: list[str] = []
 
         def see(layer_name: str, rows: Chunks, same: bool) -> None:
-            nonlocal previous
-            if not same:
-                previous = layer_name
-                sample = SAMPLE if batch == 0 or layer_name not in stats else 0
-                new = stats_of(rows, needs, sample, dense.pop(layer_name, None))
-                stats[layer_name] = stats[layer_name] + new if layer_name in stats else new
-            leader[layer_name] = previous
-            if batch == 0 and layer_name not in order:
+            gather.see(layer_name, rows, same)
+            if gather.first and layer_name not in order:
                 order.append(layer_name)
             # Nothing after the last layer is of interest, nor is its product, unless outputs are wanted.
-            if batch > 0 and whole and not keep_outputs and layer_name == order[-1]:
+            if not gather.first and whole and not keep_outputs and layer_name == order[-1]:
                 raise Stop
 
         keep_outputs = "targets" in needs
         # The dense block's outputs are those on the pruned model's inputs where it does not run beside.
         same = self.dense is None or not taking("dense_TI", needs)
         outputs: list[Tensor] = []
-        dense: dict[str, Chunks] = {}
         whole = False
         batches = range(0 if known is not None else len(self.hidden) if needs else 1)
         with torch.no_grad():
             for batch in batches:
-                dense = self._dense_inputs(block, active, batch, needs)
+                gather.first = batch == 0
+                gather.dense = self._dense_inputs(block, active, batch, needs)
                 with contextlib.suppress(Stop), Watch(active, see):
                     out = self.forward(block, self.hidden, batch, keep=False)
                     if keep_outputs and same:

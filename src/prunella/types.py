@@ -178,7 +178,7 @@ class Layer:
     name:       where it lives, such as `model.layers.0.self_attn.q_proj`; an expert adds its number
     weight_OI:  the weight as it is now, in the model's dtype
     dense_OI:   the weight before pruning, whose outputs the steps try to keep
-    stats:      statistics of its inputs, those that the step's `needs` name
+    stats:      statistics of its inputs or gradients, those that the step's `needs` name
     sparsity:   share of weights to prune, 0 <= sparsity < 1
     pattern:    where zeros may stand
     mask_OI:    True where a weight is kept; None while no step has chosen
@@ -231,7 +231,7 @@ class Block:
     run:        run(weights, n) runs the block on window n with the given weights {layer name: weight_OI, or name in
                 `others`: tensor} in place of its own, and returns its output (1, L, D); differentiable in those
                 weights. run(weights, n, at=path) stops at a module of the block and returns that one's output.
-                None where the stream visits layers one at a time (`order: layer`)
+                None in the orders `layer` and `back`
     windows:    how many calibration windows `run` takes
     targets:    targets(n) is the dense block's output on window n; where the dense model runs beside the pruned
                 one (`drift`), its own output there. None unless a step needs `targets`

@@ -18,6 +18,8 @@ from .layers import Slot
 from .lenses import Chunks, Inputs
 from .types import Stats
 
+SAMPLE = 512  # calibration tokens on which the error of each layer is measured
+
 
 class Stop(Exception):
     """The forward pass has shown all that was wanted."""
@@ -96,3 +98,29 @@ def stats_of(rows: Chunks, needs: Collection[str], sample: int = 0, dense: Chunk
         stride = max(1, len(whole.sample_TI) // sample)
         whole = replace(whole, sample_TI=whole.sample_TI[::stride][:sample].clone())
     return whole
+
+
+class Gather:
+    """Makes statistics of what is seen, batch by batch: `Watch(slots, gather.see)`.
+
+    stats:  of layers, {name: its statistics}; of those fed by the same tensor, of the first of them
+    leader: which one that is, {layer: layer}, of all that were seen
+    dense:  what the dense model has in place of the inputs of this batch, {layer: (T, I)}; used up
+    first:  is it the first batch? The sample of tokens comes from there
+    """
+
+    def __init__(self, needs: Collection[str]):
+        self.needs = needs
+        self.stats: dict[str, Stats] = {}
+        self.leader: dict[str, str] = {}
+        self.dense: dict[str, Chunks] = {}
+        self.first = True
+        self._previous = ""
+
+    def see(self, name: str, rows: Chunks, same: bool) -> None:
+        if not same:
+            self._previous = name
+            sample = SAMPLE if self.first or name not in self.stats else 0
+            new = stats_of(rows, self.needs, sample, self.dense.pop(name, None))
+            self.stats[name] = self.stats[name] + new if name in self.stats else new
+        self.leader[name] = self._previous
