@@ -29,7 +29,7 @@ def prune_in_memory(network: Any) -> tuple[Model, dict[str, Tensor]]:
     model, masks = wrap_model(network), {}
     for block in model.blocks:
         for slot in find_layers(model.module(block), block):
-            weight_OI = slot.view()
+            weight_OI = slot.read()
             masks[slot.name] = prunella.keep(weight_OI.abs().float(), 0.5)
             weight_OI.masked_fill_(~masks[slot.name], 0)
     return model, masks
@@ -42,5 +42,5 @@ def zeros_of(directory: Path) -> dict[str, Tensor]:
     with model.whole():
         for block in model.blocks:
             for slot in find_layers(model.module(block), block):
-                found[slot.name] = slot.view() == 0
+                found[slot.name] = slot.read() == 0
     return found

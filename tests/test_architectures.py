@@ -95,7 +95,7 @@ def test_each_layer_has_exactly_the_zeros_that_were_asked_for(pruned: Run) -> No
     slots = slots_of(pruned.reloaded)
     assert set(masks) == set(slots) - set(pruned.skipped)
     for name, mask_OI in masks.items():
-        weight_OI = slots[name].view()
+        weight_OI = slots[name].read()
         assert (weight_OI[~mask_OI] == 0).all()
         assert int((~mask_OI).sum()) == mask_OI.numel() // 2
         if pruned.report.recipe["pattern"] == "2:4":
@@ -176,7 +176,7 @@ def router_that_never_picks_the_last_expert() -> Any:
 @pytest.mark.parametrize("order", ["layer", "block"])
 def test_an_expert_that_saw_too_few_tokens_is_pruned_by_magnitude_and_says_so(order: str, ids: Tensor) -> None:
     network = router_that_never_picks_the_last_expert()
-    dense = {name: slot.view().clone() for name, slot in slots_of(network).items()}
+    dense = {name: slot.read().clone() for name, slot in slots_of(network).items()}
     report = prunella.prune(network, {"steps": ["sparsegpt"], "order": order}, calibration=ids)
     slots = slots_of(network)
     starved = [la for la in report.layers if la.name.endswith(".4")]
@@ -185,7 +185,7 @@ def test_an_expert_that_saw_too_few_tokens_is_pruned_by_magnitude_and_says_so(or
         assert layer.tokens == 0
         assert layer.notes == ("saw 0 tokens: pruned by magnitude",)
         mask_OI = prunella.keep(dense[layer.name].abs(), 0.5)
-        assert torch.equal(slots[layer.name].view(), dense[layer.name] * mask_OI)
+        assert torch.equal(slots[layer.name].read(), dense[layer.name] * mask_OI)
     for layer in report.layers:
         if layer not in starved:
             assert layer.tokens >= 32

@@ -38,7 +38,7 @@ def by_autograd(network: Any, ids: Tensor, loss: Any = next_token_loss) -> Found
     for n, ids_L in enumerate(ids):
         value = loss(network(ids_L[None], use_cache=False).logits[0], ids_L)
         grads = dict(zip(parameters, torch.autograd.grad(value, [*parameters.values()]), strict=True))
-        found |= {(slot.name, n): slot.part(grads[slot.key]) for slot in slots}
+        found |= {(slot.name, n): slot.read(grads[slot.key]) for slot in slots}
     return found
 
 

@@ -61,7 +61,7 @@ def test_every_combination_prunes_end_to_end(
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
     model = wrap_model(network)
     zeros = {
-        slot.name: (slot.view() == 0).float().mean().item()
+        slot.name: (slot.read() == 0).float().mean().item()
         for name in model.blocks
         for slot in find_layers(model.module(name), name)
     }

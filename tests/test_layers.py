@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import prunella
 from prunella.errors import DefectError
-from prunella.layers import NO_PRODUCT, UNSEEN, find_layers, products, survey
+from prunella.layers import NO_PRODUCT, UNSEEN, find_layers, survey
+from prunella.products import products
 from prunella.tasks.text import wrap_model
 from prunella.watch import Watch
 
@@ -66,7 +67,7 @@ def test_every_matrix_of_a_block_is_a_layer_or_left_out_with_a_reason(architectu
         assert all(item.why and item.why != UNSEEN for item in left)
         sizes = {slot.key: 0 for slot in slots}
         for slot in slots:
-            sizes[slot.key] += slot.view().numel()
+            sizes[slot.key] += slot.read().numel()
         assert all(network.get_parameter(name).numel() == size for name, size in sizes.items())
 
 
@@ -134,9 +135,9 @@ def test_gates_without_a_module_are_read_head_by_head_as_the_product_reads_them(
     slots = {slot.name: slot for slot in find_layers(model.module(model.blocks[0]), "")}
     gate = model.network.model.layers[0].temporal_block.rg_lru.input_gate_weight  # (heads, in, out)
     for head in range(4):
-        slot = slots[f".temporal_block.rg_lru.input_gate_weight.{head}"]
-        assert torch.equal(slot.view(), gate[head].T)
-        assert not slot.alone
+        slot = slots[f"temporal_block.rg_lru.input_gate_weight.{head}"]
+        assert torch.equal(slot.read(), gate[head].T)
+        assert slot.lens.packed is None
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ import prunella
 PUBLIC = [
     "Block",
     "InputError",
+    "Inputs",
     "Layer",
+    "Lens",
     "Model",
     "ModelError",
     "NumericalError",
@@ -39,6 +41,7 @@ PUBLIC = [
     "prune",
     "read_masks",
     "register",
+    "register_lens",
     "register_statistic",
     "register_task",
     "wrap_model",

@@ -229,14 +229,14 @@ def test_a_slot_shows_the_weight_as_outputs_by_inputs_in_the_networks_memory(arc
     model = wrap_model(tiny.build(architecture))
     name = model.blocks[0]
     for slot in find_layers(model.module(name), name):
-        weight_OI = slot.view()
+        weight_OI = slot.read()
         assert tuple(weight_OI.shape) == slot.shape
         weight_OI[0, 1] = 123
-        if slot.expert is None:
+        if slot.part is None:
             parameter = model.network.get_parameter(f"{slot.name}.weight")
         else:
-            parameter = model.network.get_parameter(slot.name.rpartition(".")[0])[slot.expert]
-        assert (parameter[1, 0] if slot.transposed else parameter[0, 1]) == 123
+            parameter = model.network.get_parameter(slot.name.rpartition(".")[0])[slot.part]
+        assert (parameter[1, 0] if slot.lens.transposed else parameter[0, 1]) == 123
         bias = slot.bias()
         assert bias is None or bias.shape == (slot.shape[0],)
 

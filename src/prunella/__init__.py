@@ -18,6 +18,7 @@ if _typing.TYPE_CHECKING:
     from .errors import InputError, ModelError, NumericalError, PrunellaError, StatisticError
     from .evaluate.perplexity import perplexity
     from .heal.run import heal
+    from .lenses import Inputs, Lens, register_lens
     from .model.names import find_directory
     from .model.network import Model
     from .pattern import keep
@@ -36,7 +37,9 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "Block",
     "InputError",
+    "Inputs",
     "Layer",
+    "Lens",
     "Model",
     "ModelError",
     "NumericalError",
@@ -59,6 +62,7 @@ __all__ = [
     "prune",
     "read_masks",
     "register",
+    "register_lens",
     "register_statistic",
     "register_task",
     "wrap_model",
@@ -69,6 +73,7 @@ _HOMES = {
     "errors": ("InputError", "ModelError", "NumericalError", "PrunellaError", "StatisticError"),
     "evaluate.perplexity": ("perplexity",),
     "heal.run": ("heal",),
+    "lenses": ("Inputs", "Lens", "register_lens"),
     "model.names": ("find_directory",),
     "model.network": ("Model",),
     "pattern": ("keep",),

@@ -158,7 +158,7 @@ class Back:
             )
         self.stream.hidden[n] = found[0]
         by_key = dict(zip(weights, found[1:], strict=True))
-        return {slot.name: slot.part(by_key[slot.key]) for slot in slots}
+        return {slot.name: slot.read(by_key[slot.key]) for slot in slots}
 
     def prune(
         self, block: LoadedBlock, slots: Sequence[Slot], steps: Sequence[Step], *, min_tokens: int = 32

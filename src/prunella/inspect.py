@@ -84,7 +84,7 @@ def inspect(directory: str) -> list[Inspected]:
 def _stored(block: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, int]]:
     """The block's layers: name, where zeros are stored or left out, bytes."""
     for slot in find_layers(block, prefix):
-        weight_OI = slot.view()
+        weight_OI = slot.read()
         yield slot.name, weight_OI == 0, weight_OI.numel() * weight_OI.element_size()
     for path, module in block.named_modules():
         if isinstance(module, SparseLinear):

@@ -47,7 +47,7 @@ class LayerResult:
     @classmethod
     def dense(cls, slot: Slot) -> LayerResult:
         """Of a layer, loaded, that stays as it is."""
-        zeros = share_of(slot.view() == 0)
+        zeros = share_of(slot.read() == 0)
         return cls(slot.name, slot.shape, zeros, 0.0, str(slot.pattern), None, 0, before=zeros)
 
 

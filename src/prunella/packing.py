@@ -16,7 +16,7 @@ from . import pattern
 from .compat import quiet_transformers, revert
 from .errors import InputError, ModelError, disk_error, say
 from .grid import Grid
-from .layers import Slot, find_layers
+from .layers import Slot, check_found, find_layers
 from .model.files import copy_companions, read_json
 from .model.names import find_directory
 from .outcome import BlockResult
@@ -104,6 +104,7 @@ def pack_model(
     opened = load_model(str(directory), device="cpu", remote_code=remote_code)
     grids = {name: grid for name, grid in read_grids(directory).items() if bits in (None, stored_bits(grid))}
     known = mask_shapes(directory) if (directory / MASKS).is_file() else None
+    check_found(known or (), (slot for name in opened.blocks for slot in find_layers(opened.module(name), name)))
     with _making(out) as shop:
         store = PackedStore(shop.model, shop.directory, opened, bits=bits, group=group, round_head=head)
         for index, block in opened.walk():
@@ -130,7 +131,7 @@ def _mask(slot: Slot, known: dict[str, Tensor] | None) -> Tensor | None:
     """Where the weight is kept, by its mask if masks are `known`, else by its zeros; None for a weight that is not
     pruned. Without a mask a negative zero counts as kept, so that the same bytes come back; where a mask prunes, it
     becomes a plain zero."""
-    weight_OI = slot.view()
+    weight_OI = slot.read()
     if known is None:
         integers = {2: torch.int16, 4: torch.int32}[weight_OI.element_size()]
         nonzero_OI = weight_OI.contiguous().view(integers) != 0
@@ -151,7 +152,7 @@ def _mask(slot: Slot, known: dict[str, Tensor] | None) -> Tensor | None:
 
 
 def _check_grid(slot: Slot, grid: Grid) -> None:
-    weight_OI = slot.view()
+    weight_OI = slot.read()
     rows, columns = slot.shape
     if grid.scale_OG.shape != (rows, groups(columns, grid.group)) or not torch.equal(grid.round(weight_OI), weight_OI):
         raise ModelError(

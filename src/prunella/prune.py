@@ -18,6 +18,7 @@ from .evaluate.measure import held_out, measure_once, whole_name
 from .evaluate.overlap import joined
 from .foreign import blamed
 from .layers import LeftOut, Slot, left_out, matches, survey
+from .lenses import wear
 from .machine import fork_random, most_memory
 from .model.checks import check_plain, check_saveable
 from .model.names import at_revision, named
@@ -162,6 +163,7 @@ def _prune(
     torch.manual_seed(recipe.seed)
     steps = recipe.make_steps()
     allocation = recipe.make_allocation()
+    wear(map(opened.module, opened.blocks), recipe.lenses)
     slots = choose_slots(opened, recipe)
     task, wanted = opened.task, recipe.calibration
     if recipe.format == "packed" and not hasattr(opened.network, "save_pretrained"):

@@ -174,6 +174,7 @@ class Recipe(_Part):
     keep_zeros: zeros that the model comes with stay zero and count towards the sparsity: for a second pass over a
               pruned model. Without it a second pass chooses anew, and may fill what the first one pruned
     allocate: how sparsity is spread over the other layers: a name, or `{name: {option: value}}`
+    lenses:   of your own, `path/to/file.py:name`: parameters that they fit are read as matrices through them
     steps:    a list of names, or of `{name: {option: value}}`
     order:    `layer`: a layer is pruned when its inputs arrive from the pruned layers before it; `block`: after a
               pass through the dense block has shown the inputs of all its layers; `back`: from the last block to the
@@ -201,6 +202,7 @@ class Recipe(_Part):
     skip: tuple[str, ...] = ()
     keep_zeros: bool = False
     allocate: dict[str, dict[str, Any]] = {"uniform": {}}
+    lenses: tuple[str, ...] = ()
     steps: tuple[dict[str, dict[str, Any]], ...] = ({"sparsegpt": {}},)
     order: Literal["auto", "layer", "block", "back"] = "auto"
     evaluate: Evaluation = Evaluation()
@@ -265,9 +267,9 @@ class Recipe(_Part):
     def _allocate(cls, value: Any) -> Any:
         return _method("allocate", value)
 
-    @field_validator("skip", mode="before")
+    @field_validator("skip", "lenses", mode="before")
     @classmethod
-    def _skip(cls, value: Any) -> Any:
+    def _names(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -376,7 +378,10 @@ class Recipe(_Part):
 
     def plain(self) -> dict[str, Any]:
         """As plain data, ready for YAML or JSON; `Recipe.of` reads it back."""
-        return self.model_dump(mode="json")
+        plain = self.model_dump(mode="json")
+        if not self.lenses:  # directories, journals and cells from before there were any stay what they are
+            del plain["lenses"]
+        return plain
 
 
 def only_dense(sparsity: Any) -> dict[str, float]:

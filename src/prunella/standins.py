@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError, PrunellaError, first_line
-from .layers import replaced
+from .learn import replaced
 from .model.cut import Argument, Interface
 from .model.network import Model
 from .samples import Batch

@@ -27,6 +27,7 @@ from .grid import Grid, fit
 from .hidden import Hidden, Shelf
 from .histogram import histograms
 from .layers import Slot, find_layers, unpruned, within
+from .lenses import Chunks
 from .machine import cache_directory, free_memory
 from .model.checkpoint import Source
 from .model.network import Model
@@ -40,7 +41,7 @@ from .standins import not_one_by_one
 from .statistics.registry import taking
 from .trees import first, map_tensors
 from .types import Block, Layer, Stats
-from .watch import SAMPLE, Gather, Stop, Watch
+from .watch import SAMPLE, Gather, Stop, Watch, stats_of
 
 TOKENS = 2048  # that go through a block at a time, in `block` order
 NUMBERS = 1024  # of a picture or a sound that take the room of a token
@@ -200,7 +201,7 @@ class Stream:
         started = time.perf_counter()
         active = {slot.name: slot for slot in slots if slot.sparsity > 0}
         for slot in active.values():
-            if not torch.isfinite(slot.view()).all():
+            if not torch.isfinite(slot.read()).all():
                 raise NumericalError(f"layer '{slot.name}' has NaN or infinite weights before pruning.")
         own = block.tensors()
         begin = {} if self.start is None else block.read(self.start)
@@ -225,7 +226,7 @@ class Stream:
                 results.append(result)
                 if grid is not None:
                     grids[slot.name] = grid
-                changed[slot.key] = getattr(slot.module, slot.parameter).data
+                changed[slot.key] = slot.tensor
         seconds = time.perf_counter() - started
         return BlockResult(block.index, block.name, tuple(results), masks, grids, changed, seconds)
 
@@ -236,9 +237,7 @@ class Stream:
                     f"the inputs of layer '{slot.name}' hold NaN or infinity: the model overflows on the"
                     " calibration text; use --dtype float32 or bfloat16."
                 )
-        weight_OI = slot.view()
-        if slot.transposed:
-            weight_OI = weight_OI.contiguous()
+        weight_OI = slot.read().contiguous()
         notes: tuple[str, ...] = ()
         if self.keep_zeros and (zeros := share_of(weight_OI == 0)) > slot.sparsity:
             notes = (f"came with {zeros:.1%} zeros, more than the {slot.sparsity:.1%} asked for: all stay",)
@@ -254,7 +253,7 @@ class Stream:
         )
         if slot.name in self.masks:
             mask_OI = self.masks[slot.name].to(weight_OI.device)
-            return layer.pruned(slot.part(begin[slot.key]), mask_OI)
+            return layer.pruned(slot.read(begin[slot.key]), mask_OI)
         return layer
 
     def _starved(self, layer: Layer, steps: Sequence[Step], min_tokens: int) -> bool:
@@ -289,10 +288,10 @@ class Stream:
 
     def _dense_inputs(
         self, block: LoadedBlock, active: Mapping[str, Slot], batch: int, needs: frozenset[str]
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Chunks]:
         """What the layers of the block, still dense, get from the dense model's hidden states, which move on; of
         layers that share an input, the first. Experts are left out: other tokens may be routed to them."""
-        inputs: dict[str, Tensor] = {}
+        inputs: dict[str, Chunks] = {}
         if self.dense is None:
             return inputs
         if not taking("dense_TI", needs):
@@ -300,9 +299,9 @@ class Stream:
                 self.forward(block, self.dense, batch)
             return inputs
 
-        def see(layer_name: str, x_TI: Tensor, same: bool) -> None:
-            if not same and active[layer_name].expert is None:
-                inputs[layer_name] = x_TI
+        def see(layer_name: str, rows: Chunks, same: bool) -> None:
+            if not same and not active[layer_name].routed:
+                inputs[layer_name] = rows
 
         with torch.no_grad(), Watch(active, see):
             self.forward(block, self.dense, batch)
@@ -320,12 +319,12 @@ class Stream:
         done: dict[str, Settled] = {}
         stats = Stats()
 
-        def see(layer_name: str, x_TI: Tensor, same: bool) -> None:
+        def see(layer_name: str, rows: Chunks, same: bool) -> None:
             nonlocal stats
             if layer_name in done:
                 return
             if not same:
-                stats = Stats.of(x_TI, needs, SAMPLE, dense.pop(layer_name, None))
+                stats = stats_of(rows, needs, SAMPLE, dense.pop(layer_name, None))
             layer = self._layer(active[layer_name], stats, begin)
             result = self._apply(Block(block.index, block.name, (layer,)), steps, min_tokens).layers[0]
             done[layer_name] = _settle(result, active[layer_name])
@@ -355,8 +354,8 @@ class Stream:
         stats, leader = (gather.stats, gather.leader) if known is None else (known, {name: name for name in known})
         order: list[str] = []
 
-        def see(layer_name: str, x_TI: Tensor, same: bool) -> None:
-            gather.see(layer_name, x_TI, same)
+        def see(layer_name: str, rows: Chunks, same: bool) -> None:
+            gather.see(layer_name, rows, same)
             if gather.first and layer_name not in order:
                 order.append(layer_name)
             # Nothing after the last layer is of interest, nor is its product, unless outputs are wanted.
@@ -377,7 +376,7 @@ class Stream:
                     out = self.forward(block, self.hidden, batch, keep=False)
                     if keep_outputs and same:
                         outputs.append(out)
-                whole = len(order) == len(active) and all(slot.expert is None for slot in active.values())
+                whole = len(order) == len(active) and not any(slot.routed for slot in active.values())
         _check_seen(block.name, leader, active)
         if all(step.per_layer for step in steps):  # one layer at a time: its new weight and statistics can go
             done: dict[str, Settled] = {}
@@ -438,22 +437,17 @@ class Stream:
 
         def run(weights: Mapping[str, Tensor], n: int, at: str | None = None) -> Tensor:
             replaced: dict[str, Tensor] = {}
-            parts: dict[str, list[tuple[Slot, Tensor]]] = {}  # of one parameter each, which is copied once
+            parts: dict[str, dict[int, Tensor]] = {}  # of one parameter each, which is put together once
             for name, weight in weights.items():
                 slot = active.get(name)
                 if slot is None:
                     replaced[name.removeprefix(prefix)] = weight
                     continue
-                weight = weight.T if slot.transposed else weight
-                if slot.expert is None:
-                    replaced[slot.key.removeprefix(prefix)] = weight
-                else:
-                    parts.setdefault(slot.key.removeprefix(prefix), []).append((slot, weight))
-            for key, several in parts.items():
-                slot, parameter = several[0][0], module.get_parameter(key)
-                whole = slot.matrices(parameter)
-                rows = torch.tensor([one.expert for one, _ in several], device=parameter.device)
-                replaced[key] = whole.index_copy(0, rows, torch.stack([w for _, w in several])).view(parameter.shape)
+                parts.setdefault(slot.key, {})[slot.part or 0] = weight
+            for slot in active.values():
+                if slot.key in parts:
+                    some = parts.pop(slot.key)
+                    replaced[slot.key.removeprefix(prefix)] = slot.lens.put(slot.tensor, some)
             self._record_windows(block.index)
             beside = self.hidden.beside[self._places[n][0]]  # of this sample alone, if there is anything
             call = self.calls.windows[n][block.index]
@@ -516,7 +510,7 @@ def _settle(layer: Layer, slot: Slot) -> Settled:
         histograms(layer.dense_OI, layer.weight_OI, layer.mask_OI),
         share_of(zero_OI),
     )
-    slot.view().copy_(layer.weight_OI)
+    slot.write(layer.weight_OI)
     return result, pack(layer.mask_OI), None if layer.grid is None else layer.grid.on(torch.device("cpu"))
 
 

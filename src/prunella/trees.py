@@ -59,6 +59,7 @@ def rebuilt(old: Any, new: Sequence[Any]) -> Any:
 
 
 def is_container(value: Any) -> bool:
+    """Is this a list or a mapping, which may be written into?"""
     return isinstance(value, MutableMapping | list)
 
 
@@ -68,6 +69,7 @@ def items(container: Any) -> list[tuple[Any, Any]]:
 
 
 def same_items(one: Any, other: Any) -> bool:
+    """Do two containers hold the same objects under the same keys?"""
     a, b = items(one), items(other)
     return len(a) == len(b) and all(k == j and v is w for (k, v), (j, w) in zip(a, b, strict=True))
 

@@ -48,7 +48,7 @@ def shake(chosen: list[Chosen]) -> None:
 
 def zeros_held(model: Model, masks: dict[str, Tensor]) -> bool:
     slots = [slot for block in model.blocks for slot in find_layers(model.module(block), block)]
-    return all(not slot.view()[~masks[slot.name]].any() for slot in slots)
+    return all(not slot.read()[~masks[slot.name]].any() for slot in slots)
 
 
 @pytest.mark.parametrize("method", sorted(groups))

@@ -137,5 +137,5 @@ class Budget:
 
 
 def _dense(slot: Slot, stats: Stats) -> Layer:
-    weight_OI = slot.view()
+    weight_OI = slot.read()
     return Layer(slot.name, weight_OI, weight_OI, stats, slot.sparsity, slot.pattern, bias_O=slot.bias())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..compat import quiet_transformers
 from ..errors import InputError
 from ..layers import find_layers
+from ..lenses import Chunks
 from ..model.checkpoint import Checkpoint
 from ..model.files import copy_companions
 from ..model.network import Model
@@ -86,17 +87,18 @@ def mean_errors(
         slots = {s.name: s for s in find_layers(block.module, block.name) if f"{s.name}.bias" in names}
         sums: dict[str, Tensor] = {}
 
-        def see(layer: str, x_TI: Tensor, same: bool, sums: dict[str, Tensor] = sums) -> None:
-            sum_I = x_TI.sum(0, dtype=torch.float32)
-            sums[layer] = sums[layer] + sum_I if layer in sums else sum_I
+        def see(layer: str, rows: Chunks, same: bool, sums: dict[str, Tensor] = sums) -> None:
+            for x_TI in rows():
+                sum_I = x_TI.sum(0, dtype=torch.float32)
+                sums[layer] = sums[layer] + sum_I if layer in sums else sum_I
 
         with torch.no_grad(), Watch(slots, see):
             for batch in range(len(stream.hidden)):
                 stream.forward(block, stream.hidden, batch, keep=False)
         for key, slot in slots.items():
             mean_I = sums[key] / windows_NL.numel()
-            dense_OI = slot.part(weights[slot.key])
-            bias_O = ((dense_OI.float() - slot.view().float()) @ mean_I).to(slot.view().dtype)
+            dense_OI = slot.read(weights[slot.key])
+            bias_O = ((dense_OI.float() - slot.read().float()) @ mean_I).to(slot.read().dtype)
             slot.module.bias = nn.Parameter(bias_O, requires_grad=False)
             out[f"{key}.bias"] = bias_O
         stream.advance(block)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, NumericalError, command
-from ..layers import Slot, find_layers
+from ..layers import Slot, check_found, find_layers
 from ..model.network import Model
 from ..pattern import pack, unpack
 from ..tensors import MASKS, mask_shapes, read_masks
@@ -46,9 +46,11 @@ class Masks(Mapping[str, Tensor]):
 
 def masks_of(model: Model, directory: Path) -> Masks:
     """{layer: mask (O, I)}: those saved with the model or, for a model pruned elsewhere, its zeros. Raises InputError
-    for a dense model."""
+    for a dense model, ModelError for a mask of what is no layer."""
     if (directory / MASKS).is_file():
-        masks = Masks((name, read_masks(directory, [name])[name]) for name in mask_shapes(directory))
+        names = mask_shapes(directory)
+        check_found(names, slots_of(model))
+        masks = Masks((name, read_masks(directory, [name])[name]) for name in names)
     else:
         masks = Masks(_zeros(model))
     if not masks:
@@ -68,7 +70,7 @@ def _zeros(model: Model) -> Iterator[tuple[str, Tensor]]:
     """Where the weights of pruned layers are not zero."""
     for _, block in model.walk():
         for slot in find_layers(block.module, block.name):
-            mask_OI = slot.view() != 0
+            mask_OI = slot.read() != 0
             if mask_OI.numel() - int(mask_OI.count_nonzero()) >= DENSE * mask_OI.numel():
                 yield slot.name, mask_OI
 
@@ -77,5 +79,5 @@ def verify(model: Model, masks: Mapping[str, Tensor]) -> None:
     """Raises NumericalError, naming the layer, if a pruned weight is not zero."""
     for slot in slots_of(model):
         mask_OI = masks.get(slot.name)
-        if mask_OI is not None and slot.view()[~mask_OI.to(slot.view().device)].any():
+        if mask_OI is not None and slot.read()[~mask_OI.to(slot.read().device)].any():
             raise NumericalError(f"layer '{slot.name}' lost zeros while it was healed: this is a defect.")

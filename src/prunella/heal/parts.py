@@ -258,8 +258,8 @@ def parts_of(
             mask, whole = masks.get(slot.name), found.get(id(parameter), (None, False))[0]
             if mask is not None:
                 whole = torch.ones(parameter.shape, dtype=torch.bool) if whole is None else whole
-                slot.part(whole).copy_(mask)
-            found[id(parameter)] = (whole, slot.transposed)
+                slot.write(mask, whole)
+            found[id(parameter)] = (whole, slot.lens.transposed)
     head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
     parts = []
     for name, parameter in tensors.items():

@@ -30,6 +30,7 @@ from ..errors import (
 from ..evaluate.measure import digest, held_out_windows, measure, measure_once
 from ..evaluate.overlap import fingerprint, joined
 from ..layers import Slot, find_layers, survey
+from ..lenses import wear
 from ..machine import fork_random, pick_device
 from ..model.names import named
 from ..model.network import Model
@@ -346,6 +347,7 @@ class _Run:
             pickles=self.pickles,
         )
         model.scratch = partial_of(self.path)
+        wear(map(model.module, model.blocks), self.recipe.lenses)
         return model
 
     @property

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..compat import version_of
 from ..errors import ModelError, first_line
-from ..layers import replaced
+from ..learn import replaced
 from ..samples import Batch
 from ..trees import first, tensors
 

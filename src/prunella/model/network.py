@@ -32,7 +32,7 @@ from ..compat import (
 )
 from ..errors import ModelError, ReadError
 from ..fast import use_fast_attention
-from ..layers import learn
+from ..learn import learn
 from ..progress import Track, no_track
 from ..samples import Batch, on
 from .checkpoint import Checkpoint, Source

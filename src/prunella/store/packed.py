@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import pattern
 from ..errors import ModelError
@@ -136,12 +136,12 @@ class PackedStore(Store):
             about: dict[str, Any] = {"shape": list(slots[0].shape)}
             if kinds != {self._kind(slots[0].shape[1])}:
                 about["bits"], about["group"] = kinds.pop()
-            if slots[0].expert is not None:
+            if slots[0].part is not None:
                 about["experts"] = len(slots)
-            if slots[0].transposed:
+            if slots[0].lens.transposed:
                 about["transposed"] = True
             if [slot.name for slot in slots] != module_names(name, about):
-                about["layer"] = parameter.removesuffix(".weight") if slots[0].expert is None else parameter
+                about["layer"] = parameter.removesuffix(".weight") if slots[0].part is None else parameter
             for module, content in zip(module_names(name, about), packed, strict=True):
                 tensors |= {f"{module}.{part}": tensor for part, tensor in content.parts().items()}
             tensors |= self._mark(name, about, found)
@@ -250,16 +250,12 @@ class PackedStore(Store):
         weights can take its place, transformers makes it of tensors that other parameters are made of too, or it has a
         dtype of its own."""
         parameter = slot.key
-        if slot.expert is None:
-            takes = isinstance(slot.module, nn.Linear) or type(slot.module).__name__ == "Conv1D"
-        else:  # a list of packed experts: the model must ask for one after the other
-            takes = slot.alone and getattr(slot.module, slot.parameter).ndim == 3
-        if not takes:
+        if slot.lens.packed is None:
             return None
         keys = {key: converted for key, (p, converted) in self.plan.items() if p == parameter}
         if not keys or any(self._code(key) not in (None, self.model.dtype) for key in keys):
             return None
-        if slot.expert is not None:
+        if slot.part is not None:
             names = {name for name, _ in self.plan.values()}
             whole = (f"{block}.{name}" for name, _ in self.model.module(block).named_parameters())
             if not any(keys.values()):
@@ -297,7 +293,7 @@ class PackedStore(Store):
                 bits, group = stored_bits(grid), grid.group
         masks = [pattern.unpack(result.masks[slot.name], slot.shape) for slot in slots]
         return [
-            pack(slot.view().cpu().contiguous(), mask_OI, bits, group, grid=grid)
+            pack(slot.read().cpu().contiguous(), mask_OI, bits, group, grid=grid)
             for slot, mask_OI, grid in zip(slots, masks, grids, strict=True)
         ]
 
