@@ -26,9 +26,21 @@ from rich.console import Console
 from rich.table import Table
 
 from prunella.machine import cache_directory
-from prunella.sparse.bench import measure, packed_copy, random_network, random_packed
-from prunella.sparse.format import Packed
+from prunella.sparse.bench import measure, packed_copy, random_network
+from prunella.sparse.format import Packed, pack
 from prunella.sparse.kernels import dense_linear, instructions, read_bandwidth, resident, sparse_linear
+
+
+def random_packed(rows: int, columns: int, sparsity: float, bits: int | None = None, nm: bool = False) -> Packed:
+    """A random bfloat16 weight at this sparsity (or 2:4), packed: something to time kernels on."""
+    generator = torch.Generator().manual_seed(0)
+    weight_OI = torch.randn(rows, columns, generator=generator).to(torch.bfloat16)
+    if nm:
+        order = torch.rand(rows, columns // 4, 4, generator=generator).argsort(-1).argsort(-1)
+        mask_OI = (order < 2).view(rows, columns)
+    else:
+        mask_OI = torch.rand(rows, columns, generator=generator) >= sparsity
+    return pack(weight_OI * mask_OI, mask_OI, bits)
 
 
 def kernels(rows: int, columns: int, turns: int, out: Console) -> None:

@@ -37,6 +37,7 @@ if INTERPRET:
 import torch  # noqa: E402
 import transformers  # noqa: E402
 import triton  # noqa: E402
+from decode import random_packed  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -350,7 +351,7 @@ def time_decode(report: Report, rows: int = 11008, columns: int = 4096) -> None:
     peak = bandwidth()
     report.add("decode", "a copy reads and writes", f"{peak / 1e9:.0f} GB/s")
     dense_OI = torch.randn(rows, columns, device=DEVICE).bfloat16()
-    packed = {name: bench.random_packed(rows, columns, *case) for name, case in CASES.items()}
+    packed = {name: random_packed(rows, columns, *case) for name, case in CASES.items()}
     for tokens in (1, 2, 4, gpu.FEW, 2 * gpu.FEW):
         base = milliseconds(dense_products(dense_OI, tokens))
         share = dense_OI.nbytes / base * 1e3 / peak
@@ -367,7 +368,7 @@ def tune(report: Report, rows: int = 11008, columns: int = 4096) -> None:
     """One token with other shapes of a tile."""
     before = gpu.ROWS, gpu.BYTES, gpu.WARPS
     for name in ("bfloat16 50%", "int8 50%", "int4 50%"):
-        p = bench.random_packed(rows, columns, *CASES[name])
+        p = random_packed(rows, columns, *CASES[name])
         for shape in ((1, 32, 1), (2, 32, 2), (4, 32, 4), (8, 32, 8), (2, 64, 4), (1, 128, 4), (4, 64, 8), (4, 64, 4)):
             gpu.ROWS, gpu.BYTES, gpu.WARPS = shape
             taken = milliseconds(products(p, 1))
@@ -377,7 +378,7 @@ def tune(report: Report, rows: int = 11008, columns: int = 4096) -> None:
 
 def time_prefill(report: Report, rows: int = 11008, columns: int = 4096) -> None:
     dense_OI = torch.randn(rows, columns, device=DEVICE).bfloat16()
-    packed = {name: bench.random_packed(rows, columns, *CASES[name]) for name in ("bfloat16 2:4", "int8 50%")}
+    packed = {name: random_packed(rows, columns, *CASES[name]) for name in ("bfloat16 2:4", "int8 50%")}
     layer = SparseLinear(moved(packed["bfloat16 2:4"]))
     extra = semi.add_semi_structured(nn.Sequential(layer))
     if not extra:

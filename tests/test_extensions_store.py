@@ -25,7 +25,8 @@ SHORT = ("--calibration", "pydoc", "--samples", 2, "--length", 32, "--windows", 
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
     yield
-    stores.pop("toy", None)
+    for name in ("toy", "mine"):
+        stores.pop(name, None)
 
 
 def read(directory: Path) -> Any:
@@ -101,3 +102,20 @@ def test_what_it_cannot_do_is_said(llama: Path, tmp_path: Path, run: Callable[..
     said = run("prune", llama, "-o", tmp_path / "out", "--heal", "lora", "--format", FORMAT, *SHORT)
     assert said.code == 2
     assert "healing writes dense checkpoints" in said.err
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("1 / 0", r"ZeroDivisionError: division by zero; the defect is in the store, line 9 of .*mine\.py"),
+        ("return {1: b'2'}", "TypeError: .*not JSON serializable; the defect is in the store"),
+        ("raise OSError(28, 'No space left on device')", "no space left on the disk"),
+    ],
+)
+def test_a_store_that_fails_is_named(body: str, message: str, llama: Path, tmp_path: Path, ids: Tensor) -> None:
+    lines = ["from prunella.store import Store, register_store", "", "", "@register_store('mine')"]
+    lines += ["class Mine(Store):", "    'Mine.'", "", "    def write(self, result):", f"        {body}"]
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    recipe = {"steps": ["magnitude"], "format": f"{tmp_path}/mine.py:mine"}
+    with pytest.raises(prunella.PrunellaError, match=message):
+        prunella.prune(llama, recipe, output=tmp_path / "out", calibration=ids[:2])

@@ -15,8 +15,8 @@ import torch
 import prunella
 from prunella import InputError, Perplexity, Report
 from prunella.evaluate.difference import difference
-from prunella.evaluate.overlap import fingerprint, overlap
 from prunella.evaluate.score import score
+from prunella.overlap import fingerprint, overlap
 
 SHORT: dict[str, Any] = {"steps": ["wanda"], "calibration": {"samples": 8, "length": 64}, "evaluate": {"source": None}}
 

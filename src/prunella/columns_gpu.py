@@ -79,16 +79,8 @@ def tile_pass(
     errors_BO = w_OB.new_empty((columns, rows))
     with _on(w_OB):
         _tile[(triton.cdiv(rows, TILE_ROWS),)](
-            w_OB,
-            w_OB.stride(0),
-            upper_BB,
-            upper_BB.stride(0),
-            mask_OB.view(torch.int8),
-            mask_OB.stride(0),
-            errors_BO,
-            scale_O,
-            rows,
-            columns,
+            *(w_OB, w_OB.stride(0), upper_BB, upper_BB.stride(0), mask_OB.view(torch.int8), mask_OB.stride(0)),
+            *(errors_BO, scale_O, rows, columns),
             KEEP=0 if pattern is None else pattern.first,
             SPAN=0 if pattern is None else pattern.second,
             LIMIT=0 if scale_O is None or bits is None else (1 << bits - 1) - 1,
@@ -173,19 +165,9 @@ def swap(
         )
     with _on(mask_OI):
         _swap[(triton.cdiv(rows, SWAP_ROWS),)](
-            after_OI.view(torch.int8),
-            d_OI.contiguous(),
-            group_OI,
-            grow_2OK,
-            can_grow_2OK,
-            prune_2OK,
-            can_prune_2OK,
-            e_O.contiguous(),
-            rows,
-            columns,
-            cycles,
-            grow_2OK.shape[2],
-            threshold,
+            *(after_OI.view(torch.int8), d_OI.contiguous(), group_OI),
+            *(grow_2OK, can_grow_2OK, prune_2OK, can_prune_2OK),
+            *(e_O.contiguous(), rows, columns, cycles, grow_2OK.shape[2], threshold),
             SAME_SIGN=same_sign,
             SPAN=span,
             ROWS=SWAP_ROWS,

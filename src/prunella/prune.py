@@ -15,7 +15,6 @@ from .allocate import Budget
 from .back import prune_back
 from .errors import InputError, PrunellaError, ReadError, kept
 from .evaluate.measure import held_out, measure_once, whole_name
-from .evaluate.overlap import joined
 from .foreign import blamed
 from .layers import LeftOut, Slot, left_out, matches, survey
 from .lenses import wear
@@ -24,6 +23,7 @@ from .model.checks import check_plain, check_saveable
 from .model.names import at_revision, named
 from .model.network import Model
 from .outcome import LayerResult
+from .overlap import joined
 from .progress import Track, Watcher, no_track
 from .recipe import Recipe
 from .report import Report, peak_memory, seen

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, disk_error
+from .foreign import blamed
 from .layers import Slot
 from .model.checkpoint import Checkpoint, Source
 from .model.files import copy_companions
@@ -62,11 +63,13 @@ class Output:
         self.partial = shop.directory
         self.folder = shop.model
         self.model = model
-        self.weights = (make or make_store("dense"))(self.folder, self.partial, model)
         self.finished: list[tuple[LayerResult, ...]] = []
         self.notes: dict[str, Any] = {}
         identity = json.loads(json.dumps(identity))
+        make = make or make_store("dense")
+        self._kind = make.func
         with self._writing():
+            self.weights = make(self.folder, self.partial, model)
             if (before := begun_as(shop)) is None:
                 shop.clear()
                 shop.model.mkdir()
@@ -82,11 +85,13 @@ class Output:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """What fails inside fails for the disk: raises InputError, that it is full say. The blocks before are safe."""
-        try:
-            yield
-        except OSError as error:
-            raise disk_error(error, self.partial) from None
+        """What fails inside fails for the disk, and raises InputError, that it is full say; the blocks before are safe.
+        Or it fails for a store that is not ours, and raises StepError."""
+        with blamed(self._kind, f"store '{self._kind.__name__}'"):
+            try:
+                yield
+            except OSError as error:
+                raise disk_error(error, self.partial) from None
 
     def _read_journal(self) -> None:
         path = self.partial / JOURNAL

@@ -200,10 +200,12 @@ def _one(one: Tensor, other: Tensor) -> bool:
 
 
 def not_one_by_one(network: nn.Module, reason: str) -> ModelError:
+    """The error for a network whose blocks do not run alone as they run in it."""
     return ModelError(f"the blocks of {type(network).__name__} cannot be run one by one: {reason}.")
 
 
 def argument(args: Sequence[Any], kwargs: Mapping[str, Any], path: Argument) -> Any:
+    """The argument at this place, or of this name; None where there is none."""
     if isinstance(path, str):
         return kwargs.get(path)
     return args[path] if path < len(args) else None

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from prunella.cli import console
-from prunella.cli.console import clock, print_table, track, watcher
+from prunella.cli.console import clock, meter, print_table, track
 
 
 @pytest.fixture
@@ -40,15 +40,15 @@ def test_what_is_quick_is_not_told(time: Any, capsys: Any) -> None:
 
 
 def test_training_is_timed_from_its_first_step(time: Any, capsys: Any) -> None:
-    with watcher() as watch:
+    with meter() as tell:
         time[0] += 3600  # pruning, say
-        watch(1, 101, None)
+        tell(1, 101, None)
         time[0] += 20
-        watch(11, 101, 3.25)
+        tell(11, 101, 3.25)
         time[0] += 3600
-        watch(1, 101, 4.0)  # another round
+        tell(1, 101, 4.0)  # another round
         time[0] += 20
-        watch(2, 101, None)
+        tell(2, 101, None)
     assert capsys.readouterr().err.splitlines() == [
         "prunella: healing: 11 of 101 steps, loss 3.250, 0:20 elapsed, 3:00 left",
         "prunella: healing: 2 of 101 steps, 0:20 elapsed, 33:00 left",
@@ -66,14 +66,14 @@ def test_a_terminal_has_a_bar_for_each_loop_and_none_is_left_running(monkeypatch
     shown = io.StringIO()
     terminal = Console(file=shown, force_terminal=True, force_interactive=True, width=100)
     monkeypatch.setattr(console, "err", terminal)
-    with watcher() as watch:
+    with meter() as tell:
         for _ in track(range(3), "pruning", 3):
             pass
         for step in (1, 2):
-            watch(step, 2, 1.5)
+            tell(step, 2, 1.5)
         for _ in track(range(3), "evaluating", 3):
             pass
-        watch(1, 2, None)
+        tell(1, 2, None)
     assert all(word in shown.getvalue() for word in ("pruning", "3/3", "healing", "2/2", "loss 1.500", "evaluating"))
     assert not terminal._live_stack
 

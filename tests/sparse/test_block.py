@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 import prunella
 from prunella.packing import pack_model
 from prunella.sparse import block, kernels
-from prunella.sparse.bench import packed_copy, random_packed
+from prunella.sparse.bench import packed_copy
 from prunella.sparse.block import FusedBlock, Stack, slow_down, speed_up
-from prunella.sparse.format import unpack
+from prunella.sparse.format import Packed, pack, unpack
 from prunella.sparse.placed import Weights
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="the C kernels were not compiled")
@@ -520,7 +520,12 @@ def test_without_kernels_a_model_from_elsewhere_runs(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("tile", [1 << 26, 2 * 64 * 2])
 def test_the_gradient_of_a_bare_product(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "TILE", tile)
-    one, two = (random_packed(6, 64, 0.5) for _ in range(2))
+
+    def random() -> Packed:
+        mask_OI = torch.rand(6, 64) < 0.5
+        return pack(torch.randn(6, 64).bfloat16() * mask_OI, mask_OI)
+
+    one, two = random(), random()
     x = torch.randn(20, 64).bfloat16().requires_grad_()
     y = kernels.sparse_linear(x, one.mask, one.offsets, one.values, None, 64, 0)
     kernels.sparse_linear(x, two.mask, two.offsets, two.values * 2, None, 64, 0)

@@ -80,7 +80,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         (torch.randn(1, 300), rounded.values.T.contiguous().T, rounded.scales, 128),
     ):
         with pytest.raises(ValueError, match="do not fit"):
-            kernels._rounded_linear_cpu(x, values, scales, group)
+            kernels.rounded_linear(x, values, scales, group)
 
 
 @pytest.mark.parametrize(

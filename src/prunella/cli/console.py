@@ -50,55 +50,51 @@ def print_table(
 
 
 def track(items: Iterable[int], description: str, total: int) -> Iterator[int]:
-    """Progress over blocks: a bar with the time left in a terminal, else a line now and then."""
-    if err.is_interactive:
-        with _bar("blocks") as progress:
-            yield from progress.track(items, total=total, description=f"{description:<12}")
-        return
-    lines = Lines(description, "blocks", first=0)
-    for done, item in enumerate(items, 1):
-        yield item
-        lines.at(done, total)
+    """Progress over blocks."""
+    with meter(description, "blocks") as tell:
+        tell(0, total, None)
+        for done, item in enumerate(items, 1):
+            yield item
+            tell(done, total, None)
 
 
 @contextlib.contextmanager
-def watcher() -> Iterator[Callable[[int, int, float | None], None]]:
-    """Progress of training steps, with the loss; it begins with the first step."""
-    if not err.is_interactive:
-        lines = Lines("healing", "steps")
-        yield lambda step, steps, loss: lines.at(step, steps, "" if loss is None else f", loss {loss:.3f}")
-        return
-    bar: Progress | None = None
+def meter(what: str = "healing", units: str = "steps") -> Iterator[Callable[[int, int, float | None], None]]:
+    """Progress, by a function that is told how much is done, of how much, with what loss. In a terminal it is a bar
+    with the time left, from the first call to the last; else a line now and then."""
+    lines, bar = Lines(what, units), None
 
-    def watch(step: int, steps: int, loss: float | None) -> None:
+    def tell(done: int, total: int, loss: float | None) -> None:
         nonlocal bar
+        about = "" if loss is None else f", loss {loss:.3f}"
+        if not err.is_interactive:
+            return lines.at(done, total, about)
         if bar is None:
-            bar = _bar("steps, loss {task.fields[loss]}")
-            bar.add_task(f"{'healing':<12}", total=steps, loss="")
+            bar = _bar(units)
+            bar.add_task(f"{what:<12}", total=total, about="")
             bar.start()
-        bar.update(bar.task_ids[0], completed=step, total=steps, loss="" if loss is None else f"{loss:.3f}")
-        if step == steps:  # what follows may have a bar of its own
+        bar.update(bar.task_ids[0], completed=done, total=total, about=about)
+        if done == total:  # what follows may have a bar of its own
             bar.stop()
             bar = None
+        return None
 
     try:
-        yield watch
+        yield tell
     finally:
         if bar is not None:
             bar.stop()
 
 
 class Lines:
-    """Progress where nothing can be drawn over, in a log or a pipe: plain lines, ten seconds apart or more.
+    """Progress where nothing can be drawn over, in a log or a pipe: plain lines, ten seconds apart or more. The clock
+    starts when it is first told what is done."""
 
-    first: what is done when the clock starts; None: it starts when it is first told what is done
-    """
+    def __init__(self, what: str, units: str):
+        self.what, self.units = what, units
+        self.first: int | None = None
 
-    def __init__(self, what: str, units: str, first: int | None = None):
-        self.what, self.units, self.first = what, units, first
-        self.start = self.last = time.monotonic()
-
-    def at(self, done: int, total: int, about: str = "") -> None:
+    def at(self, done: int, total: int, about: str) -> None:
         """Tell that `done` of `total` are done; prints no more than a line in ten seconds."""
         now = time.monotonic()
         if self.first is None or done <= self.first:
@@ -131,7 +127,7 @@ def _bar(units: str) -> Progress:
         TextColumn("{task.description}", markup=False),
         *([BarColumn()] if err.width >= 80 else []),  # the time left goes before it
         MofNCompleteColumn(),
-        TextColumn(f"{units}, elapsed", markup=False),
+        TextColumn(units + "{task.fields[about]}, elapsed", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import command, say
 from .app import MAKING, app
-from .console import print_table, track, watcher
+from .console import meter, print_table, track
 from .options import (
     HEALING,
     MAIN,
@@ -62,8 +62,8 @@ def prune(
     settings = settings_of(given)
     settings += [f"sparsity.{item}" if "=" in item else f"sparsity.*={item}" for item in sparsity]
     wanted = Recipe.of(override(values, [*settings, *extra]))
-    with watcher() as watch:
-        report = run(model, wanted, output=output, resume=resume, track=track, watch=watch, **opening, **trust)
+    with meter() as tell:
+        report = run(model, wanted, output=output, resume=resume, track=track, watch=tell, **opening, **trust)
     if wanted.heal.train and not report.healing:
         return  # one of several processes, and not the first
     if json_:
@@ -99,8 +99,8 @@ def heal(
 
     values, extra = _plan(given)
     wanted = Recipe.of(override(calibrated(directory, values), [*settings_of(given), *extra]))
-    with watcher() as watch:
-        report = run(directory, wanted, output=output, resume=resume, track=track, watch=watch, **trust)
+    with meter() as tell:
+        report = run(directory, wanted, output=output, resume=resume, track=track, watch=tell, **trust)
     if not report.healing:
         return  # one of several processes, and not the first
     if json_:

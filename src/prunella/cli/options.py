@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
@@ -66,10 +67,22 @@ def ask(group: str, words: str, key: str, help: str, default: Any = None, **sett
     return Option(key, kind, of(group, words, help, autocompletion=known, **settings), default)
 
 
+def table(text: str) -> tuple[Option, ...]:
+    """Options by their groups in the help, `key: words`, two spaces, what it is; a line that is indented goes on."""
+    group, found = "", []
+    for line in re.sub(r"\n +", "  ", text).strip().splitlines():
+        key, colon, rest = line.partition(": -")
+        if colon:
+            words, _, help = rest.partition("  ")
+            found.append(ask(group, "-" + words, key, " ".join(help.split())))
+        else:
+            group = line
+    return tuple(found)
+
+
 def instead(options: Iterable[Option], *others: Option) -> tuple[Option, ...]:
-    """The options, some of them replaced by others with the same keys."""
-    by_key = {option.key: option for option in others}
-    return tuple(by_key.get(option.key, option) for option in options)
+    """The options, some of them replaced by others with the same keys; those with new keys come last."""
+    return tuple(({option.key: option for option in options} | {option.key: option for option in others}).values())
 
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:
@@ -170,157 +183,85 @@ ROUNDING = (
     ),
     ask(SAVE, "--round-head", "head", "Round the embedding and the output head to 8 bits."),
 )
-BOS = ask(
-    MEASURE,
-    "--bos/--no-bos",
-    "bos",
-    "Whether each window begins with a BOS where the tokenizer puts one before a text. [default: it does]",
-)
 
 # ---------------------------------------------------------------------------------------------------------
 # Of a recipe, for prune, heal and sweep: what is not given is the recipe's
 
-_MEASURING = (
-    ask(
-        MEASURE,
-        "--evaluate TEXT",
-        "evaluate.source",
-        "Text for the perplexities before and after, as for --calibration; or none. [default: pydoc]",
-    ),
-    ask(MEASURE, "--windows N", "evaluate.windows", "Windows of that text. [default: 8]"),
-    BOS,
+PRUNING = table(f"""
+What to prune, and how
+steps: --step NAME …
+    A step, or your own: file.py:name; repeat for several in a row. `prunella methods` lists them. [default: sparsegpt]
+task: --task NAME  What the network is for, or your own: file.py:name. [default: text, a causal language model]
+sparsity: --sparsity SHARE …  Share to prune, or LAYERS=SHARE for some layers; repeat. [default: 0.5]
+pattern: --pattern PATTERN  unstructured, N:M (N kept of M) or RxC blocks. [default: unstructured]
+skip: --skip LAYERS …  Layers that stay dense, by name pattern; repeat.
+keep_zeros: --keep-zeros  Zeros that the model comes with stay, and count.
+allocate: --allocate NAME  How sparsity is spread over layers. [default: uniform]
+order: --order block|layer|back
+    block: statistics of the dense block; layer: of what each layer really sees; back: with gradients.
+    [default: by memory and steps]
+Calibration
+calibration.source: --calibration TEXT  Where statistics come from: {SOURCES}. [default: pydoc]
+calibration.samples: --samples N  Windows of calibration text. [default: 32]
+calibration.length: --length TOKENS  Tokens in a window. [default: 2048, or the model's context]
+Healing
+heal.train: --heal NAME …  Retrain afterwards: what trains; repeat. `prunella methods` lists them. [default: nothing]
+Measuring
+evaluate.source: --evaluate TEXT
+    Text for the perplexities before and after, as for --calibration; or none. [default: pydoc]
+evaluate.windows: --windows N  Windows of that text. [default: 8]
+bos: --bos/--no-bos
+    Whether each window begins with a BOS where the tokenizer puts one before a text. [default: it does]
+What is saved
+format: --format dense|packed  packed: saved without the zeros; or a store of your own, FILE.py:NAME. [default: dense]
+bits: --bits 8|4  With packed: round weights to so many bits.
+group: --group INPUTS  Inputs that share a scale; 0: whole rows. [default: 128]
+round_head: --round-head  With packed: embedding and output head in 8 bits.
+dtype: --dtype DTYPE  Compute and save in float32, bfloat16 or float16. [default: as stored]
+The run
+recipe: --recipe RECIPE  fast, balanced, best, healed-50, or a YAML file; flags go before it.
+set: --set KEY=VALUE …  Any recipe key, or an option of a step; repeat.
+device: --device DEVICE  cpu, cuda, cuda:1 … [default: cuda where there is one]
+seed: --seed N  Seed of everything random. [default: 0]
+""")
+SWEEPING = instead(
+    PRUNING,
+    *table("""
+What to prune, and how
+steps: --step NAME[+NAME] …  Steps of some cells, such as wanda+update; repeat for more cells. [default: sparsegpt]
+sparsity: --sparsity SHARE …
+    Share to prune; repeat for more cells. LAYERS=SHARE holds for some layers of all cells. [default: 0.5]
+pattern: --pattern PATTERN …
+    unstructured, N:M (N kept of M) or RxC blocks; repeat for more cells. [default: unstructured]
+allocate: --allocate NAME …  How sparsity is spread over layers; repeat for more cells. [default: uniform]
+grid: --grid KEY=[VALUE, …] …  Values for any other recipe key; repeat.
+Measuring
+evaluate.source: --text --evaluate TEXT …  Text to measure perplexity on, as for --calibration; repeat. [default: pydoc]
+The run
+recipe: --recipe FILE  A YAML file: a recipe, and under `grid` lists of values for its keys.
+set: --set KEY=VALUE …  A recipe key, for all cells; repeat.
+"""),
 )
-_RUNNING = (
-    ask(RUN, "--recipe RECIPE", "recipe", "fast, balanced, best, healed-50, or a YAML file; flags go before it."),
-    ask(RUN, "--set KEY=VALUE …", "set", "Any recipe key, or an option of a step; repeat."),
-    ask(RUN, "--device DEVICE", "device", "cpu, cuda, cuda:1 … [default: cuda where there is one]"),
-    ask(RUN, "--seed N", "seed", "Seed of everything random. [default: 0]"),
-)
-PRUNING = (
-    ask(
-        WHAT,
-        "--step NAME …",
-        "steps",
-        "A step, or your own: file.py:name; repeat for several in a row. `prunella methods` lists them."
-        " [default: sparsegpt]",
-    ),
-    ask(
-        WHAT,
-        "--task NAME",
-        "task",
-        "What the network is for, or your own: file.py:name. [default: text, a causal language model]",
-    ),
-    ask(
-        WHAT,
-        "--sparsity SHARE …",
-        "sparsity",
-        "Share to prune, or LAYERS=SHARE for some layers; repeat. [default: 0.5]",
-    ),
-    ask(WHAT, "--pattern PATTERN", "pattern", "unstructured, N:M (N kept of M) or RxC blocks. [default: unstructured]"),
-    ask(WHAT, "--skip LAYERS …", "skip", "Layers that stay dense, by name pattern; repeat."),
-    ask(WHAT, "--keep-zeros", "keep_zeros", "Zeros that the model comes with stay, and count."),
-    ask(WHAT, "--allocate NAME", "allocate", "How sparsity is spread over layers. [default: uniform]"),
-    ask(
-        WHAT,
-        "--order block|layer|back",
-        "order",
-        "block: statistics of the dense block; layer: of what each layer really sees; back: with gradients."
-        " [default: by memory and steps]",
-    ),
-    ask(TEXT, "--calibration TEXT", "calibration.source", f"Where statistics come from: {SOURCES}. [default: pydoc]"),
-    ask(TEXT, "--samples N", "calibration.samples", "Windows of calibration text. [default: 32]"),
-    ask(TEXT, "--length TOKENS", "calibration.length", "Tokens in a window. [default: 2048, or the model's context]"),
-    ask(
-        HEAL,
-        "--heal NAME …",
-        "heal.train",
-        "Retrain afterwards: what trains; repeat. `prunella methods` lists them. [default: nothing]",
-    ),
-    *_MEASURING,
-    ask(
-        SAVE,
-        "--format dense|packed",
-        "format",
-        "packed: saved without the zeros; or a store of your own, FILE.py:NAME. [default: dense]",
-    ),
-    ask(SAVE, "--bits 8|4", "bits", "With packed: round weights to so many bits."),
-    ask(SAVE, "--group INPUTS", "group", "Inputs that share a scale; 0: whole rows. [default: 128]"),
-    ask(SAVE, "--round-head", "round_head", "With packed: embedding and output head in 8 bits."),
-    ask(SAVE, "--dtype DTYPE", "dtype", "Compute and save in float32, bfloat16 or float16. [default: as stored]"),
-    *_RUNNING,
-)
-SWEEPING = (
-    *instead(
-        PRUNING,
-        ask(
-            WHAT,
-            "--step NAME[+NAME] …",
-            "steps",
-            "Steps of some cells, such as wanda+update; repeat for more cells. [default: sparsegpt]",
-        ),
-        ask(
-            WHAT,
-            "--sparsity SHARE …",
-            "sparsity",
-            "Share to prune; repeat for more cells. LAYERS=SHARE holds for some layers of all cells. [default: 0.5]",
-        ),
-        ask(
-            WHAT,
-            "--pattern PATTERN …",
-            "pattern",
-            "unstructured, N:M (N kept of M) or RxC blocks; repeat for more cells. [default: unstructured]",
-        ),
-        ask(
-            WHAT,
-            "--allocate NAME …",
-            "allocate",
-            "How sparsity is spread over layers; repeat for more cells. [default: uniform]",
-        ),
-        ask(
-            MEASURE,
-            "--text --evaluate TEXT …",
-            "evaluate.source",
-            "Text to measure perplexity on, as for --calibration; repeat. [default: pydoc]",
-        ),
-        ask(RUN, "--recipe FILE", "recipe", "A YAML file: a recipe, and under `grid` lists of values for its keys."),
-        ask(RUN, "--set KEY=VALUE …", "set", "A recipe key, for all cells; repeat."),
-    ),
-    ask(WHAT, "--grid KEY=[VALUE, …] …", "grid", "Values for any other recipe key; repeat."),
-)
+_SHARED = ("evaluate.source", "evaluate.windows", "bos", "recipe", "set", "device", "seed")
 HEALING = (
-    ask(HEAL, "--train NAME …", "heal.train", "What trains; repeat. `prunella methods` lists it. [default: mask-lora]"),
-    ask(
-        HEAL,
-        "--way retrain|reconstruct",
-        "heal.way",
-        "retrain: the whole model on text; reconstruct: block by block, to the dense one. [default: retrain]",
-    ),
-    ask(
-        HEAL,
-        "--text TEXT …",
-        "heal.text",
-        "What to train on, as for --calibration of prune; repeat. [default: the calibration's]",
-    ),
-    ask(HEAL, "--tokens N", "heal.tokens", "Tokens to train on in all. [default: 250000]"),
-    ask(HEAL, "--length TOKENS", "heal.length", "Tokens in a window. [default: 512]"),
-    ask(HEAL, "--rate RATE", "heal.rate", "Learning rate. [default: each method's own]"),
-    ask(
-        HEAL,
-        "--distill SHARE",
-        "heal.distill",
-        "Share of the loss that follows the dense model's predictions. [default: 0]",
-    ),
-    ask(HEAL, "--dense MODEL", "heal.dense", "The dense model. [default: the one that was pruned]"),
-    ask(
-        TEXT,
-        "--calibration TEXT",
-        "calibration.source",
-        "Text for reconstruct and new-biases. [default: the pruning's]",
-    ),
-    ask(TEXT, "--samples N", "calibration.samples", "Windows of that text. [default: the pruning's]"),
-    *_MEASURING,
+    *table("""
+Healing
+heal.train: --train NAME …  What trains; repeat. `prunella methods` lists it. [default: mask-lora]
+heal.way: --way retrain|reconstruct
+    retrain: the whole model on text; reconstruct: block by block, to the dense one. [default: retrain]
+heal.text: --text TEXT …  What to train on, as for --calibration of prune; repeat. [default: the calibration's]
+heal.tokens: --tokens N  Tokens to train on in all. [default: 250000]
+heal.length: --length TOKENS  Tokens in a window. [default: 512]
+heal.rate: --rate RATE  Learning rate. [default: each method's own]
+heal.distill: --distill SHARE  Share of the loss that follows the dense model's predictions. [default: 0]
+heal.dense: --dense MODEL  The dense model. [default: the one that was pruned]
+Calibration
+calibration.source: --calibration TEXT  Text for reconstruct and new-biases. [default: the pruning's]
+calibration.samples: --samples N  Windows of that text. [default: the pruning's]
+"""),
     *instead(
-        _RUNNING, ask(RUN, "--recipe RECIPE", "recipe", "A named recipe or a YAML file; its `heal` section counts.")
+        [option for option in PRUNING if option.key in _SHARED],
+        *table("The run\nrecipe: --recipe RECIPE  A named recipe or a YAML file; its `heal` section counts."),
     ),
 )
 

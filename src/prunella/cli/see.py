@@ -12,7 +12,7 @@ import typer
 
 from .app import SEEING, app
 from .console import print_table, track
-from .options import BOS, MAIN, MEASURE, OPENING, PLACE, SOURCES, TRUST, Json, ModelName, ask, grouped, of
+from .options import MAIN, MEASURE, OPENING, PLACE, PRUNING, SOURCES, TRUST, Json, ModelName, ask, grouped, of
 
 MEASURING = (
     ask(
@@ -23,7 +23,7 @@ MEASURING = (
     ),
     ask(MEASURE, "--length TOKENS", "length", "Tokens in a window. [default: 2048, or the model's context]", min=2),
     ask(MEASURE, "--windows N", "windows", "The first so many windows. [default: all; of c4 and hf:… 256]", min=1),
-    BOS,
+    *(option for option in PRUNING if option.key == "bos"),
     ask(MEASURE, "--tasks NAMES", "tasks", "Tasks of lm-eval: arc_easy,piqa …"),
     ask(MEASURE, "--tasks-file FILE …", "files", "JSON lines with query, choices and gold, for lm-eval; repeat."),
     ask(MEASURE, "--limit N", "limit", "The first so many questions of each task. [default: all]", min=1),

@@ -14,11 +14,11 @@ from ..calibrate import all_windows, check_windows, context, with_bos
 from ..calibrate import windows as take
 from ..errors import InputError
 from ..model.network import Model
+from ..overlap import overlap
 from ..progress import Track, no_track
 from ..report import seen
 from ..tasks.text import load_model
 from .difference import difference
-from .overlap import overlap
 from .perplexity import perplexity
 
 SHARED = 0.05  # of a text's 13-grams in the calibration text: more than two texts have in common by chance

@@ -28,13 +28,13 @@ from ..errors import (
     kept,
 )
 from ..evaluate.measure import digest, held_out_windows, measure, measure_once
-from ..evaluate.overlap import fingerprint, joined
 from ..layers import Slot, find_layers, survey
 from ..lenses import wear
 from ..machine import fork_random, pick_device
 from ..model.names import named
 from ..model.network import Model
 from ..outcome import BlockResult, LayerResult
+from ..overlap import fingerprint, joined
 from ..pattern import pack
 from ..progress import Track, Watcher, no_track
 from ..recipe import Healing, Recipe

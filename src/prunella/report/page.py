@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +13,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
+from .. import tensors
 from ..errors import InputError, ModelError
 from ..histogram import SPAN
 from ..outcome import LayerResult, mean
@@ -61,17 +60,13 @@ def write_page(directory: str | Path, path: str | Path | None = None) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A file that is whole or not there. Raises InputError."""
+    """A file that is whole or not there, wherever the user wants it. Raises InputError."""
     if path.is_dir():
         raise InputError(f"'{path}' is a directory: give the name of a file.")
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        tensors.write_text(path, text)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise InputError(f"'{path}' cannot be written: {error.strerror}.") from None
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from ..errors import ModelError
-from ..evaluate.overlap import joined
 from ..layers import UNSEEN, LeftOut
 from ..outcome import LayerResult, mean
+from ..overlap import joined
 from ..save import REPORT
 
 SAMPLE = "sample of text"

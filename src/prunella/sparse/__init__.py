@@ -2,16 +2,19 @@
 
 ```
 format.py      pack and unpack one weight; the checks that every packed tensor passes
+arguments.py   its parts as the kernels take them
 kernels.py     the products as torch operators: C where it was compiled, else plain torch
 gpu.py         the same products in Triton, for GPUs
-semi.py        2:4 weights on sparse tensor cores
 linear.py      the modules that hold packed weights
+rounded.py     embeddings and heads in 8 bits, nothing left out
+semi.py        2:4 weights on sparse tensor cores
+block.py       one token through whole blocks in C; placed.py knows where their weights lie, cache.py has the room
 quantizer.py   how transformers loads and saves them
-commands.py    whole models: pack, unpack, bench
+bench.py       how fast it is
 csrc/          the source of the compiled kernels, which native.py finds
 ```
 """
 
-from prunella_hook import register as _register
+from prunella_hook import register as _register  # outside of the package, so that torch can call it without a cost
 
 _register()  # it has been, where torch calls what is installed beside it

@@ -15,35 +15,30 @@ from ..compat import quiet_transformers
 from ..errors import InputError, unknown
 from ..model.names import find_directory
 from .block import settle
-from .format import SPAN, Packed, check_options, pack, round_weight
+from .format import SPAN, check_options, pack, round_weight
 from .kernels import instructions, read_bandwidth, resident
 from .linear import DenseLinear, SparseLinear
 from .rounded import RoundedEmbedding, TiedHead, heads, put
 
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+def _llama(*sizes: int, tied: bool) -> dict[str, Any]:
+    return {"model_type": "llama", **dict(zip(_SIZES, sizes, strict=True)), "tie_word_embeddings": tied}
+
+
 # Shapes to measure without weights: speed does not depend on them.
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-1b": {
-        "model_type": "llama",
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "model_type": "llama",
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 1024,
-        "max_position_embeddings": 2048,
-    },
+SHAPES = {
+    "llama-1b": _llama(2048, 8192, 16, 32, 8, 128256, 131072, tied=True),
+    "tiny": _llama(256, 512, 2, 4, 2, 1024, 2048, tied=False),
 }
 
 
@@ -103,30 +98,24 @@ def bench(
 
 
 def _pair(
-    model: str | nn.Module | None,
-    random: str | None,
-    sparsity: float,
-    bits: int | None,
-    group: int,
-    head: bool = False,
+    model: str | nn.Module | None, random: str | None, sparsity: float, bits: int | None, group: int, head: bool
 ) -> tuple[nn.Module, nn.Module]:
     """The dense network and the packed one. What is not packed they share."""
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers():
         if random is not None:
-            dense = random_network(random)
+            network = random_network(random)
         elif isinstance(model, nn.Module):
-            dense = _shallow(model)
+            network = _shallow(model)
         else:
-            dense = AutoModelForCausalLM.from_pretrained(find_directory(str(model)), dtype="auto")
-    if any(isinstance(module, SparseLinear) for module in dense.modules()):
-        packed = dense
-        dense = _shallow(packed)
-        dense.dequantize()
-        dense.set_attn_implementation("sdpa")
-        return dense, packed
-    return dense, packed_copy(dense, sparsity if random is not None else None, bits, group, head)
+            network = AutoModelForCausalLM.from_pretrained(find_directory(str(model)), dtype="auto")
+    if not any(isinstance(module, SparseLinear) for module in network.modules()):
+        return network, packed_copy(network, sparsity if random is not None else None, bits, group, head)
+    dense = _shallow(network)
+    dense.dequantize()
+    dense.set_attn_implementation("sdpa")
+    return dense, network
 
 
 def packed_copy(
@@ -185,9 +174,8 @@ def _shallow(network: Any) -> Any:
     memo: dict[int, Any] = {}
     for tensor in (*network.parameters(), *network.buffers()):
         here = tensor.detach().cpu() if tensor.device.type != "cpu" else tensor
-        memo[id(tensor)] = (
-            nn.Parameter(here, False) if isinstance(tensor, nn.Parameter) and here is not tensor else here
-        )
+        moved = isinstance(tensor, nn.Parameter) and here is not tensor
+        memo[id(tensor)] = nn.Parameter(here, False) if moved else here
     return copy.deepcopy(network, memo)
 
 
@@ -269,15 +257,3 @@ def _sparsity(network: Any) -> float:
             kept += int(module.weight_offsets[-1])
             total += module.in_features * module.out_features
     return 1 - kept / total
-
-
-def random_packed(rows: int, columns: int, sparsity: float, bits: int | None = None, nm: bool = False) -> Packed:
-    """A random bfloat16 weight at this sparsity (or 2:4), packed: something to time kernels on."""
-    generator = torch.Generator().manual_seed(0)
-    weight_OI = torch.randn(rows, columns, generator=generator).to(torch.bfloat16)
-    if nm:
-        order = torch.rand(rows, columns // 4, 4, generator=generator).argsort(-1).argsort(-1)
-        mask_OI = (order < 2).view(rows, columns)
-    else:
-        mask_OI = torch.rand(rows, columns, generator=generator) >= sparsity
-    return pack(weight_OI * mask_OI, mask_OI, bits)

@@ -16,7 +16,7 @@ import ctypes
 import functools
 import mmap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -28,7 +28,7 @@ from .. import native
 from ..errors import InputError, say, unknown
 from ..fast import differentiable
 from .arguments import KINDS, rounded_arguments, rows_of_tile, sparse_arguments
-from .format import Packed, Rounded, unpack
+from .format import FLOATS, Packed, Rounded, unpack
 
 FEW = 16  # up to so many tokens a row is multiplied as it is expanded
 TILE = 1 << 26  # bytes of dense weights that are expanded at a time for more: torch's product likes large ones best
@@ -112,24 +112,6 @@ def resident(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
 # ---------------------------------------------------------------------------------------------------------
 # Operators
 
-# Defined by hand and not by torch.library.custom_op, whose wrapper costs more than a small product does.
-_operators: Any = torch.library.Library("prunella", "DEF")  # type: ignore[no-untyped-call]
-_operators.define(
-    "sparse_linear(Tensor x, Tensor mask, Tensor offsets, Tensor values, Tensor? scales, int columns, int group)"
-    " -> Tensor"
-)
-_operators.define("rounded_linear(Tensor x, Tensor values, Tensor scales, int group) -> Tensor")
-_operators.define("dense_linear(Tensor x, Tensor weight) -> Tensor")
-
-
-def _sparse_linear_cpu(
-    x: Tensor, mask: Tensor, offsets: Tensor, values: Tensor, scales: Tensor | None, columns: int, group: int
-) -> Tensor:
-    kernels = library()
-    if kernels is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return _sparse_linear(x, mask, offsets, values, scales, columns, group)
-    return _multiply(kernels, x, sparse_arguments(x, mask, offsets, values, scales, columns, group))
-
 
 def _multiply(kernels: ctypes.CDLL, x: Tensor, weight: tuple[Any, ...]) -> Tensor:
     """x W^T for a weight as the C functions take it."""
@@ -170,10 +152,44 @@ def _kept_tile(size: int) -> Tensor:
     return _kept.tile[:size]
 
 
-def _sparse_linear(
+def _sparse(
     x: Tensor, mask: Tensor, offsets: Tensor, values: Tensor, scales: Tensor | None, columns: int, group: int
 ) -> Tensor:
+    """x W^T by torch."""
     return functional.linear(x, unpack(Packed(mask, offsets, values, scales, columns, group), x.dtype))
+
+
+def _rounded(x: Tensor, values: Tensor, scales: Tensor, group: int) -> Tensor:
+    """x W^T by torch."""
+    rows, columns = values.shape
+    step = rows_of_tile(rows, columns, x, TILE)
+    tiles = [Rounded(values[r : r + step], scales[r : r + step], group) for r in range(0, rows, step)]
+    return torch.cat([functional.linear(x, tile.dense(x.dtype)) for tile in tiles], -1)
+
+
+def _on_cpu(by_torch: Callable[..., Tensor], arguments: Callable[..., tuple[Any, ...]], values: int) -> Any:
+    """The operator in C, for a weight of these parts, of which number `values` has the values."""
+
+    def run(x: Tensor, *parts: Any) -> Tensor:
+        kernels = library()
+        if kernels is None or x.dtype not in FLOATS or not parts[values].numel():
+            return by_torch(x, *parts)
+        return _multiply(kernels, x, arguments(x, *parts))
+
+    return run
+
+
+def _on_gpu(by_torch: Callable[..., Tensor], name: str, values: int) -> Any:
+    """The operator in Triton."""
+
+    def run(x: Tensor, *parts: Any) -> Tensor:
+        gpu = _gpu()
+        if gpu is None or x.dtype not in FLOATS or not parts[values].numel():
+            return by_torch(x, *parts)
+        y: Tensor = getattr(gpu, name)(x, *parts)
+        return y
+
+    return run
 
 
 @functools.cache
@@ -185,38 +201,6 @@ def _gpu() -> ModuleType | None:
         say("Triton is not installed (it comes with PyTorch for CUDA): packed models run slowly on this GPU")
         return None
     return gpu
-
-
-def _sparse_linear_gpu(
-    x: Tensor, mask: Tensor, offsets: Tensor, values: Tensor, scales: Tensor | None, columns: int, group: int
-) -> Tensor:
-    gpu = _gpu()
-    if gpu is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return _sparse_linear(x, mask, offsets, values, scales, columns, group)
-    y: Tensor = gpu.sparse_linear(x, mask, offsets, values, scales, columns, group)
-    return y
-
-
-def _rounded_linear(x: Tensor, values: Tensor, scales: Tensor, group: int) -> Tensor:
-    rows, columns = values.shape
-    step = rows_of_tile(rows, columns, x, TILE)
-    tiles = [Rounded(values[r : r + step], scales[r : r + step], group) for r in range(0, rows, step)]
-    return torch.cat([functional.linear(x, tile.dense(x.dtype)) for tile in tiles], -1)
-
-
-def _rounded_linear_cpu(x: Tensor, values: Tensor, scales: Tensor, group: int) -> Tensor:
-    kernels = library()
-    if kernels is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not values.numel():
-        return _rounded_linear(x, values, scales, group)
-    return _multiply(kernels, x, rounded_arguments(x, values, scales, group))
-
-
-def _rounded_linear_gpu(x: Tensor, values: Tensor, scales: Tensor, group: int) -> Tensor:
-    gpu = _gpu()
-    if gpu is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not values.numel():
-        return _rounded_linear(x, values, scales, group)
-    y: Tensor = gpu.rounded_linear(x, values, scales, group)
-    return y
 
 
 def _dense_linear_cpu(x: Tensor, weight: Tensor) -> Tensor:
@@ -243,6 +227,12 @@ def _dense_linear_cpu(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
+def _shape(x: Tensor, first: Tensor, *parts: Any) -> Tensor:
+    """What the product is like: the second of a sparse weight's parts has one entry more than rows."""
+    rows = parts[0].shape[0] - 1 if len(parts) > 2 else first.shape[0]
+    return x.new_empty((*x.shape[:-1], rows))
+
+
 def succeed(code: int) -> None:
     """What a C function returned. Raises MemoryError."""
     if code == -2:
@@ -250,34 +240,29 @@ def succeed(code: int) -> None:
     assert code == 0, code
 
 
-_operators.impl("sparse_linear", _sparse_linear, "CompositeExplicitAutograd")
-_operators.impl("sparse_linear", _sparse_linear_cpu, "CPU")
-_operators.impl("sparse_linear", _sparse_linear_gpu, "CUDA")
-_operators.impl("rounded_linear", _rounded_linear, "CompositeExplicitAutograd")
-_operators.impl("rounded_linear", _rounded_linear_cpu, "CPU")
-_operators.impl("rounded_linear", _rounded_linear_gpu, "CUDA")
-_operators.impl("dense_linear", functional.linear, "CompositeExplicitAutograd")
-_operators.impl("dense_linear", _dense_linear_cpu, "CPU")
-for _name in ("sparse_linear", "rounded_linear", "dense_linear"):  # autograd sees what they are made of
-    _operators.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-
-
-@torch.library.register_fake("prunella::sparse_linear", lib=_operators)  # type: ignore[untyped-decorator]
-def _(
-    x: Tensor, mask: Tensor, offsets: Tensor, values: Tensor, scales: Tensor | None, columns: int, group: int
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], offsets.shape[0] - 1))
-
-
-@torch.library.register_fake("prunella::rounded_linear", lib=_operators)  # type: ignore[untyped-decorator]
-def _(x: Tensor, values: Tensor, scales: Tensor, group: int) -> Tensor:
-    return x.new_empty((*x.shape[:-1], values.shape[0]))
-
-
-@torch.library.register_fake("prunella::dense_linear", lib=_operators)  # type: ignore[untyped-decorator]
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
+# Defined by hand and not by torch.library.custom_op, whose wrapper costs more than a small product does. Of each: its
+# arguments, the way of torch, and the ways of processors.
+_OPERATORS: dict[str, tuple[str, Callable[..., Tensor], dict[str, Any]]] = {
+    "sparse_linear": (
+        "Tensor x, Tensor mask, Tensor offsets, Tensor values, Tensor? scales, int columns, int group",
+        _sparse,
+        {"CPU": _on_cpu(_sparse, sparse_arguments, 2), "CUDA": _on_gpu(_sparse, "sparse_linear", 2)},
+    ),
+    "rounded_linear": (
+        "Tensor x, Tensor values, Tensor scales, int group",
+        _rounded,
+        {"CPU": _on_cpu(_rounded, rounded_arguments, 0), "CUDA": _on_gpu(_rounded, "rounded_linear", 0)},
+    ),
+    "dense_linear": ("Tensor x, Tensor weight", functional.linear, {"CPU": _dense_linear_cpu}),
+}
+_library: Any = torch.library.Library("prunella", "DEF")  # type: ignore[no-untyped-call]
+for _name, (_takes, _by_torch, _ways) in _OPERATORS.items():
+    _library.define(f"{_name}({_takes}) -> Tensor")
+    _library.impl(_name, _by_torch, "CompositeExplicitAutograd")
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # which sees what they are made of
+    for _device, _way in _ways.items():
+        _library.impl(_name, _way, _device)
+    torch.library.register_fake(f"prunella::{_name}", _shape, lib=_library)
 
 sparse_linear = torch.ops.prunella.sparse_linear
 rounded_linear = torch.ops.prunella.rounded_linear

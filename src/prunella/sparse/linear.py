@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ModelError
-from .format import Packed, expected, of_parts, unpack
+from .format import Packed, Rounded, of_parts, unpack
 from .kernels import dense_linear, sparse_linear
 
 
@@ -34,6 +34,14 @@ class PackedModule(nn.Module):
     weight_scales: Tensor | None
     bias: nn.Parameter | None
 
+    def __init__(self, weight: Packed | Rounded, rows: int, columns: int, bias_O: nn.Parameter | None):
+        super().__init__()
+        self.out_features, self.in_features, self.group = rows, columns, weight.group
+        for name, part in {**weight.parts(), "weight_scales": weight.scales}.items():  # None where there are none
+            self.register_buffer(name, part)
+        self.register_parameter("bias", bias_O)
+        self.training = False
+
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             y: Tensor = _Untrainable.apply(x, self)  # type: ignore[no-untyped-call]
@@ -48,6 +56,10 @@ class PackedModule(nn.Module):
         if mode:
             raise TrainingError
         return super().train(mode)
+
+    def extra_repr(self) -> str:
+        bits = {torch.int8: "int8", torch.uint8: "int4"}.get(self.weight_values.dtype, str(self.weight_values.dtype))
+        return f"in_features={self.in_features}, out_features={self.out_features}, {bits}, bias={self.bias is not None}"
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
         """As any module moves and casts, but the scales keep their dtype, which is part of the format."""
@@ -68,47 +80,21 @@ class SparseLinear(PackedModule):
     weight_offsets: Tensor
 
     def __init__(self, packed: Packed, bias_O: nn.Parameter | None = None, transposed: bool = False):
-        super().__init__()
-        self.in_features, self.out_features = packed.columns, packed.rows
-        self.group, self.transposed = packed.group, transposed
-        self.register_buffer("weight_mask", packed.mask)
-        self.register_buffer("weight_offsets", packed.offsets)
-        self.register_buffer("weight_values", packed.values)
-        self.register_buffer("weight_scales", packed.scales)
-        self.register_parameter("bias", bias_O)
-        self.training = False
-
-    @classmethod
-    def empty(
-        cls,
-        columns: int,
-        rows: int,
-        count: int,
-        values: torch.dtype,
-        group: int,
-        bias_O: nn.Parameter | None = None,
-        transposed: bool = False,
-    ) -> Self:
-        """With the sizes of what is to be loaded and no memory."""
-        bits = {torch.int8: 8, torch.uint8: 4}.get(values)
-        shapes = expected(rows, columns, count, bits, group)
-        dtypes = (torch.uint8, torch.int32, values, torch.bfloat16)
-        parts = [torch.empty(s, dtype=d, device="meta") for s, d in zip(shapes.values(), dtypes, strict=False)]
-        packed = Packed(parts[0], parts[1], parts[2], parts[3] if bits else None, columns, group if bits else 0)
-        return cls(packed, bias_O, transposed)
+        super().__init__(packed, packed.rows, packed.columns, bias_O)
+        self.transposed = transposed
 
     def packed(self, name: str = "weight") -> Packed:
         """The weight, checked. Raises ModelError, naming the tensor, if it is damaged."""
-        parts = {"weight_mask": self.weight_mask, "weight_offsets": self.weight_offsets}
-        parts["weight_values"] = self.weight_values
-        if self.weight_scales is not None:
-            parts["weight_scales"] = self.weight_scales
-        return of_parts(name, parts, self.in_features, self.group)
+        return of_parts(name, self._packed.parts(), self.in_features, self.group)
+
+    @property
+    def _packed(self) -> Packed:
+        parts = (self.weight_mask, self.weight_offsets, self.weight_values, self.weight_scales)
+        return Packed(*parts, self.in_features, self.group)
 
     @property
     def weight(self) -> Tensor:
-        parts = (self.weight_mask, self.weight_offsets, self.weight_values, self.weight_scales)
-        weight_OI = unpack(Packed(*parts, self.in_features, self.group))
+        weight_OI = unpack(self._packed)
         return weight_OI.T if self.transposed else weight_OI
 
     def product(self, x: Tensor) -> Tensor:
@@ -124,10 +110,6 @@ class SparseLinear(PackedModule):
             self.group,
         )
         return y if self.bias is None else y + self.bias
-
-    def extra_repr(self) -> str:
-        bits = {torch.int8: "int8", torch.uint8: "int4"}.get(self.weight_values.dtype, str(self.weight_values.dtype))
-        return f"in_features={self.in_features}, out_features={self.out_features}, {bits}, bias={self.bias is not None}"
 
 
 class SparseExpert(SparseLinear):

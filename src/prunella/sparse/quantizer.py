@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -22,21 +22,26 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..compat import can_set_experts, converts, may_be_there, rename, renames, tie_again, weight_mapping, with_patterns
 from ..errors import ModelError
 from ..model.checkpoint import read_header
+from ..tensors import DTYPES, FLOATS
 from .block import settle, slow_down
-from .format import FLOATS, MARK, PAD, PARTS, SPAN, VERSION, expected, parameter_name, rounded_shapes
+from .format import (
+    MARK,
+    PAD,
+    SPAN,
+    VERSION,
+    Packed,
+    Rounded,
+    expected,
+    module_names,
+    parameter_name,
+    rounded_shapes,
+)
 from .linear import DenseLinear, SparseExpert, SparseLinear
-from .rounded import RoundedEmbedding, RoundedLinear, TiedHead, empty_rounded, put
+from .rounded import RoundedEmbedding, RoundedLinear, TiedHead, put
 
 METHOD = "prunella"
+Stored = Mapping[str, tuple[str, tuple[int, ...]]]  # what the headers of files say: {tensor: (dtype code, shape)}
 _NOT_PACKED = r"(?!.*\.weight_[a-z]{4,7}$)"  # any of format.PARTS; transformers knows no groups within an assertion
-_DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "I32": torch.int32,
-}
 
 
 class PrunellaConfig(QuantizationConfigMixin):
@@ -136,9 +141,9 @@ class PrunellaQuantizer(HfQuantizer):
             module_name, module = self._find(model, name)
             columns, rows = _shape(module)
             _check_shape(name, about, (rows, columns))
-            sizes = self._sizes(name, stored, rows, columns, module.weight.dtype, *self.quantization_config.of(name))
-            transposed = not isinstance(module, nn.Linear)
-            model.set_submodule(module_name, SparseLinear.empty(columns, rows, *sizes, module.bias, transposed))
+            kind = self.quantization_config.of(name)
+            empty = _empty(name, stored, (rows, columns), module.weight.dtype, kind)
+            model.set_submodule(module_name, SparseLinear(empty, module.bias, not isinstance(module, nn.Linear)))
             self.replaced.append(module_name)
         if any(shape == MARK for _, shape in stored.values()):  # under whichever of these names, or an older one
             names = {parameter_name(*entry) for entry in self.quantization_config.modules.items()}
@@ -179,28 +184,22 @@ class PrunellaQuantizer(HfQuantizer):
             self.renamed = True
             yield from _names(model, own)
 
-    def _replace_experts(
-        self, model: Any, name: str, about: Mapping[str, Any], stored: dict[str, tuple[str, tuple[int, ...]]]
-    ) -> None:
+    def _replace_experts(self, model: Any, name: str, about: Mapping[str, Any], stored: Stored) -> None:
         """Put a list of packed experts in place of a mixture's 3-D parameter."""
         owner_name, owner, key = self._find_parameter(model, name)
         parameter = getattr(owner, key)
         transposed = bool(about.get("transposed"))
         experts, rows, columns = parameter.transpose(1, 2).shape if transposed else parameter.shape
         _check_shape(name, about, (rows, columns), experts)
-        packed = [f"{name}.{e}" for e in range(experts)]
-        options = self.quantization_config.of(name)
-        sizes = [self._sizes(one, stored, rows, columns, parameter.dtype, *options) for one in packed]
+        kind = self.quantization_config.of(name)
+        empty = [_empty(one, stored, (rows, columns), parameter.dtype, kind) for one in module_names(name, about)]
         delattr(owner, key)
-        empty = [SparseExpert.empty(columns, rows, *size, None, transposed) for size in sizes]
-        owner.add_module(key, nn.ModuleList(empty).eval())
+        owner.add_module(key, nn.ModuleList(SparseExpert(packed, None, transposed) for packed in empty).eval())
         self.replaced += [f"{owner_name}.{key}.{e}" for e in range(experts)]
         if can_set_experts(model):
             model.set_experts_implementation("eager")
 
-    def _replace_rounded(
-        self, model: Any, name: str, about: Mapping[str, Any], stored: dict[str, tuple[str, tuple[int, ...]]]
-    ) -> None:
+    def _replace_rounded(self, model: Any, name: str, about: Mapping[str, Any], stored: Stored) -> None:
         """Put a rounded embedding or output head in its place."""
         head = model.get_output_embeddings()
         try:
@@ -214,10 +213,9 @@ class PrunellaQuantizer(HfQuantizer):
         rows, columns = module.weight.shape
         _check_shape(name, about, (rows, columns))
         _, group = self.quantization_config.of(name)
-        rounded = empty_rounded(rows, columns, group if group < columns else 0)
-        codes = {"weight_values": "I8", "weight_scales": "BF16"}
-        _check_stored(name, {p: (codes[p], s) for p, s in rounded_shapes(rows, columns, rounded.group).items()}, stored)
-        put(model, module_name, rounded)
+        group = group if group < columns else 0
+        values, scales = _parts(name, stored, rounded_shapes(rows, columns, group), ("I8", "BF16"))
+        put(model, module_name, Rounded(values, scales, group))
         self.replaced.append(module_name)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
@@ -236,41 +234,10 @@ class PrunellaQuantizer(HfQuantizer):
                 out.append(entry)
         return out
 
-    def _sizes(
-        self,
-        name: str,
-        stored: dict[str, tuple[str, tuple[int, ...]]],
-        rows: int,
-        columns: int,
-        dtype: torch.dtype,
-        bits: int | None,
-        group: int,
-    ) -> tuple[int, torch.dtype, int]:
-        """The number of kept values, their dtype in memory (`dtype`, to which they are cast as they are loaded, or
-        integers), and the inputs to a scale. Raises ModelError, naming the tensor, if the header shows
-        that something is missing or has the wrong size: before anything of that size is allocated."""
-        group = group if group < columns else 0
-        values = stored.get(f"{name}.weight_values")
-        if values is None or len(values[1]) != 1:
-            raise ModelError(f"packed tensor '{name}.weight_values' is missing or has the wrong shape.")
-        code, (length,) = values
-        wanted = {None: ("F32", "BF16", "F16"), 8: ("I8",), 4: ("U8",)}[bits]
-        count = length - PAD if bits != 4 else 2 * length - PAD
-        if code not in wanted or count < 0:
-            raise ModelError(f"packed tensor '{name}.weight_values' is damaged: {length} values of type {code}.")
-        shapes = expected(rows, columns, count, bits, group)
-        codes = dict(zip(PARTS, ("U8", "I32", code, "BF16"), strict=True))
-        _check_stored(name, {part: (codes[part], shape) for part, shape in shapes.items()}, stored)
-        return count, dtype if _DTYPES[code] in FLOATS else _DTYPES[code], group
-
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name in self.replaced:
             module = model.get_submodule(name)
-            if module.weight_values.is_meta:
-                continue
-            if isinstance(module, RoundedLinear):
-                module.rounded(name)
-            else:
+            if not module.weight_values.is_meta:
                 module.packed(name)
         settle(model)
         return model
@@ -289,22 +256,16 @@ class PrunellaQuantizer(HfQuantizer):
                 weight = torch.stack([expert.weight.to(dtype) for expert in experts])
                 delattr(model.get_submodule(owner), key)
                 model.get_submodule(owner).register_parameter(key, nn.Parameter(weight))
-            elif isinstance(module, SparseLinear) and not isinstance(module, SparseExpert):
+            elif isinstance(module, RoundedEmbedding):
+                model.set_submodule(name, module.plain(dtype).eval())
+            elif isinstance(module, SparseLinear | RoundedLinear | TiedHead) and not isinstance(module, SparseExpert):
                 with torch.device("meta"):
-                    if module.transposed:
+                    if getattr(module, "transposed", False):
                         dense = Conv1D(module.out_features, module.in_features)
                     else:
                         dense = nn.Linear(module.in_features, module.out_features, module.bias is not None)
-                dense.weight = nn.Parameter(module.weight.to(dtype).contiguous())
-                dense.bias = module.bias
-                model.set_submodule(name, dense.eval())
-            elif isinstance(module, RoundedEmbedding):
-                model.set_submodule(name, module.plain(dtype).eval())
-            elif isinstance(module, RoundedLinear | TiedHead):
-                with torch.device("meta"):
-                    dense = nn.Linear(module.in_features, module.out_features, module.bias is not None)
-                if isinstance(module, RoundedLinear):  # a tied one gets the embedding's
-                    dense.weight = nn.Parameter(module.weight.to(dtype))
+                if not isinstance(module, TiedHead):  # which gets the embedding's
+                    dense.weight = nn.Parameter(module.weight.to(dtype).contiguous())
                 dense.bias = module.bias
                 model.set_submodule(name, dense.eval())
             elif isinstance(module, DenseLinear):
@@ -317,19 +278,38 @@ AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = PrunellaConfig  # in place of what pr
 AUTO_QUANTIZER_MAPPING[METHOD] = PrunellaQuantizer
 
 
-def _check_stored(
-    name: str,
-    wanted: Mapping[str, tuple[str, tuple[int, ...]]],
-    stored: Mapping[str, tuple[str, tuple[int, ...]]],
-) -> None:
-    """Raises ModelError, naming the tensor, where the files hold something else than these parts of a weight."""
-    for part, want in wanted.items():
+def _empty(
+    name: str, stored: Stored, shape: tuple[int, int], dtype: torch.dtype, kind: tuple[int | None, int]
+) -> Packed:
+    """A packed weight of this shape (O, I) without memory, its values in the dtype that they will have: `dtype`, or
+    integers. Raises ModelError, naming the tensor, if the headers of the files show that something is missing or has
+    the wrong size: before anything of that size is allocated."""
+    (rows, columns), (bits, group) = shape, kind
+    values = stored.get(f"{name}.weight_values")
+    if values is None or len(values[1]) != 1:
+        raise ModelError(f"packed tensor '{name}.weight_values' is missing or has the wrong shape.")
+    code, (length,) = values
+    count = length - PAD if bits != 4 else 2 * length - PAD
+    if code not in {None: FLOATS, 8: {"I8"}, 4: {"U8"}}[bits] or count < 0:
+        raise ModelError(f"packed tensor '{name}.weight_values' is damaged: {length} values of type {code}.")
+    group = group if bits and group < columns else 0
+    shapes = expected(rows, columns, count, bits, group)
+    mask, offsets, kept, *scales = _parts(name, stored, shapes, ("U8", "I32", code, "BF16"))
+    return Packed(mask, offsets, kept if bits else kept.to(dtype), scales[0] if bits else None, columns, group)
+
+
+def _parts(name: str, stored: Stored, shapes: Mapping[str, tuple[int, ...]], codes: Sequence[str]) -> list[Tensor]:
+    """The parts of a weight without memory. Raises ModelError, naming the tensor, where the files hold others."""
+    parts = []
+    for (part, shape), code in zip(shapes.items(), codes, strict=False):
         found = stored.get(f"{name}.{part}")
-        if found != want:
+        if found != (code, shape):
             raise ModelError(
                 f"packed tensor '{name}.{part}' is {'missing' if found is None else f'{found[0]} {found[1]}'}, but"
-                f" the model wants {want[0]} {want[1]}. Pack the model again."
+                f" the model wants {code} {shape}. Pack the model again."
             )
+        parts.append(torch.empty(shape, dtype=DTYPES[code], device="meta"))
+    return parts
 
 
 def _check_bits(bits: Any, group: Any) -> None:

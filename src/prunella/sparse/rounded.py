@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..compat import set_tied
 from ..errors import InputError
-from .format import Rounded, rounded_of_parts, rounded_shapes
+from .format import Rounded, rounded_of_parts
 from .kernels import rounded_linear
 from .linear import PackedModule
 
@@ -20,29 +20,24 @@ class RoundedLinear(PackedModule):
     weight_scales: Tensor
 
     def __init__(self, rounded: Rounded, bias_O: nn.Parameter | None = None):
-        super().__init__()
-        self.out_features, self.in_features = rounded.values.shape
-        self.group = rounded.group
-        self.register_buffer("weight_values", rounded.values)
-        self.register_buffer("weight_scales", rounded.scales)
-        self.register_parameter("bias", bias_O)
-        self.training = False
+        rows, columns = rounded.values.shape
+        super().__init__(rounded, rows, columns, bias_O)
 
-    def rounded(self, name: str = "weight") -> Rounded:
+    def packed(self, name: str = "weight") -> Rounded:
         """The weight, checked. Raises ModelError, naming the tensor, if it is damaged."""
-        parts = {"weight_values": self.weight_values, "weight_scales": self.weight_scales}
-        return rounded_of_parts(name, parts, (self.out_features, self.in_features), self.group)
+        return rounded_of_parts(name, self._packed.parts(), (self.out_features, self.in_features), self.group)
+
+    @property
+    def _packed(self) -> Rounded:
+        return Rounded(self.weight_values, self.weight_scales, self.group)
 
     @property
     def weight(self) -> Tensor:
-        return Rounded(self.weight_values, self.weight_scales, self.group).dense(torch.bfloat16)
+        return self._packed.dense(torch.bfloat16)
 
     def product(self, x: Tensor) -> Tensor:
         y: Tensor = rounded_linear(x, self.weight_values, self.weight_scales, self.group)
         return y if self.bias is None else y + self.bias
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, int8, bias={self.bias is not None}"
 
 
 class RoundedEmbedding(RoundedLinear):
@@ -103,13 +98,6 @@ class TiedHead(nn.Module):
         embedding = self._embedding[0]
         y = PackedModule.forward(embedding, x.to(embedding.weight_values.device))
         return y if self.bias is None else y + self.bias
-
-
-def empty_rounded(rows: int, columns: int, group: int) -> Rounded:
-    """With the sizes of what is to be loaded and no memory."""
-    shapes = rounded_shapes(rows, columns, group)
-    values = torch.empty(shapes["weight_values"], dtype=torch.int8, device="meta")
-    return Rounded(values, torch.empty(shapes["weight_scales"], dtype=torch.bfloat16, device="meta"), group)
 
 
 def heads(network: Any) -> dict[str, tuple[str, ...]]:

@@ -20,7 +20,7 @@ from .registry import Store, register_store
 
 
 @register_store("dense")
-class Dense(Store):
+class DenseStore(Store):
     """Files laid out like the source's own, so that tensors which no step touched are copied byte for byte; the masks
     of all pruned layers, and the grids of the quantized ones."""
 

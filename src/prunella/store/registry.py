@@ -24,14 +24,14 @@ from ..tensors import GRIDS, grids_in, write_grids
 class Store:
     """Where the weights of a run go, one block after the other, and where they are read again.
 
-    Its unit is a version of a layer, and a block is written as one commit of the versions in its `BlockResult`. A
-    version has the name of its layer, as masks and grids have it. A store that holds several of a layer calls them
-    `LAYER@LEVEL`: `model.layers.0.mlp.up_proj@2:4`, the level being whatever the one who made it says of it, sparsity,
-    pattern and bits. What is read is a `Source`, which has each layer in one version; of several versions there are as
-    many sources as choices, {layer: level}, and none of them is a copy.
+    Its unit is a version of a layer, and a block is written as one commit of the versions in a `BlockResult`. A version
+    has the name of its layer, as masks and grids have it. A store that keeps a layer at several levels calls them
+    `LAYER@LEVEL`, such as `model.layers.0.mlp.up_proj@2:4`; the level is whatever the writer says of it (sparsity,
+    pattern, bits), the same for a whole commit. What is read is a `Source`, which has one version of each layer; where
+    there are several, `{layer: level}` says which, and no choice of them is a copy.
 
-    What it is made of, and options as keyword arguments, those of a recipe's `bits`, `group` and `round_head` that the
-    signature names:
+    A store is made of three things, and of those of a recipe's `bits`, `group` and `round_head` that its signature has
+    as keyword arguments:
 
     folder: what becomes the output; everything that is no weight, mask or grid is put there by others
     aside:  what only a run that resumes needs; it goes in the end
@@ -87,7 +87,7 @@ class Store:
         write_grids(self.folder / GRIDS, {name: grid for part in parts for name, grid in grids_in(part).items()})
 
 
-MakeStore = Callable[[Path, Path, Model], Store]
+MakeStore = partial[Store]  # of (folder, aside, model)
 
 stores: dict[str, Method] = {}
 

@@ -15,11 +15,11 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from ..calibrate import check_windows, room, text_tokens, window_length, windows, with_bos
 from ..errors import InputError, ModelError
-from ..evaluate.overlap import fingerprint, joined
 from ..linalg import apart
 from ..machine import free_memory
 from ..model.files import read_json
 from ..model.open import open_files
+from ..overlap import fingerprint, joined
 from ..samples import Batch, Samples
 from .registry import register_task
 from .task import Task

@@ -8,26 +8,26 @@
 #include <string.h>
 
 #include "parallel.h"
-#include "sweep.h"
+#include "columns.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
 #define NAME(x) any_##x
 #define TARGET
-#include "sweep_rows.h"
+#include "columns_rows.h"
 #undef NAME
 #undef TARGET
 
 #if defined(__x86_64__)
 #define NAME(x) avx2_##x
 #define TARGET __attribute__((target("avx2,fma")))
-#include "sweep_rows.h"
+#include "columns_rows.h"
 #undef NAME
 #undef TARGET
 
 #define NAME(x) avx512_##x
 #define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma")))
-#include "sweep_rows.h"
+#include "columns_rows.h"
 #endif
 
 /* Number 0 runs anywhere; the last one that the processor can run is the best. */
@@ -52,7 +52,7 @@ enum { BODIES = sizeof(bodies) / sizeof(*bodies) };
 
 static int body = -1;
 
-/* Sweep with instruction set `number` from now on, with a negative one with the best; -1 if this is impossible. */
+/* Use instruction set `number` from now on, the best if it is negative; -1 if this is impossible. */
 EXPORT int prunella_sweep_use(int number) {
     if (number < 0)
         for (number = BODIES - 1; !can(number);) number--;
@@ -60,7 +60,7 @@ EXPORT int prunella_sweep_use(int number) {
     return body = number;
 }
 
-/* The tile sweep of sweep_rows.h: weight, mask and errors are written. `upper` is the tile's square of U, rows
+/* The pass over a tile of columns_rows.h: weight, mask and errors are written. `upper` is the tile's square of U, rows
  * `upper_stride` apart. */
 EXPORT int prunella_sweep(
     float *weight, int64_t stride, const float *upper, int64_t upper_stride, uint8_t *mask, int64_t mask_stride,
@@ -70,7 +70,7 @@ EXPORT int prunella_sweep(
     if (span < 0 || kept < 0 || kept > span || (span && columns % span) || (scale && limit < 1)) return -1;
     const int64_t strips = (columns + 7) / 8;
     threads = usable(threads);
-    sweep_t job = {weight, stride, NULL, mask,  mask_stride,  errors, rows, columns,
+    columns_t job = {weight, stride, NULL, mask,  mask_stride,  errors, rows, columns,
                    kept,   span,   scale, (float)limit, NULL, 0};
     job.scratch_size = (3 * columns + (span ? span : 1)) * LANES + (columns + 15) / 16 * 16;
     const int64_t whole = (strips * columns * 8 + 15) / 16 * 16;

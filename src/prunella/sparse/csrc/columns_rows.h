@@ -1,5 +1,5 @@
-/* SparseGPT's sweep over one tile of columns, for LANES rows at a time: the tile lies in scratch memory column by
- * column, a vector across the rows, and stays in the cache. An instruction set includes this file after it has defined
+/* The column pass over one tile, for LANES rows at a time: the tile lies in scratch memory column by column, a vector
+ * across the rows, and stays in the cache. An instruction set includes this file after it has defined
  *
  *     NAME(x)  TARGET
  *
@@ -11,7 +11,7 @@
  * Every w_k loses its e_j U_jk in the order of j. Those from earlier panels of columns are taken off all at once when
  * the panel is reached, from registers; those from within the panel one by one.
  */
-#include "sweep.h"
+#include "columns.h"
 
 typedef float NAME(vec) __attribute__((vector_size(4 * LANES), aligned(4 * LANES)));
 typedef int32_t NAME(ints) __attribute__((vector_size(4 * LANES)));
@@ -32,7 +32,7 @@ TARGET static inline void NAME(subtract)(VEC *w, const VEC *e, const float *stri
 
 /* keep[] of one group of columns: 0 at the span - kept lowest (w / d)^2, -1 at the others; among equals the first is
  * the lowest. */
-TARGET static inline void NAME(choose)(const sweep_t *t, const VEC *w, const float *diagonal, VEC *score, INTS *keep) {
+TARGET static inline void NAME(choose)(const columns_t *t, const VEC *w, const float *diagonal, VEC *score, INTS *keep) {
     for (int64_t c = 0; c < t->span; c++) {
         score[c] = w[c] / diagonal[c];
         score[c] *= score[c];
@@ -45,7 +45,7 @@ TARGET static inline void NAME(choose)(const sweep_t *t, const VEC *w, const flo
 }
 
 TARGET static void NAME(rows)(const void *job, int64_t item, int worker) {
-    const sweep_t *t = job;
+    const columns_t *t = job;
     const int64_t columns = t->columns, first = item * LANES, left = t->rows - first;
     const int64_t lanes = left < LANES ? left : LANES, span = t->span > 1 ? t->span : 1;
     int64_t panel = span;

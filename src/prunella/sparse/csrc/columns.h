@@ -1,6 +1,6 @@
-/* The jobs of sweep.c, which compiles sweep_rows.h once for every instruction set. */
-#ifndef PRUNELLA_SWEEP_H
-#define PRUNELLA_SWEEP_H
+/* The jobs of columns.c, which compiles columns_rows.h once for every instruction set. */
+#ifndef PRUNELLA_COLUMNS_H
+#define PRUNELLA_COLUMNS_H
 
 #include <stdint.h>
 
@@ -19,6 +19,6 @@ typedef struct {
     float limit;        /* the largest integer of the grid */
     float *scratch;     /* scratch_size for each thread */
     int64_t scratch_size;
-} sweep_t;
+} columns_t;
 
 #endif
