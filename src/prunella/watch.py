@@ -119,7 +119,7 @@ class Gather:
 
     stats:  {layer: its statistics}; of layers fed by the same tensor, only the first has them
     leader: {layer: the layer that has its statistics}, for all that were seen
-    dense:  what the dense model has in place of the inputs of this batch, {layer: (T, I)}; used up
+    dense:  what the dense model has in place of the inputs of this batch, {layer: rows (T, I)}; used up
     sample: how many tokens of this batch are kept. Of a layer that no token reached before, SAMPLE always
     seen:   how often each layer was seen in this batch, {layer: times}
     known:  how many of these times count already: an attempt at this batch ended after them
