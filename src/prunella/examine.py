@@ -66,15 +66,18 @@ def _tried(model: Model, interface: Interface, batches: list[Batch], states: lis
             beside: dict[Key, Any] = {}
             for index, call in zip(span, found, strict=True):
                 with model.block(index) as block:
-                    hidden, beside = _compared(network, index, own, call, block, hidden, beside)
+                    hidden, beside = _compared(network, index, own, call, block, hidden, beside, twice=True)
             before.append(own.gave[span.stop - 1])
         return replace(interface, stateful=interface.stateful or travels)
+    kinds: set[int] = set()  # of blocks that have run twice: one of each is enough
     for index in sorted({span.start, (span.start + span.stop - 1) // 2, span.stop - 1}):
         with model.block(index) as block:
             for batch, (_, found), before in zip(batches, entered, states, strict=True):
                 own = StandIns(model, interface, before, real={index})
                 own.pass_through(batch)
-                _compared(network, index, own, found[index - span.start], block, own.met[index], {})
+                twice = interface.alike[index] not in kinds
+                _compared(network, index, own, found[index - span.start], block, own.met[index], {}, twice=twice)
+                kinds.add(interface.alike[index])
 
             def within(batch: Batch, index: int = index) -> tuple[Tensor, Any]:
                 own = StandIns(model, interface, states[0], real={index})
@@ -93,13 +96,16 @@ def _compared(
     block: nn.Module,
     hidden: Tensor,
     beside: Mapping[Key, Any],
+    *,
+    twice: bool,
 ) -> tuple[Any, dict[Key, Any]]:
-    """Replay a block, twice. Raises ModelError where it gives something else than inside the network."""
+    """Replay a block, maybe twice. Raises ModelError where it gives something else than inside the network, or the
+    second time."""
     before = hidden.clone()
     with torch.no_grad():
         replayed, after = call.run(block, hidden, beside)
         try:
-            again = tensors(call.run(block, hidden.clone(), beside)[0])
+            again = tensors(call.run(block, hidden.clone(), beside)[0] if twice else replayed)
         except RuntimeError as error:
             raise not_one_by_one(network, f"block {index} does not run twice: {first_line(error)}") from error
     if not torch.equal(before, hidden) and before.isfinite().all():
