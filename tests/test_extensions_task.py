@@ -89,6 +89,7 @@ def test_the_command_line_prunes_what_the_task_opens(toy: Path, tmp_path: Path, 
     done = run("prune", toy, "-o", out, "--task", TASK, "--step", "wanda", "--set", f"{TASK}.noise=0.5")
     assert done.code == 0, done.err
     assert "loss (random, 8 samples)" in done.out
+    assert "prunella pack" not in done.out  # which takes models of transformers
     report = Report.read(out)
     assert report.recipe["task"] == {TASK: {"noise": 0.5}}
     tensors, masks = load_file(out / "model.safetensors"), read_masks(out)
