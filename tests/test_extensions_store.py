@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import prunella
-from prunella import InputError, load_model, perplexity
+from prunella import InputError, ModelError, load_model, perplexity
 from prunella.registry import find, steps
 from prunella.save import Output
 from prunella.store import find_store, stores
@@ -50,6 +50,8 @@ def test_every_step_writes_into_it(step: str, llama: Path, tmp_path: Path, ids: 
         prunella.prune(llama, recipe, output=tmp_path / format_[-3:], calibration=ids[:2])
     assert same(weights(tmp_path / "nse"), weights(llama, read(tmp_path / "toy")))
     assert not list((tmp_path / "toy").glob("*.safetensors"))
+    with pytest.raises(ModelError, match=r"was written by the store '.*toy_store\.py:toy', whose files are its own"):
+        load_model(str(tmp_path / "toy"))
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "mixtral"])

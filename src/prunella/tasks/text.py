@@ -285,6 +285,11 @@ def load_model(
     recipe = read_json(Path(name) / "prunella.json").get("recipe")
     if isinstance(recipe, dict) and "text" not in (task := recipe.get("task", "text")):
         raise ModelError(f"'{name}' is of task '{', '.join(task)}': this takes causal language models only, yet.")
+    if isinstance(recipe, dict) and ":" in (store := recipe.get("format", "dense")):
+        raise ModelError(
+            f"'{name}' was written by the store '{store}', whose files are its own: open the model that it was pruned"
+            " from, and give what the store reads as `checkpoint`."
+        )
     return open_files(
         name,
         Text(),
