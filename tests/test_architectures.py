@@ -87,7 +87,7 @@ def test_blocks_replayed_one_by_one_give_the_models_logits_exactly(architecture:
     for number, batch in enumerate(stream.batches):
         with torch.no_grad():
             whole = model.network(**batch, use_cache=False).logits
-        assert torch.equal(stream.logits(number), whole)
+        assert torch.equal(stream.outputs(number).logits, whole)
 
 
 def test_each_layer_has_exactly_the_zeros_that_were_asked_for(pruned: Run) -> None:

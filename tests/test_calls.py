@@ -46,7 +46,7 @@ def test_every_batch_gets_the_models_logits_exactly(kind: str, order: Any, three
     for _, block in model.walk():
         stream.advance(block)
     for number, batch in enumerate(stream.batches):
-        assert torch.equal(stream.logits(number), whole(model.network, batch["input_ids"]))
+        assert torch.equal(stream.outputs(number).logits, whole(model.network, batch["input_ids"]))
 
 
 @pytest.mark.parametrize("kind", ["llama", *DEPENDENT])
@@ -71,7 +71,7 @@ def test_two_streams_beside_each_other_do_not_mix_what_travels(three_batches: Te
     for _, block in model.walk():
         stream.advance(block)
         stream.advance(block, stream.dense)
-    last = [stream.logits(batch) for batch in range(len(stream.batches))]
+    last = [stream.outputs(batch).logits for batch in range(len(stream.batches))]
     for logits_BLV, batch in zip(last, stream.batches, strict=True):
         assert torch.equal(logits_BLV, whole(model.network, batch["input_ids"]))
 
@@ -98,7 +98,7 @@ def test_what_does_not_fit_into_memory_waits_on_disk(
     for _, block in model.walk():
         stream.advance(block)
     for number, batch in enumerate(stream.batches):
-        assert torch.equal(stream.logits(number), whole(model.network, batch["input_ids"]))
+        assert torch.equal(stream.outputs(number).logits, whole(model.network, batch["input_ids"]))
     assert model.scratch.is_dir()  # they were there
     assert not any(model.scratch.iterdir())  # without names
 

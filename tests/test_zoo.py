@@ -61,7 +61,7 @@ def test_blocks_are_replayed_exactly_and_every_weight_is_accounted_for(kind: str
         for number, batch in enumerate(stream.batches):
             with torch.no_grad():
                 whole = network(**batch, use_cache=False).logits
-            assert torch.equal(stream.logits(number), whole)
+            assert torch.equal(stream.outputs(number).logits, whole)
     report = prunella.prune(model, {"steps": ["wanda"]}, calibration=windows)
     matrices = {id(p): p for name in model.blocks for p in model.module(name).parameters() if p.ndim > 1}.values()
     assert report.weights >= sum(p.numel() for p in matrices)  # what blocks share counts in each

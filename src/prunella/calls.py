@@ -197,11 +197,6 @@ class Calls:
         with torch.set_grad_enabled(gradient), StandIns(self.model, self.interface, states).installed():
             return self.model.run(batch, **options)
 
-    def logits(self, ids_BL: Tensor, hidden: Tensor, **options: Any) -> Tensor:
-        """The logits of a language model, (B, L, vocabulary)."""
-        logits: Tensor = self.outputs({"input_ids": ids_BL}, [hidden], **options).logits
-        return logits
-
 
 def _marked(stand_ins: StandIns) -> list[Call]:
     """Calls, with places where the arguments hold what travels from block to block."""

@@ -1,4 +1,4 @@
-"""Hidden states on their way through the blocks: the only watcher of activations, the only writer of pruned weights.
+"""Hidden states on their way through the blocks: the loop, and all that is watched in it.
 
     for each block: its layers -> statistics -> steps -> pruned weights -> outputs, the next block's inputs
 
@@ -182,11 +182,6 @@ class Stream(Batches):
         other = copy.copy(self)
         other.hidden = self.hidden.copy(shelf)
         return other
-
-    def logits(self, batch: int) -> Tensor:
-        """A language model's logits for one batch, once the hidden states have passed the last block."""
-        logits: Tensor = self.outputs(batch).logits
-        return logits
 
     def prune(
         self,

@@ -42,11 +42,13 @@ def teacher_streamed(model: Model, windows_NL: Tensor, track: Track = no_track) 
     stream = through(model, windows_NL, track=track, what="teacher")
     with model.outside():
 
-        def logits(index_B: Tensor, ids_BL: Tensor) -> Tensor:
+        def predict(index_B: Tensor, ids_BL: Tensor) -> Tensor:
             rows = [stream.window(n) for n in index_B.tolist()]
-            return stream.calls.logits(ids_BL, torch.cat(rows, stream.calls.interface.batch))
+            hidden = torch.cat(rows, stream.calls.interface.batch)
+            logits: Tensor = stream.calls.outputs({"input_ids": ids_BL}, [hidden]).logits
+            return logits
 
-        yield logits
+        yield predict
 
 
 def dense_name(directory: Path, said: Report | None, dense: str | None) -> str:
