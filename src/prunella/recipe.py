@@ -426,8 +426,8 @@ def only_dense(sparsity: Any) -> dict[str, float]:
 
 def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
     """Apply `KEY=VALUE` settings to plain recipe data: `calibration.samples=8`, `sparsity.down_proj=0.3`, or
-    an option of a step, an allocation or a task, `sparsegpt.damping=0.05`; where the task is left open, that of an option
-    is meant. Values are YAML. Raises InputError."""
+    an option of a step, an allocation or a task, `sparsegpt.damping=0.05`; where the task is left open, that of
+    the option is meant. Values are YAML. Raises InputError."""
     out = Recipe.of(values).plain() if values else Recipe().plain()
     for setting in settings:
         key, equals, text = setting.partition("=")
