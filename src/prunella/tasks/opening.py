@@ -37,7 +37,9 @@ def task_of(model: Any) -> dict[str, dict[str, Any]]:
         return {said: {}} if isinstance(said, str) else {str(key): dict(value) for key, value in said.items()}
     if path.is_dir():
         return _claimed(name, read_json(path / "config.json"))
-    local = name in BUILT_IN or path.exists() or path.suffix or any(kind.claims(name, {}) for kind in _kinds())
+    if name in BUILT_IN:
+        return {BUILT_IN[name].task: {}}
+    local = path.exists() or path.suffix or any(kind.claims(name, {}) for kind in _kinds())
     return _claimed(name, {} if local else config_of(name))
 
 
