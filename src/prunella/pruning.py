@@ -28,7 +28,7 @@ from .outcome import BlockResult, LayerResult
 from .overlap import joined
 from .progress import Track, no_track
 from .recipe import Recipe
-from .report import Report, peak_memory, seen
+from .report import Report, anatomy, peak_memory, seen
 from .samples import Samples, tokens_of
 from .save import Output, begun_as, identity
 from .store import check_store
@@ -197,6 +197,7 @@ def _prune(
                 "dtype": str(opened.dtype).removeprefix("torch."),
                 "parameters": opened.parameters,
                 "prunable": sum(slot.shape[0] * slot.shape[1] for block in slots for slot in block),
+                **({} if task.language else anatomy(opened)),
             },
             dense=dense,
             pruned=pruned,
