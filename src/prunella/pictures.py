@@ -24,15 +24,16 @@ import random
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import InputError, PrunellaError, first_line, say, unknown
 from .photos import PHOTOS, photo
 
-ENDINGS = frozenset(
-    ".jpg .jpeg .jpe .png .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .jp2 .avif".split()  # what Pillow reads
-)
+# Of the files that Pillow reads.
+_KINDS = ("jpg", "jpeg", "jpe", "png", "bmp", "gif", "webp", "tif", "tiff", "ppm", "pgm", "pbm", "jp2", "avif")
+ENDINGS = frozenset(f".{kind}" for kind in _KINDS)
 TRAIN = ("train", "training", "calibration")
 TEST = ("test", "val", "valid", "validation")
 UNREADABLE = 0.1  # of the pictures that may be
@@ -59,12 +60,14 @@ class Found:
     name:    of the source, with the folder in it that was chosen
     classes: the names of its classes, or None if it has none; empty if its labels are numbers
     count:   how many pictures there are, if that is known
+    apart:   are those to measure on others than those to calibrate on?
     """
 
     name: str
     pictures: Iterator[Picture]
     classes: tuple[str, ...] | None
     count: int | None
+    apart: bool = False
 
 
 def find_pictures(source: str, seed: int = 0, test: bool = False) -> Found:
@@ -75,8 +78,8 @@ def find_pictures(source: str, seed: int = 0, test: bool = False) -> Found:
         test: they are to measure on, not to calibrate on.
     """
     if source == PHOTOS:
-        drawn = (Picture(f"{PHOTOS}, number {n}", None, lambda n=n: photo(n, seed, test)) for n in _naturals())
-        return Found(source, drawn, None, None)
+        drawn = (Picture(f"{PHOTOS}, number {n}", None, partial(photo, n, seed, test)) for n in _naturals())
+        return Found(source, drawn, None, None, apart=True)
     if source.startswith("hf:"):
         return _dataset(source, seed, test)
     path = Path(source)
@@ -123,13 +126,14 @@ def _laid_out(source: str, names: Sequence[str], open_: Callable[[str], Any], se
     """Pictures by their paths below the source."""
     if not names:
         raise InputError(f"'{source}' holds no pictures ({', '.join(sorted(ENDINGS))}).")
-    above = ""
+    above, apart = "", False
     while all(name.count("/") > 1 for name in names):  # folders of folders
         tops = {name.partition("/")[0] for name in names}
         sides = [side for side in (TEST + TRAIN if test else TRAIN + TEST) if side in tops]
         if len(tops) > 1 and len(sides) < len(tops):
             break  # classes with folders in them
         top = sides[0] if sides else next(iter(tops))
+        apart = apart or bool(tops & {*TRAIN} and tops & {*TEST})
         above, names = f"{above}{top}/", [n.removeprefix(f"{top}/") for n in names if n.startswith(f"{top}/")]
     loose = sum("/" not in name for name in names)
     if 0 < loose < len(names):
@@ -149,7 +153,7 @@ def _laid_out(source: str, names: Sequence[str], open_: Callable[[str], Any], se
         return Picture(f"{shown}/{name}", label, lambda: _opened(open_(above + name)))
 
     ordered = _by_turns(list(by_class.values()), seed)
-    return Found(shown, map(picture, ordered), tuple(folders) if folders else None, len(names))
+    return Found(shown, map(picture, ordered), tuple(folders) if folders else None, len(names), apart)
 
 
 def _by_turns(classes: Sequence[list[str]], seed: int) -> Iterator[str]:
@@ -264,14 +268,16 @@ def _dataset(source: str, seed: int, test: bool) -> Found:
                 kept = row[held[0]] or {}
                 label = row[labels[0]] if labels else None
                 if labels and (not isinstance(label, int) or label < 0):
-                    raise InputError(f"data set '{name}' ({split}) has no labels in row {number}: choose another split.")
-                yield Picture(f"{source}, row {number}", label, lambda kept=kept: _stored(kept))
+                    raise InputError(
+                        f"data set '{name}' ({split}) has no labels in row {number}: choose another split."
+                    )
+                yield Picture(f"{source}, row {number}", label, partial(_stored, kept))
         except InputError:
             raise
         except Exception as error:
             raise InputError(f"data set '{name}' cannot be read: {first_line(error)}") from None
 
-    return Found(source, pictures(), classes, None)
+    return Found(source, pictures(), classes, None, apart=not own)
 
 
 def _stored(kept: Any) -> Any:

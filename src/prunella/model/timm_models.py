@@ -35,7 +35,7 @@ def timm() -> Any:
 
 def is_timm(config: Mapping[str, Any]) -> bool:
     """Is this the config.json of a directory in timm's layout?"""
-    return isinstance(config.get("architecture"), str) and "architectures" not in config
+    return isinstance(config.get("architecture"), str) and not config.get("architectures")
 
 
 def repository(name: str) -> str:
@@ -136,6 +136,16 @@ def write_efficientnet(pickle: Path, folder: Path) -> None:
 # What a network of timm says of itself
 
 
+def of_timm(network: Any) -> bool:
+    """Was it made by timm? transformers' networks have a config of another kind."""
+    return isinstance(getattr(network, "pretrained_cfg", None), Mapping) and not hasattr(network, "config")
+
+
+def known_to_timm(network: Any) -> dict[str, Any]:
+    """What `is_timm` knows a network in memory by, in place of its config.json; nothing for one that is not timm's."""
+    return {"architecture": network.pretrained_cfg["architecture"], "architectures": ()} if of_timm(network) else {}
+
+
 def pictures_of(network: Any) -> dict[str, Any] | None:
     """How it wants pictures, as timm's `create_transform` takes it; None where nothing says so."""
     config = getattr(network, "pretrained_cfg", None) or {}
@@ -145,7 +155,7 @@ def pictures_of(network: Any) -> dict[str, Any] | None:
     return found
 
 
-def labels_of(network: Any) -> tuple[list[str], list[str]]:
+def named_classes(network: Any) -> tuple[list[str], list[str]]:
     """The names of its classes and their ids, as far as its config knows them: of each an entry a class, or none. Of
     ImageNet's classes, which timm's networks do not name, they are timm's own list."""
     config, count = getattr(network, "pretrained_cfg", None) or {}, getattr(network, "num_classes", 0)

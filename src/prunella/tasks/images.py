@@ -16,17 +16,17 @@ from torch.nn.functional import cross_entropy, kl_div
 from ..compat import quiet_transformers
 from ..errors import InputError, ModelError, first_line, say
 from ..machine import free_memory
-from ..model.cut import runs_without_weights
+from ..model.cut import refused
 from ..model.files import SINGLE, read_json
 from ..model.names import find_directory
 from ..model.network import Model
 from ..model.open import open_files, open_plain
 from ..model.task import NO_ANSWERS, Answers, Task
-from ..model.timm_models import PREFIX, build, is_timm, labels_of, pictures_of, save_timm, timm
+from ..model.timm_models import PREFIX, build, is_timm, of_timm, pictures_of, save_timm, timm
 from ..photos import PHOTOS
 from ..pictures import find_pictures, read_pictures
 from ..samples import TARGET, Batch, Samples
-from .labels import Labels, match
+from .labels import labels_of, match
 from .registry import register_task
 from .scores import class_answers, class_scores
 
@@ -70,18 +70,24 @@ class Images(Task):
             crop: the share of the picture's shorter side that the square takes; None: all of it.
             interpolation: by which pictures are resized; None: bicubic.
         """
-        self.size, self.mean, self.std = size, mean, std
+        self.side, self.mean, self.std = size, mean, std
         self.crop, self.interpolation = crop, interpolation
         given = [value is not None for value in (size, mean, std)]
         if any((*given, crop is not None, interpolation is not None)) and not all(given):
-            raise InputError("task 'images': size, mean and std say together how pictures are prepared: give all three.")
+            raise InputError(
+                "task 'images': size, mean and std say together how pictures are prepared: give all three."
+            )
 
     # --- opening and saving
 
     @classmethod
     def claims(cls, name: str, config: Mapping[str, Any]) -> bool:
         classes = [str(one) for one in config.get("architectures") or ()]
-        return name.startswith(PREFIX) or is_timm(config) or any("ForImageClassification" in one for one in classes)
+        return (
+            name.startswith((PREFIX, "timm/"))
+            or is_timm(config)
+            or any("ForImageClassification" in one for one in classes)
+        )
 
     def open(self, name: str, **options: Any) -> Model:
         directory = find_directory(name, remote_code=bool(options.get("remote_code")))
@@ -98,10 +104,12 @@ class Images(Task):
                 **options,
             )
         if options.get("tokenizer") is not None:
-            raise InputError(f"'{name}' is a network of timm, which says itself how pictures are prepared: no tokenizer.")
+            raise InputError(
+                f"'{name}' is a network of timm, which says itself how pictures are prepared: no tokenizer."
+            )
         if not (directory / SINGLE).is_file():
             raise ModelError(f"'{directory}' is no directory of timm's: {SINGLE} is missing.")
-        model = open_plain(
+        return open_plain(
             lambda: build(directory),
             directory,
             self,
@@ -109,10 +117,9 @@ class Images(Task):
             dtype=options.get("dtype", "auto"),
             device=options.get("device", "auto"),
         )
-        return model
 
     def save(self, model: Model, folder: Path) -> None:
-        if _of_timm(model.network):
+        if of_timm(model.network):
             save_timm(model.network, folder)
         else:
             super().save(model, folder)
@@ -124,9 +131,8 @@ class Images(Task):
     ) -> Samples:
         prepare, channels = self.prepared(model)
         found = find_pictures(source, seed, test)
-        if used and found.name != find_pictures(source, seed, not test).name:
-            used = 0  # another folder of the source was calibrated on
-        labels, numbers, told = labels_in(model), list[int](), dict[str, Any]()
+        used = 0 if test and found.apart else used
+        labels, numbers, told = labels_of(model.network), list[int](), dict[str, Any]()
         if found.classes:
             matched = match(found.classes, labels, found.name)
             numbers, told = [matched.numbers[name] for name in found.classes], matched.told(labels)
@@ -134,7 +140,7 @@ class Images(Task):
                 say(f"the classes of '{found.name}' are taken for the model's in the order of their names")
         most = count if found.count is None else min(count, found.count)
         groups: dict[tuple[Any, ...], _Rows] = {}
-        for picture, label in read_pictures(found, prepare, count, used if found.name != PHOTOS or not test else 0, channels):
+        for picture, label in read_pictures(found, prepare, count, used, channels):
             kinds = tuple((key, tensor.shape, tensor.dtype) for key, tensor in picture.items())
             rows = groups.setdefault(kinds, _Rows(found.name, picture, most))
             rows.add(picture, numbers[label] if numbers and label is not None else label)
@@ -143,24 +149,26 @@ class Images(Task):
     def prepared(self, model: Model) -> tuple[Callable[[Any], dict[str, Tensor]], int]:
         """What makes tensors of a PIL image, and how many channels it wants. Raises InputError where nothing says how
         this model sees pictures."""
-        own = None if self.size else pictures_of(model.network)
-        if self.size or own:
-            given = own or {
-                "input_size": (len(self.mean or ()), self.size, self.size),
+        own = None if self.side else pictures_of(model.network)
+        if self.side or own:
+            given: dict[str, Any] = own or {
+                "input_size": (len(self.mean or ()), self.side, self.side),
                 "mean": tuple(self.mean or ()),
                 "std": tuple(self.std or ()),
                 "crop_pct": self.crop or 1.0,
                 "interpolation": self.interpolation or "bicubic",
             }
             if given["input_size"][0] not in (1, 3):
-                raise InputError(f"'{model.name}' takes pictures of {given['input_size'][0]} channels, neither 1 nor 3.")
+                raise InputError(
+                    f"'{model.name}' takes pictures of {given['input_size'][0]} channels, neither 1 nor 3."
+                )
             transform = timm().data.create_transform(**given, is_training=False)
             return lambda image: {PIXELS: transform(image)}, int(given["input_size"][0])
         processor = model.tokenizer
         if processor is None:
             raise InputError(
-                f"'{model.name}' does not say how it sees pictures (preprocessor_config.json is missing): add that file,"
-                " or say it, --set images.size=224 --set images.mean=[…] --set images.std=[…]."
+                f"'{model.name}' does not say how it sees pictures (preprocessor_config.json is missing): add that"
+                " file, or say it, --set images.size=224 --set images.mean=[…] --set images.std=[…]."
             )
 
         def process(image: Any) -> dict[str, Tensor]:
@@ -172,24 +180,27 @@ class Images(Task):
 
     def reads(self, model: Model) -> bool:
         """A directory has to say how pictures are prepared; a network in memory gets its samples where nothing does."""
-        known = self.size or model.tokenizer is not None or pictures_of(model.network)
+        known = self.side or model.tokenizer is not None or pictures_of(model.network)
         return model.checkpoint is not None or bool(known)
 
     def example(self, network: nn.Module) -> Batch:
         config: Any = getattr(network, "config", None)
-        if _of_timm(network):
-            channels, height, width = network.pretrained_cfg["input_size"]
+        if of_timm(network):
+            said: Any = network.pretrained_cfg
+            channels, height, width = said["input_size"]
         else:
-            size = getattr(config, "image_size", None) or self.size or 224
+            size = getattr(config, "image_size", None) or self.side or 224
             height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
             channels = getattr(config, "num_channels", 3)
         return {PIXELS: torch.zeros(1, channels, height, width)}
 
     def check(self, model: Model, samples: Samples) -> None:
-        count = labels_in(model).count
+        count = labels_of(model.network).count
         for group in samples.groups:
             if PIXELS not in group:
-                raise InputError(f"samples of pictures are {PIXELS} (n, channels, height, width); these are {', '.join(group)}.")
+                raise InputError(
+                    f"samples of pictures are {PIXELS} (n, channels, height, width); these are {', '.join(group)}."
+                )
             shape = tuple(group[PIXELS].shape[1:])
             labels = group.get(LABELS)
             if labels is not None and count and (int(labels.min()) < 0 or int(labels.max()) >= count):
@@ -197,16 +208,13 @@ class Images(Task):
                 raise InputError(f"label {wrong} is none of the {count} classes of '{model.name}', 0 to {count - 1}.")
             one = {key: tensor[:1] for key, tensor in group.items()}
             example = self.example(model.network)
-            why = runs_without_weights(model.network, self, one)
-            if why and not runs_without_weights(model.network, self, example):
+            why = refused(model.network, self, one)
+            if why and not refused(model.network, self, example):
                 wanted = " × ".join(map(str, example[PIXELS].shape[1:]))
                 raise InputError(
                     f"'{model.name}' does not take pictures of {' × '.join(map(str, shape))}, but of {wanted}: {why}"
                 )
         super().check(model, samples)
-
-    def about(self, samples: Samples) -> dict[str, Any]:
-        return {}
 
     # --- what they are compared with
 
@@ -263,7 +271,7 @@ class Images(Task):
         if self.figure not in found:  # without labels the loss is how far it is from the dense network
             return {**found, "divergence": found["loss"]}
         if not dense:
-            _warn(model, found, labels_in(model).count)
+            _warn(model, found, labels_of(model.network).count)
         return {**found, **(samples.told if isinstance(samples, Pictures) else {})}
 
 
@@ -290,47 +298,15 @@ class _Rows:
         return {**{key: tensor[:n] for key, tensor in self.tensors.items()}, **labels}
 
 
-def labels_in(model: Model) -> Labels:
-    """The classes of a model, as far as its config tells."""
-    network: Any = model.network
-    if _of_timm(network):
-        names, ids = labels_of(network)
-        return Labels(int(network.num_classes), names, ids)
-    config = getattr(network, "config", None)
-    said: Mapping[int, str] = getattr(config, "id2label", None) or {}
-    count = len(said)
-    names = [said.get(n, "") for n in range(count)]
-    if all(name == f"LABEL_{n}" for n, name in enumerate(names)):
-        return Labels(count)
-    return Labels(count, names, _wordnet(names))
-
-
-def _wordnet(names: Sequence[str]) -> list[str]:
-    """The WordNet ids of ImageNet's thousand classes, if it is these that are named; timm knows them."""
-    try:
-        info = timm().data.ImageNetInfo("imagenet-1k")
-    except ModelError:
-        return []
-    words = [{w.strip().casefold() for w in text.split(",")} for text in info.label_descriptions()]
-    if len(names) != len(words):
-        return []
-    alike = sum(bool({w.strip().casefold() for w in n.split(",")} & one) for n, one in zip(names, words, strict=True))
-    return list(info.label_names()) if alike >= 0.9 * len(names) else []
-
-
 def _warn(model: Model, found: Mapping[str, Any], classes: int) -> None:
     """Say so where a model is right no more often than one that guesses."""
     chance, n = 1 / max(classes, 2), found["samples"]
     if n >= 20 and found["top-1"] <= chance + 2 * math.sqrt(chance * (1 - chance) / n):
         say(
             f"'{model.name}' is right about {found['top-1']:.1%} of {n} pictures, where guessing is right about"
-            f" {chance:.1%}: are the classes of these pictures those that it was trained with? The report shows how they"
-            " were matched."
+            f" {chance:.1%}: are the classes of these pictures those that it was trained with? The report shows how"
+            " they were matched."
         )
-
-
-def _of_timm(network: Any) -> bool:
-    return isinstance(getattr(network, "pretrained_cfg", None), Mapping) and not hasattr(network, "config")
 
 
 def _scores(outputs: Any) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, ModelError
+from ..model.timm_models import named_classes, of_timm, timm
 
 WORDNET = re.compile(r"n\d{8}")
 
@@ -26,6 +28,32 @@ class Labels:
 
     def name(self, number: int) -> str:
         return self.names[number] if self.names else str(number)
+
+
+def labels_of(network: Any) -> Labels:
+    """The classes of a network, as far as its config tells."""
+    if of_timm(network):
+        return Labels(int(network.num_classes), *named_classes(network))
+    config = getattr(network, "config", None)
+    said: Mapping[int, str] = getattr(config, "id2label", None) or {}
+    count = len(said)
+    names = [said.get(n, "") for n in range(count)]
+    if all(name == f"LABEL_{n}" for n, name in enumerate(names)):
+        return Labels(count)
+    return Labels(count, names, _wordnet(names))
+
+
+def _wordnet(names: Sequence[str]) -> list[str]:
+    """The WordNet ids of ImageNet's thousand classes, if it is these that are named; timm knows them."""
+    try:
+        info = timm().data.ImageNetInfo("imagenet-1k")
+    except ModelError:
+        return []
+    words = [{w.strip().casefold() for w in text.split(",")} for text in info.label_descriptions()]
+    if len(names) != len(words):
+        return []
+    alike = sum(bool({w.strip().casefold() for w in n.split(",")} & one) for n, one in zip(names, words, strict=True))
+    return list(info.label_names()) if alike >= 0.9 * len(names) else []
 
 
 @dataclass(frozen=True)
@@ -58,10 +86,14 @@ def match(classes: Sequence[str], labels: Labels, source: str) -> Matched:
         if len(found) == len(classes):
             if len(set(found.values())) < len(found):
                 twice = [name for name in found if list(found.values()).count(found[name]) > 1]
-                raise InputError(f"the classes {', '.join(map(repr, twice[:3]))} of '{source}' are one class of the model.")
+                raise InputError(
+                    f"the classes {', '.join(map(repr, twice[:3]))} of '{source}' are one class of the model."
+                )
             return Matched(by, found)
     if len(classes) == labels.count and not any(found for _, found in ways[:2]):
-        ordered = sorted(classes, key=_number) if all(_number(name) is not None for name in classes) else sorted(classes)
+        ordered = (
+            sorted(classes, key=_number) if all(_number(name) is not None for name in classes) else sorted(classes)
+        )
         return Matched("order", {name: n for n, name in enumerate(ordered)})
     by, found = max(ways, key=lambda way: len(way[1]))
     missing = [name for name in classes if name not in found]
@@ -70,8 +102,8 @@ def match(classes: Sequence[str], labels: Labels, source: str) -> Matched:
     ids = f"by WordNet id ('{labels.ids[0]}')" if labels.ids and WORDNET.fullmatch(labels.ids[0]) else ""
     rest = f"numbered from 0 to {labels.count - 1}, or as many as the model has ({labels.count}), in its order"
     raise InputError(
-        f"{len(missing)} of {len(classes)} classes of '{source}' are none of the model's {labels.count}: {shown}. Folders"
-        f" of classes are {', '.join(filter(None, (named, ids, rest)))}."
+        f"{len(missing)} of {len(classes)} classes of '{source}' are none of the model's {labels.count}: {shown}."
+        f" Folders of classes are {', '.join(filter(None, (named, ids, rest)))}."
     )
 
 
