@@ -22,6 +22,7 @@ from .machine import at_a_time, fork_random, most_memory
 from .model.checks import check_plain, check_saveable
 from .model.names import named
 from .model.network import Model
+from .model.task import Answers
 from .order import pick_order
 from .outcome import BlockResult, LayerResult
 from .overlap import joined
@@ -32,9 +33,9 @@ from .samples import Samples, tokens_of
 from .save import Output, begun_as, identity
 from .store import check_store
 from .stream import TOKENS, Stream
-from .targets import targeted
 from .tasks import Task
 from .texts import same_text
+from .unlabelled import targeted
 from .workshop import workshop
 
 OnBlock = Callable[[BlockResult], None]
@@ -159,7 +160,8 @@ def _prune(
             measured = targeted(opened, measured, track=track)
         if order == "back" or recipe.spreads:  # these look at losses
             samples = targeted(opened, samples, track=track)
-        dense = measure_once(out, "dense", opened, source, measured, None, track)
+        answers: dict[str, Answers] = {}
+        dense = measure_once(out, "dense", opened, source, measured, None, track, answers)
         seconds["dense evaluation"] = time.perf_counter() - clock
         clock = time.perf_counter()
         shares = out.notes.get("shares") if out else None
@@ -179,7 +181,8 @@ def _prune(
             out.complete()
         clock = time.perf_counter()
         written = out.checkpoint if out else None
-        pruned = measure_once(out, "pruned", opened, source, measured, written if opened.checkpoint else None, track)
+        there = written if opened.checkpoint else None
+        pruned = measure_once(out, "pruned", opened, source, measured, there, track, answers)
         seconds["pruned evaluation"] = time.perf_counter() - clock
         seconds["all"] = time.perf_counter() - started
         if written:
