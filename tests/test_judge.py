@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from test_answers import Clusters, network
+from torch.nn import functional
 
 import prunella
 from prunella import InputError
 from prunella.evaluate.difference import paired
 from prunella.evaluate.score import score
 from prunella.evaluate.task import judge
+from prunella.samples import TARGET
 
 TOY = Path(__file__).parent / "extensions" / "toy_task.py"
 
@@ -127,3 +129,33 @@ def test_a_language_model_is_not_set_beside_another_task(
         done = run("eval", one, "--beside", other, "--windows", 2)
         assert done.code == 2
         assert "causal language model" in done.err or "they answer different questions" in done.err
+
+
+def test_samples_without_labels_are_measured_by_what_another_network_answers() -> None:
+    """Losses and answers are those of the network beside; alone nothing can be said."""
+
+    class Blind(Clusters):
+        def lacks(self, group: Any) -> bool:
+            return TARGET not in group
+
+        def target(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+            return outputs.softmax(1)
+
+        def losses(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+            return functional.cross_entropy(outputs, batch[TARGET], reduction="none")
+
+    task = Blind(labelled=False)
+    one, other = network(), network()
+    with torch.no_grad():
+        other[0].weight[::2] = 0
+    dense, pruned = task.wrap(one, name="one"), task.wrap(other, name="other")
+    with pytest.raises(InputError, match="have no labels: give --beside DENSE"):
+        judge(pruned, ["drawn"], count=32)
+    (found,) = judge(pruned, ["drawn"], beside=dense, count=32)
+    x = task.samples(dense, "drawn", 32).groups[0]["x"]
+    with torch.no_grad():
+        loss = functional.cross_entropy(other(x), one(x).softmax(1))
+        same = (one(x).argmax(1) == other(x).argmax(1)).double().mean()
+    assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert (found["figure"], found["agreement"]) == ("agreement", same.item())
+    assert found["beside"]["agreement"] == 1

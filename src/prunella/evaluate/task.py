@@ -13,6 +13,7 @@ from ..model.task import NO_ANSWERS, Task
 from ..progress import Track, no_track
 from ..report import Figure
 from ..samples import Samples
+from ..targets import targeted
 from .difference import paired
 from .measure import scored
 from .perplexity import answered
@@ -65,6 +66,13 @@ def _samples(model: Model, task: Task, source: str, count: int | None) -> Sample
 
 def _judged(model: Model, beside: Model | None, source: str, samples: Samples, track: Track) -> dict[str, Any]:
     other, theirs, told = None, NO_ANSWERS, {}
+    if any(map(model.task.lacks, samples.groups)):
+        if beside is None:
+            raise InputError(
+                f"the samples of '{source}' have no labels: give --beside DENSE, by whose answers '{model.name}' can be"
+                " measured, or samples with labels."
+            )
+        samples = targeted(beside, samples, track=track)
     if beside is not None:
         losses, theirs = answered(beside, samples, track=track)
         other = scored(beside, samples, losses, theirs)
