@@ -40,6 +40,7 @@ class Task(ABC):
     figure:   that of `scores` which says how good it is
     higher:   is more of it better?
     unit:     how it is shown: `%` of a share, or nothing
+    many:     samples of a source that `prunella eval` takes if nobody says how many; fewer where there are no more
     language: networks are causal language models of transformers, of which more is known than of others
     """
 
@@ -49,6 +50,7 @@ class Task(ABC):
     figure = "loss"
     higher = False
     unit = ""
+    many = 256
     language = False
 
     # --- opening and saving
