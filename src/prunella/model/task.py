@@ -14,6 +14,7 @@ from ..compat import quiet_transformers
 from ..errors import InputError, ModelError, first_line
 from ..foreign import blamed
 from ..samples import on
+from .divergence import relative_error
 from .files import SINGLE
 from .open import wrap
 
@@ -157,9 +158,35 @@ class Task(ABC):
         """
         yield self.losses(run(), batch)[0]
 
-    def divergence(self, outputs: Any, teacher: Any, batch: Batch) -> Tensor:
-        """How far outputs are from a teacher's, one number, differentiable in the former."""
-        raise NotImplementedError
+    def divergence(self, outputs: Any, teacher: Any, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+        """How far outputs are from a teacher's: the mean over samples, differentiable in the former. By default the
+        relative squared error of all that is put out; of logits that are probabilities, `divergence.kl` is better.
+
+        Args:
+            temperature: by which logits of both are divided.
+        """
+        return relative_error(outputs, teacher)
+
+    # --- training
+
+    def labelled(self, samples: Samples) -> bool:
+        """Have these samples what the loss needs? Others can be trained on only by a teacher's outputs."""
+        return True
+
+    def objective(
+        self, outputs: Any, batch: Batch, teacher: Any = None, *, share: float = 1.0, temperature: float = 1.0
+    ) -> Tensor:
+        """What training makes small: (1 - share) * loss + share * divergence from a teacher's outputs, the mean over
+        samples; without a teacher the loss."""
+        if teacher is None:
+            return self.losses(outputs, batch).mean()
+        far = self.divergence(outputs, teacher, batch, temperature=temperature)
+        return far if share == 1 else (1 - share) * self.losses(outputs, batch).mean() + share * far
+
+    def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """Samples to train on as they might have been too: cut or mirrored at random, say. Raises InputError where the
+        task knows none."""
+        raise InputError(f"task '{self.name}' knows no augmentation: leave heal.augment out.")
 
     # --- what a report says
 
