@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,18 @@ class Samples:
                 found.update(f"{'' if key == 'input_ids' else key}{tuple(tensor.shape)}".encode())
                 found.update(_raw(tensor).numpy().tobytes())
         return found.hexdigest()[:16]
+
+    def hashes(self, but: Collection[str] = ()) -> list[int]:
+        """A number of 32 bits for each sample, the same for the same one; tensors of these names do not count."""
+        found = []
+        for group in self.groups:
+            held = {key: _raw(tensor).numpy() for key, tensor in sorted(group.items()) if key not in but}
+            for row in range(size_of(group)):
+                digest = hashlib.sha256()
+                for key, rows in held.items():
+                    digest.update(f"{key}{rows[row].shape}".encode() + rows[row].tobytes())
+                found.append(int.from_bytes(digest.digest()[:4], "little"))
+        return found
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -30,8 +30,10 @@ def relative_error(outputs: Any, teacher: Any) -> Tensor:
         if ours.shape != theirs.shape:
             raise ValueError(f"outputs of shape {tuple(ours.shape)} beside a teacher's {tuple(theirs.shape)}")
         if ours.is_floating_point() and ours.ndim:
-            error, size = ((t.float().flatten(1) if t.ndim > 1 else t.float()[:, None]) for t in (ours - theirs, theirs))
-            found.append((error.square().sum(1) / size.square().sum(1).clamp_min(1e-12)).mean())
+            error, size = (
+                (t.float().flatten(1) if t.ndim > 1 else t.float()[:, None]) for t in (ours - theirs, theirs)
+            )
+            found.append((error / size.clamp_min(1e-12)).mean())
     if not found:
         raise ValueError("no tensor of numbers among the outputs")
     return torch.stack(found).mean()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..compat import quiet_transformers
 from ..errors import InputError, ModelError, first_line
 from ..foreign import blamed
+from ..overlap import fingerprint_of
 from ..samples import on
 from .divergence import relative_error
 from .files import SINGLE
@@ -35,6 +36,8 @@ class Task(ABC):
     argument: what the network calls samples that are handed over as one tensor
     figure:   that of `scores` which says how good it is
     language: networks are causal language models of transformers, of which more is known than of others
+    training: what a recipe's `heal` says of samples if nobody says so: `batch`, `micro`, `held_out`
+    labels:   the tensors among samples that say what is right, and not what is looked at
     """
 
     name = ""
@@ -42,6 +45,8 @@ class Task(ABC):
     argument = "input_ids"
     figure = "loss"
     language = False
+    training: Mapping[str, Any] = {"batch": 32, "micro": 32}
+    labels: Collection[str] = ("labels", "label")
 
     # --- opening and saving
 
@@ -85,11 +90,12 @@ class Task(ABC):
 
     @abstractmethod
     def samples(
-        self, model: Model, source: str, count: int, *, used: int = 0, seed: int = 0, test: bool = False
+        self, model: Model, source: str, count: int | None, *, used: int = 0, seed: int = 0, test: bool = False
     ) -> Samples:
         """`count` samples of a source, which the task knows how to read. Raises InputError.
 
         Args:
+            count: None: all that the source has, to train on; refused where it has no end.
             used: so many at the beginning of the source are left out, as `size` counts them.
             seed: of what is drawn at random.
             test: they are to measure on, not to calibrate on.
@@ -214,5 +220,6 @@ class Task(ABC):
         return None
 
     def fingerprint(self, samples: Samples) -> str:
-        """By which `prunella eval` knows samples that were calibrated on; empty where it cannot."""
-        return ""
+        """By which samples that were calibrated or trained on are known again; empty where they cannot be. By default a
+        hash of what is looked at in each of them."""
+        return fingerprint_of(samples.hashes(self.labels))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ class Text(Task):
     source = "pydoc"
     figure = "perplexity"
     language = True
+    training: ClassVar = {"batch": 8, "micro": 4, "held_out": 8}
 
     def __init__(self, *, length: int | None = None, bos: bool = True):
         """
@@ -73,8 +74,9 @@ class Text(Task):
     # --- samples
 
     def samples(
-        self, model: Model, source: str, count: int, *, used: int = 0, seed: int = 0, test: bool = False
+        self, model: Model, source: str, count: int | None, *, used: int = 0, seed: int = 0, test: bool = False
     ) -> Samples:
+        assert count is not None
         length = window_length(model, self.length)
         skip = -(-used // text_tokens(model, length, self.bos)) if used else 0
         split: Any = "test" if test else "train"
