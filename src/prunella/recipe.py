@@ -169,6 +169,11 @@ class Healing(_Part):
         return self
 
     @property
+    def step(self) -> int:
+        """How many samples a step takes."""
+        return self.batch or int(_RETRAIN["batch"])
+
+    @property
     def retraining(self) -> dict[str, Any]:
         """The options of `retrain`."""
         return {key: value for key in _RETRAIN if (value := getattr(self, key)) is not None}

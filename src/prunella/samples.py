@@ -61,11 +61,11 @@ class Samples:
         """A number of 32 bits for each sample, the same for the same one; tensors of these names do not count."""
         found = []
         for group in self.groups:
-            held = {key: _raw(tensor).numpy() for key, tensor in sorted(group.items()) if key not in but}
+            held = {key: _raw(t.reshape(len(t), -1)).numpy() for key, t in sorted(group.items()) if key not in but}
             for row in range(size_of(group)):
                 digest = hashlib.sha256()
                 for key, rows in held.items():
-                    digest.update(f"{key}{rows[row].shape}".encode() + rows[row].tobytes())
+                    digest.update(f"{key}{tuple(group[key].shape[1:])}".encode() + rows[row].tobytes())
                 found.append(int.from_bytes(digest.digest()[:4], "little"))
         return found
 

@@ -60,7 +60,7 @@ def adapt(dense: str, recipe: Recipe, output: Path, *, sharded: bool, **options:
     kept = ("text", "length", "batch", "micro", "warmup", "clip", "betas", "held_out", "patience", "checkpointing")
     settings = recipe.heal
     own = Healing(train=ADAPTING, tokens=settings.adapt, evaluations=1, **{key: getattr(settings, key) for key in kept})
-    taken = max(1, settings.tokens // settings.length) + settings.held_out
+    taken = max(1, settings.tokens // settings.length) + (settings.held_out or 0)
     recipe = recipe.model_copy(update={"heal": own})
     return Line(Path(dense), recipe, output, True, skip=taken, whole=True, sharded=sharded, **options).all()
 
@@ -370,7 +370,7 @@ class Line:
             if apart and out is not None:
                 with torch.no_grad():
                     whole = wrap_model(model.network, model.tokenizer)
-                    after = measure(whole, recipe.evaluate.source, test, None, self.track)
+                    after, _ = measure(whole, recipe.evaluate.source, test, None, self.track)
                 save_adapter(out.folder / "adapter", apart, str(self.path))
             detach(apart)
             verify(model, masks)
@@ -381,7 +381,7 @@ class Line:
             "trained_parameters": count,
             "parameters": total,
             "steps": did.steps,
-            **self.text.amount(samples, did.steps * settings.batch),
+            **self.text.amount(samples, did.steps * settings.step),
             "losses": list(did.losses),
             "held_out": {str(step): loss for step, loss in did.held_out.items()},
             "best_step": did.best_step,

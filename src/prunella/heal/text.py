@@ -67,11 +67,11 @@ class Text:
     def _check_step(self, length: int) -> None:
         """Raises InputError if the tokens to train on are not enough for a step of windows of this length."""
         settings, (_, rounds) = self._settings, self.portion
-        step, key = settings.batch * length, "adapt" if self.whole else "tokens"
+        step, key = settings.step * length, "adapt" if self.whole else "tokens"
         if settings.tokens < step:
             each = f" in each of {rounds} rounds" if rounds > 1 else ""
             raise InputError(
-                f"{settings.tokens:,} tokens to train on{each} are less than a single step takes, {settings.batch}"
+                f"{settings.tokens:,} tokens to train on{each} are less than a single step takes, {settings.step}"
                 f" windows of {length}: give at least {step * rounds} (--set heal.{key}={step * rounds}), shorter"
                 " windows (--set heal.length=…) or fewer of them a step (--set heal.batch=…)."
             )
@@ -86,7 +86,8 @@ class Text:
         self._check_step(length)
         sources = list(settings.text) or [self.recipe.calibration.source]
         _, portions = self.portion
-        wanted = portions * (settings.tokens // length) + settings.held_out
+        held = settings.held_out or 0
+        wanted = portions * (settings.tokens // length) + held
         missing = self.skip + wanted
         parts: list[torch.Tensor] = []
         for source in sources:
@@ -105,13 +106,13 @@ class Text:
             missing -= len(parts[-1])
         all_NL = torch.cat(parts)
         all_NL = all_NL[self.skip :] if len(all_NL) >= self.skip + wanted else all_NL[:wanted]
-        if len(all_NL) <= settings.held_out:
+        if len(all_NL) <= held:
             raise InputError(
                 f"{' and '.join(sources)}: {len(all_NL)} windows of {length} tokens to train on are too few to hold"
-                f" {settings.held_out} of them out. Give more text, or --set heal.held_out=0."
+                f" {held} of them out. Give more text, or --set heal.held_out=0."
             )
         order = torch.randperm(len(all_NL), generator=torch.Generator().manual_seed(self.recipe.seed))
-        shuffled_NL, held = all_NL[order], settings.held_out
+        shuffled_NL = all_NL[order]
         return Samples.of(shuffled_NL[held:]), Samples.of(shuffled_NL[:held]) if held else None
 
     def own(self, samples: Samples) -> Samples:
@@ -123,7 +124,7 @@ class Text:
     def steps(self, samples: Samples) -> int:
         """How many steps are taken on what is trained on."""
         settings = self._settings
-        return settings.tokens // (settings.batch * samples.groups[0]["input_ids"].shape[1])
+        return settings.tokens // (settings.step * samples.groups[0]["input_ids"].shape[1])
 
     def amount(self, samples: Samples, taken: int) -> dict[str, int]:
         """What a report says of so many samples that were trained on, of these."""
