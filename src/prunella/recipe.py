@@ -106,8 +106,8 @@ class Healing(_Part):
     evaluations: how often in a run these windows are looked at
     patience:    stop after so many evaluations that were no better
     checkpointing: recompute activations and trained weights in the backward pass: less memory, more time
-    batch_norm:  running statistics of batch norms `follow` what they see in training, and are saved; or are `fixed`, and
-                 used in training too; `auto`: they follow where whole layers train (`all`)
+    batch_norm:  running statistics of batch norms `follow` what these see in training, and are saved; or are `fixed`,
+                 and used in training too; `auto`: they follow where whole layers train (`all`)
     augment:     samples to train on are changed at random, as the task knows how (pictures cut and mirrored)
     part:        reconstruct whole blocks, or their attention and MLP one after the other
     aim:         reconstruct whole blocks to what the dense `model` puts out there, or the dense `block` from the pruned

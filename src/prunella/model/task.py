@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,8 @@ class Task(ABC):
     higher = False
     unit = ""
     language = False
-    training: Mapping[str, Any] = {"batch": 32, "micro": 32}
-    labels: Collection[str] = ("labels", "label")
+    training: ClassVar[Mapping[str, Any]] = {"batch": 32, "micro": 32}
+    labels: ClassVar[Collection[str]] = ("labels", "label")
 
     # --- opening and saving
 
