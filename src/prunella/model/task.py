@@ -210,10 +210,6 @@ class Task(ABC):
 
     # --- training
 
-    def labelled(self, samples: Samples) -> bool:
-        """Have these samples what the loss needs? Others can be trained on only by a teacher's outputs."""
-        return True
-
     def objective(
         self, outputs: Any, batch: Batch, teacher: Any = None, *, share: float = 1.0, temperature: float = 1.0
     ) -> Tensor:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..compat import has_bfloat16_products
 from ..errors import InputError, NumericalError
 from ..model.network import Model
-from ..model.task import Task
 from ..progress import OnStep
 from ..samples import Batch, Samples, size_of
 from ..team import team
@@ -75,11 +74,10 @@ def retrain(
             in a new order each time, which the seed draws.
         held_out: what to find the best checkpoint on.
         folder: for checkpoints.
-        teacher: `distill` of the loss is the divergence from what it puts out; it knows the held-out samples by
-            the numbers after those of `samples`.
+        teacher: `distill` of the loss is the divergence from what it puts out.
         resume: continue from the last of them, if there is one.
     Raises:
-        InputError: the samples have no labels to train on.
+        InputError: a step cannot be shared by the processes.
         NumericalError: the loss is not finite; the checkpoints stay.
     """
     network, task, processes = model.network, model.task, team(model.device).size
@@ -89,9 +87,7 @@ def retrain(
             f"a step of {batch} windows cannot be shared by {processes} processes, {micro} windows at a time each:"
             " choose a multiple (--set heal.batch=…, --set heal.micro=…)."
         )
-    check_labels(task, samples, distill)
     follow = follows(network, chosen, batch_norm)
-    blind = held_out is not None and not task.labelled(held_out)  # there are no labels to score by
 
     def bare(batch: Batch) -> Batch:
         return {key: value for key, value in batch.items() if key != NUMBER}
@@ -102,7 +98,7 @@ def retrain(
         return task.objective(outputs, own, theirs, share=distill, temperature=temperature)
 
     def score(outputs: Any, batch: Batch) -> Tensor:  # held-out samples are scored by the task
-        return loss(outputs, batch) if blind else task.objective(outputs, bare(batch))
+        return task.objective(outputs, bare(batch))
 
     def drawn(number: int) -> Sequence[int]:
         return samples.shuffled(seed * 2**20 + number, micro)
@@ -124,7 +120,7 @@ def retrain(
             augment=changed if augment else None,
             still=() if task.language else asleep(network, follow=follow, recompute=checkpointing),
             unused=not task.language,
-            held_out=None if held_out is None else numbered(held_out, len(samples)),
+            held_out=held_out,
             score=score,
             batch=batch,
             micro=micro,
@@ -150,23 +146,13 @@ def retrain(
             ) from None
 
 
-def numbered(samples: Samples, start: int = 0) -> Samples:
-    """Samples with their numbers beside them, from `start`."""
-    groups = []
+def numbered(samples: Samples) -> Samples:
+    """Samples with their numbers beside them, from 0."""
+    groups, start = [], 0
     for group in samples.groups:
         groups.append({**group, NUMBER: torch.arange(start, start + size_of(group))})
         start += size_of(group)
     return Samples(tuple(groups))
-
-
-def check_labels(task: Task, samples: Samples, distill: float) -> None:
-    """Raises InputError for samples on which there is nothing to train but the dense network's outputs, which are not
-    all that is followed."""
-    if distill < 1 and not task.labelled(samples):
-        raise InputError(
-            f"the samples to train on have no labels, which the loss of task '{task.name}' needs: give labelled ones"
-            " (--text …), or follow the dense network's outputs alone, with --distill 1."
-        )
 
 
 def follows(network: nn.Module, chosen: Sequence[Chosen], batch_norm: str) -> bool:
