@@ -82,7 +82,7 @@ def test_a_classifier_of_timm_is_pruned_from_the_command_line(
     assert done.code == 0, done.err
     report = json.loads((tmp_path / "out" / "prunella.json").read_text(encoding="utf-8"))
     assert report["recipe"]["task"] == {"images": {}}
-    assert report["dense"]["top-1"] == 1.0
+    assert report["dense"]["top-1"] > 0.9
     assert report["dense"]["matched_by"] == "name"
     assert report["dense"]["classes"]["blue_disc"] == "blue disc"
     assert report["pruned"]["top-1"] >= 0.5
@@ -153,7 +153,7 @@ def test_a_pruned_directory_is_opened_again(convolutions: Path, photos: Path, tm
     prunella.prune(str(convolutions), recipe(photos), output=tmp_path / "out")
     again = prunella.prune(str(tmp_path / "out"), recipe(photos, sparsity=0.6), output=tmp_path / "again")
     assert again.recipe["task"] == {"images": {}}
-    assert again.dense["top-1"] == prunella.Report.read(tmp_path / "out" / "prunella.json").pruned["top-1"]
+    assert again.dense["top-1"] == prunella.Report.read(tmp_path / "out").pruned["top-1"]
 
 
 def test_a_network_that_timm_would_not_build_is_not_saved_as_its_own(tmp_path: Path, photos: Path) -> None:
@@ -177,7 +177,7 @@ def test_the_task_follows_from_the_files(convolutions: Path, vit: Path) -> None:
 def test_a_task_that_does_not_fit_is_refused_with_the_one_that_would(llama: Path, convolutions: Path) -> None:
     with pytest.raises(ModelError, match="is no classifier of pictures, but a LlamaForCausalLM"):
         prunella.open_model(str(llama), "images")
-    with pytest.raises(ModelError, match="images"):
+    with pytest.raises(ModelError, match="for task 'images': leave --task out"):
         prunella.open_model(str(convolutions), "text")
 
 
@@ -205,6 +205,20 @@ def test_the_network_sees_pictures_in_its_own_dtype_and_no_labels(kind: str) -> 
         out = make_task("images").run(network, batch)
     assert getattr(out, "loss", None) is None
     assert getattr(out, "logits", out).dtype == torch.bfloat16
+
+
+def test_pictures_to_train_on_are_mirrored_and_moved() -> None:
+    x = torch.arange(2 * 3 * 16 * 16.0).reshape(2, 3, 16, 16)
+    batch = {"pixel_values": x.repeat(32, 1, 1, 1), "labels": torch.arange(64)}
+    task = make_task("images")
+    found = task.augment(batch, torch.Generator().manual_seed(0))
+    again = task.augment(batch, torch.Generator().manual_seed(0))
+    assert torch.equal(found["labels"], batch["labels"])
+    assert found["pixel_values"].shape == (64, 3, 16, 16)
+    assert torch.equal(found["pixel_values"], again["pixel_values"])
+    slopes = found["pixel_values"][:, 0, 8, 9] - found["pixel_values"][:, 0, 8, 8]
+    assert {1.0, -1.0} == set(slopes.tolist())  # some mirrored
+    assert len({tuple(p.flatten().tolist()) for p in found["pixel_values"][::2]}) > 10
 
 
 def test_directories_that_do_not_say_how_they_see_pictures_are_refused(vit: Path, photos: Path, tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy, kl_div, pad
 
 from ..compat import quiet_transformers
 from ..errors import InputError, ModelError, first_line, say
 from ..machine import free_memory
 from ..model.cut import refused
+from ..model.divergence import kl
 from ..model.files import SINGLE, read_json
 from ..model.names import find_directory
 from ..model.network import Model
@@ -127,7 +128,7 @@ class Images(Task):
     # --- samples
 
     def samples(
-        self, model: Model, source: str, count: int, *, used: int = 0, seed: int = 0, test: bool = False
+        self, model: Model, source: str, count: int | None, *, used: int = 0, seed: int = 0, test: bool = False
     ) -> Samples:
         prepare, channels = self.prepared(model)
         found = find_pictures(source, seed, test)
@@ -138,6 +139,8 @@ class Images(Task):
             numbers, told = [matched.numbers[name] for name in found.classes], matched.told(labels)
             if matched.by == "order":
                 say(f"the classes of '{found.name}' are taken for the model's in the order of their names")
+        if count is None and (count := found.count) is None:
+            raise InputError(f"'{source}' has no end: say how many pictures to take of it.")
         most = count if found.count is None else min(count, found.count)
         groups: dict[tuple[Any, ...], _Rows] = {}
         for picture, label in read_pictures(found, prepare, count, used, channels):
@@ -247,10 +250,19 @@ class Images(Task):
         dense_BC = batch[TARGET].to(scores_BC.device)
         return kl_div(scores_BC.log_softmax(1), dense_BC, reduction="none", log_target=True).sum(1)
 
-    def divergence(self, outputs: Any, teacher: Any, batch: Batch) -> Tensor:
+    def divergence(self, outputs: Any, teacher: Any, batch: Batch, *, temperature: float = 1.0) -> Tensor:
         """KL(teacher || network), mean over pictures."""
-        ours_BC, theirs_BC = (_scores(out).log_softmax(1) for out in (outputs, teacher))
-        return kl_div(ours_BC, theirs_BC, reduction="batchmean", log_target=True)
+        return kl(_scores(outputs), _scores(teacher), temperature)
+
+    def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """Pictures mirrored by half, and moved by up to an eighth of their sides, what comes in being mirrored too."""
+        x_BCHW, shifts = batch[PIXELS], [max(1, side // 8) for side in batch[PIXELS].shape[2:]]
+        high, wide = (torch.randint(2 * s + 1, (len(x_BCHW),), generator=generator).tolist() for s in shifts)
+        flips = (torch.rand(len(x_BCHW), generator=generator) < 0.5).tolist()
+        room = pad(x_BCHW, (shifts[1], shifts[1], shifts[0], shifts[0]), mode="reflect")
+        height, width = x_BCHW.shape[2:]
+        moved = [one[:, h : h + height, w : w + width] for one, h, w in zip(room, high, wide, strict=True)]
+        return {**batch, PIXELS: torch.stack([o.flip(2) if f else o for o, f in zip(moved, flips, strict=True)])}
 
     # --- what a report says
 
