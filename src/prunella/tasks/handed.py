@@ -118,6 +118,9 @@ def _batches(given: Any) -> Iterator[Any]:
     if isinstance(given, Tensor | tuple | Mapping):
         yield given
         return
+    if isinstance(given, Samples):
+        yield from given.groups
+        return
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise InputError(
             f"a {type(given).__name__} is no batch for a network: give a tensor, a tuple of positional arguments, a"
