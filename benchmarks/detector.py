@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import zipfile
@@ -257,3 +258,81 @@ def precision(network: Yolo, pictures: Pictures) -> tuple[float, float]:
         judge.accumulate()
         judge.summarize()
     return float(judge.stats[1]), float(judge.stats[0])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True, help="of YOLOv5n v6.0, safetensors")
+    parser.add_argument("--pictures", type=Path, required=True, help="COCO128 as a zip: images/, object_detection/labels/")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.7])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=3, help="of each round, over the pictures and their mirror images")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--size", type=int, default=SIZE)
+    parser.add_argument("--limit", type=int, default=None, help="so many pictures of each kind")
+    parser.add_argument("--json", type=Path, default=None)
+    asked = parser.parse_args()
+    done = [json.loads(line) for line in asked.json.read_text().splitlines()] if asked.json and asked.json.exists() else []
+
+    def row(what: str, network: Yolo, **more: Any) -> None:
+        both, strict = precision(network, held_out)
+        found = {"what": what, "mAP50": round(both, 4), "mAP50-95": round(strict, 4), **more}
+        print(json.dumps(found), flush=True)
+        if asked.json:
+            with asked.json.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+
+    def due(what: str) -> bool:
+        return all(entry["what"] != what for entry in done)
+
+    held_out = Pictures(asked.pictures, "val2017", asked.size)
+    training = Pictures(asked.pictures, "train2017", asked.size)
+    held_out.x_NCHW, held_out.boxes = held_out.x_NCHW[: asked.limit], held_out.boxes[: asked.limit]
+    x_NCHW = training.x_NCHW[: asked.limit]
+    if due("dense"):
+        row("dense", load(asked.weights))
+    for sparsity in asked.sparsity:
+        recipe = {**RECIPE, "sparsity": sparsity, "evaluate": {"source": None}}
+        if due(f"one shot {sparsity:.0%}"):
+            network = load(asked.weights)
+            report = prunella.prune(network, recipe, calibration=x_NCHW[:2])
+            row(f"one shot {sparsity:.0%}", network, sparsity=report.sparsity)
+        if due(f"{asked.rounds} rounds {sparsity:.0%}"):
+            network = load(asked.weights)
+            aside = torch.arange(len(x_NCHW)) % 8 == 0  # of the training pictures: these choose, the others train
+            both_NCHW = torch.cat([x_NCHW[~aside], x_NCHW[~aside].flip(3)])
+            both_NCHW = both_NCHW[torch.randperm(len(both_NCHW), generator=torch.Generator().manual_seed(0))]
+            fit = prunella.distil(network, both_NCHW, epochs=asked.epochs, batch=16, rate=asked.rate, looks=1)
+            apart = divergence(copy.deepcopy(network), x_NCHW[aside])
+            levels = prunella.prune_in_rounds(
+                network,
+                recipe,
+                asked.rounds,
+                fit,
+                lambda net, apart=apart: -apart(net),
+                calibration=x_NCHW[:2],
+                on_level=lambda level: print(f"  {level.sparsity:.4f}: {level.scores}", flush=True),
+            )
+            row(f"{asked.rounds} rounds {sparsity:.0%}", network, sparsity=levels[-1].report.sparsity)
+
+
+def divergence(dense: Yolo, x_NCHW: Tensor) -> Any:
+    """How far raw maps are from the dense network's, the mean over pictures: sum |y - y'|^2 / sum |y'|^2."""
+    with torch.no_grad():
+        wanted = dense.eval()(x_NCHW)
+
+    def of(network: nn.Module) -> float:
+        with torch.no_grad():
+            found = network.eval()(x_NCHW)
+        apart = sum((one - other).square().flatten(1).sum(1) for one, other in zip(found, wanted, strict=True))
+        return float((apart / sum(other.square().flatten(1).sum(1) for other in wanted)).mean())
+
+    return of
+
+
+if __name__ == "__main__":
+    main()
