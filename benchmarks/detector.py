@@ -169,7 +169,8 @@ class Pictures:
                 left, top = (size - width) // 2, (size - height) // 2
                 canvas.paste(picture.resize((width, height), Image.Resampling.BILINEAR), (left, top))
                 pictures.append(torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(size, size, 3))
-                lines = files.read(f"object_detection/labels/{folder}/{Path(name).stem}.txt").decode().split("\n")
+                label = f"object_detection/labels/{folder}/{Path(name).stem}.txt"  # there is none of an empty picture
+                lines = files.read(label).decode().split("\n") if label in files.namelist() else []
                 found = torch.tensor([[float(word) for word in line.split()] for line in lines if line.strip()])
                 found = found.view(-1, 5)
                 kind, centre, extent = found[:, :1], found[:, 1:3], found[:, 3:]

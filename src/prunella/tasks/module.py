@@ -102,7 +102,8 @@ class Module(Task):
             except ModelError as error:
                 cause = first_line(error.__cause__ or error)
                 say(f"'{name}' is read into memory as a whole: its factory does not build it without weights ({cause})")
-        network = build()
+        with blamed(build, f"factory '{self.factory}'"):
+            network = build()
         if stored is not None:
             load_state(network, stored)
         if dtype != "auto":
@@ -136,19 +137,20 @@ class Module(Task):
             raise ModelError(unknown(f"function of '{path}'", function, known))
 
         def build() -> nn.Module:
-            with _beside(Path(path)), blamed(found[function], f"factory '{self.factory}'"):
+            with _beside(Path(path)):
                 network = found[function]()
             if not isinstance(network, nn.Module):
                 raise ModelError(f"factory '{self.factory}' returned a {type(network).__name__}, no torch module.")
             if self.form is None:
                 beside = {key: found[key] for key in BESIDE if key in found}
-                with _beside(Path(path)), blamed(found[function], f"file '{path}'"):
-                    for key in ("calibration", "evaluate"):
-                        if callable(beside.get(key)):
+                for key in ("calibration", "evaluate"):
+                    if callable(beside.get(key)):
+                        with _beside(Path(path)):
                             beside[key] = beside[key]()
                 self.hold(network, **beside)
             return network
 
+        build.__module__ = found[function].__module__  # whose defects they are
         return build
 
     def settings(self) -> dict[str, Any]:
