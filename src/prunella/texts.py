@@ -27,13 +27,15 @@ import json
 import lzma
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 from .errors import InputError, first_line, say, unknown
 
 Split = Literal["train", "test"]
+_Rows = Iterator[tuple[str, Any]]  # each with its place, in words
+_COLUMNS = ("text", "messages")  # of a table whose rows are documents
 
 
 class _Named(NamedTuple):
@@ -64,12 +66,12 @@ def documents(source: str, tokenizer: Any = None, split: Split = "train") -> Ite
 
         return iter([topics.topics[key] for key in sorted(topics.topics)])
     if found := _hub(source, split):
-        return _dataset(*found, tokenizer)
+        return _texts(_dataset(*found, _COLUMNS), tokenizer)
     path = Path(source)
     if read := _reader(path):
         if not path.is_file():
             raise InputError(f"text file '{source}' does not exist.")
-        return _file(path, *read, tokenizer)
+        return _documents(_file(path, *read, _COLUMNS), tokenizer, path, read[1] is _plain)
     if path.is_dir() and source:
         raise InputError(
             f"'{source}' is a directory: give a file in it, or hf:{source} for a data set that lies there."
@@ -80,6 +82,42 @@ def documents(source: str, tokenizer: Any = None, split: Split = "train") -> Ite
         )
     known = [*_NAMED, "pydoc", "self"]
     raise InputError(unknown("text", source, known) + f" Or give a file ({_ENDINGS}), or hf:DATASET[:CONFIG[:SPLIT]].")
+
+
+def records(source: str, columns: Sequence[str], split: Split = "train") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of a source that is a table (JSON lines, CSV, parquet, a data set of the hub), one by one, each with its
+    place in words. Columns beside these need not be there. Raises InputError for what is no table, and for a row that
+    is no object.
+
+    Args:
+        columns: those that are of interest; at least one of them is there.
+        split: as for `documents`.
+    """
+    if found := _hub(source, split):
+        rows = _dataset(*found, columns)
+    elif (read := _reader(path := Path(source))) and read[1] is not _plain:
+        if not path.is_file():
+            raise InputError(f"file '{source}' does not exist.")
+        rows = _file(path, *read, columns)
+    else:
+        tables = ", ".join(ending for ending, reader in _READERS.items() if reader is not _plain)
+        raise InputError(
+            f"'{source}' is no table: give a file ({tables}), or hf:DATASET[:CONFIG[:SPLIT]], with"
+            f" {' and '.join(map(repr, columns))}."
+        )
+    place = ""
+    for place, row in rows:
+        if not isinstance(row, Mapping):
+            raise InputError(f"{place}: not a JSON object.")
+        yield place, row
+    if not place:
+        raise InputError(f"'{source}' is empty.")
+
+
+def is_table(source: str) -> bool:
+    """Is a source a file of rows with columns, or a data set of the hub?"""
+    read = _reader(Path(source))
+    return source.startswith("hf:") or (read is not None and read[1] is not _plain)
 
 
 def same_text(source: str, tested: str) -> bool:
@@ -115,6 +153,22 @@ def _hub(source: str, split: Split) -> tuple[str, str | None, str] | None:
 
 # ---------------------------------------------------------------------------------------------------------
 # A document of a row
+
+
+def _documents(rows: _Rows, tokenizer: Any, path: Path, plain: bool) -> Iterator[str]:
+    """The documents of a file. Raises InputError where it has none, or is a plain text of white space."""
+    found = False
+    for text in _texts(rows, tokenizer):
+        found = found or not plain or bool(text.strip())
+        yield text
+    if not found:
+        raise InputError(f"text file '{path}' is empty.")
+
+
+def _texts(rows: _Rows, tokenizer: Any) -> Iterator[str]:
+    for place, row in rows:
+        if (text := _document(row, place, tokenizer)) is not None:
+            yield text
 
 
 def _document(row: Any, place: str, tokenizer: Any) -> str | None:
@@ -166,20 +220,16 @@ def lead(tokenizer: Any) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------
 # Files
 
-_Rows = Iterator[tuple[str, Any]]  # each with its place, in words
-
 
 def _file(
-    path: Path, open_: Callable[..., Any], rows: Callable[[IO[bytes], str], _Rows], tokenizer: Any
-) -> Iterator[str]:
-    found = False
+    path: Path,
+    open_: Callable[..., Any],
+    rows: Callable[[IO[bytes], str, Sequence[str]], _Rows],
+    columns: Sequence[str],
+) -> _Rows:
     try:
         with open_(path, "rb") as file:
-            for place, row in rows(file, f"'{path}'"):
-                text = _document(row, place, tokenizer)
-                if text is not None:
-                    found = found or bool(text.strip()) or rows is not _plain
-                    yield text
+            yield from rows(file, f"'{path}'", columns)
     except UnicodeDecodeError as error:
         where = f" (byte {error.start})" if rows is _plain else ""
         raise InputError(f"'{path}' is not UTF-8 text{where}: convert it first.") from None
@@ -187,8 +237,6 @@ def _file(
         raise InputError(f"text file '{path}' cannot be read: {error.strerror or first_line(error)}.") from None
     except (EOFError, zlib.error, lzma.LZMAError, csv.Error) as error:
         raise InputError(f"text file '{path}' is damaged: {first_line(error)}.") from None
-    if not found:
-        raise InputError(f"text file '{path}' is empty.")
 
 
 def _decoded(file: IO[bytes], newline: str | None = None) -> io.TextIOWrapper:
@@ -196,12 +244,12 @@ def _decoded(file: IO[bytes], newline: str | None = None) -> io.TextIOWrapper:
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
 
 
-def _plain(file: IO[bytes], name: str) -> _Rows:
+def _plain(file: IO[bytes], name: str, columns: Sequence[str]) -> _Rows:
     text = _decoded(file).read()
     yield name, {"text": text}
 
 
-def _json_lines(file: IO[bytes], name: str) -> _Rows:
+def _json_lines(file: IO[bytes], name: str, columns: Sequence[str]) -> _Rows:
     return _objects(_decoded(file), name)
 
 
@@ -214,7 +262,7 @@ def _objects(lines: Iterable[str], name: str) -> _Rows:
                 yield f"{name}, line {number}", None  # not an object
 
 
-def _json(file: IO[bytes], name: str) -> _Rows:
+def _json(file: IO[bytes], name: str, columns: Sequence[str]) -> _Rows:
     """An array, one object, or JSON lines, which many .json files hold."""
     text, start = _decoded(file), list[str]()
     for line in text:
@@ -238,19 +286,19 @@ def _json(file: IO[bytes], name: str) -> _Rows:
         yield name, value
 
 
-def _csv(file: IO[bytes], name: str, delimiter: str = ",") -> _Rows:
+def _csv(file: IO[bytes], name: str, columns: Sequence[str], delimiter: str = ",") -> _Rows:
     csv.field_size_limit(sys.maxsize)  # a document is one field
     rows = csv.DictReader(_decoded(file, newline=""), delimiter=delimiter)
-    _check_columns(rows.fieldnames or (), name)
+    _check_columns(rows.fieldnames or (), name, columns)
     for row in rows:
         yield f"{name}, line {rows.line_num}", row
 
 
-def _tsv(file: IO[bytes], name: str) -> _Rows:
-    return _csv(file, name, "\t")
+def _tsv(file: IO[bytes], name: str, columns: Sequence[str]) -> _Rows:
+    return _csv(file, name, columns, "\t")
 
 
-def _parquet(file: IO[bytes], name: str) -> _Rows:
+def _parquet(file: IO[bytes], name: str, columns: Sequence[str]) -> _Rows:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -259,7 +307,7 @@ def _parquet(file: IO[bytes], name: str) -> _Rows:
     number = 0
     try:
         table = ParquetFile(file)
-        wanted = _check_columns(table.schema_arrow.names, name)
+        wanted = _check_columns(table.schema_arrow.names, name, columns)
         for batch in table.iter_batches(batch_size=256, columns=wanted):
             for row in batch.to_pylist():
                 number += 1
@@ -268,15 +316,17 @@ def _parquet(file: IO[bytes], name: str) -> _Rows:
         raise InputError(f"text file {name} is damaged: {first_line(error)}.") from None
 
 
-def _check_columns(names: Iterable[str], name: str) -> list[str]:
-    """The columns that hold text. Raises InputError if there is none."""
-    found = [column for column in names if column in ("text", "messages")]
+def _check_columns(names: Iterable[str], name: str, columns: Sequence[str]) -> list[str]:
+    """Those of the columns that are there. Raises InputError if none is."""
+    found = [column for column in names if column in columns]
     if not found:
-        raise InputError(f"{name} has no 'text' column, nor 'messages'; it has: {', '.join(names) or 'none'}.")
+        first, *others = map(repr, columns)
+        wanted = " nor ".join((f"{first} column,", *others)) if others else f"{first} column"
+        raise InputError(f"{name} has no {wanted}; it has: {', '.join(names) or 'none'}.")
     return found
 
 
-_READERS: dict[str, Callable[[IO[bytes], str], _Rows]] = {
+_READERS: dict[str, Callable[[IO[bytes], str, Sequence[str]], _Rows]] = {
     ".txt": _plain,
     ".jsonl": _json_lines,
     ".json": _json,
@@ -288,7 +338,7 @@ _COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open
 _ENDINGS = f"{', '.join(_READERS)}, or one of them in {', '.join(_COMPRESSED)}"
 
 
-def _reader(path: Path) -> tuple[Callable[..., Any], Callable[[IO[bytes], str], _Rows]] | None:
+def _reader(path: Path) -> tuple[Callable[..., Any], Callable[[IO[bytes], str, Sequence[str]], _Rows]] | None:
     """How a file is opened and read, by the ending of its name; None for one that is not text."""
     kind, packed = path.suffix.lower(), None
     if kind in _COMPRESSED:
@@ -300,7 +350,7 @@ def _reader(path: Path) -> tuple[Callable[..., Any], Callable[[IO[bytes], str], 
 # Data sets of the hub
 
 
-def _dataset(name: str, config: str | None, split: str, tokenizer: Any) -> Iterator[str]:
+def _dataset(name: str, config: str | None, split: str, columns: Sequence[str]) -> _Rows:
     try:
         import datasets
     except ImportError:
@@ -309,10 +359,8 @@ def _dataset(name: str, config: str | None, split: str, tokenizer: Any) -> Itera
     try:
         for number, row in enumerate(datasets.load_dataset(name, config, split=split, streaming=True), 1):
             if number == 1:
-                _check_columns(row, f"data set '{name}'")
-            text = _document(row, f"data set '{name}', row {number}", tokenizer)
-            if text is not None:
-                yield text
+                _check_columns(row, f"data set '{name}'", columns)
+            yield f"data set '{name}', row {number}", row
     except InputError:
         raise
     except Exception as error:
