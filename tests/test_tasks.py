@@ -54,10 +54,17 @@ def test_a_task_that_does_not_say_all_it_has_to_is_named(missing: str) -> None:
 # In a recipe
 
 
-def test_a_recipe_says_what_the_network_is_for_and_it_is_text_if_nothing_is_said() -> None:
-    assert Recipe().plain()["task"] == {"text": {}}
-    for value in ("text", {"text": {}}, {"text": None}):
-        assert Recipe.of({"task": value}) == Recipe()
+def test_a_recipe_says_what_the_network_is_for_and_else_the_model_does() -> None:
+    assert Recipe().plain()["task"] == {"auto": {}}
+    text = Recipe.of({"task": "text"})
+    assert text.plain()["task"] == {"text": {}}
+    assert text.calibration.source == text.evaluate.source == "pydoc"
+    for value in ({"text": {}}, {"text": None}):
+        assert Recipe.of({"task": value}) == text
+    assert Recipe().resolved("nobody/knows-it") == text
+    assert Recipe.of({"evaluate": {"source": None}}).resolved("smollm2-135m").evaluate.source is None
+    with pytest.raises(InputError, match="does not say what the network is for"):
+        Recipe().make_task()
     with pytest.raises(InputError, match=r"task: \['text'\] should be one name"):
         Recipe.of({"task": ["text"]})
     with pytest.raises(InputError, match="unknown task 'txt'"):

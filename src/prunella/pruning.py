@@ -55,6 +55,7 @@ def prune_once(
 ) -> Report:
     """What `prunella.prune` does, with these arguments, where nothing is healed; `path` is the directory for the
     result, which can be written. `on_block` is called with each pruned block."""
+    recipe = recipe.resolved(model)
     task = recipe.make_task()
     if isinstance(model, str):
         trust = {"remote_code": remote_code, "pickles": pickles}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,18 @@ class Task(ABC):
     language = False
 
     # --- opening and saving
+
+    @classmethod
+    def claims(cls, name: str, config: Mapping[str, Any]) -> bool:
+        """Is a model of this name, or with this config.json, for this task? It is asked where nobody says which task;
+        of the tasks that say so the first one counts.
+
+        Args:
+            name: as it was given; of a network in memory, nothing.
+            config: of a model that is not a directory, nor on the hub, nothing; of a network in memory, its own, with
+                its class under `architectures`.
+        """
+        return False
 
     def open(self, name: str, **options: Any) -> Model:
         """The model of this name, a directory or what else the task knows, its weights not read yet where they need
