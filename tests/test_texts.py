@@ -15,7 +15,7 @@ import pytest
 
 from prunella import InputError, Model, load_model
 from prunella.calibrate import all_windows, windows
-from prunella.texts import documents, is_table, records, same_text
+from prunella.texts import documents, same_text
 
 TEXTS = [f"Document {n} tells of {n} pruned branches.\nThey grew back." for n in range(60)]
 
@@ -305,41 +305,3 @@ def test_a_data_set_that_cannot_be_had_is_named_in_one_line(monkeypatch: pytest.
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([{"body": "x"}]))
     with pytest.raises(InputError, match="data set 'some/set' has no 'text' column, nor 'messages'; it has: body"):
         list(documents("hf:some/set"))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Tables
-
-
-@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".jsonl.gz"])
-def test_the_rows_of_a_table_come_with_their_places(ending: str, tmp_path: Path) -> None:
-    path = tmp_path / f"pairs{ending}"
-    rows = [{"text": "one", "target": "a"}, {"text": "two", "target": "b"}]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    if ending == ".json":
-        text = json.dumps(rows)
-    if ending == ".csv":
-        text = "text,target\none,a\ntwo,b\n"
-    path.write_bytes(gzip.compress(text.encode()) if ending.endswith(".gz") else text.encode())
-    found = list(records(str(path), ("text", "target")))
-    assert [dict(row) for _, row in found] == rows
-    assert all(str(path) in place for place, _ in found)
-    assert is_table(str(path))
-    assert not is_table(str(tmp_path / "notes.txt"))
-
-
-def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("words")
-    (tmp_path / "empty.jsonl").write_text("\n")
-    (tmp_path / "list.jsonl").write_text('{"text": "a"}\n[1]\n')
-    (tmp_path / "other.csv").write_text("n\n1\n")
-    for source, message in {
-        "pydoc": "'pydoc' is no table: give a file .*, with 'text' and 'label'",
-        str(tmp_path / "notes.txt"): "is no table",
-        str(tmp_path / "none.jsonl"): "does not exist",
-        str(tmp_path / "empty.jsonl"): "is empty",
-        str(tmp_path / "list.jsonl"): "line 2: not a JSON object",
-        str(tmp_path / "other.csv"): "has no 'text' column, nor 'label'; it has: n",
-    }.items():
-        with pytest.raises(InputError, match=message):
-            list(records(source, ("text", "label")))

@@ -1,4 +1,4 @@
-"""From the name of a text to its documents.
+"""From the name of a text to its documents, or to rows of which a task makes samples.
 
 A source is one of
 
@@ -25,17 +25,19 @@ import io
 import itertools
 import json
 import lzma
+import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, TypeVar
 
 from .errors import InputError, first_line, say, unknown
 
+T = TypeVar("T")
 Split = Literal["train", "test"]
-_Rows = Iterator[tuple[str, Any]]  # each with its place, in words
-_COLUMNS = ("text", "messages")  # of a table whose rows are documents
+PASSAGE = 5  # words that a passage has at least
 
 
 class _Named(NamedTuple):
@@ -61,17 +63,27 @@ def documents(source: str, tokenizer: Any = None, split: Split = "train") -> Ite
         tokenizer: with the chat template for conversations.
         split: what a data set that goes by its usual name is wanted for.
     """
+    return records(source, partial(_document, tokenizer=tokenizer), ("text", "messages"), split)
+
+
+def records(
+    source: str, make: Callable[[Any, str], T | None], columns: Collection[str], split: Split = "train"
+) -> Iterator[T]:
+    """What `make(row, place)` makes of each row of a source: a row is a mapping with these columns, as far as it has
+    them, or whatever else stands in a file of JSON; its place is in words, for errors. None passes it over. A file that
+    is one document has one row, its `text`. Raises InputError, too where a table has none of the columns."""
     if source == "pydoc":
         from pydoc_data import topics
 
-        return iter([topics.topics[key] for key in sorted(topics.topics)])
+        made = (make({"text": topics.topics[key]}, f"pydoc, '{key}'") for key in sorted(topics.topics))
+        return (one for one in made if one is not None)
     if found := _hub(source, split):
-        return _texts(_dataset(*found, _COLUMNS), tokenizer)
+        return _dataset(*found, make, columns)
     path = Path(source)
     if read := _reader(path):
         if not path.is_file():
             raise InputError(f"text file '{source}' does not exist.")
-        return _documents(_file(path, *read, _COLUMNS), tokenizer, path, read[1] is _plain)
+        return _file(path, *read, make, columns)
     if path.is_dir() and source:
         raise InputError(
             f"'{source}' is a directory: give a file in it, or hf:{source} for a data set that lies there."
@@ -84,40 +96,16 @@ def documents(source: str, tokenizer: Any = None, split: Split = "train") -> Ite
     raise InputError(unknown("text", source, known) + f" Or give a file ({_ENDINGS}), or hf:DATASET[:CONFIG[:SPLIT]].")
 
 
-def records(source: str, columns: Sequence[str], split: Split = "train") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows of a source that is a table (JSON lines, CSV, parquet, a data set of the hub), one by one, each with its
-    place in words. Columns beside these need not be there. Raises InputError for what is no table, and for a row that
-    is no object.
-
-    Args:
-        columns: those that are of interest; at least one of them is there.
-        split: as for `documents`.
-    """
-    if found := _hub(source, split):
-        rows = _dataset(*found, columns)
-    elif (read := _reader(path := Path(source))) and read[1] is not _plain:
-        if not path.is_file():
-            raise InputError(f"file '{source}' does not exist.")
-        rows = _file(path, *read, columns)
-    else:
-        tables = ", ".join(ending for ending, reader in _READERS.items() if reader is not _plain)
-        raise InputError(
-            f"'{source}' is no table: give a file ({tables}), or hf:DATASET[:CONFIG[:SPLIT]], with"
-            f" {' and '.join(map(repr, columns))}."
-        )
-    place = ""
-    for place, row in rows:
-        if not isinstance(row, Mapping):
-            raise InputError(f"{place}: not a JSON object.")
-        yield place, row
-    if not place:
-        raise InputError(f"'{source}' is empty.")
-
-
-def is_table(source: str) -> bool:
-    """Is a source a file of rows with columns, or a data set of the hub?"""
+def is_prose(source: str) -> bool:
+    """Is a row of this source a whole document, to be cut, and not one text of many?"""
     read = _reader(Path(source))
-    return source.startswith("hf:") or (read is not None and read[1] is not _plain)
+    return source == "pydoc" or (read is not None and read[1] is _plain)
+
+
+def passages(document: str) -> list[str]:
+    """A document cut at empty lines; what is shorter than a few words (headings, say) is left out."""
+    cut = (" ".join(part.split()) for part in re.split(r"\n\s*\n", document))
+    return [part for part in cut if part.count(" ") + 1 >= PASSAGE]
 
 
 def same_text(source: str, tested: str) -> bool:
@@ -155,23 +143,7 @@ def _hub(source: str, split: Split) -> tuple[str, str | None, str] | None:
 # A document of a row
 
 
-def _documents(rows: _Rows, tokenizer: Any, path: Path, plain: bool) -> Iterator[str]:
-    """The documents of a file. Raises InputError where it has none, or is a plain text of white space."""
-    found = False
-    for text in _texts(rows, tokenizer):
-        found = found or not plain or bool(text.strip())
-        yield text
-    if not found:
-        raise InputError(f"text file '{path}' is empty.")
-
-
-def _texts(rows: _Rows, tokenizer: Any) -> Iterator[str]:
-    for place, row in rows:
-        if (text := _document(row, place, tokenizer)) is not None:
-            yield text
-
-
-def _document(row: Any, place: str, tokenizer: Any) -> str | None:
+def _document(row: Any, place: str, *, tokenizer: Any) -> str | None:
     """The text of a row: its `text`, or its `messages` as the chat template writes them; None where it has neither,
     as tables have rows with nothing in a column."""
     if not isinstance(row, Mapping) or not row.keys() & {"text", "messages"}:
@@ -179,10 +151,13 @@ def _document(row: Any, place: str, tokenizer: Any) -> str | None:
     text, messages = row.get("text"), row.get("messages")
     if text is None and messages is not None:
         text = _conversation(messages, place, tokenizer)
-    if text is None:
-        return None
+    return None if text is None else checked_text(text, place)
+
+
+def checked_text(text: Any, place: str, column: str = "text") -> str:
+    """A text as it is. Raises InputError for what is none."""
     if not isinstance(text, str):
-        raise InputError(f"{place}: 'text' is not a string.")
+        raise InputError(f"{place}: '{column}' is not a string.")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -220,16 +195,25 @@ def lead(tokenizer: Any) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------
 # Files
 
+_Rows = Iterator[tuple[str, Any]]  # each with its place, in words
+_Read = Callable[[IO[bytes], str, Collection[str]], _Rows]  # of a file, its name in quotes, the columns that are wanted
+
 
 def _file(
     path: Path,
     open_: Callable[..., Any],
-    rows: Callable[[IO[bytes], str, Sequence[str]], _Rows],
-    columns: Sequence[str],
-) -> _Rows:
+    rows: _Read,
+    make: Callable[[Any, str], T | None],
+    columns: Collection[str],
+) -> Iterator[T]:
+    found = False
     try:
         with open_(path, "rb") as file:
-            yield from rows(file, f"'{path}'", columns)
+            for place, row in rows(file, f"'{path}'", columns):
+                made = make(row, place)
+                if made is not None:
+                    found = found or rows is not _plain or bool(row["text"].strip())
+                    yield made
     except UnicodeDecodeError as error:
         where = f" (byte {error.start})" if rows is _plain else ""
         raise InputError(f"'{path}' is not UTF-8 text{where}: convert it first.") from None
@@ -237,6 +221,8 @@ def _file(
         raise InputError(f"text file '{path}' cannot be read: {error.strerror or first_line(error)}.") from None
     except (EOFError, zlib.error, lzma.LZMAError, csv.Error) as error:
         raise InputError(f"text file '{path}' is damaged: {first_line(error)}.") from None
+    if not found:
+        raise InputError(f"text file '{path}' is empty.")
 
 
 def _decoded(file: IO[bytes], newline: str | None = None) -> io.TextIOWrapper:
@@ -244,12 +230,12 @@ def _decoded(file: IO[bytes], newline: str | None = None) -> io.TextIOWrapper:
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
 
 
-def _plain(file: IO[bytes], name: str, columns: Sequence[str]) -> _Rows:
+def _plain(file: IO[bytes], name: str, columns: Collection[str]) -> _Rows:
     text = _decoded(file).read()
     yield name, {"text": text}
 
 
-def _json_lines(file: IO[bytes], name: str, columns: Sequence[str]) -> _Rows:
+def _json_lines(file: IO[bytes], name: str, columns: Collection[str]) -> _Rows:
     return _objects(_decoded(file), name)
 
 
@@ -262,7 +248,7 @@ def _objects(lines: Iterable[str], name: str) -> _Rows:
                 yield f"{name}, line {number}", None  # not an object
 
 
-def _json(file: IO[bytes], name: str, columns: Sequence[str]) -> _Rows:
+def _json(file: IO[bytes], name: str, columns: Collection[str]) -> _Rows:
     """An array, one object, or JSON lines, which many .json files hold."""
     text, start = _decoded(file), list[str]()
     for line in text:
@@ -286,7 +272,7 @@ def _json(file: IO[bytes], name: str, columns: Sequence[str]) -> _Rows:
         yield name, value
 
 
-def _csv(file: IO[bytes], name: str, columns: Sequence[str], delimiter: str = ",") -> _Rows:
+def _csv(file: IO[bytes], name: str, columns: Collection[str], delimiter: str = ",") -> _Rows:
     csv.field_size_limit(sys.maxsize)  # a document is one field
     rows = csv.DictReader(_decoded(file, newline=""), delimiter=delimiter)
     _check_columns(rows.fieldnames or (), name, columns)
@@ -294,11 +280,11 @@ def _csv(file: IO[bytes], name: str, columns: Sequence[str], delimiter: str = ",
         yield f"{name}, line {rows.line_num}", row
 
 
-def _tsv(file: IO[bytes], name: str, columns: Sequence[str]) -> _Rows:
+def _tsv(file: IO[bytes], name: str, columns: Collection[str]) -> _Rows:
     return _csv(file, name, columns, "\t")
 
 
-def _parquet(file: IO[bytes], name: str, columns: Sequence[str]) -> _Rows:
+def _parquet(file: IO[bytes], name: str, columns: Collection[str]) -> _Rows:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -316,17 +302,17 @@ def _parquet(file: IO[bytes], name: str, columns: Sequence[str]) -> _Rows:
         raise InputError(f"text file {name} is damaged: {first_line(error)}.") from None
 
 
-def _check_columns(names: Iterable[str], name: str, columns: Sequence[str]) -> list[str]:
-    """Those of the columns that are there. Raises InputError if none is."""
+def _check_columns(names: Iterable[str], name: str, columns: Collection[str]) -> list[str]:
+    """Those of the columns that are there. Raises InputError if there is none."""
     found = [column for column in names if column in columns]
     if not found:
-        first, *others = map(repr, columns)
-        wanted = " nor ".join((f"{first} column,", *others)) if others else f"{first} column"
-        raise InputError(f"{name} has no {wanted}; it has: {', '.join(names) or 'none'}.")
+        first, *more = columns
+        nor = "".join(f", nor '{column}'" for column in more)
+        raise InputError(f"{name} has no '{first}' column{nor}; it has: {', '.join(names) or 'none'}.")
     return found
 
 
-_READERS: dict[str, Callable[[IO[bytes], str, Sequence[str]], _Rows]] = {
+_READERS: dict[str, _Read] = {
     ".txt": _plain,
     ".jsonl": _json_lines,
     ".json": _json,
@@ -338,7 +324,7 @@ _COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open
 _ENDINGS = f"{', '.join(_READERS)}, or one of them in {', '.join(_COMPRESSED)}"
 
 
-def _reader(path: Path) -> tuple[Callable[..., Any], Callable[[IO[bytes], str, Sequence[str]], _Rows]] | None:
+def _reader(path: Path) -> tuple[Callable[..., Any], _Read] | None:
     """How a file is opened and read, by the ending of its name; None for one that is not text."""
     kind, packed = path.suffix.lower(), None
     if kind in _COMPRESSED:
@@ -350,17 +336,39 @@ def _reader(path: Path) -> tuple[Callable[..., Any], Callable[[IO[bytes], str, S
 # Data sets of the hub
 
 
-def _dataset(name: str, config: str | None, split: str, columns: Sequence[str]) -> _Rows:
+class ClassName(str):
+    """The name of a class in a data set of the hub, with its number there."""
+
+    number: int
+
+    @classmethod
+    def of(cls, names: list[str], number: int) -> ClassName:
+        made = cls(names[number])
+        made.number = number
+        return made
+
+
+def _dataset(
+    name: str, config: str | None, split: str, make: Callable[[Any, str], T | None], columns: Collection[str]
+) -> Iterator[T]:
     try:
         import datasets
     except ImportError:
         raise InputError("data sets of the hub need the package datasets: pip install 'prunella[data]'.") from None
     say(f"reading the data set {name} ({config or 'default'}, {split}) from the hub")
     try:
-        for number, row in enumerate(datasets.load_dataset(name, config, split=split, streaming=True), 1):
+        data = datasets.load_dataset(name, config, split=split, streaming=True)
+        features: Mapping[str, Any] = getattr(data, "features", None) or {}
+        classes = {column: f.names for column, f in features.items() if column in columns and hasattr(f, "names")}
+        for number, row in enumerate(data, 1):
             if number == 1:
                 _check_columns(row, f"data set '{name}'", columns)
-            yield f"data set '{name}', row {number}", row
+            for column, names in classes.items():
+                if isinstance(row[column], int) and 0 <= row[column] < len(names):
+                    row = {**row, column: ClassName.of(names, row[column])}
+            made = make(row, f"data set '{name}', row {number}")
+            if made is not None:
+                yield made
     except InputError:
         raise
     except Exception as error:

@@ -26,7 +26,7 @@ from ..model.checkpoint import Source
 from ..model.network import Model
 from ..model.tokenizer import load_tokenizer
 from ..samples import Batch, Samples
-from ..texts import documents, is_table, records
+from ..texts import documents, is_prose, records
 from .registry import register_task
 from .targets import AT, Shapes, Targets, enough, field, of_network, say_cut, written
 
@@ -100,9 +100,9 @@ class Seq2Seq(Targets):
                 f"{length} tokens to read and {self.target_length} to write: both are between 4 and the model's context"
                 f" of {context(model)}."
             )
-        if is_table(source):
+        if not is_prose(source):
             split: Any = "test" if test else "train"
-            rows = records(source, (*self.columns[0], self.columns[1]), split)
+            rows = records(source, _row, (*self.columns[0], self.columns[1]), split)
             first = next(rows, None)
             if first is not None and self.columns[1] in first[1]:
                 return self._pairs(model, source, itertools.chain([first], rows), count, used, length)
@@ -246,6 +246,12 @@ def shifted_right(network: Any, labels_BM: Tensor) -> Tensor:
             " is not known."
         )
     return torch.cat([labels_BM.new_full((len(labels_BM), 1), start), labels_BM[:, :-1]], 1)
+
+
+def _row(row: Any, place: str) -> tuple[str, Mapping[str, Any]]:
+    if not isinstance(row, Mapping):
+        raise InputError(f"{place}: not a JSON object.")
+    return place, row
 
 
 def _ids(tokenizer: Any, length: int, **text: str) -> tuple[list[int], bool]:

@@ -325,9 +325,11 @@ def wrap_model(network: Any, tokenizer: Any = None, name: str = "") -> Model:
 
 
 def _admit(name: str, config: Any) -> None:
-    """Raises ModelError for an encoder and a decoder."""
+    """Raises ModelError for an encoder and a decoder, with the task that takes it."""
     if config.is_encoder_decoder:
-        raise _no_decoder(name, f"{config.model_type} is an encoder and a decoder")
+        other = claimed("", config.to_dict())
+        taken = "" if other == FALLBACK else f"; task {other} takes it"
+        raise _no_decoder(name, f"{config.model_type} is an encoder and a decoder{taken}")
 
 
 def check_causal(model: Model) -> None:
