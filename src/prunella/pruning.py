@@ -22,6 +22,7 @@ from .machine import at_a_time, fork_random, most_memory
 from .model.checks import check_plain, check_saveable
 from .model.names import named
 from .model.network import Model
+from .model.task import Answers
 from .order import pick_order
 from .outcome import BlockResult, LayerResult
 from .overlap import joined
@@ -154,7 +155,8 @@ def _prune(
             out = Output(path, opened, active, run, shop, recipe.make_store())
             opened.scratch = shop.directory
         clock = time.perf_counter()
-        dense = measure_once(out, "dense", opened, source, measured, None, track)
+        answers: dict[str, Answers] = {}
+        dense = measure_once(out, "dense", opened, source, measured, None, track, answers)
         seconds["dense evaluation"] = time.perf_counter() - clock
         clock = time.perf_counter()
         shares = out.notes.get("shares") if out else None
@@ -174,7 +176,8 @@ def _prune(
             out.complete()
         clock = time.perf_counter()
         written = out.checkpoint if out else None
-        pruned = measure_once(out, "pruned", opened, source, measured, written if opened.checkpoint else None, track)
+        there = written if opened.checkpoint else None
+        pruned = measure_once(out, "pruned", opened, source, measured, there, track, answers)
         seconds["pruned evaluation"] = time.perf_counter() - clock
         seconds["all"] = time.perf_counter() - started
         if written:

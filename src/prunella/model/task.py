@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from .network import Model
 
 
+Answers = Mapping[str, Tensor]  # what a network answers on samples, {what: (N, …)}, a sample a row
+NO_ANSWERS: Answers = MappingProxyType({})
+
+
 class Task(ABC):
     """What a network is for: how it is opened, what it is run on, and how good what it puts out is.
 
@@ -33,6 +38,8 @@ class Task(ABC):
     source:   where its samples come from if nobody says so
     argument: what the network calls samples that are handed over as one tensor
     figure:   that of `scores` which says how good it is
+    higher:   is more of it better?
+    unit:     how it is shown: `%` of a share, or nothing
     language: networks are causal language models of transformers, of which more is known than of others
     """
 
@@ -40,6 +47,8 @@ class Task(ABC):
     source = ""
     argument = "input_ids"
     figure = "loss"
+    higher = False
+    unit = ""
     language = False
 
     # --- opening and saving
@@ -175,9 +184,30 @@ class Task(ABC):
 
     # --- what a report says
 
-    def scores(self, model: Model, samples: Samples, losses: Sequence[float]) -> dict[str, Any]:
-        """What a report says of the losses of samples, `figure` and `samples` (how many) among it; of none, that
-        nothing was measured."""
+    def answers(self, outputs: Any, batch: Batch) -> Answers:
+        """What `scores` needs to know of the outputs for a batch beside its losses, {what: (B, …)}: the classes that
+        were chosen, say, or embeddings. Of one shape for all samples; nothing where the losses are enough."""
+        return NO_ANSWERS
+
+    def scores(
+        self,
+        model: Model,
+        samples: Samples,
+        losses: Sequence[float],
+        answers: Answers = NO_ANSWERS,
+        dense: Answers = NO_ANSWERS,
+    ) -> dict[str, Any]:
+        """What a report says of how good a network is on samples, plain data: the value of `figure` under its name,
+        `samples` (how many), and where it is a mean over samples `each` (the figure of each sample) and `error`, its
+        standard error; see `tasks.scores`. It may name another `figure` than the class, with `higher` and `unit`. Of
+        no losses, that nothing was measured.
+
+        Args:
+            losses: of the samples, in order.
+            answers: of the network, if `answers` says any.
+            dense: those of the dense network, or of another one beside, on the same samples; nothing where it was not
+                asked, and where it is the network itself.
+        """
         if not losses:
             return {"loss": None}
         return {"samples": len(losses), "loss": sum(losses) / len(losses), "losses": list(losses)}
