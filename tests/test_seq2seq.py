@@ -11,15 +11,14 @@ import pytest
 import tiny
 import torch
 import transformers as t
-from torch.nn import functional
 
 import prunella
-from prunella import InputError, ModelError, open_model, task_of
+from prunella import InputError, ModelError, open_model
 from prunella.allocate import allocations
 from prunella.registry import steps
 from prunella.samples import Samples
 from prunella.stream import Stream
-from prunella.tasks import make_task
+from prunella.tasks import make_task, task_of
 from prunella.tasks.seq2seq import Seq2Seq, shifted_right
 
 IDS: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
@@ -29,12 +28,12 @@ SIDES: dict[str, Any] = {
     for name, value in {"layers": 2, "attention_heads": 4, "ffn_dim": 32}.items()
 }
 BART: dict[str, Any] = {
-    **{"vocab_size": tiny.VOCABULARY, "d_model": 16, "max_position_embeddings": 64, "bos_token_id": 1},
+    "vocab_size": tiny.VOCABULARY, "d_model": 16, "max_position_embeddings": 64, "bos_token_id": 1,
     **IDS,
     **SIDES,
 }
 T5: dict[str, Any] = {
-    **{"vocab_size": tiny.VOCABULARY, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4},
+    "vocab_size": tiny.VOCABULARY, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4,
     **IDS,
 }
 KINDS: dict[str, Callable[[], Any]] = {
@@ -57,8 +56,9 @@ def network(kind: str = "t5") -> Any:
     torch.manual_seed(0)
     built = KINDS[kind]().eval()
     with torch.no_grad():
-        for parameter in built.parameters():  # what is zero, one or tiny at first would hide mistakes
-            parameter += 0.05 * torch.randn(parameter.shape)
+        for name, parameter in built.named_parameters():  # what is zero, one or tiny at first would hide mistakes
+            if "embed_positions" not in name:  # Marian's and Pegasus' are a table of sines, and not in the files
+                parameter += 0.05 * torch.randn(parameter.shape)
     return built
 
 
@@ -208,7 +208,9 @@ def test_two_models_that_say_the_same_do_not_diverge() -> None:
     one, other = (task.run(network(kind).requires_grad_(), batch) for kind in ("bart", "pegasus"))
     assert task.divergence(one, one, batch).item() == pytest.approx(0, abs=1e-6)
     p, q = (out.logits.flatten(0, 1).log_softmax(1) for out in (other, one))
-    assert task.divergence(one, other, batch).item() == pytest.approx((p.exp() * (p - q)).sum(1).mean().item(), rel=1e-4)
+    assert task.divergence(one, other, batch).item() == pytest.approx(
+        (p.exp() * (p - q)).sum(1).mean().item(), rel=1e-4
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -218,8 +220,8 @@ def test_two_models_that_say_the_same_do_not_diverge() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_stacks_are_replayed_exactly_from_files_too(kind: str, tmp_path: Path) -> None:
     path = saved(kind, tmp_path / "model")
-    whole, samples = network(kind), samples_of()
-    for model in (Seq2Seq().wrap(network(kind)), open_model(str(path))):
+    loaded, samples = t.AutoModelForSeq2SeqLM.from_pretrained(path), samples_of()
+    for whole, model in ((network(kind), Seq2Seq().wrap(network(kind))), (loaded, open_model(str(path)))):
         assert len(model.stacks) == 2
         stream = Stream(model, samples)
         for _, block in model.walk():
@@ -242,7 +244,7 @@ def test_every_step_prunes_both_stacks(name: str, kind: str) -> None:
     assert names == {"encoder", "decoder"}
     for layer in report.layers:
         weight = net.get_submodule(layer.name).weight
-        assert (weight == 0).float().mean().item() == pytest.approx(layer.sparsity, abs=1e-6)
+        assert (weight == 0).float().mean().item() >= layer.sparsity - 1e-6  # gptq rounds some to zero
     assert report.recipe["task"] == {"seq2seq": {}}
 
 
@@ -317,20 +319,31 @@ def test_what_does_not_fit_is_refused_in_one_line(t5: Path, llama: Path, tmp_pat
     refused("line 2: 'target' is no text that says something", lambda: Seq2Seq().samples(model, str(bad), 3))
     refused("line 3: 'text' is no text", lambda: Seq2Seq().samples(model, str(bad), 1, used=2))
     refused("holds 12 pairs, but 13 are asked for", lambda: Seq2Seq().samples(model, str(pairs), 13))
-    refused("holds after the first 10 of it, which are held out, 2", lambda: Seq2Seq().samples(model, str(pairs), 3, used=10))
+    refused(
+        "holds after the first 10 of it, which are held out, 2",
+        lambda: Seq2Seq().samples(model, str(pairs), 3, used=10),
+    )
     refused("knows no languages: leave src_lang out", lambda: Seq2Seq(source_lang="de").samples(model, str(pairs), 1))
-    refused("no room for text beside the prefix", lambda: Seq2Seq(length=4, prefix="so much").samples(model, "pydoc", 1))
-    refused("2 tokens to read and 128 to write: both are between 4", lambda: Seq2Seq(length=2).samples(model, "pydoc", 1))
+    refused(
+        "no room for text beside the prefix", lambda: Seq2Seq(length=4, prefix="so much").samples(model, "pydoc", 1)
+    )
+    refused(
+        "2 tokens to read and 128 to write: both are between 4", lambda: Seq2Seq(length=2).samples(model, "pydoc", 1)
+    )
     refused("samples of seq2seq are `input_ids` and `labels`; these are pixel_values", taken(pixel_values=ids))
     refused(r"hold the tokens to write, `labels` \(n, M\) of integers", taken(input_ids=ids))
     refused("these samples are padded", taken(input_ids=ids, labels=torch.where(ids > 9, ids, -100)))
     refused("these samples are padded", taken(input_ids=ids, labels=ids, attention_mask=ids * 0))
     refused("token 320 lies outside the model's vocabulary", taken(input_ids=ids, labels=ids + 315))
-    refused("texts of 65 tokens are longer than the 64 positions", taken(input_ids=ids[:, :1].expand(2, 65), labels=ids))
+    refused(
+        "texts of 65 tokens are longer than the 64 positions", taken(input_ids=ids[:, :1].expand(2, 65), labels=ids)
+    )
     refused("to write of 65 tokens are longer than the 64", taken(input_ids=ids, labels=ids[:, :1].expand(2, 65)))
     refused(
         "is no encoder-decoder: llama is one network from end to end",
         lambda: open_model(str(llama), "seq2seq"),
         ModelError,
     )
-    refused("task seq2seq takes it", lambda: prunella.load_model(str(t5)), ModelError)
+    refused(
+        "t5 is an encoder and a decoder. Another task may take it", lambda: prunella.load_model(str(t5)), ModelError
+    )

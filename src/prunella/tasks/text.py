@@ -325,11 +325,9 @@ def wrap_model(network: Any, tokenizer: Any = None, name: str = "") -> Model:
 
 
 def _admit(name: str, config: Any) -> None:
-    """Raises ModelError for an encoder and a decoder, with the task that takes it."""
+    """Raises ModelError for an encoder and a decoder."""
     if config.is_encoder_decoder:
-        other = claimed("", config.to_dict())
-        taken = "" if other == FALLBACK else f"; task {other} takes it"
-        raise _no_decoder(name, f"{config.model_type} is an encoder and a decoder{taken}")
+        raise _no_decoder(name, f"{config.model_type} is an encoder and a decoder")
 
 
 def check_causal(model: Model) -> None:
@@ -354,4 +352,7 @@ def check_causal(model: Model) -> None:
 
 
 def _no_decoder(name: str, why: str) -> ModelError:
-    return ModelError(f"'{name}' is no causal language model: {why}. Only decoders can be pruned yet.")
+    return ModelError(
+        f"'{name}' is no causal language model: {why}. Another task may take it: leave --task out, or open it by"
+        " prunella.open_model."
+    )
