@@ -75,7 +75,9 @@ def test_a_recipe_says_what_the_network_is_for_and_else_the_model_does() -> None
 
 def test_the_length_and_the_bos_of_text_stand_where_they_always_stood() -> None:
     recipe = Recipe.of({"task": {"text": {"length": 64, "bos": False}}, "evaluate": {"length": 32}})
-    assert recipe == Recipe.of({"bos": False, "calibration": {"length": 64}, "evaluate": {"length": 32}})
+    assert recipe == Recipe.of(
+        {"task": "text", "bos": False, "calibration": {"length": 64}, "evaluate": {"length": 32}}
+    )
     assert Recipe.of(recipe.plain()) == recipe
     changed = Recipe.of(override(recipe.plain(), ["text.length=16", "text.bos=true"]))
     assert (changed.bos, changed.calibration.length, changed.evaluate.length) == (True, 64, 32)

@@ -28,11 +28,12 @@ from .outcome import BlockResult, LayerResult
 from .overlap import joined
 from .progress import Track, no_track
 from .recipe import Recipe
-from .report import Report, peak_memory, seen
+from .report import Report, anatomy, peak_memory, seen
 from .samples import Samples, tokens_of
 from .save import Output, begun_as, identity
 from .store import check_store
 from .stream import TOKENS, Stream
+from .targets import targeted
 from .tasks import Task
 from .texts import same_text
 from .workshop import workshop
@@ -155,6 +156,10 @@ def _prune(
             out = Output(path, opened, active, run, shop, recipe.make_store())
             opened.scratch = shop.directory
         clock = time.perf_counter()
+        if measured is not None:
+            measured = targeted(opened, measured, track=track)
+        if order == "back" or recipe.spreads:  # these look at losses
+            samples = targeted(opened, samples, track=track)
         answers: dict[str, Answers] = {}
         dense = measure_once(out, "dense", opened, source, measured, None, track, answers)
         seconds["dense evaluation"] = time.perf_counter() - clock
@@ -192,6 +197,7 @@ def _prune(
                 "dtype": str(opened.dtype).removeprefix("torch."),
                 "parameters": opened.parameters,
                 "prunable": sum(slot.shape[0] * slot.shape[1] for block in slots for slot in block),
+                **({} if task.language else anatomy(opened)),
             },
             dense=dense,
             pruned=pruned,

@@ -426,7 +426,8 @@ def only_dense(sparsity: Any) -> dict[str, float]:
 
 def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
     """Apply `KEY=VALUE` settings to plain recipe data: `calibration.samples=8`, `sparsity.down_proj=0.3`, or
-    an option of a step or an allocation, `sparsegpt.damping=0.05`. Values are YAML. Raises InputError."""
+    an option of a step, an allocation or a task, `sparsegpt.damping=0.05`; where the task is left open, that of
+    the option is meant. Values are YAML. Raises InputError."""
     out = Recipe.of(values).plain() if values else Recipe().plain()
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -436,10 +437,12 @@ def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, An
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise InputError(f"--set {setting}: '{text}' is not a YAML value.") from None
+        if AUTO in out["task"] and (name := key.partition(".")[0]) in tasks:
+            out["task"] = {name: {}}
         methods: list[tuple[str, Mapping[str, Method], Any]] = [("step", steps, part) for part in out["steps"]]
         methods += [("allocation", allocations, out["allocate"]), ("task", tasks, out["task"])]
         methods += [("healing method", groups, part) for part in out["heal"]["train"]]
-        used = [name for _, _, part in methods for name in part]
+        used = [name for _, _, part in methods for name in part if name != AUTO]
         named = (name for name in used if key.startswith(f"{name}."))
         head = next(named, key.partition(".")[0])  # a step from a file has dots in its name
         rest = key[len(head) + 1 :]

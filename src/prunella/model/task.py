@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..compat import quiet_transformers
 from ..errors import InputError, ModelError, first_line
 from ..foreign import blamed
-from ..samples import on
+from ..samples import TARGET, given, on
 from .files import SINGLE
 from .open import wrap
 
@@ -138,9 +138,23 @@ class Task(ABC):
                     f" {shapes}: {first_line(error)}"
                 ) from error
             with blamed(type(self), f"task '{self.name}'"):
+                if self.lacks(one):
+                    one[TARGET] = self.target(outputs, one)
                 losses = self.losses(outputs, one)
                 if losses.shape != (1,):
                     raise ValueError(f"losses of shape {tuple(losses.shape)} for one sample, expected (1,)")
+
+    # --- what they are compared with
+
+    def lacks(self, group: Batch) -> bool:
+        """Have these samples no target of their own, labels say, so that `losses` needs what the dense network makes of
+        them (`target`)?"""
+        return False
+
+    def target(self, outputs: Any, batch: Batch) -> Tensor:
+        """Of what the dense network puts out for samples that lack a target, what others are compared with, (B, …); it
+        stands among them by the name `samples.TARGET` from then on."""
+        raise NotImplementedError
 
     # --- the network's blocks
 
@@ -164,7 +178,7 @@ class Task(ABC):
 
     def run(self, network: nn.Module, batch: Batch, **options: Any) -> Any:
         """What the network makes of a batch. `options` go to its forward pass."""
-        return network(**batch, **options)
+        return network(**given(batch), **options)
 
     @abstractmethod
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
