@@ -48,6 +48,16 @@ class Samples:
             raise InputError("there are no samples to run the network on.")
         return samples
 
+    @classmethod
+    def gathered(cls, each: Iterable[Batch]) -> Samples:
+        """Samples from single ones, {argument: (1, …)}, those of one shape in a group, in order; the largest group is
+        the first one."""
+        found: dict[tuple[tuple[str, torch.Size], ...], list[Batch]] = {}
+        for one in each:
+            found.setdefault(tuple((key, tensor.shape) for key, tensor in one.items()), []).append(one)
+        groups = sorted(found.values(), key=len, reverse=True)
+        return cls.of({key: torch.cat([one[key] for one in group]) for key in group[0]} for group in groups)
+
     @functools.cached_property
     def digest(self) -> str:
         """The same for the same samples, and for no others."""
