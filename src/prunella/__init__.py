@@ -29,7 +29,7 @@ if _typing.TYPE_CHECKING:
     from .registry import Step, make, register
     from .report import Report
     from .statistics import register_statistic
-    from .tasks import Task, register_task
+    from .tasks import Task, open_model, register_task
     from .tasks.text import Perplexity, load_model, wrap_model
     from .tensors import read_masks
     from .types import Block, Layer, Pattern, Stats
@@ -58,6 +58,7 @@ __all__ = [
     "keep",
     "load_model",
     "make",
+    "open_model",
     "perplexity",
     "prune",
     "read_masks",
@@ -82,7 +83,7 @@ _HOMES = {
     "registry": ("Step", "make", "register"),
     "report": ("Report",),
     "statistics": ("register_statistic",),
-    "tasks": ("Task", "register_task"),
+    "tasks": ("Task", "open_model", "register_task"),
     "tasks.text": ("Perplexity", "load_model", "wrap_model"),
     "tensors": ("read_masks",),
     "types": ("Block", "Layer", "Pattern", "Stats"),

@@ -31,6 +31,7 @@ def updates(network: Any, chosen: Sequence[Chosen], recipe: Recipe, windows_NL: 
         recipe: `sparsity` is what is wanted in the end.
         windows_NL: what statistics are made from.
     """
+    recipe = recipe.resolved(network)
     wanted = {"*": recipe.default_sparsity, **recipe.sparsity}
     evaluate = recipe.evaluate.model_copy(update={"source": None})
     heal = recipe.heal.model_copy(update={"train": ()})

@@ -74,6 +74,7 @@ def prune(
         raise InputError(f"the tokenizer of a model in memory is an object, not a name ('{tokenizer}').")
     if not in_memory:
         model = at_revision(str(model), revision)
+    recipe = recipe.resolved(model)
     path = None if output is None else Path(output)
     if path is not None:
         done = finished(path)

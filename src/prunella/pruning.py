@@ -23,18 +23,20 @@ from .model.checks import check_plain, check_saveable
 from .model.names import named
 from .model.network import Model
 from .norms import BatchNorms, batch_norms
+from .model.task import Answers
 from .order import pick_order
 from .outcome import BlockResult, LayerResult
 from .overlap import joined
 from .progress import Track, no_track
 from .recipe import Recipe
-from .report import Report, peak_memory, seen
+from .report import Report, anatomy, peak_memory, seen
 from .samples import Samples, tokens_of
 from .save import Output, begun_as, identity
 from .store import check_store
 from .stream import TOKENS, Stream
 from .tasks import Task
 from .texts import same_text
+from .unlabelled import targeted
 from .workshop import workshop
 
 OnBlock = Callable[[BlockResult], None]
@@ -56,6 +58,7 @@ def prune_once(
 ) -> Report:
     """What `prunella.prune` does, with these arguments, where nothing is healed; `path` is the directory for the
     result, which can be written. `on_block` is called with each pruned block."""
+    recipe = recipe.resolved(model)
     task = recipe.make_task()
     if isinstance(model, str):
         trust = {"remote_code": remote_code, "pickles": pickles}
@@ -157,7 +160,12 @@ def _prune(
             out = Output(path, opened, active, run, shop, recipe.make_store())
             opened.scratch = shop.directory
         clock = time.perf_counter()
-        dense = measure_once(out, "dense", opened, source, measured, None, track)
+        if measured is not None:
+            measured = targeted(opened, measured, track=track)
+        if order == "back" or recipe.spreads:  # these look at losses
+            samples = targeted(opened, samples, track=track)
+        answers: dict[str, Answers] = {}
+        dense = measure_once(out, "dense", opened, source, measured, None, track, answers)
         seconds["dense evaluation"] = time.perf_counter() - clock
         clock = time.perf_counter()
         shares = out.notes.get("shares") if out else None
@@ -181,7 +189,8 @@ def _prune(
             out.complete()
         clock = time.perf_counter()
         written = out.checkpoint if out else None
-        pruned = measure_once(out, "pruned", opened, source, measured, written if opened.checkpoint else None, track)
+        there = written if opened.checkpoint else None
+        pruned = measure_once(out, "pruned", opened, source, measured, there, track, answers)
         seconds["pruned evaluation"] = time.perf_counter() - clock
         seconds["all"] = time.perf_counter() - started
         if written:
@@ -196,6 +205,7 @@ def _prune(
                 "dtype": str(opened.dtype).removeprefix("torch."),
                 "parameters": opened.parameters,
                 "prunable": sum(slot.shape[0] * slot.shape[1] for block in slots for slot in block),
+                **({} if task.language else anatomy(opened)),
             },
             dense=dense,
             pruned=pruned,

@@ -18,7 +18,7 @@ from .errors import InputError, unknown
 from .norms import Way, make_ways
 from .registry import Method, Step, find, lookup, make, steps
 from .store import MakeStore, find_store, make_store
-from .tasks import Task, find_task, make_task, tasks
+from .tasks import AUTO, Task, find_task, make_task, task_of, tasks
 from .train.parts import Group, groups, make_group
 from .train.retrain import retrain
 from .types import Pattern
@@ -43,13 +43,13 @@ class _Part(BaseModel):
 class Calibration(_Part):
     """The text that statistics are made from.
 
-    source:     see `prunella.texts`
+    source:     a text, see `prunella.texts`, or what else the task reads; `auto`: the task's own
     samples:    how many windows
     length:     tokens in a window; None: 2048, or the model's context if that is shorter
     min_tokens: a layer that fewer tokens reach (an expert, say) is pruned by magnitude
     """
 
-    source: str = "pydoc"
+    source: str = AUTO
     samples: int = Field(default=32, ge=1)
     length: int | None = Field(default=None, ge=2)
     min_tokens: int = Field(default=32, ge=1)
@@ -65,7 +65,7 @@ class Evaluation(_Part):
     length:  tokens in a window; None: 2048, or the model's context if that is shorter
     """
 
-    source: str | None = "pydoc"
+    source: str | None = AUTO
     windows: int = Field(default=8, ge=1)
     length: int | None = Field(default=None, ge=2)
 
@@ -181,7 +181,7 @@ class Recipe(_Part):
     """Everything a run is, and the only configuration there is. `Recipe.of` makes one from plain data.
 
     model:    hub id, directory, .gguf file or built-in name
-    task:     what the network is for: a name, or `{name: {option: value}}`
+    task:     what the network is for: a name, or `{name: {option: value}}`; `auto`: as the model's files say
     calibration: the text that statistics are made from: `source`, `samples` (windows), `length` (tokens in each),
               `min_tokens` (a layer that fewer tokens reach is pruned by magnitude)
     pattern:  where zeros may stand: `unstructured`, `N:M` (N kept of M) or `RxC` (blocks), see `Pattern`
@@ -214,7 +214,7 @@ class Recipe(_Part):
     """
 
     model: str = "smollm2-135m"
-    task: dict[str, dict[str, Any]] = {"text": {}}
+    task: dict[str, dict[str, Any]] = {AUTO: {}}
     calibration: Calibration = Calibration()
     bos: bool = True
     pattern: str = "unstructured"
@@ -243,14 +243,16 @@ class Recipe(_Part):
         those of its options that are keys of the recipe."""
         if not isinstance(values, Mapping):
             return values
-        task = _method("task", values.get("task", "text"))
+        task = _method("task", values.get("task", AUTO))
         ((name, options),) = task.items()
         out = {**values, "task": task, **{key: options.pop(key) for key in ("bos",) if key in options}}
         length = options.pop("length", None)
         for key in ("calibration", "evaluate"):
             part = values.get(key, {})
             if isinstance(part, Mapping):
-                out[key] = {"source": find_task(name).function.source, **part}  # type: ignore[attr-defined]
+                out[key] = dict(part)
+                if name != AUTO and part.get("source", AUTO) == AUTO:
+                    out[key]["source"] = find_task(name).function.source  # type: ignore[attr-defined]
                 if out[key].get("length") is None and length is not None:
                     out[key]["length"] = length
         return out
@@ -337,9 +339,20 @@ class Recipe(_Part):
         return self.sparsity.get("*", fixed if fixed is not None else 0.5)
 
     def make_task(self, length: int | None = None) -> Task:
-        """What the network is for; with samples of this length, where the task knows lengths. Raises InputError."""
+        """What the network is for; with samples of this length, where the task knows lengths. Raises InputError, too
+        where the recipe leaves it open and is not `resolved`."""
+        if AUTO in self.task:
+            raise InputError("the recipe does not say what the network is for: add a task, such as text.")
         said = ({} if length is None else {"length": length}) | ({} if self.bos else {"bos": False})
         return next(make_task(name, {**options, **said}) for name, options in self.task.items())
+
+    def resolved(self, model: Any) -> Recipe:
+        """For this model, by its name or in memory: with its task and that task's sources, where the recipe leaves them
+        open. Raises InputError."""
+        if AUTO not in self.task:
+            return self
+        ((_, options),) = self.task.items()
+        return self.of({**self.plain(), "task": {name: {**found, **options} for name, found in task_of(model).items()}})
 
     @property
     def spreads(self) -> bool:
@@ -389,7 +402,8 @@ class Recipe(_Part):
             names = ", ".join(step.name for step in made)
             raise InputError(f"steps: {names} chooses no weights to prune: add a step that does, such as wanda.")
         recipe.make_allocation()
-        recipe.make_task(recipe.calibration.length or recipe.evaluate.length)
+        if AUTO not in recipe.task:
+            recipe.make_task(recipe.calibration.length or recipe.evaluate.length)
         recipe.heal.make_groups()
         return recipe
 
@@ -431,7 +445,8 @@ def only_dense(sparsity: Any) -> dict[str, float]:
 
 def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
     """Apply `KEY=VALUE` settings to plain recipe data: `calibration.samples=8`, `sparsity.down_proj=0.3`, or
-    an option of a step or an allocation, `sparsegpt.damping=0.05`. Values are YAML. Raises InputError."""
+    an option of a step, an allocation or a task, `sparsegpt.damping=0.05`; where the task is left open, that of
+    the option is meant. Values are YAML. Raises InputError."""
     out = Recipe.of(values).plain() if values else Recipe().plain()
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -441,10 +456,12 @@ def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, An
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise InputError(f"--set {setting}: '{text}' is not a YAML value.") from None
+        if AUTO in out["task"] and (name := key.partition(".")[0]) in tasks:
+            out["task"] = {name: {}}
         methods: list[tuple[str, Mapping[str, Method], Any]] = [("step", steps, part) for part in out["steps"]]
         methods += [("allocation", allocations, out["allocate"]), ("task", tasks, out["task"])]
         methods += [("healing method", groups, part) for part in out["heal"]["train"]]
-        used = [name for _, _, part in methods for name in part]
+        used = [name for _, _, part in methods for name in part if name != AUTO]
         named = (name for name in used if key.startswith(f"{name}."))
         head = next(named, key.partition(".")[0])  # a step from a file has dots in its name
         rest = key[len(head) + 1 :]

@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import InputError
 
 Batch = Mapping[str, Tensor]  # what a network is called with: {argument: (B, …)}, a sample a row
+TARGET = "_target"  # among the tensors of samples: what `Task.target` made of the dense network's outputs for them
 NUMBERS = 1024  # of a picture or a sound that take the room of a token
 
 
@@ -47,20 +48,30 @@ class Samples:
             raise InputError("there are no samples to run the network on.")
         return samples
 
+    @classmethod
+    def gathered(cls, each: Iterable[Batch]) -> Samples:
+        """Samples from single ones, {argument: (1, …)}, those of one shape in a group, in order; the largest group is
+        the first one."""
+        found: dict[tuple[tuple[str, torch.Size], ...], list[Batch]] = {}
+        for one in each:
+            found.setdefault(tuple((key, tensor.shape) for key, tensor in one.items()), []).append(one)
+        groups = sorted(found.values(), key=len, reverse=True)
+        return cls.of({key: torch.cat([one[key] for one in group]) for key in group[0]} for group in groups)
+
     @functools.cached_property
     def digest(self) -> str:
         """The same for the same samples, and for no others."""
         found = hashlib.sha256()
         for group in self.groups:
-            for key, tensor in group.items():
+            for key, tensor in given(group).items():
                 found.update(f"{'' if key == 'input_ids' else key}{tuple(tensor.shape)}".encode())
                 found.update(_raw(tensor).numpy().tobytes())
         return found.hexdigest()[:16]
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All of them, in order, as bytes."""
-        return [_raw(tensor) for group in self.groups for tensor in group.values()]
+        """All of them, in order, as bytes; those that a network made are left out."""
+        return [_raw(tensor) for group in self.groups for tensor in given(group).values()]
 
     def __len__(self) -> int:
         return sum(map(size_of, self.groups))
@@ -104,6 +115,11 @@ class Samples:
 
 def _raw(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().view(torch.uint8)
+
+
+def given(batch: Batch) -> dict[str, Tensor]:
+    """A batch without the targets that a network made."""
+    return {key: tensor for key, tensor in batch.items() if key != TARGET}
 
 
 def on(batch: Batch, device: torch.device) -> dict[str, Tensor]:

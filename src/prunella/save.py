@@ -34,7 +34,7 @@ from .model.network import Model
 from .outcome import BlockResult, LayerResult
 from .phases import phase
 from .store import MakeStore, make_store
-from .tensors import write_json, write_text
+from .tensors import save_tensors, write_json, write_text
 from .workshop import RUN, Workshop
 
 REPORT = "prunella.json"
@@ -124,6 +124,11 @@ class Output:
         self.notes[key] = value
         with self._writing():
             self._log({"note": key, "value": value})
+
+    def put_aside(self, file: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors in a file beside the model for as long as the run lasts, for one that resumes it."""
+        with self._writing():
+            save_tensors(self.partial / file, {key: tensor.contiguous() for key, tensor in tensors.items()})
 
     @property
     def checkpoint(self) -> Source:

@@ -369,7 +369,7 @@ class Line:
             if apart and out is not None:
                 with torch.no_grad():
                     whole = wrap_model(model.network, model.tokenizer)
-                    after = measure(whole, recipe.evaluate.source, test_NL, None, self.track)
+                    after, _ = measure(whole, recipe.evaluate.source, test_NL, None, self.track)
                 save_adapter(out.folder / "adapter", apart, str(self.path))
             detach(apart)
             verify(model, masks)

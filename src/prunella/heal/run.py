@@ -58,6 +58,7 @@ def heal(
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.of(calibrated(directory, recipe or {}))
+    recipe = recipe.resolved(directory)
     if not recipe.make_task().language:
         raise InputError("healing trains causal language models only, yet: leave the task out.")
     if not recipe.heal.train:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError, ModelError, say
 from ..machine import cache_directory
@@ -83,13 +84,22 @@ def _checked(directory: Path, pickles: bool, remote_code: bool) -> Path:
         )
     return converted(
         cache_directory() / "pickle" / f"{directory.name}-{key_of(directory, [*found, directory / 'config.json'])}",
-        lambda auto: auto.from_pretrained(
+        lambda auto: _class_of(directory, auto).from_pretrained(
             directory, dtype="auto", trust_remote_code=remote_code, output_loading_info=True
         ),
         str(directory),
         lambda: load_tokenizer(directory, str(directory), remote_code),
         beside=directory,
     )
+
+
+def _class_of(directory: Path, auto: Any) -> Any:
+    """The class of transformers whose weights these are, so that a classifier keeps its head; `auto` if the config
+    names none."""
+    import transformers
+
+    names = read_json(directory / "config.json").get("architectures")
+    return getattr(transformers, str(names[0]), auto) if isinstance(names, list) and names else auto
 
 
 def _adapter(directory: Path) -> ModelError:

@@ -158,7 +158,7 @@ class Model:
         if self._plan is None:
             assert self.checkpoint is not None
             renamings, converters = conversions(self.network)
-            prefix, parameters = self.network.base_model_prefix, self.network.state_dict()
+            prefix, parameters = getattr(self.network, "base_model_prefix", None), self.network.state_dict()
             self._plan = {}
             for key in self.checkpoint.where:
                 name, pattern = rename(key, renamings, converters, prefix, parameters)
@@ -173,7 +173,8 @@ class Model:
         if key in self.plan():
             return self.plan()[key][0]
         renamings, _ = conversions(self.network)
-        return rename(key, renamings, [], self.network.base_model_prefix, self.network.state_dict())[0]
+        prefix = getattr(self.network, "base_model_prefix", None)
+        return rename(key, renamings, [], prefix, self.network.state_dict())[0]
 
     def check_complete(self) -> None:
         """Raises ModelError, naming the tensor, for one that the network needs and the checkpoint lacks, or has in

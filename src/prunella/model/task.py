@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..compat import quiet_transformers
 from ..errors import InputError, ModelError, first_line
 from ..foreign import blamed
-from ..samples import on
+from ..samples import TARGET, given, on
 from .files import SINGLE
 from .open import wrap
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from ..samples import Batch, Samples
     from .checkpoint import Source
     from .network import Model
+
+
+Answers = Mapping[str, Tensor]  # what a network answers on samples, {what: (N, …)}, a sample a row
+NO_ANSWERS: Answers = MappingProxyType({})
 
 
 class Task(ABC):
@@ -33,6 +38,9 @@ class Task(ABC):
     source:   where its samples come from if nobody says so
     argument: what the network calls samples that are handed over as one tensor
     figure:   that of `scores` which says how good it is
+    higher:   is more of it better?
+    unit:     how it is shown: `%` of a share, or nothing
+    many:     samples of a source that `prunella eval` takes if nobody says how many; fewer where there are no more
     language: networks are causal language models of transformers, of which more is known than of others
     """
 
@@ -40,9 +48,24 @@ class Task(ABC):
     source = ""
     argument = "input_ids"
     figure = "loss"
+    higher = False
+    unit = ""
+    many = 256
     language = False
 
     # --- opening and saving
+
+    @classmethod
+    def claims(cls, name: str, config: Mapping[str, Any]) -> bool:
+        """Is a model of this name, or with this config.json, for this task? It is asked where nobody says which task;
+        of the tasks that say so the first one counts.
+
+        Args:
+            name: as it was given; of a network in memory, nothing.
+            config: of a model that is not a directory, nor on the hub, nothing; of a network in memory, its own, with
+                its class under `architectures`.
+        """
+        return False
 
     def open(self, name: str, **options: Any) -> Model:
         """The model of this name, a directory or what else the task knows, its weights not read yet where they need
@@ -117,9 +140,23 @@ class Task(ABC):
                     f" {shapes}: {first_line(error)}"
                 ) from error
             with blamed(type(self), f"task '{self.name}'"):
+                if self.lacks(one):
+                    one[TARGET] = self.target(outputs, one)
                 losses = self.losses(outputs, one)
                 if losses.shape != (1,):
                     raise ValueError(f"losses of shape {tuple(losses.shape)} for one sample, expected (1,)")
+
+    # --- what they are compared with
+
+    def lacks(self, group: Batch) -> bool:
+        """Have these samples no target of their own, labels say, so that `losses` needs what the dense network makes of
+        them (`target`)?"""
+        return False
+
+    def target(self, outputs: Any, batch: Batch) -> Tensor:
+        """Of what the dense network puts out for samples that lack a target, what others are compared with, (B, …); it
+        stands among them by the name `samples.TARGET` from then on."""
+        raise NotImplementedError
 
     # --- the network's blocks
 
@@ -143,7 +180,7 @@ class Task(ABC):
 
     def run(self, network: nn.Module, batch: Batch, **options: Any) -> Any:
         """What the network makes of a batch. `options` go to its forward pass."""
-        return network(**batch, **options)
+        return network(**given(batch), **options)
 
     @abstractmethod
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
@@ -163,9 +200,30 @@ class Task(ABC):
 
     # --- what a report says
 
-    def scores(self, model: Model, samples: Samples, losses: Sequence[float]) -> dict[str, Any]:
-        """What a report says of the losses of samples, `figure` and `samples` (how many) among it; of none, that
-        nothing was measured."""
+    def answers(self, outputs: Any, batch: Batch) -> Answers:
+        """What `scores` needs to know of the outputs for a batch beside its losses, {what: (B, …)}: the classes that
+        were chosen, say, or embeddings. Of one shape for all samples; nothing where the losses are enough."""
+        return NO_ANSWERS
+
+    def scores(
+        self,
+        model: Model,
+        samples: Samples,
+        losses: Sequence[float],
+        answers: Answers = NO_ANSWERS,
+        dense: Answers = NO_ANSWERS,
+    ) -> dict[str, Any]:
+        """What a report says of how good a network is on samples, plain data: the value of `figure` under its name,
+        `samples` (how many), and where it is a mean over samples `each` (the figure of each sample) and `error`, its
+        standard error; see `tasks.scores`. It may name another `figure` than the class, with `higher` and `unit`. Of
+        no losses, that nothing was measured.
+
+        Args:
+            losses: of the samples, in order.
+            answers: of the network, if `answers` says any.
+            dense: those of the dense network, or of another one beside, on the same samples; nothing where it was not
+                asked, and where it is the network itself.
+        """
         if not losses:
             return {"loss": None}
         return {"samples": len(losses), "loss": sum(losses) / len(losses), "losses": list(losses)}

@@ -189,7 +189,7 @@ class Text(Task):
 
     # --- what a report says
 
-    def scores(self, model: Model, samples: Samples, losses: Sequence[float]) -> dict[str, Any]:
+    def scores(self, model: Model, samples: Samples, losses: Sequence[float], *_: Any, **__: Any) -> dict[str, Any]:
         if not losses:
             return {"perplexity": None}
         ids_NL = samples.groups[0]["input_ids"]
