@@ -109,7 +109,9 @@ def read(given: Any, network: nn.Module, what: str = "calibration", count: int |
         if taken == count:
             break
     if form is None or not groups:
-        raise InputError(f"{what} holds no batch: give tensors, tuples or dictionaries that the network is called with.")
+        raise InputError(
+            f"{what} holds no batch: give tensors, tuples or dictionaries that the network is called with."
+        )
     joined = ({name: torch.cat([one[name] for one in some]) for name in some[0]} for some in groups.values())
     return Samples.of(list(joined)), form
 
@@ -148,7 +150,9 @@ def _read(batch: Any, network: nn.Module, loader: bool, where: str) -> tuple[dic
     if isinstance(batch, list):
         args = tuple(batch)
     if not _takes(network, args, kwargs):
-        raise InputError(f"{where} does not fit the arguments of {type(network).__name__}.forward{_takes_what(network)}.")
+        raise InputError(
+            f"{where} does not fit the arguments of {type(network).__name__}.forward{_takes_what(network)}."
+        )
     names = _names(network, len(args))
     placed = tuple(flat(item, name, tensors) for item, name in zip(args, names, strict=True))
     named = {key: flat(item, key, tensors) for key, item in kwargs.items()}

@@ -169,5 +169,3 @@ def _place() -> str:
     frame = frames[-1]
     code = linecache.getline(frame.filename, frame.lineno or 0).strip()
     return f"in {Path(frame.filename).name}, line {frame.lineno} ({code})"
-
-
