@@ -194,11 +194,11 @@ def upright(image: Any, channels: int = 3) -> Any:
 
 
 def read_pictures(
-    found: Found, prepare: Callable[[Any], Any], count: int, used: int = 0, channels: int = 3
+    found: Found, prepare: Callable[[Any], Any], count: int | None, used: int = 0, channels: int = 3
 ) -> Iterator[tuple[Any, int | None]]:
     """What `prepare` makes of upright pictures, one after the other, with the numbers of their classes: of `count`
-    pictures after the first `used` that can be read. What cannot be is named on stderr, and refused if it is more than
-    a tenth. Raises InputError."""
+    pictures, or all, after the first `used` that can be read. What cannot be is named on stderr, and refused if it is
+    more than a tenth. Raises InputError."""
     bad: list[str] = []
     taken = skipped = 0
     for picture in found.pictures:

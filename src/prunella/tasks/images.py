@@ -132,6 +132,8 @@ class Images(Task):
     ) -> Samples:
         prepare, channels = self.prepared(model)
         found = find_pictures(source, seed, test)
+        if count is None and found.count is None:
+            raise InputError(f"'{source}' has no end in sight: say how many pictures (--set heal.samples=…).")
         used = 0 if test and found.apart else used
         labels, numbers, told = labels_of(model.network), list[int](), dict[str, Any]()
         if found.classes:
@@ -139,9 +141,7 @@ class Images(Task):
             numbers, told = [matched.numbers[name] for name in found.classes], matched.told(labels)
             if matched.by == "order":
                 say(f"the classes of '{found.name}' are taken for the model's in the order of their names")
-        if count is None and (count := found.count) is None:
-            raise InputError(f"'{source}' has no end: say how many pictures to take of it.")
-        most = count if found.count is None else min(count, found.count)
+        most = min(some for some in (count, found.count) if some is not None)
         groups: dict[tuple[Any, ...], _Rows] = {}
         for picture, label in read_pictures(found, prepare, count, used, channels):
             kinds = tuple((key, tensor.shape, tensor.dtype) for key, tensor in picture.items())

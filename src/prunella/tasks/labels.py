@@ -91,8 +91,8 @@ def match(classes: Sequence[str], labels: Labels, source: str) -> Matched:
                 )
             return Matched(by, found)
     if len(classes) == labels.count and not any(found for _, found in ways[:2]):
-        numbers = {name: number for name in classes if (number := _number(name)) is not None}
-        ordered = sorted(classes, key=lambda name: numbers[name]) if len(numbers) == len(classes) else sorted(classes)
+        counted = all(_number(name) is not None for name in classes)
+        ordered = sorted(classes, key=lambda name: _number(name) or 0) if counted else sorted(classes)
         return Matched("order", {name: n for n, name in enumerate(ordered)})
     by, found = max(ways, key=lambda way: len(way[1]))
     missing = [name for name in classes if name not in found]
