@@ -36,6 +36,7 @@ from .registry import Method, checked, lookup
 from .samples import Samples
 from .save import Output
 from .stream import Stream
+from .unlabelled import targeted
 from .waits import fetch
 from .watch import Stop
 
@@ -317,7 +318,7 @@ class BatchNorms:
         # Drawn: among samples in a regular order every fifth would be of one class.
         drawn = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
         apart = len(samples) // HELD_OUT
-        self.held_out = Samples(tuple(samples.pick(sorted(drawn[:apart]))))
+        self.held_out = targeted(model, Samples(tuple(samples.pick(sorted(drawn[:apart])))), track=track)
         self.samples = Samples(tuple(samples.pick(sorted(drawn[apart:]))))
         self.order: list[list[str]] = []
         self.before: dict[str, Tensor] = {}
