@@ -59,7 +59,9 @@ def write_tokenizer(directory: Path) -> None:
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
-    t.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names).save_pretrained(directory)
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    fast = t.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, model_input_names=inputs, **names)
+    fast.save_pretrained(directory)
 
 
 def write(directory: Path, network: Any, files: Mapping[str, str] | None = None) -> Path:
