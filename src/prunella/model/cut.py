@@ -208,15 +208,31 @@ def _traced(network: nn.Module, task: Task, batch: Batch) -> _Trace:
     places = {parameter.device for parameter in network.parameters()}
     with torch.no_grad(), replaced([*named.values()], watched), trace:
         if torch.device("meta") in places:
-            run = _Run(network, task)
-            named_tensors = (*run.named_parameters(), *run.named_buffers())
-            values = {name: torch.empty_like(tensor, device="meta") for name, tensor in named_tensors}
-            out = torch.func.functional_call(run, values, ({key: tensor.to("meta") for key, tensor in batch.items()},))
+            out = _without_weights(network, task, batch)
         else:
             out = task.run(network, {key: tensor.to(next(iter(places), "cpu")) for key, tensor in batch.items()})
     for tensor in tensors(out):
         trace.use(tensor)
     return trace
+
+
+def _without_weights(network: nn.Module, task: Task, batch: Batch) -> Any:
+    """What the network makes of a batch on the meta device, where nothing is computed but shapes."""
+    run = _Run(network, task)
+    named_tensors = (*run.named_parameters(), *run.named_buffers())
+    values = {name: torch.empty_like(tensor, device="meta") for name, tensor in named_tensors}
+    return torch.func.functional_call(run, values, ({key: tensor.to("meta") for key, tensor in batch.items()},))
+
+
+def refused(network: nn.Module, task: Task, batch: Batch) -> str | None:
+    """Why the network does not take a batch of these shapes, as it says itself; None where it does. One that asks for
+    numbers on its way refuses every batch."""
+    try:
+        with torch.no_grad():
+            _without_weights(network, task, batch)
+    except Exception as error:
+        return first_line(error)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------
