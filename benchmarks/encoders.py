@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file, save_file
 
 import prunella
+from prunella.evaluate.measure import measure
+from prunella.progress import no_track
 from prunella.samples import Samples
 from prunella.tasks import make_task
 from prunella.tasks.heads import label_names, with_head
@@ -100,41 +103,59 @@ def main() -> None:
     dense = trained(args)
     rows = args.out / "encoders.jsonl"
     done = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()] if rows.is_file() else []
+    answers = args.out / "dense.answers"
+    task: Any = make_task("classify", {"length": args.length})
     tested = sum(1 for line in args.test.open(encoding="utf-8") if line.strip())
-    for sparsity in args.sparsities:
-        for method in args.methods:
-            if any((row["method"], row["sparsity"]) == (method, sparsity) for row in done):
-                continue
-            report = prunella.prune(
-                str(dense),
-                {
-                    "sparsity": sparsity,
-                    **METHODS[method],
-                    "calibration": {"source": str(args.train), "samples": args.samples, "length": args.length},
-                    "evaluate": {"source": str(args.test), "windows": tested, "length": args.length},
-                    "seed": args.seed,
-                },
-                output=args.out / f"{method.replace(' + ', '-')}-{sparsity:g}",
-            )
-            kept = ("accuracy", "error", "loss", "samples", "agreement", "changed", "lost", "gained")
-            row = {key: report.pruned[key] for key in kept}
-            row |= {"method": method, "sparsity": sparsity, "reached": report.sparsity}
-            row |= {"dense": report.dense["accuracy"], "seconds": report.run["seconds"]["prune"]}
-            done.append(row)
-            with rows.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            Console(stderr=True).print(row)
-    first = done[0]
-    about = f"dense {first['dense']:.2%} ± {first['error']:.2%} on {first['samples']} texts"
+
+    def measured(folder: Path, beside: Any) -> tuple[dict[str, Any], Any]:
+        model = task.open(str(folder), dtype="float32")
+        return measure(
+            model, str(args.test), task.samples(model, str(args.test), tested, test=True), None, no_track, beside
+        )
+
+    def note(method: str, sparsity: float, found: dict[str, Any], **more: Any) -> None:
+        kept = ("accuracy", "error", "loss", "samples", "agreement", "changed", "lost", "gained")
+        row = {"method": method, "sparsity": sparsity, **{key: found[key] for key in kept if key in found}, **more}
+        done.append(row)
+        with rows.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        Console(stderr=True).print(row)
+
+    def wanted(method: str, sparsity: float) -> bool:
+        return not any((row["method"], row["sparsity"]) == (method, sparsity) for row in done)
+
+    if wanted("dense", 0.0):
+        found, theirs = measured(dense, {})
+        save_file(theirs, answers)
+        note("dense", 0.0, found)
+    for sparsity, method in ((sparsity, method) for method in args.methods for sparsity in args.sparsities):
+        if not wanted(method, sparsity):
+            continue
+        folder = args.out / f"{method.replace(' + ', '-')}-{sparsity:g}"
+        report = prunella.prune(
+            str(dense),
+            {
+                "sparsity": sparsity,
+                **METHODS[method],
+                "calibration": {"source": str(args.train), "samples": args.samples, "length": args.length},
+                "evaluate": {"source": None},
+                "seed": args.seed,
+            },
+            output=folder,
+        )
+        found, _ = measured(folder, load_file(answers))
+        note(method, sparsity, found, reached=report.sparsity, seconds=report.run["seconds"]["prune"])
+    first = next(row for row in done if row["method"] == "dense")
+    about = f"dense {first['accuracy']:.2%} ± {first['error']:.2%} on {first['samples']} texts"
     table = Table(title=f"{args.model}, {args.samples} calibration texts; {about}")
     for column in ("method", "sparsity", "accuracy", "difference", "lost", "gained", "seconds"):
         table.add_column(column, justify="left" if column == "method" else "right")
-    for row in sorted(done, key=lambda row: float(row["sparsity"])):
+    for row in sorted((row for row in done if row is not first), key=lambda row: float(row["sparsity"])):
         table.add_row(
             str(row["method"]),
             f"{row['sparsity']:.0%}",
             f"{row['accuracy']:.2%}",
-            f"{100 * (row['accuracy'] - row['dense']):+.2f}",
+            f"{100 * (row['accuracy'] - first['accuracy']):+.2f}",
             str(row["lost"]),
             str(row["gained"]),
             f"{row['seconds']:.0f}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,18 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mpnet": ("mpnet", {}),
     "modernbert": ("modernbert", {"global_attn_every_n_layers": 2, "local_attention": 8, **_ENDS}),
     "llama": ("llama", {"num_key_value_heads": 2, "pad_token_id": None}),
+}
+
+
+SENTENCES = {  # the files of a sentence transformer
+    "modules.json": json.dumps(
+        [
+            {"path": path, "type": f"sentence_transformers.models.{path[2:] or 'Transformer'}"}
+            for path in ("", "1_Pooling")
+        ]
+    ),
+    "1_Pooling/config.json": json.dumps({"pooling_mode_mean_tokens": True}),
+    "config_sentence_transformers.json": "{}",
 }
 
 

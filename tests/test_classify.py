@@ -164,7 +164,7 @@ def match(*labels: Any, names: dict[int, str] = NAMES) -> list[int]:
 
 
 def hub(name: str, number: int) -> ClassName:
-    return ClassName.of(["negative", "positive", "odd"][:number] + [name], number)
+    return ClassName.of([*["negative", "positive", "odd"][:number], name], number)
 
 
 def test_labels_are_matched_by_name_or_number() -> None:

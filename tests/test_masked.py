@@ -21,18 +21,14 @@ from prunella.tasks import make_task, open_model, task_of
 from prunella.tasks.masked import IGNORED
 from prunella.unlabelled import targeted
 
-MODULES = json.dumps(
-    [{"path": path, "type": f"sentence_transformers.models.{path[2:] or 'Transformer'}"} for path in ("", "1_Pooling")]
-)
 SHORT = {"calibration": {"samples": 4, "length": 24}, "evaluate": {"windows": 6, "length": 24}}
 
 
 def pooling(**modes: bool) -> dict[str, str]:
     """The files of a sentence transformer."""
     return {
-        "modules.json": MODULES,
+        **encoders.SENTENCES,
         "1_Pooling/config.json": json.dumps({f"pooling_mode_{key}": on for key, on in modes.items()}),
-        "config_sentence_transformers.json": "{}",
     }
 
 
@@ -178,7 +174,7 @@ def test_a_module_behind_the_pooling_is_said_and_comes_along_with_its_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = pooling(mean_tokens=True)
-    more = [*json.loads(MODULES), {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}]
+    more = [*json.loads(files["modules.json"]), {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}]
     files |= {"modules.json": json.dumps(more), "2_Dense/model.safetensors": "weights", "2_Dense/config.json": "{}"}
     source = encoders.write(tmp_path / "dense", encoders.build("bert", ""), files)
     prunella.prune(str(source), {**SHORT, "steps": ["magnitude"]}, output=tmp_path / "out")
