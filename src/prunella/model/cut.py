@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -247,7 +248,7 @@ def _chosen(network: nn.Module, trace: _Trace) -> Stacks:
         _trimmed(piece)
         for outer in trace.calls
         for run in _runs(_within(outer, trace), twice)
-        for chain in (run, [one for seen in run for one in _expanded(seen, trace, twice)])
+        for chain in (run, _finer(run, trace, twice))
         for piece in _pieces(chain, trace, tied)
     ]
     found = [chain for chain in found if sum(_weights(seen.module) > 0 for seen in chain) > 1]
@@ -312,8 +313,15 @@ def _runs(calls: Iterator[_Seen], twice: set[int]) -> Iterator[list[_Seen]]:
 
 def _refined(run: list[_Seen], trace: _Trace, twice: set[int]) -> list[_Seen]:
     """A chain with its calls as the chains of those that they make, unless more than one thing passes between these."""
-    chain = [one for seen in run for one in _expanded(seen, trace, twice)]
+    chain = _finer(run, trace, twice)
     return run if _leak(chain, trace) else chain
+
+
+def _finer(run: list[_Seen], trace: _Trace, twice: set[int]) -> list[_Seen]:
+    """A chain with each call as the chain of those that it makes. Where more than the hidden state travels along it,
+    it stays as it is: a call and one in another hand that on by other names."""
+    travels = any(one is other for a, b in pairwise(run) for one in a.outs if one is not a.out for other in b.others)
+    return run if travels else [one for seen in run for one in _expanded(seen, trace, twice)]
 
 
 def _expanded(seen: _Seen, trace: _Trace, twice: set[int]) -> list[_Seen]:
