@@ -338,3 +338,19 @@ def test_a_new_head_has_the_classes_of_the_data(tmp_path: Path, data: Path) -> N
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     with pytest.raises(ModelError, match="has a head for classes already"):
         with_head(str(one), tmp_path / "again", ["bad", "good"])
+
+
+def test_the_usual_numbers_of_samples_are_taken_as_far_as_they_are_there(
+    source: Path, data: Path, tmp_path: Path
+) -> None:
+    """Nobody asked for 128 and 512 of them; a number that somebody asks for has to be there."""
+    part = {"source": str(data)}
+    assert prunella.Recipe.of({"task": "classify"}).plain()["evaluate"]["windows"] == 512
+    assert "windows" not in prunella.Recipe().plain()["evaluate"]
+    assert prunella.Recipe().resolved("smollm2-135m").plain()["evaluate"]["windows"] == 8
+    report = prunella.prune(str(source), {"steps": ["magnitude"], "evaluate": part}, output=tmp_path / "out")
+    assert report.recipe["calibration"]["samples"] == 128
+    assert report.pruned["samples"] == len(TEXTS)
+    recipe = {"steps": ["magnitude"], "evaluate": {**part, "windows": 17}}
+    with pytest.raises(InputError, match="holds 16 texts, but 17 are asked for"):
+        prunella.prune(str(source), recipe, output=tmp_path / "other")
