@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,13 @@ Answers = Mapping[str, Tensor]  # what a network answers on samples, {what: (N, 
 NO_ANSWERS: Answers = MappingProxyType({})
 
 
+class Counts(NamedTuple):
+    """Numbers of samples."""
+
+    calibration: int
+    evaluate: int
+
+
 class Task(ABC):
     """What a network is for: how it is opened, what it is run on, and how good what it puts out is.
 
@@ -39,6 +46,7 @@ class Task(ABC):
     name:     what users call it
     source:   where its samples come from if nobody says so
     argument: what the network calls samples that are handed over as one tensor
+    counts:   how many samples it calibrates and evaluates on if nobody says how many
     figure:   that of `scores` which says how good it is
     higher:   is more of it better?
     unit:     how it is shown: `%` of a share, or nothing
@@ -52,6 +60,7 @@ class Task(ABC):
     source = ""
     argument = "input_ids"
     figure = "loss"
+    counts = Counts(32, 8)
     higher = False
     unit = ""
     many = 256
