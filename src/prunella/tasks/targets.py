@@ -16,9 +16,9 @@ from ..calibrate import check_tokens
 from ..errors import InputError, ModelError, say
 from ..model.network import Model
 from ..model.open import open_files
-from ..model.task import Task
+from ..model.task import NO_ANSWERS, Answers, Task
 from ..overlap import fingerprint, joined
-from ..samples import Batch, Samples, size_of
+from ..samples import TARGET, Batch, Samples, size_of
 
 IGNORED = -100  # a label that is none, as transformers writes it
 AT = "at"  # among a group's tensors: how far into its source each sample reaches, as the source is counted
@@ -28,7 +28,8 @@ class Targets(Task):
     """Networks that predict a text, token by token, of something they are given.
 
     A group of samples has `labels` (n, M) beside what the network is called with: of each prediction the token that is
-    right, or -100 where none is asked for. What a task has to say besides: `auto` and `kind`, the class of transformers
+    right, or -100 where none is asked for. Without them it is what the dense network says on the same
+    `decoder_input_ids`. What a task has to say besides: `auto` and `kind`, the class of transformers
     that builds its networks and what they are called, and `claims`.
     """
 
@@ -64,45 +65,79 @@ class Targets(Task):
 
     def check(self, model: Model, samples: Samples) -> None:
         for group in samples.groups:
-            if "labels" not in group or group["labels"].ndim != 2 or group["labels"].is_floating_point():
-                raise InputError(
-                    f"samples of task '{self.name}' hold the tokens to write, `labels` (n, M) of integers; these are"
-                    f" {', '.join(f'{key} {tuple(tensor.shape)}' for key, tensor in group.items())}."
-                )
-            if bool((group["labels"] == IGNORED).all(1).any()):
-                raise InputError(f"a sample of task '{self.name}' has no token to write: all its labels are {IGNORED}.")
-            check_tokens(model, group["labels"].clamp(min=0), "texts to write")
+            if not self.lacks(group):
+                check_labels(self, model, group)
         super().check(model, samples)
+
+    def lacks(self, group: Batch) -> bool:
+        return "labels" not in group and "decoder_input_ids" in group and TARGET not in group
+
+    def target(self, outputs: Any, batch: Batch) -> Tensor:
+        """The token that follows most likely at each place, (B, M)."""
+        found: Tensor = outputs.logits.argmax(-1)
+        return found
 
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
         """Mean negative log-likelihood per target token of each sample."""
         # One at a time: in float32 its logits are as large as all of them in bfloat16.
-        each = zip(outputs.logits, batch["labels"], strict=True)
+        each = zip(outputs.logits, _asked(batch), strict=True)
         return torch.stack([cross_entropy(logits_MV.float(), labels_M) for logits_MV, labels_M in each])
 
     def parts(self, run: Any, batch: Batch) -> Iterator[Tensor]:
         """One part, in float64 if the logits are."""
-        (logits_MV,), (labels_M,) = run().logits, batch["labels"]
+        (logits_MV,), (labels_M,) = run().logits, _asked(batch)
         yield cross_entropy(logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32)), labels_M)
 
     def divergence(self, outputs: Any, teacher: Any, batch: Batch) -> Tensor:
         """KL(teacher || model), mean over target tokens."""
-        asked_BM = batch["labels"] != IGNORED
+        asked_BM = (batch["labels"] if "labels" in batch else batch["decoder_input_ids"]) != IGNORED
         ours_TV, theirs_TV = (out.logits[asked_BM].float().log_softmax(1) for out in (outputs, teacher))
         return kl_div(ours_TV, theirs_TV, reduction="batchmean", log_target=True)
 
-    def scores(self, model: Model, samples: Samples, losses: Sequence[float]) -> dict[str, Any]:
-        """exp of the mean negative log-likelihood over all target tokens, and how many there are."""
+    def answers(self, outputs: Any, batch: Batch) -> Answers:
+        """How many target tokens there are, and how many of them are the most likely ones."""
+        labels_BM = _asked(batch)
+        asked_BM = labels_BM != IGNORED
+        right_BM = (outputs.logits.argmax(-1) == labels_BM) & asked_BM
+        return {"right": right_BM.sum(1), "asked": asked_BM.sum(1)}
+
+    def scores(
+        self,
+        model: Model,
+        samples: Samples,
+        losses: Sequence[float],
+        answers: Answers = NO_ANSWERS,
+        dense: Answers = NO_ANSWERS,
+    ) -> dict[str, Any]:
+        """exp of the mean negative log-likelihood over all target tokens, how many there are, and the share of those
+        that are the most likely ones."""
         if not losses:
             return {self.figure: None}
-        counts = [int(n) for group in samples.groups for n in (group["labels"] != IGNORED).sum(1)]
+        counts = [int(n) for n in answers["asked"]]
         mean = sum(loss * n for loss, n in zip(losses, counts, strict=True)) / sum(counts)
-        found = {"samples": len(losses), self.figure: math.exp(min(mean, 700.0)), "tokens": sum(counts)}
-        return {**found, "losses": list(losses)}
+        found: dict[str, Any] = {"samples": len(losses), self.figure: math.exp(min(mean, 700.0)), "tokens": sum(counts)}
+        return {**found, "right": int(answers["right"].sum()) / sum(counts), "losses": list(losses)}
 
     def fingerprint(self, samples: Samples) -> str:
         texts = [group[key] for group in samples.groups for key in ("input_ids", "labels") if key in group]
         return joined(*(fingerprint(text_NL.clamp(min=0)) for text_NL in texts))
+
+
+def check_labels(task: Task, model: Model, group: Batch) -> None:
+    """Raises InputError for labels that are none, (n, M) of the network's tokens."""
+    if "labels" not in group or group["labels"].ndim != 2 or group["labels"].is_floating_point():
+        raise InputError(
+            f"samples of task '{task.name}' hold the tokens to write, `labels` (n, M) of integers; these are"
+            f" {', '.join(f'{key} {tuple(tensor.shape)}' for key, tensor in group.items())}."
+        )
+    if bool((group["labels"] == IGNORED).all(1).any()):
+        raise InputError(f"a sample of task '{task.name}' has no token to write: all its labels are {IGNORED}.")
+    check_tokens(model, group["labels"].clamp(min=0), "texts to write")
+
+
+def _asked(batch: Batch) -> Tensor:
+    """Of each prediction the token that is right, (B, M)."""
+    return batch["labels"] if "labels" in batch else batch[TARGET]
 
 
 class Shapes:
@@ -128,7 +163,7 @@ class Shapes:
 
 def of_network(batch: Batch) -> dict[str, Tensor]:
     """A batch without what the network is not called with."""
-    return {key: tensor for key, tensor in batch.items() if key not in ("labels", AT)}
+    return {key: tensor for key, tensor in batch.items() if key not in ("labels", AT, TARGET)}
 
 
 def field(row: Mapping[str, Any], key: str, place: str) -> str:
