@@ -238,6 +238,8 @@ def forget_accelerator() -> None:
 # torch
 
 CONVOLUTIONS: type[nn.Module] = nn.modules.conv._ConvNd  # what Conv1d, Conv2d, Conv3d and their transposes are
+BATCH_NORM: type[nn.Module] = nn.modules.batchnorm._BatchNorm  # what BatchNorm1d, 2d, 3d and the synchronized are
+INSTANCE_NORM: type[nn.Module] = nn.modules.instancenorm._InstanceNorm  # which may keep statistics too
 GROUPED_PRODUCT = getattr(torch, "_grouped_mm", None)  # the product by all experts at once, before it was public
 
 

@@ -216,17 +216,34 @@ def _traced(network: nn.Module, task: Task, batch: Batch, *, zeros: bool = False
     places = {parameter.device for parameter in network.parameters()}
     with torch.no_grad(), replaced([*named.values()], watched), trace:
         if torch.device("meta") in places:
-            run, where = _Run(network, task), torch.device("cpu" if zeros else "meta")
-            named_tensors = (*run.named_parameters(), *run.named_buffers())
-            values = {name: torch.zeros((), dtype=t.dtype, device=where).expand(t.shape) for name, t in named_tensors}
-            if zeros:  # what is made when a network is built may be there: positions, say
-                values |= {name: tensor for name, tensor in run.named_buffers() if not tensor.is_meta}
-            out = torch.func.functional_call(run, values, ({key: tensor.to(where) for key, tensor in batch.items()},))
+            out = _without_weights(network, task, batch, zeros=zeros)
         else:
             out = task.run(network, {key: tensor.to(next(iter(places), "cpu")) for key, tensor in batch.items()})
     for tensor in tensors(out):
         trace.use(tensor)
     return trace
+
+
+def _without_weights(network: nn.Module, task: Task, batch: Batch, *, zeros: bool = False) -> Any:
+    """What the network makes of a batch on the meta device, where nothing is computed but shapes; or with `zeros` that
+    take no memory, where it asks for numbers on its way."""
+    run, where = _Run(network, task), torch.device("cpu" if zeros else "meta")
+    named_tensors = (*run.named_parameters(), *run.named_buffers())
+    values = {name: torch.zeros((), dtype=t.dtype, device=where).expand(t.shape) for name, t in named_tensors}
+    if zeros:  # what is made when a network is built may be there: positions, say
+        values |= {name: tensor for name, tensor in run.named_buffers() if not tensor.is_meta}
+    return torch.func.functional_call(run, values, ({key: tensor.to(where) for key, tensor in batch.items()},))
+
+
+def refused(network: nn.Module, task: Task, batch: Batch) -> str | None:
+    """Why the network does not take a batch of these shapes, as it says itself; None where it does. One that asks for
+    numbers on its way refuses every batch."""
+    try:
+        with torch.no_grad():
+            _without_weights(network, task, batch)
+    except Exception as error:
+        return first_line(error)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------

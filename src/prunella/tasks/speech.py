@@ -8,22 +8,30 @@ is what the dense network says at each of their places.
 from __future__ import annotations
 
 import inspect
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..compat import quiet_transformers
-from ..errors import InputError, ModelError, first_line, say
+from ..errors import InputError, ModelError, say
 from ..model.network import Model
 from ..samples import Batch, Samples
 from ..sounds import TONES, Reader, find_sounds
-from ..texts import documents, passages
 from .registry import register_task
-from .targets import IGNORED, Shapes, Targets, check_labels, enough, of_network
+from .targets import (
+    IGNORED,
+    UNKNOWN,
+    Shapes,
+    Targets,
+    check_labels,
+    enough,
+    has_end,
+    load_processor,
+    of_network,
+    sentences,
+)
 
 WORDS = 12  # of a sentence that a decoder is given where nobody says what a sound says
 
@@ -60,20 +68,12 @@ class Speech(Targets):
             )
 
     def load_processor(self, directory: Path, name: str, remote_code: bool) -> Any:
-        from transformers import AutoProcessor
-
-        if not any(directory.glob("*processor_config.json")):
-            return None
-        try:
-            with quiet_transformers():
-                return AutoProcessor.from_pretrained(directory, trust_remote_code=remote_code)
-        except Exception as error:
-            raise ModelError(f"the processor of '{name}' cannot be read: {first_line(error)}") from None
+        return load_processor(directory, name, remote_code)
 
     # --- samples
 
     def samples(
-        self, model: Model, source: str, count: int, *, used: int = 0, seed: int = 0, test: bool = False
+        self, model: Model, source: str, count: int | None, *, used: int = 0, seed: int = 0, test: bool = False
     ) -> Samples:
         processor = model.tokenizer
         features, tokenizer = (getattr(processor, part, None) for part in ("feature_extractor", "tokenizer"))
@@ -82,12 +82,13 @@ class Speech(Targets):
                 f"model '{model.name}' has no processor of sounds and texts (preprocessor_config.json and a tokenizer):"
                 " take them from the model that it was trained from."
             )
+        has_end(source, count, TONES)
         read, found = Reader(source, features.sampling_rate), Shapes()
         longest = getattr(features, "n_samples", None)  # numbers in a sound that the model hears, as Whisper's 30 s
-        long, sentences = 0, self._sentences()
+        long, texts = 0, sentences(WORDS)
         for number, sound in enumerate(find_sounds(source, seed, "test" if test else "train"), 1):
             if number <= used:
-                next(sentences)
+                next(texts)
                 continue
             heard = read(sound)
             if heard is not None and source == TONES:
@@ -96,7 +97,7 @@ class Speech(Targets):
                 long += 1  # its text says more than is heard
             elif heard is not None:
                 one = self._heard(model, features, heard)
-                found.add(one | self._said(model, tokenizer, sound.text, sound.name, next(sentences)), number)
+                found.add(one | self._said(model, tokenizer, sound.text, sound.name, next(texts)), number)
             if len(found) == count:
                 break
         read.tell()
@@ -126,7 +127,7 @@ class Speech(Targets):
         ids = ids if start is None or ids[0] == start else [start, *ids]
         limit = getattr(model.network.config, "max_target_positions", None)
         if text is None:
-            return {"decoder_input_ids": torch.tensor([ids[:limit]])}
+            ids = ids[:limit]
         if limit is not None and len(ids) > limit:
             raise InputError(
                 f"the text of {name} is {len(ids)} tokens long, and the model writes {limit}: leave it out."
@@ -134,13 +135,9 @@ class Speech(Targets):
         given = torch.tensor([ids[:-1]])
         special = set(tokenizer.all_special_ids)
         asked = [IGNORED if all(i in special for i in ids[: n + 1]) else ids[n] for n in range(1, len(ids))]
+        if text is None:
+            asked = [label if label == IGNORED else UNKNOWN for label in asked]
         return {"decoder_input_ids": given, "labels": torch.tensor([asked])}
-
-    @staticmethod
-    def _sentences() -> Iterator[str]:
-        """Short texts without end."""
-        each = (" ".join(passage.split()[:WORDS]) for one in documents("pydoc") for passage in passages(one))
-        return itertools.cycle(each)
 
     def example(self, network: Any) -> Batch:
         config = network.config
@@ -157,8 +154,7 @@ class Speech(Targets):
         for group in samples.groups:
             if wanted not in group or "decoder_input_ids" not in group:
                 raise InputError(
-                    f"samples of speech are `{wanted}`, `decoder_input_ids` and maybe `labels`; these are"
-                    f" {', '.join(group)}."
+                    f"samples of speech are `{wanted}`, `decoder_input_ids` and `labels`; these are {', '.join(group)}."
                 )
             check_labels(self, model, {"labels": group["decoder_input_ids"]})
             expected = getattr(model.network.config, "max_source_positions", None)
