@@ -275,6 +275,31 @@ def test_pruning_straight_into_the_packed_format_is_packing_afterwards(pruned: P
     assert all(torch.equal(three[key], one[key]) for key in one)
 
 
+def test_estimated_batch_norms_go_into_the_packed_files(pruned: Path, tmp_path: Path) -> None:
+    """From a directory and in memory, and in a run that was killed after they were estimated."""
+    dense = str(pruned.parent / "dense")
+    recipe = {"task": "pixels", **SHORT, "batch_norm": "reset"}
+    prunella.prune(dense, recipe, output=tmp_path / "plain")
+    one = tensors(tmp_path / "plain")
+    before = tensors(pruned.parent / "dense")
+    name = "blocks.1.4.running_mean"
+    assert not torch.equal(one[name], before[name])
+    prunella.prune(dense, {**recipe, "format": "packed"}, output=tmp_path / "packed")
+    prunella.prune(network(), {**recipe, "format": "packed"}, output=tmp_path / "memory")
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr("prunella.pruning.Output.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prunella.prune(dense, {**recipe, "format": "packed"}, output=tmp_path / "resumed")
+    monkey.undo()
+    prunella.prune(dense, {**recipe, "format": "packed"}, output=tmp_path / "resumed", resume=True)
+    for other in ("packed", "memory", "resumed"):
+        unpack_model(str(tmp_path / other), tmp_path / f"{other}-plain")
+        found = tensors(tmp_path / f"{other}-plain")
+        assert found.keys() == one.keys()
+        for key, tensor in one.items():  # memory laid out otherwise rounds otherwise
+            torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-5, msg=f"{other}: {key}")
+
+
 def test_a_quantized_convolution_is_packed_on_its_grid(pruned: Path, tmp_path: Path) -> None:
     dense = str(pruned.parent / "dense")
     steps = ["sparsegpt", {"gptq": {"bits": 8}}]
