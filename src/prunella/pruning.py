@@ -51,15 +51,17 @@ def prune_once(
     tokenizer: Any = None,
     calibration: Tensor | Samples | None = None,
     shared: dict[Any, Any] | None = None,
+    task: Task | None = None,
     track: Track = no_track,
     on_block: OnBlock | None = None,
     remote_code: bool = False,
     pickles: bool = False,
 ) -> Report:
     """What `prunella.prune` does, with these arguments, where nothing is healed; `path` is the directory for the
-    result, which can be written. `on_block` is called with each pruned block."""
+    result, which can be written. `on_block` is called with each pruned block. `task` stands for the recipe's, where it
+    holds what no recipe says."""
     recipe = recipe.resolved(model)
-    task = recipe.make_task()
+    task = task or recipe.make_task()
     if isinstance(model, str):
         trust = {"remote_code": remote_code, "pickles": pickles}
         with blamed(type(task), f"task '{task.name}'"):
@@ -138,6 +140,7 @@ def _prune(
         recipe = recipe.model_copy(
             update={
                 "model": opened.name,
+                "task": {name: {**options, **task.settings()} for name, options in recipe.task.items()},
                 "order": order,
                 "dtype": str(opened.dtype).removeprefix("torch."),
                 "device": str(opened.device),

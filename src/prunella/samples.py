@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +68,18 @@ class Samples:
                 found.update(_raw(tensor).numpy().tobytes())
         return found.hexdigest()[:16]
 
+    def hashes(self, but: Collection[str] = ()) -> list[int]:
+        """A number of 32 bits for each sample, the same for the same one; tensors of these names do not count."""
+        found = []
+        for group in self.groups:
+            held = {key: _raw(t.reshape(len(t), -1)).numpy() for key, t in sorted(group.items()) if key not in but}
+            for row in range(size_of(group)):
+                digest = hashlib.sha256()
+                for key, rows in held.items():
+                    digest.update(f"{key}{tuple(group[key].shape[1:])}".encode() + rows[row].tobytes())
+                found.append(int.from_bytes(digest.digest()[:4], "little"))
+        return found
+
     @property
     def tensors(self) -> list[Tensor]:
         """All of them, in order, as bytes; those that a network made are left out."""
@@ -101,12 +113,37 @@ class Samples:
             for number in range(-(-size_of(group) // size)):
                 yield {key: some[number] for key, some in parts.items()}
 
+    @functools.cached_property
+    def _starts(self) -> list[int]:
+        """The number of each group's first sample."""
+        return list(itertools.accumulate(map(size_of, self.groups), initial=0))
+
+    def group_of(self, number: int) -> int:
+        """The group that a sample is in."""
+        return bisect_right(self._starts, number) - 1
+
     def pick(self, numbers: Sequence[int]) -> Iterator[Batch]:
         """Samples by their numbers, in this order; those side by side that are of one shape together."""
-        starts = list(itertools.accumulate(map(size_of, self.groups), initial=0))
-        for at, some in itertools.groupby(numbers, lambda number: bisect_right(starts, number) - 1):
-            rows = torch.tensor([number - starts[at] for number in some])
+        for at, some in itertools.groupby(numbers, self.group_of):
+            rows = torch.tensor([number - self._starts[at] for number in some])
             yield {key: tensor[rows] for key, tensor in self.groups[at].items()}
+
+    def take(self, numbers: Iterable[int]) -> Samples:
+        """The samples of these numbers, in order within their groups."""
+        return Samples(tuple(self.pick(sorted(numbers))))
+
+    def shuffled(self, seed: int, together: int = 1) -> list[int]:
+        """All numbers in an order that is drawn at random, so many side by side of one shape as far as there are."""
+        generator = torch.Generator().manual_seed(seed)
+        full: list[list[int]] = []
+        rest: list[int] = []
+        for start, group in zip(self._starts, self.groups, strict=False):
+            order = (torch.randperm(size_of(group), generator=generator) + start).tolist()
+            whole = len(order) // together * together
+            full += [order[i : i + together] for i in range(0, whole, together)]
+            rest += order[whole:]
+        drawn = torch.randperm(len(full), generator=generator).tolist()
+        return [number for i in drawn for number in full[i]] + rest
 
     def __iter__(self) -> Iterator[Batch]:
         """Each sample alone."""

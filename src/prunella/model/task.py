@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from ..compat import quiet_transformers
 from ..errors import InputError, ModelError, first_line
 from ..foreign import blamed
+from ..overlap import fingerprint_of
 from ..samples import TARGET, given, on
+from .divergence import relative_error
 from .files import SINGLE
 from .open import wrap
 
@@ -42,6 +44,8 @@ class Task(ABC):
     unit:     how it is shown: `%` of a share, or nothing
     many:     samples of a source that `prunella eval` takes if nobody says how many; fewer where there are no more
     language: networks are causal language models of transformers, of which more is known than of others
+    training: what a recipe's `heal` says of samples if nobody says so: `batch`, `micro`, `held_out`
+    labels:   the tensors among samples that say what is right, and not what is looked at
     """
 
     name = ""
@@ -52,6 +56,8 @@ class Task(ABC):
     unit = ""
     many = 256
     language = False
+    training: ClassVar[Mapping[str, Any]] = {"batch": 32, "micro": 32}
+    labels: ClassVar[Collection[str]] = ("labels", "label")
 
     # --- opening and saving
 
@@ -76,6 +82,10 @@ class Task(ABC):
         """
         raise ModelError(f"task '{self.name}' opens no '{name}': hand the network over in memory.")
 
+    def settings(self) -> dict[str, Any]:
+        """Options of the task that the recipe should say, beside those that it has, to open the model's directory."""
+        return {}
+
     def wrap(self, network: nn.Module, tokenizer: Any = None, name: str = "") -> Model:
         """A network in memory as a `Model`; it stays on the device on which it is. Raises ModelError."""
         return wrap(network, self, tokenizer, name)
@@ -95,11 +105,12 @@ class Task(ABC):
 
     @abstractmethod
     def samples(
-        self, model: Model, source: str, count: int, *, used: int = 0, seed: int = 0, test: bool = False
+        self, model: Model, source: str, count: int | None, *, used: int = 0, seed: int = 0, test: bool = False
     ) -> Samples:
         """`count` samples of a source, which the task knows how to read. Raises InputError.
 
         Args:
+            count: None: all that the source has, to train on; refused where it has no end.
             used: so many at the beginning of the source are left out, as `size` counts them.
             seed: of what is drawn at random.
             test: they are to measure on, not to calibrate on.
@@ -194,9 +205,31 @@ class Task(ABC):
         """
         yield self.losses(run(), batch)[0]
 
-    def divergence(self, outputs: Any, teacher: Any, batch: Batch) -> Tensor:
-        """How far outputs are from a teacher's, one number, differentiable in the former."""
-        raise NotImplementedError
+    def divergence(self, outputs: Any, teacher: Any, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+        """How far outputs are from a teacher's: the mean over samples, differentiable in the former. By default the
+        relative squared error of all that is put out; of logits that are probabilities, `divergence.kl` is better.
+
+        Args:
+            temperature: by which logits of both are divided.
+        """
+        return relative_error(outputs, teacher)
+
+    # --- training
+
+    def objective(
+        self, outputs: Any, batch: Batch, teacher: Any = None, *, share: float = 1.0, temperature: float = 1.0
+    ) -> Tensor:
+        """What training makes small: (1 - share) * loss + share * divergence from a teacher's outputs, the mean over
+        samples; without a teacher the loss."""
+        if teacher is None:
+            return self.losses(outputs, batch).mean()
+        far = self.divergence(outputs, teacher, batch, temperature=temperature)
+        return far if share == 1 else (1 - share) * self.losses(outputs, batch).mean() + share * far
+
+    def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """Samples to train on as they might have been too: cut or mirrored at random, say. Raises InputError where the
+        task knows none."""
+        raise InputError(f"task '{self.name}' knows no augmentation: leave heal.augment out.")
 
     # --- what a report says
 
@@ -233,5 +266,6 @@ class Task(ABC):
         return None
 
     def fingerprint(self, samples: Samples) -> str:
-        """By which `prunella eval` knows samples that were calibrated on; empty where it cannot."""
-        return ""
+        """By which samples that were calibrated or trained on are known again; empty where they cannot be. By default a
+        hash of what is looked at in each of them."""
+        return fingerprint_of(samples.hashes(self.labels))

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, mse_loss
+from torch.nn.functional import cross_entropy, mse_loss
 
 from ..errors import InputError, ModelError, say
+from ..model.divergence import kl
 from ..model.network import Model
 from ..model.open import open_files
 from ..model.task import NO_ANSWERS, Answers
@@ -65,7 +66,7 @@ class Classify(Sentences):
     # --- samples
 
     def samples(
-        self, model: Model, source: str, count: int, *, used: int = 0, seed: int = 0, test: bool = False
+        self, model: Model, source: str, count: int | None, *, used: int = 0, seed: int = 0, test: bool = False
     ) -> Samples:
         rows = self.rows(model, source, count, used, test)
         each = tensors(self.encode(model, rows))
@@ -133,12 +134,11 @@ class Classify(Sentences):
             return mse_loss(logits_BC[:, 0], right.to(logits_BC.dtype), reduction="none")
         return cross_entropy(logits_BC, right, reduction="none")
 
-    def divergence(self, outputs: Any, teacher: Any, batch: Batch) -> Tensor:
+    def divergence(self, outputs: Any, teacher: Any, batch: Batch, *, temperature: float = 1.0) -> Tensor:
         """KL(teacher || model), mean over samples; of numbers, the mean squared difference."""
-        ours_BC, theirs_BC = outputs.logits.float(), teacher.logits.float()
-        if ours_BC.shape[1] == 1:
-            return mse_loss(ours_BC, theirs_BC)
-        return kl_div(ours_BC.log_softmax(1), theirs_BC.log_softmax(1), reduction="batchmean", log_target=True)
+        if outputs.logits.shape[1] == 1:
+            return mse_loss(outputs.logits.float(), teacher.logits.float())
+        return kl(outputs.logits, teacher.logits, temperature)
 
     # --- what a report says
 

@@ -23,7 +23,7 @@ from ..model.network import Model
 from ..model.task import Task
 from ..overlap import fingerprint, joined
 from ..samples import TARGET, Batch, Samples
-from ..texts import checked_text, is_prose, passages, records
+from ..texts import checked_text, endless, is_prose, passages, records
 
 LONGEST = 512  # tokens of a text, where nobody says how many, and the model takes more
 LABELS = "labels"  # among the tensors of samples: what is right
@@ -93,8 +93,11 @@ class Sentences(Task):
         own = (most, getattr(model.tokenizer, "model_max_length", None), said)
         return min(LONGEST, *(int(length) for length in own if isinstance(length, int | float) and length > 0))
 
-    def rows(self, model: Model, source: str, count: int, used: int, test: bool) -> list[Row]:
-        """So many rows of a source, after those that are used. Raises InputError where there are too few of them."""
+    def rows(self, model: Model, source: str, count: int | None, used: int, test: bool) -> list[Row]:
+        """So many rows of a source, or all, after those that are used. Raises InputError where there are too few of
+        them, or no end."""
+        if count is None and endless(source):
+            raise InputError(f"'{source}' has no end in sight: say how many samples.")
         if model.tokenizer is None:
             raise InputError(f"model '{model.name}' has no tokenizer, so the texts of '{source}' cannot be used.")
         empty = 0
@@ -102,25 +105,26 @@ class Sentences(Task):
         def rows() -> Iterator[Row]:
             nonlocal empty
             split: Any = "test" if test else "train"
-            for row in records(source, self._row, (*self.columns.values(),), split):
+            for row in records(source, self.read_row, (*self.columns.values(),), split):
                 for text in passages(row.text) if is_prose(source) else [row.text]:
                     if text.strip():
                         yield Row(text, row.pair, row.label, row.place)
                     else:
                         empty += 1
 
-        found = list(itertools.islice(rows(), used + count))
+        found = list(itertools.islice(rows(), None if count is None else used + count))
         if empty:
             say(f"{empty} rows of '{source}' have no text, and are left out")
-        if len(found) < used + count:
+        if len(found) < used + (count or 1):
             before = f" and {used} before them are calibrated on" if used else ""
             raise InputError(
-                f"'{source}' holds {len(found)} texts, but {count} are asked for{before}: ask for fewer (--samples,"
-                " --windows)."
+                f"'{source}' holds {len(found)} texts, but {count or 'more'} are asked for{before}: ask for fewer"
+                " (--samples, --windows)."
             )
         return found[used:]
 
-    def _row(self, row: Any, place: str) -> Row:
+    def read_row(self, row: Any, place: str) -> Row:
+        """A row of a source. Raises InputError for what is none."""
         column = self.columns["text"]
         if not isinstance(row, Mapping):
             raise InputError(f"{place}: no JSON object (is the line cut off?).")
