@@ -87,9 +87,6 @@ def prune(
     options |= {"remote_code": remote_code, "pickles": pickles}
     if not recipe.heal.train:
         return prune_once(model, recipe, path, calibration=calibration, shared=shared, **options)
-    task = recipe.make_task()
-    if not task.language:
-        raise InputError(f"healing trains causal language models only, yet, and nothing of task '{task.name}'.")
     if in_memory or path is None or calibration is not None:
         raise InputError("healing reads and writes directories: give the model by name, and its calibration as text.")
     return prune_and_heal(model, recipe, path, watch=watch, **options)

@@ -9,6 +9,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,15 @@ class Samples:
         if not samples.groups:
             raise InputError("there are no samples to run the network on.")
         return samples
+
+    @classmethod
+    def merged(cls, several: Iterable[Samples]) -> Samples:
+        """All samples of several in order, those of one shape in one group. Raises InputError where there are none."""
+        found: dict[Any, list[Batch]] = {}
+        for group in (group for samples in several for group in samples.groups):
+            shape = tuple((key, tensor.shape[1:], tensor.dtype) for key, tensor in sorted(group.items()))
+            found.setdefault(shape, []).append(group)
+        return cls.of([{key: torch.cat([one[key] for one in some]) for key in some[0]} for some in found.values()])
 
     @functools.cached_property
     def digest(self) -> str:

@@ -12,13 +12,14 @@ from pydantic import AfterValidator, Field, PositiveInt
 from torch import Tensor
 
 from ..errors import InputError, NumericalError
-from ..layers import find_layers
+from ..layers import find_layers, within
 from ..model.network import Model
 from ..registry import Step, register
 from ..samples import Samples
 from ..steps.wanda import wanda
 from ..stream import Stream
 from ..train.parts import Chosen, Group, Part, choose, kinds_of, make_group
+from ..trees import tensors
 from ..types import Block
 from ..waits import demand, fetch
 
@@ -107,11 +108,11 @@ def fit(
         now |= _train(block.run, now, chosen, goal, range(block.windows), epochs, warmup, None, losses)
     else:
         for at in sub_blocks(block):
-            prefix = f"{block.name}.{at}"
+            prefix = within(block.name, at)
             inside = [item for item in chosen if _within(item.part.name, prefix)]
             outside = {name: value for name, value in now.items() if not _within(name, prefix)}
 
-            def dense(n: int, at: str = at, outside: Mapping[str, Tensor] = outside) -> Tensor:
+            def dense(n: int, at: str = at, outside: Mapping[str, Tensor] = outside) -> Any:
                 assert block.run is not None
                 with torch.no_grad():
                     return block.run(outside, n, at=at)
@@ -136,7 +137,7 @@ def fit(
     )
 
 
-def _from_same_inputs(block: Block) -> Callable[[int], Tensor]:
+def _from_same_inputs(block: Block) -> Callable[[int], Any]:
     """What the dense block makes of the inputs that the pruned one gets."""
     assert block.run is not None
     run, weights = block.run, {layer.name: layer.dense_OI for layer in block.layers}
@@ -154,7 +155,8 @@ def _size(chosen: Sequence[Chosen]) -> int:
 
 def sub_blocks(block: Block) -> list[str]:
     """The block's modules that hold its layers, in the order in which they are called: `self_attn`, `mlp`."""
-    inner = [layer.name.removeprefix(block.name + ".").partition(".") for layer in block.layers]
+    start = len(within(block.name, "x")) - 1
+    inner = [layer.name[start:].partition(".") for layer in block.layers]
     return list(dict.fromkeys(head for head, _, _ in inner))
 
 
@@ -166,7 +168,7 @@ def _train(
     run: Callable[..., Tensor],
     now: Mapping[str, Tensor],
     chosen: Sequence[Chosen],
-    target: Callable[[int], Tensor],
+    target: Callable[[int], Any],
     windows: range,
     epochs: int,
     warmup: float,
@@ -189,13 +191,14 @@ def _train(
         )
         for step in range(steps):
             n = windows[step % len(windows)]
-            goal = target(n).float()
+            goal = target(n)
             changed = {item.part.name: item.change(item.part.value) for item in chosen}
             out = run({**now, **changed}, n, **({} if at is None else {"at": at}))
-            loss = (out.float() - goal).square().mean() / goal.square().mean().clamp_min(1e-12)
+            loss = _error(out, goal)
             optimizer.zero_grad()
             # A mean over so many outputs sends back gradients that float16 rounds to zero: scaled, then taken back.
-            scale = out.numel() ** 0.5 if out.dtype == torch.float16 else 1.0
+            half = [tensor.numel() for tensor in tensors(out) if tensor.dtype == torch.float16]
+            scale = max(half) ** 0.5 if half else 1.0
             (loss * scale).backward()  # type: ignore[no-untyped-call]
             if scale != 1.0:
                 for item in chosen:
@@ -208,6 +211,17 @@ def _train(
             demand(torch.isfinite(losses[-1]), partial(_diverged, chosen[0].part.name, losses[-1]))
     with torch.no_grad():
         return {item.part.name: item.change.eval()(item.part.value) for item in chosen}
+
+
+def _error(out: Any, goal: Any) -> Tensor:
+    """||Y - Y_dense||^2 / ||Y_dense||^2; of a network that is one block, the mean over all tensors that it puts out."""
+    pairs = zip(tensors(out), tensors(goal), strict=True)
+    found = [
+        (ours.float() - theirs.float()).square().mean() / theirs.float().square().mean().clamp_min(1e-12)
+        for ours, theirs in pairs
+        if ours.is_floating_point()
+    ]
+    return found[0] if len(found) == 1 else torch.stack(found).mean()
 
 
 def _diverged(name: str, loss: Tensor) -> NumericalError:
@@ -233,13 +247,16 @@ def reconstruct_blocks(
 ) -> dict[str, Any]:
     """Stream the samples through the pruned model, fitting each block to the dense one; blocks that an interrupted
     run left on disk are only passed through. What happened, for the report."""
-    assert dense.checkpoint is not None
+    if model.checkpoint is None or dense.checkpoint is None:
+        raise InputError(
+            f"'{model.name}' is opened by its task into memory as a whole: reconstruction reads weights from files,"
+            " block by block. Leave --way reconstruct out, or prune it with the step reconstruct."
+        )
     strange = sorted(set(model.plan()) - set(dense.checkpoint.where))
     if strange:
         raise InputError(f"'{dense.name}' is not the dense model of this one: it has no tensor '{strange[0]}'.")
     settings = recipe.heal
     groups = settings.make_groups()
-    assert model.checkpoint is not None
     stream = Stream(model, samples, start=model.checkpoint, masks=masks)
     stream.dense = Stream(dense, samples).hidden
     done = out.checkpoint if out.finished else None
