@@ -34,8 +34,8 @@ from .registry import Step
 from .samples import TARGET, Batch, Samples, on
 from .statistics.registry import concatenate, merged, of_gradients, taking, whole
 from .stream import Stream
-from .targets import targeted
 from .types import Stats
+from .unlabelled import targeted
 from .waits import demand, fetch, together
 from .watch import Gather, Watch
 

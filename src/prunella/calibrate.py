@@ -159,7 +159,8 @@ def positions(model: Model) -> int | None:
     size, words = context(model), model.network.get_input_embeddings()
     for module in model.network.modules():  # the table may begin with a few rows for padding
         if isinstance(module, nn.Embedding) and module is not words and 0 <= module.num_embeddings - size < 8:
-            return size
+            padding = module.padding_idx if module.num_embeddings == size else None  # RoBERTa counts from there
+            return size if padding is None else size - padding - 1
     return None
 
 

@@ -33,9 +33,9 @@ from .samples import Samples, tokens_of
 from .save import Output, begun_as, identity
 from .store import check_store
 from .stream import TOKENS, Stream
-from .targets import targeted
 from .tasks import Task
 from .texts import same_text
+from .unlabelled import targeted
 from .workshop import workshop
 
 OnBlock = Callable[[BlockResult], None]

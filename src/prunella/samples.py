@@ -9,7 +9,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,13 +49,14 @@ class Samples:
         return samples
 
     @classmethod
-    def merged(cls, several: Iterable[Samples]) -> Samples:
-        """All samples of several in order, those of one shape in one group. Raises InputError where there are none."""
-        found: dict[Any, list[Batch]] = {}
-        for group in (group for samples in several for group in samples.groups):
-            shape = tuple((key, tensor.shape[1:], tensor.dtype) for key, tensor in sorted(group.items()))
-            found.setdefault(shape, []).append(group)
-        return cls.of([{key: torch.cat([one[key] for one in some]) for key in some[0]} for some in found.values()])
+    def gathered(cls, each: Iterable[Batch]) -> Samples:
+        """Samples from single ones, {argument: (1, …)}, those of one shape in a group, in order; the largest group is
+        the first one."""
+        found: dict[tuple[tuple[str, torch.Size], ...], list[Batch]] = {}
+        for one in each:
+            found.setdefault(tuple((key, tensor.shape[1:]) for key, tensor in one.items()), []).append(one)
+        groups = sorted(found.values(), key=len, reverse=True)
+        return cls.of({key: torch.cat([one[key] for one in group]) for key in group[0]} for group in groups)
 
     @functools.cached_property
     def digest(self) -> str:

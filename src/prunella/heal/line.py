@@ -35,7 +35,7 @@ from ..recipe import Healing, Recipe
 from ..report import Report, peak_memory
 from ..samples import Samples
 from ..save import Output, identity
-from ..targets import targeted
+from ..unlabelled import targeted
 from ..tasks import Task
 from ..team import Team, team
 from ..workshop import BEFORE, Workshop, partial_of, workshop

@@ -70,7 +70,7 @@ class Sources:
             if missing is None or missing > 0:
                 with blamed(type(task), f"task '{task.name}'"):
                     found.append(task.samples(model, source, missing, seed=recipe.seed))
-        every = Samples.merged(found)
+        every = Samples.gathered(group for some in found for group in some.groups)
         test = self.test(model, recipe)
         if test is not None:
             every = without(every, test, task)

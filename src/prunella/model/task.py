@@ -42,6 +42,7 @@ class Task(ABC):
     figure:   that of `scores` which says how good it is
     higher:   is more of it better?
     unit:     how it is shown: `%` of a share, or nothing
+    many:     samples of a source that `prunella eval` takes if nobody says how many; fewer where there are no more
     language: networks are causal language models of transformers, of which more is known than of others
     training: what a recipe's `heal` says of samples if nobody says so: `batch`, `micro`, `held_out`
     labels:   the tensors among samples that say what is right, and not what is looked at
@@ -53,6 +54,7 @@ class Task(ABC):
     figure = "loss"
     higher = False
     unit = ""
+    many = 256
     language = False
     training: ClassVar[Mapping[str, Any]] = {"batch": 32, "micro": 32}
     labels: ClassVar[Collection[str]] = ("labels", "label")
