@@ -13,7 +13,7 @@ from ..model.task import NO_ANSWERS, Task
 from ..progress import Track, no_track
 from ..report import Figure
 from ..samples import Samples
-from ..targets import targeted
+from ..unlabelled import targeted
 from .difference import paired
 from .measure import scored
 from .perplexity import answered

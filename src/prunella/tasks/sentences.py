@@ -102,7 +102,7 @@ class Sentences(Task):
         def rows() -> Iterator[Row]:
             nonlocal empty
             split: Any = "test" if test else "train"
-            for row in records(source, self._row, (*self.columns.values(),), split):
+            for row in records(source, self.read_row, (*self.columns.values(),), split):
                 for text in passages(row.text) if is_prose(source) else [row.text]:
                     if text.strip():
                         yield Row(text, row.pair, row.label, row.place)
@@ -120,7 +120,8 @@ class Sentences(Task):
             )
         return found[used:]
 
-    def _row(self, row: Any, place: str) -> Row:
+    def read_row(self, row: Any, place: str) -> Row:
+        """A row of a source. Raises InputError for what is none."""
         column = self.columns["text"]
         if not isinstance(row, Mapping):
             raise InputError(f"{place}: no JSON object (is the line cut off?).")
