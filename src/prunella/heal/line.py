@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,9 +36,10 @@ from ..recipe import Healing, Recipe
 from ..report import Report, peak_memory
 from ..samples import Samples
 from ..save import Output, identity
-from ..unlabelled import targeted
 from ..tasks import Task
 from ..team import Team, team
+from ..tensors import MASKS
+from ..unlabelled import targeted
 from ..workshop import BEFORE, Workshop, partial_of, workshop
 from .biases import LIST, add_biases
 from .masks import full, masks_of, slots_of
@@ -156,7 +158,7 @@ class Line:
 
     def _all(self) -> Report:
         started, cpu = time.perf_counter(), time.process_time()
-        source = self.directory
+        source = self._begun()
         main = team().main
         names = [name for item in self.settings.train for name in item]
         if self.settings.adapt:
@@ -270,6 +272,23 @@ class Line:
         model.scratch = partial_of(self.path)
         wear(map(model.module, model.blocks), self.recipe.lenses)
         return model
+
+    def _begun(self) -> Path:
+        """What is opened: a dense network may lack something for its task."""
+        if self.task.language or self.said is not None or (self.directory / MASKS).is_file():
+            return self.directory
+        folder = partial_of(self.path) / BEFORE / "begun"
+        if team().main and not folder.exists():
+            half = folder.with_name("begun.half")
+            shutil.rmtree(half, ignore_errors=True)
+            sources = self.settings.text or (self.recipe.calibration.source,)
+            options = {"dtype": self.recipe.dtype, "remote_code": self.remote_code, "pickles": self.pickles}
+            with blamed(type(self.task), f"task '{self.task.name}'"):
+                self.task.begun(str(self.directory), half, sources, seed=self.recipe.seed, **options)
+            if half.exists():
+                half.rename(folder)
+        team().barrier()
+        return folder if folder.exists() else self.directory
 
     def _masks(self, model: Model) -> Mapping[str, Tensor]:
         """The masks to hold. A dense network of another task than text is one that trains as a whole."""

@@ -5,23 +5,27 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, mse_loss
+from torch.nn.functional import cross_entropy, mse_loss
 
 from ..errors import InputError, ModelError, say
+from ..model.divergence import kl
+from ..model.files import read_json
+from ..model.names import find_directory
 from ..model.network import Model
 from ..model.open import open_files
 from ..model.task import NO_ANSWERS, Answers
 from ..samples import TARGET, Batch, Samples
 from ..texts import ClassName
+from .heads import HEAD, label_names, with_head
 from .registry import register_task
 from .scores import class_answers, class_scores
 from .sentences import LABELS, Row, Sentences, right_of, tensors
 
-HEAD = "ForSequenceClassification"  # how transformers' classes of such networks end
 _HIDDEN = -1  # the label of rows whose label a data set of the hub keeps to itself
 
 
@@ -42,6 +46,15 @@ class Classify(Sentences):
         return open_files(
             name, self, auto, "classifier of texts", admit=self.admit, check=self.check_network, **options
         )
+
+    def begun(self, name: str, folder: Path, sources: Sequence[str], *, seed: int = 0, **options: Any) -> str:
+        """A network without a head for classes gets one, for the labels in the sources."""
+        trust = {key: options[key] for key in ("remote_code", "pickles") if key in options}
+        config = read_json(find_directory(name, **trust) / "config.json")
+        if self.claims(name, config):
+            return name
+        own = {key: options[key] for key in ("remote_code", "dtype") if key in options}
+        return str(with_head(name, folder, label_names(self, sources), seed=seed, **own))
 
     def admit(self, name: str, config: Any) -> None:
         built = getattr(config, "architectures", None) or ()
@@ -65,7 +78,7 @@ class Classify(Sentences):
     # --- samples
 
     def samples(
-        self, model: Model, source: str, count: int, *, used: int = 0, seed: int = 0, test: bool = False
+        self, model: Model, source: str, count: int | None, *, used: int = 0, seed: int = 0, test: bool = False
     ) -> Samples:
         rows = self.rows(model, source, count, used, test)
         each = tensors(self.encode(model, rows))
@@ -133,12 +146,11 @@ class Classify(Sentences):
             return mse_loss(logits_BC[:, 0], right.to(logits_BC.dtype), reduction="none")
         return cross_entropy(logits_BC, right, reduction="none")
 
-    def divergence(self, outputs: Any, teacher: Any, batch: Batch) -> Tensor:
+    def divergence(self, outputs: Any, teacher: Any, batch: Batch, *, temperature: float = 1.0) -> Tensor:
         """KL(teacher || model), mean over samples; of numbers, the mean squared difference."""
-        ours_BC, theirs_BC = outputs.logits.float(), teacher.logits.float()
-        if ours_BC.shape[1] == 1:
-            return mse_loss(ours_BC, theirs_BC)
-        return kl_div(ours_BC.log_softmax(1), theirs_BC.log_softmax(1), reduction="batchmean", log_target=True)
+        if outputs.logits.shape[1] == 1:
+            return mse_loss(outputs.logits.float(), teacher.logits.float())
+        return kl(outputs.logits, teacher.logits, temperature)
 
     # --- what a report says
 

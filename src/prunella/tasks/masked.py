@@ -18,9 +18,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, normalize
+from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 from ..errors import InputError, ModelError, say
+from ..model.divergence import kl
 from ..model.files import MODULES, modules_behind, read_json
 from ..model.names import find_directory
 from ..model.network import Model
@@ -132,7 +133,7 @@ class Masked(Sentences):
     # --- samples
 
     def samples(
-        self, model: Model, source: str, count: int, *, used: int = 0, seed: int = 0, test: bool = False
+        self, model: Model, source: str, count: int | None, *, used: int = 0, seed: int = 0, test: bool = False
     ) -> Samples:
         each = tensors(self.encode(model, self.rows(model, source, count, used, test)))
         if has_words(model.network):
@@ -200,7 +201,7 @@ class Masked(Sentences):
             found.append(cross_entropy(asked_TV, right_L[right_L != IGNORED]))
         return torch.stack(found)
 
-    def divergence(self, outputs: Any, teacher: Any, batch: Batch) -> Tensor:
+    def divergence(self, outputs: Any, teacher: Any, batch: Batch, *, temperature: float = 1.0) -> Tensor:
         """KL(teacher || model), mean over masked words; or 1 - cosine to the teacher's embedding, mean over texts."""
         if "logits" not in outputs:
             ours_BD, theirs_BD = self.embeddings(outputs), self.embeddings(teacher)
@@ -208,8 +209,7 @@ class Masked(Sentences):
         asked_BL = (
             batch[LABELS] != IGNORED if LABELS in batch else torch.ones_like(batch["input_ids"], dtype=torch.bool)
         )
-        ours_TV, theirs_TV = (out.logits[asked_BL].float().log_softmax(1) for out in (outputs, teacher))
-        return kl_div(ours_TV, theirs_TV, reduction="batchmean", log_target=True)
+        return kl(outputs.logits[asked_BL], teacher.logits[asked_BL], temperature)
 
     # --- what a report says
 

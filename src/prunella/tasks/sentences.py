@@ -93,8 +93,8 @@ class Sentences(Task):
         own = (most, getattr(model.tokenizer, "model_max_length", None), said)
         return min(LONGEST, *(int(length) for length in own if isinstance(length, int | float) and length > 0))
 
-    def rows(self, model: Model, source: str, count: int, used: int, test: bool) -> list[Row]:
-        """So many rows of a source, after those that are used. Raises InputError where there are too few of them."""
+    def rows(self, model: Model, source: str, count: int | None, used: int, test: bool) -> list[Row]:
+        """So many rows of a source, or all, after those that are used. Raises InputError where there are too few."""
         if model.tokenizer is None:
             raise InputError(f"model '{model.name}' has no tokenizer, so the texts of '{source}' cannot be used.")
         empty = 0
@@ -109,14 +109,14 @@ class Sentences(Task):
                     else:
                         empty += 1
 
-        found = list(itertools.islice(rows(), used + count))
+        found = list(itertools.islice(rows(), None if count is None else used + count))
         if empty:
             say(f"{empty} rows of '{source}' have no text, and are left out")
-        if len(found) < used + count:
+        if len(found) < used + (count or 1):
             before = f" and {used} before them are calibrated on" if used else ""
             raise InputError(
-                f"'{source}' holds {len(found)} texts, but {count} are asked for{before}: ask for fewer (--samples,"
-                " --windows)."
+                f"'{source}' holds {len(found)} texts, but {count or 1} are asked for{before}: ask for fewer"
+                " (--samples, --windows)."
             )
         return found[used:]
 
