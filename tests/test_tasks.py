@@ -230,7 +230,7 @@ def test_what_only_takes_text_says_so_of_another_task(llama: Path, tmp_path: Pat
         load_model(str(directory))
     done = run("eval", directory)
     assert done.code == 2
-    assert "is of task 'toy.py:toy'" in done.err
+    assert done.err == "prunella: error: task file 'toy.py' does not exist.\n"
     for command in ("heal", "sweep"):
         task = {"task": f"{Path(__file__).parent / 'extensions' / 'toy_task.py'}:toy"}
         (tmp_path / "r.yaml").write_text(json.dumps(task))

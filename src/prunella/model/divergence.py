@@ -30,10 +30,8 @@ def relative_error(outputs: Any, teacher: Any) -> Tensor:
         if ours.shape != theirs.shape:
             raise ValueError(f"outputs of shape {tuple(ours.shape)} beside a teacher's {tuple(theirs.shape)}")
         if ours.is_floating_point() and ours.ndim:
-            error, size = (
-                (t.float().flatten(1) if t.ndim > 1 else t.float()[:, None]) for t in (ours - theirs, theirs)
-            )
-            found.append((error / size.clamp_min(1e-12)).mean())
+            error_B, size_B = (t.float().reshape(len(t), -1).square().sum(1) for t in (ours - theirs, theirs))
+            found.append((error_B / size_B.clamp_min(1e-12)).mean())
     if not found:
         raise ValueError("no tensor of numbers among the outputs")
     return torch.stack(found).mean()

@@ -23,7 +23,7 @@ from ..model.network import Model
 from ..model.task import Task
 from ..overlap import fingerprint, joined
 from ..samples import TARGET, Batch, Samples
-from ..texts import checked_text, is_prose, passages, records
+from ..texts import checked_text, endless, is_prose, passages, records
 
 LONGEST = 512  # tokens of a text, where nobody says how many, and the model takes more
 LABELS = "labels"  # among the tensors of samples: what is right
@@ -94,7 +94,10 @@ class Sentences(Task):
         return min(LONGEST, *(int(length) for length in own if isinstance(length, int | float) and length > 0))
 
     def rows(self, model: Model, source: str, count: int | None, used: int, test: bool) -> list[Row]:
-        """So many rows of a source, or all, after those that are used. Raises InputError where there are too few."""
+        """So many rows of a source, or all, after those that are used. Raises InputError where there are too few of
+        them, or no end."""
+        if count is None and endless(source):
+            raise InputError(f"'{source}' has no end in sight: say how many samples.")
         if model.tokenizer is None:
             raise InputError(f"model '{model.name}' has no tokenizer, so the texts of '{source}' cannot be used.")
         empty = 0
@@ -115,7 +118,7 @@ class Sentences(Task):
         if len(found) < used + (count or 1):
             before = f" and {used} before them are calibrated on" if used else ""
             raise InputError(
-                f"'{source}' holds {len(found)} texts, but {count or 1} are asked for{before}: ask for fewer"
+                f"'{source}' holds {len(found)} texts, but {count or 'more'} are asked for{before}: ask for fewer"
                 " (--samples, --windows)."
             )
         return found[used:]
