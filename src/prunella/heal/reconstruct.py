@@ -18,7 +18,7 @@ from ..registry import Step, register
 from ..samples import Samples
 from ..steps.wanda import wanda
 from ..stream import Stream
-from ..train.parts import Chosen, Group, Part, choose, kinds_of, make_group
+from ..train.parts import Chosen, Group, Part, check_idle, kinds_of, make_group, pick
 from ..trees import tensors
 from ..types import Block
 from ..waits import demand, fetch
@@ -85,8 +85,10 @@ def fit(
     epochs: int,
     warmup: float,
     new: frozenset[str] = frozenset(),
+    strict: bool = False,
 ) -> tuple[Block, list[Tensor], int]:
-    """The block with what `groups` train fitted, the loss of each step, and how many parameters trained."""
+    """The block with what `groups` train fitted, the loss of each step, and how many parameters trained. `strict`:
+    raises InputError for a group that finds nothing to train in this block."""
     if block.run is None or block.dense is None:
         raise InputError("step 'reconstruct' runs whole blocks: use --order block.")
     active = [layer for layer in block.layers if layer.sparsity > 0]
@@ -99,10 +101,14 @@ def fit(
         if name not in block.fixed
     ]
     now = {**block.others, **{item.name: item.value for item in layers}}
-    chosen = choose([*layers, *others], groups)
+    chosen = list(pick([*layers, *others], groups))
+    if strict:
+        check_idle(chosen, groups)
     losses: list[Tensor] = []
     trained = 0
-    if part == "block":
+    if not chosen:
+        pass
+    elif part == "block":
         trained = _size(chosen)
         goal = block.dense if aim == "model" else _from_same_inputs(block)
         now |= _train(block.run, now, chosen, goal, range(block.windows), epochs, warmup, None, losses)
@@ -120,12 +126,13 @@ def fit(
             trained += _size(inside)
             if inside:
                 now |= _train(block.run, now, inside, dense, range(block.windows), epochs, warmup, at, losses)
-        if not trained:
-            choose([], groups)  # all of it lies between the sub-blocks: says so
+        if not trained and strict:
+            check_idle([], groups)  # all of it lies between the sub-blocks: says so
+    notes = () if trained else ("reconstruct found nothing to train in its block",)
     done = {}
     for layer in active:
         assert layer.mask_OI is not None
-        done[layer.name] = layer.pruned(now[layer.name], layer.mask_OI)
+        done[layer.name] = layer.pruned(now[layer.name], layer.mask_OI, *notes)
     return (
         replace(
             block,
@@ -269,7 +276,7 @@ def reconstruct_blocks(
     def apply(block: Block) -> Block:
         nonlocal seen, count
         options = {key: getattr(settings, key) for key in ("part", "aim", "epochs", "warmup")}
-        fitted, seen, count = fit(block, groups, **options, new=new)
+        fitted, seen, count = fit(block, groups, **options, new=new, strict=model.task.language)
         return fitted
 
     step = Step("reconstruct", frozenset({"dense"}), apply, per_layer=False, prunes=True, options={})
@@ -290,6 +297,8 @@ def reconstruct_blocks(
         out.note("losses", losses)
         out.note("trained", trained)
         out.write(result)  # last: a block that is on disk is not done again
+    if not any(trained.values()):
+        check_idle([], groups)
     return {
         "trained": sum(trained.values()) / model.parameters,
         "losses": losses,

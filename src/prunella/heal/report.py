@@ -52,7 +52,7 @@ def taught(dense: Model | None) -> dict[str, Any]:
     """How the dense model was trained before it taught, if it was."""
     report = said_of(dense.checkpoint.directory) if dense is not None and dense.checkpoint is not None else None
     did = report.healing if report else {}
-    return {key: did[key] for key in ("tokens", "seconds", "held_out", "fingerprint") if key in did}
+    return {key: did[key] for key in ("tokens", "samples", "seconds", "held_out", "fingerprint") if key in did}
 
 
 def write(model: Model, changed: Mapping[str, Tensor], masks: Mapping[str, Tensor], out: Output) -> None:
