@@ -225,6 +225,15 @@ class Task(ABC):
 
     # --- training
 
+    def begun(self, name: str, folder: Path, sources: Sequence[str], *, seed: int = 0, **options: Any) -> str:
+        """What the training of a dense network begins with: its name, or the new directory `folder`, where it was
+        written with what it lacks for this task: a head for the classes in these sources, say, drawn by the seed.
+
+        Args:
+            options: as for `open`: dtype, remote_code, pickles.
+        """
+        return name
+
     def objective(
         self, outputs: Any, batch: Batch, teacher: Any = None, *, share: float = 1.0, temperature: float = 1.0
     ) -> Tensor:
