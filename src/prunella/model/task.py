@@ -41,6 +41,8 @@ class Task(ABC):
     higher:   is more of it better?
     unit:     how it is shown: `%` of a share, or nothing
     language: networks are causal language models of transformers, of which more is known than of others
+    in_blocks: share of the weights in matrices, no embeddings, that a network's blocks hold at least; where they would
+              hold less, and the rest stay dense, the whole network is one block
     """
 
     name = ""
@@ -50,6 +52,7 @@ class Task(ABC):
     higher = False
     unit = ""
     language = False
+    in_blocks = 0.5
 
     # --- opening and saving
 

@@ -59,7 +59,7 @@ def filled(tree: Any, batch: Batch) -> Any:
 def flat(tree: Any, name: str, found: dict[str, Tensor]) -> Any:
     """A tree with places for its tensors, which are put into `found` by their names. Those without a dimension are
     settings, as numbers are."""
-    if type(tree).__module__ == "numpy" and getattr(tree, "ndim", 0):
+    if type(tree).__module__ == "numpy" and hasattr(tree, "shape") and tree.shape:
         tree = torch.as_tensor(tree)
     if isinstance(tree, Tensor) and tree.ndim:
         found[name] = tree.detach().cpu()
@@ -109,7 +109,9 @@ def read(given: Any, network: nn.Module, what: str = "calibration", count: int |
         if taken == count:
             break
     if form is None or not groups:
-        raise InputError(f"{what} holds no batch: give tensors, tuples or dictionaries that the network is called with.")
+        raise InputError(
+            f"{what} holds no batch: give tensors, tuples or dictionaries that the network is called with."
+        )
     joined = ({name: torch.cat([one[name] for one in some]) for name in some[0]} for some in groups.values())
     return Samples.of(list(joined)), form
 
@@ -148,7 +150,9 @@ def _read(batch: Any, network: nn.Module, loader: bool, where: str) -> tuple[dic
     if isinstance(batch, list):
         args = tuple(batch)
     if not _takes(network, args, kwargs):
-        raise InputError(f"{where} does not fit the arguments of {type(network).__name__}.forward{_takes_what(network)}.")
+        raise InputError(
+            f"{where} does not fit the arguments of {type(network).__name__}.forward{_takes_what(network)}."
+        )
     names = _names(network, len(args))
     placed = tuple(flat(item, name, tensors) for item, name in zip(args, names, strict=True))
     named = {key: flat(item, key, tensors) for key, item in kwargs.items()}
@@ -158,8 +162,8 @@ def _read(batch: Any, network: nn.Module, loader: bool, where: str) -> tuple[dic
     if len({len(tensor) for tensor in tensors.values()}) != 1:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         raise InputError(
-            f"the tensors of {where} have not a sample a row, as many in each: {shapes}. What is the same for all samples"
-            " belongs into the network (a buffer, say)."
+            f"the tensors of {where} have not a sample a row, as many in each: {shapes}. What is the same for all"
+            " samples belongs into the network (a buffer, say)."
         )
     return tensors, Form(placed, named, wanted, paired)
 

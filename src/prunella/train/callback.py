@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
+from ..compat import of_transformers
 from ..errors import InputError
 from ..layers import find_layers
 from ..tasks.text import wrap_model
@@ -106,12 +107,7 @@ def _found(network: nn.Module, masks: Mapping[str, Tensor] | None) -> Iterator[t
         return
     if not parameters.keys() >= masks.keys():
         layers = {name: mask for name, mask in masks.items() if name not in parameters}
-        model = wrap_model(network)
-        try:
-            found = {part.name: part.mask for part in parts_of(model, layers) if part.mask is not None}
-            known = {slot.name for block in model.blocks for slot in find_layers(model.module(block), block)}
-        finally:
-            model.give_back()
+        found, known = _of_layers(network, layers)
         if strange := sorted(layers.keys() - known):
             raise InputError(f"'{strange[0]}' is neither a layer nor a parameter of this network, but has a mask.")
         masks = {**found, **{name: mask for name, mask in masks.items() if name in parameters}}
@@ -119,3 +115,23 @@ def _found(network: nn.Module, masks: Mapping[str, Tensor] | None) -> Iterator[t
         if mask.shape != parameters[name].shape:
             raise InputError(f"the mask of '{name}' is {tuple(mask.shape)}, not {tuple(parameters[name].shape)}.")
         yield parameters[name], mask.to(parameters[name].device)
+
+
+def _of_layers(network: nn.Module, masks: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
+    """Masks of parameters, of their shapes, from those of layers; and the layers that the network has."""
+    if not of_transformers(network):  # its layers have their names whatever its blocks are
+        slots = {slot.name: slot for slot in find_layers(network, "")}
+        found: dict[str, Tensor] = {}
+        for name in masks.keys() & slots.keys():
+            slot = slots[name]
+            if masks[name].shape != slot.shape:
+                raise InputError(f"the mask of '{name}' is {tuple(masks[name].shape)}, not {slot.shape}.")
+            slot.write(masks[name], found.setdefault(slot.key, torch.ones(slot.tensor.shape, dtype=torch.bool)))
+        return found, set(slots)
+    model = wrap_model(network)
+    try:
+        parts = {part.name: part.mask for part in parts_of(model, masks) if part.mask is not None}
+        known = {slot.name for block in model.blocks for slot in find_layers(model.module(block), block)}
+    finally:
+        model.give_back()
+    return parts, known
