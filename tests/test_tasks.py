@@ -75,7 +75,9 @@ def test_a_recipe_says_what_the_network_is_for_and_else_the_model_does() -> None
 
 def test_the_length_and_the_bos_of_text_stand_where_they_always_stood() -> None:
     recipe = Recipe.of({"task": {"text": {"length": 64, "bos": False}}, "evaluate": {"length": 32}})
-    assert recipe == Recipe.of({"bos": False, "calibration": {"length": 64}, "evaluate": {"length": 32}})
+    assert recipe == Recipe.of(
+        {"task": "text", "bos": False, "calibration": {"length": 64}, "evaluate": {"length": 32}}
+    )
     assert Recipe.of(recipe.plain()) == recipe
     changed = Recipe.of(override(recipe.plain(), ["text.length=16", "text.bos=true"]))
     assert (changed.bos, changed.calibration.length, changed.evaluate.length) == (True, 64, 32)
@@ -228,7 +230,7 @@ def test_what_only_takes_text_says_so_of_another_task(llama: Path, tmp_path: Pat
         load_model(str(directory))
     done = run("eval", directory)
     assert done.code == 2
-    assert "is of task 'toy.py:toy'" in done.err
+    assert done.err == "prunella: error: task file 'toy.py' does not exist.\n"
     for command in ("heal", "sweep"):
         task = {"task": f"{Path(__file__).parent / 'extensions' / 'toy_task.py'}:toy"}
         (tmp_path / "r.yaml").write_text(json.dumps(task))

@@ -16,8 +16,8 @@ from .machine import forget
 from .model.checkpoint import Source
 from .model.network import Model
 from .model.walk import LoadedBlock
-from .samples import Batch, Samples, size_of
-from .trees import first, map_tensors
+from .samples import Batch, Samples, on, size_of
+from .trees import first, map_tensors, stacked
 from .watch import run_to
 
 
@@ -92,6 +92,18 @@ class Batches:
         """The hidden state of sample n alone, or what another sequence of batches has for it."""
         batch, place = self._place(n)
         return self._one((self.hidden if batches is None else batches)[batch], place)
+
+    def outputs_of(self, numbers: Sequence[int], batch: Batch) -> Any:
+        """What the model puts out for samples of one shape, once all hidden states have passed the last block; the
+        batch holds them in this order."""
+        states = []
+        for stack in range(len(self.hidden.left) + 1):
+            each = []
+            for n in numbers:
+                at, place = self._place(n)
+                each.append(self._one([*self.hidden.states(at), self.hidden[at]][stack], place))
+            states.append(stacked(each, self.calls.interface.batch))
+        return self.calls.outputs(on(batch, self.model.device), states)
 
     def _place(self, n: int) -> tuple[int, int]:
         """The batch that has sample n, and its number there."""

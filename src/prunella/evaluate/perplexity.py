@@ -16,6 +16,7 @@ from ..progress import Track, no_track
 from ..samples import Samples, on
 from ..stream import Stream
 from ..tasks.text import Perplexity
+from ..unlabelled import each_output
 from ..waits import fetch
 
 
@@ -83,7 +84,7 @@ def losses(
     batch by batch."""
     model, every = stream.model, list[Tensor]()
 
-    def score() -> None:
+    def score(number: int) -> None:
         batch, outputs = on(stream.batches[number], model.device), stream.outputs(number)
         found = model.task.losses(outputs, batch)
         told = {} if answers is None else {w: t.detach().cpu() for w, t in model.task.answers(outputs, batch).items()}
@@ -97,13 +98,7 @@ def losses(
             if answers is not None:
                 answers.setdefault(what, []).append(tensor)
 
-    number = 0
-    with torch.no_grad():
-        while number < len(stream.batches):
-            # Loaded anew where batches were halved, after which what that needed of it is gone.
-            with model.outside(checkpoint=checkpoint):
-                while number < len(stream.batches) and stream.fits(number, score):
-                    number += 1
+    each_output(stream, score, checkpoint)
     return [loss for some in fetch(every) for loss in some.tolist()]
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ..model.checkpoint import Checkpoint
 from ..model.files import copy_companions
 from ..model.network import Model
 from ..progress import Track, no_track
+from ..samples import Samples
 from ..stream import Stream
 from ..tensors import MASKS
 from ..train.parts import Change, Master, Part, trains
@@ -75,28 +77,32 @@ def bias_flags(model: Model) -> dict[str, list[str]]:
 
 
 def mean_errors(
-    model: Model, dense: Model, windows_NL: Tensor, names: frozenset[str], track: Track = no_track
+    model: Model, dense: Model, samples: Samples, names: frozenset[str], track: Track = no_track
 ) -> dict[str, Tensor]:
     """{bias: E[(W_dense - W) x]} over the inputs x that a layer gets from pruned blocks before it whose biases are
     corrected already."""
-    stream = Stream(model, windows_NL)
+    stream = Stream(model, samples)
     out: dict[str, Tensor] = {}
     assert dense.checkpoint is not None
     for _, block in model.walk(track=track, what="biases"):
         weights = block.read(dense.checkpoint)
         slots = {s.name: s for s in find_layers(block.module, block.name) if f"{s.name}.bias" in names}
         sums: dict[str, Tensor] = {}
+        counts: Counter[str] = Counter()
 
-        def see(layer: str, rows: Chunks, same: bool, sums: dict[str, Tensor] = sums) -> None:
+        def see(
+            layer: str, rows: Chunks, same: bool, sums: dict[str, Tensor] = sums, counts: Counter[str] = counts
+        ) -> None:
             for x_TI in rows():
                 sum_I = x_TI.sum(0, dtype=torch.float32)
                 sums[layer] = sums[layer] + sum_I if layer in sums else sum_I
+                counts[layer] += len(x_TI)
 
         with torch.no_grad(), Watch(slots, see):
             for batch in range(len(stream.hidden)):
                 stream.run(block, stream.hidden, batch)
         for key, slot in slots.items():
-            mean_I = sums[key] / windows_NL.numel()
+            mean_I = sums[key] / counts[key]
             dense_OI = slot.read(weights[slot.key])
             bias_O = ((dense_OI.float() - slot.read().float()) @ mean_I).to(slot.read().dtype)
             slot.module.bias = nn.Parameter(bias_O, requires_grad=False)
@@ -136,7 +142,7 @@ def write_biased(source: Path, folder: Path, flags: Mapping[str, list[str]], val
     (folder / LIST).write_text("\n".join(values) + "\n", encoding="utf-8")
 
 
-def add_biases(model: Model, dense: Model, windows_NL: Tensor, folder: Path, track: Track = no_track) -> None:
+def add_biases(model: Model, dense: Model, samples: Samples, folder: Path, track: Track = no_track) -> None:
     """Write the model with biases that make up for the mean output error into `folder` / pruned, and the dense one with
     the same biases, all zero, into `folder` / dense. Raises InputError where the config cannot carry any."""
     flags = bias_flags(model)
@@ -146,7 +152,7 @@ def add_biases(model: Model, dense: Model, windows_NL: Tensor, folder: Path, tra
             " biases to its linear layers. Leave it out, or train norms."
         )
     names = frozenset(name for some in flags.values() for name in some)
-    values = mean_errors(model, dense, windows_NL, names, track)
+    values = mean_errors(model, dense, samples, names, track)
     assert model.checkpoint is not None
     assert dense.checkpoint is not None
     zeros = {name: torch.zeros_like(value) for name, value in values.items()}

@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..calibrate import check_windows
 from ..errors import (
     InputError,
     NumericalError,
@@ -28,10 +27,11 @@ from ..evaluate.measure import measure, measure_once
 from ..lenses import wear
 from ..machine import pick_device
 from ..model.network import Model
-from ..overlap import fingerprint, joined
+from ..overlap import joined
 from ..progress import OnStep, Track
 from ..recipe import Healing, Recipe
 from ..report import Report, peak_memory
+from ..samples import Samples
 from ..save import Output, identity
 from ..tasks.text import load_model, wrap_model
 from ..team import Team, team
@@ -60,7 +60,7 @@ def adapt(dense: str, recipe: Recipe, output: Path, *, sharded: bool, **options:
     kept = ("text", "length", "batch", "micro", "warmup", "clip", "betas", "held_out", "patience", "checkpointing")
     settings = recipe.heal
     own = Healing(train=ADAPTING, tokens=settings.adapt, evaluations=1, **{key: getattr(settings, key) for key in kept})
-    taken = max(1, settings.tokens // settings.length) + settings.held_out
+    taken = max(1, settings.tokens // settings.length) + (settings.held_out or 0)
     recipe = recipe.model_copy(update={"heal": own})
     return Line(Path(dense), recipe, output, True, skip=taken, whole=True, sharded=sharded, **options).all()
 
@@ -165,41 +165,43 @@ class Line:
         check_dtype(model.dtype, self.settings.way)
         masks: Mapping[str, Tensor] = full(model) if self.whole else masks_of(model, self.directory)
         slots = [slot for slot in slots_of(model) if slot.name in masks]
+        task = model.task
         if self.settings.way == "reconstruct":
-            ids_NL, held_NL = self.text.calibration(model), None
-            check_windows(model, ids_NL)
-            seen = fingerprint(ids_NL)
+            samples, held = self.text.calibration(model), None
         else:
-            ids_NL, held_NL = self.text.training(model)
-            all_NL = ids_NL if held_NL is None else torch.cat([ids_NL, held_NL])
-            check_windows(model, all_NL)
-            seen = fingerprint(all_NL)
-            ids_NL = self.text.own(ids_NL)
+            samples, held = self.text.training(model)
+        for some in (samples,) if held is None else (samples, held):
+            task.check(model, some)
+        seen = joined(task.fingerprint(samples), "" if held is None else task.fingerprint(held))
+        if self.settings.way == "retrain":
+            samples = self.text.own(samples)
         if self.said is not None:  # it may have been healed before
             seen = joined(seen, self.said.healing.get("fingerprint", ""))
         recipe = self.recipe.model_copy(update={"model": str(self.directory), "dtype": str(model.dtype)[6:]})
-        test_NL, tested = self.text.test(model, recipe), recipe.evaluate.source
+        test, tested = self.text.test(model, recipe), recipe.evaluate.source
         if self.shop:
             made = [] if self.whole else slots
             host = self._open(source, "cpu") if self.sharded else model  # merging needs all of it at once
-            texts = [ids_NL] if held_NL is None else [ids_NL, held_NL]
-            texts += [self.text.calibration(model)] if new else []
-            same = identity(model.checkpoint, recipe.plain(), texts, dense.checkpoint if dense else None)
+            given = [samples] if held is None else [samples, held]
+            given += [self.text.calibration(model)] if new else []
+            tensors = [tensor for some in given for tensor in some.tensors]
+            same = identity(model.checkpoint, recipe.plain(), tensors, dense.checkpoint if dense else None)
             self.out = Output(self.path, host, made, same, self.shop)
         out = self.out
         team().barrier()  # the directory is there
-        before = known(self.said, self.directory, model, test_NL) if source == self.directory else None
+        before = known(self.said, self.directory, model, test) if source == self.directory else None
         if before is None:
-            before = measure_once(out, "before", model, tested, test_NL, None, self.track) if main else {}
+            before = measure_once(out, "before", model, tested, test, None, self.track) if main else {}
         clock = time.perf_counter()
         if self.settings.way == "reconstruct":
             assert dense is not None
             assert out is not None
-            did = reconstruct_blocks(model, dense, masks, ids_NL, recipe, out, self.track, frozenset(new))
+            did = reconstruct_blocks(model, dense, masks, samples, recipe, out, self.track, frozenset(new))
+            did |= self.text.amount(samples, len(samples) * self.settings.epochs)
             after = None
         else:
             did, after = self._retrain(
-                model, dense if self.settings.distill else None, masks, new, ids_NL, held_NL, test_NL, recipe, out
+                model, dense if self.settings.distill else None, masks, new, samples, held, test, recipe, out
             )
         seconds = time.perf_counter() - clock
         if out is None:
@@ -208,9 +210,9 @@ class Line:
         out.complete()
         weights = None
         if after is None:
-            after = measure_once(out, "after", model, tested, test_NL, out.checkpoint, self.track)
+            after = measure_once(out, "after", model, tested, test, out.checkpoint, self.track)
         elif did["best_step"] and set(names) - set(did["apart"]):
-            weights = measure_once(out, "weights", model, tested, test_NL, out.checkpoint, self.track)
+            weights = measure_once(out, "weights", model, tested, test, out.checkpoint, self.track)
         else:
             weights = before
         healing = {
@@ -304,9 +306,9 @@ class Line:
         dense: Model | None,
         masks: Mapping[str, Tensor],
         new: Sequence[str],
-        ids_NL: Tensor,
-        held_NL: Tensor | None,
-        test_NL: Tensor | None,
+        samples: Samples,
+        held: Samples | None,
+        test: Samples | None,
         recipe: Recipe,
         out: Output | None,
     ) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -337,14 +339,13 @@ class Line:
             if dense is not None and settings.teacher == "memory":
                 teacher = stack.enter_context(teacher_in_memory(dense, self.sharded))
             elif dense is not None:
-                teacher = stack.enter_context(teacher_streamed(dense, ids_NL, self.track))
-            steps = settings.tokens // (settings.batch * ids_NL.shape[1])
+                teacher = stack.enter_context(teacher_streamed(dense, samples, self.track))
             did = retrain(
                 trainee,
                 chosen,
-                ids_NL,
-                held_NL,
-                steps,
+                samples,
+                held,
+                self.text.steps(samples),
                 folder,
                 recipe.seed,
                 teacher,
@@ -369,7 +370,7 @@ class Line:
             if apart and out is not None:
                 with torch.no_grad():
                     whole = wrap_model(model.network, model.tokenizer)
-                    after, _ = measure(whole, recipe.evaluate.source, test_NL, None, self.track)
+                    after, _ = measure(whole, recipe.evaluate.source, test, None, self.track)
                 save_adapter(out.folder / "adapter", apart, str(self.path))
             detach(apart)
             verify(model, masks)
@@ -380,7 +381,7 @@ class Line:
             "trained_parameters": count,
             "parameters": total,
             "steps": did.steps,
-            "tokens": did.steps * settings.batch * ids_NL.shape[1],
+            **self.text.amount(samples, did.steps * settings.step),
             "losses": list(did.losses),
             "held_out": {str(step): loss for step, loss in did.held_out.items()},
             "best_step": did.best_step,

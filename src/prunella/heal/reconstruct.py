@@ -15,6 +15,7 @@ from ..errors import InputError, NumericalError
 from ..layers import find_layers
 from ..model.network import Model
 from ..registry import Step, register
+from ..samples import Samples
 from ..steps.wanda import wanda
 from ..stream import Stream
 from ..train.parts import Chosen, Group, Part, choose, kinds_of, make_group
@@ -224,13 +225,13 @@ def reconstruct_blocks(
     model: Model,
     dense: Model,
     masks: Mapping[str, Tensor],
-    windows_NL: Tensor,
+    samples: Samples,
     recipe: Any,
     out: Any,
     track: Any,
     new: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
-    """Stream the windows through the pruned model, fitting each block to the dense one; blocks that an interrupted
+    """Stream the samples through the pruned model, fitting each block to the dense one; blocks that an interrupted
     run left on disk are only passed through. What happened, for the report."""
     assert dense.checkpoint is not None
     strange = sorted(set(model.plan()) - set(dense.checkpoint.where))
@@ -239,8 +240,8 @@ def reconstruct_blocks(
     settings = recipe.heal
     groups = settings.make_groups()
     assert model.checkpoint is not None
-    stream = Stream(model, windows_NL, start=model.checkpoint, masks=masks)
-    stream.dense = Stream(dense, windows_NL).hidden
+    stream = Stream(model, samples, start=model.checkpoint, masks=masks)
+    stream.dense = Stream(dense, samples).hidden
     done = out.checkpoint if out.finished else None
     losses: dict[str, list[float]] = out.notes.get("losses", {})
     trained: dict[str, int] = out.notes.get("trained", {})
@@ -274,6 +275,5 @@ def reconstruct_blocks(
         out.write(result)  # last: a block that is on disk is not done again
     return {
         "trained": sum(trained.values()) / model.parameters,
-        "tokens": windows_NL.numel() * settings.epochs,
         "losses": losses,
     }

@@ -18,6 +18,7 @@ from ..outcome import BlockResult, LayerResult
 from ..pattern import pack
 from ..recipe import Recipe
 from ..report import Report, peak_memory
+from ..samples import Samples
 from ..save import REPORT, Output
 from .masks import slots_of
 
@@ -36,13 +37,13 @@ def calibrated(directory: str | Path, values: Mapping[str, Any]) -> dict[str, An
     return {**bos, **values, "calibration": {**said.get("calibration", {}), **own}}
 
 
-def known(said: Report | None, directory: Path, model: Model, test_NL: Tensor | None) -> dict[str, Any] | None:
-    """What the pruning measured on these windows, if nothing has touched the model since."""
-    if said is None or said.healing or test_NL is None or model.checkpoint is None:
+def known(said: Report | None, directory: Path, model: Model, test: Samples | None) -> dict[str, Any] | None:
+    """What the pruning measured on these samples, if nothing has touched the model since."""
+    if said is None or said.healing or test is None or model.checkpoint is None:
         return None
     written = (directory / REPORT).stat().st_mtime
     touched = any((directory / file).stat().st_mtime > written for file in model.checkpoint.files)
-    same = said.pruned.get("text") == digest(test_NL) and said.model.get("dtype") == str(model.dtype)[6:]
+    same = said.pruned.get("text") == digest(test) and said.model.get("dtype") == str(model.dtype)[6:]
     return said.pruned if same and not touched else None
 
 

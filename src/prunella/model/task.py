@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from ..compat import quiet_transformers
 from ..errors import InputError, ModelError, first_line
 from ..foreign import blamed
-from ..samples import on
+from ..overlap import fingerprint_of
+from ..samples import TARGET, given, on
+from .divergence import relative_error
 from .files import SINGLE
 from .open import wrap
 
@@ -40,9 +42,12 @@ class Task(ABC):
     figure:   that of `scores` which says how good it is
     higher:   is more of it better?
     unit:     how it is shown: `%` of a share, or nothing
+    many:     samples of a source that `prunella eval` takes if nobody says how many; fewer where there are no more
     language: networks are causal language models of transformers, of which more is known than of others
     in_blocks: share of the weights in matrices, no embeddings, that a network's blocks hold at least; where they would
               hold less, and the rest stay dense, the whole network is one block
+    training: what a recipe's `heal` says of samples if nobody says so: `batch`, `micro`, `held_out`
+    labels:   the tensors among samples that say what is right, and not what is looked at
     """
 
     name = ""
@@ -51,8 +56,11 @@ class Task(ABC):
     figure = "loss"
     higher = False
     unit = ""
+    many = 256
     language = False
     in_blocks = 0.5
+    training: ClassVar[Mapping[str, Any]] = {"batch": 32, "micro": 32}
+    labels: ClassVar[Collection[str]] = ("labels", "label")
 
     # --- opening and saving
 
@@ -100,11 +108,12 @@ class Task(ABC):
 
     @abstractmethod
     def samples(
-        self, model: Model, source: str, count: int, *, used: int = 0, seed: int = 0, test: bool = False
+        self, model: Model, source: str, count: int | None, *, used: int = 0, seed: int = 0, test: bool = False
     ) -> Samples:
         """`count` samples of a source, which the task knows how to read. Raises InputError.
 
         Args:
+            count: None: all that the source has, to train on; refused where it has no end.
             used: so many at the beginning of the source are left out, as `size` counts them.
             seed: of what is drawn at random.
             test: they are to measure on, not to calibrate on.
@@ -145,9 +154,23 @@ class Task(ABC):
                     f" {shapes}: {first_line(error)}"
                 ) from error
             with blamed(type(self), f"task '{self.name}'"):
+                if self.lacks(one):
+                    one[TARGET] = self.target(outputs, one)
                 losses = self.losses(outputs, one)
                 if losses.shape != (1,):
                     raise ValueError(f"losses of shape {tuple(losses.shape)} for one sample, expected (1,)")
+
+    # --- what they are compared with
+
+    def lacks(self, group: Batch) -> bool:
+        """Have these samples no target of their own, labels say, so that `losses` needs what the dense network makes of
+        them (`target`)?"""
+        return False
+
+    def target(self, outputs: Any, batch: Batch) -> Tensor:
+        """Of what the dense network puts out for samples that lack a target, what others are compared with, (B, …); it
+        stands among them by the name `samples.TARGET` from then on."""
+        raise NotImplementedError
 
     # --- the network's blocks
 
@@ -171,7 +194,7 @@ class Task(ABC):
 
     def run(self, network: nn.Module, batch: Batch, **options: Any) -> Any:
         """What the network makes of a batch. `options` go to its forward pass."""
-        return network(**batch, **options)
+        return network(**given(batch), **options)
 
     @abstractmethod
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
@@ -185,9 +208,31 @@ class Task(ABC):
         """
         yield self.losses(run(), batch)[0]
 
-    def divergence(self, outputs: Any, teacher: Any, batch: Batch) -> Tensor:
-        """How far outputs are from a teacher's, one number, differentiable in the former."""
-        raise NotImplementedError
+    def divergence(self, outputs: Any, teacher: Any, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+        """How far outputs are from a teacher's: the mean over samples, differentiable in the former. By default the
+        relative squared error of all that is put out; of logits that are probabilities, `divergence.kl` is better.
+
+        Args:
+            temperature: by which logits of both are divided.
+        """
+        return relative_error(outputs, teacher)
+
+    # --- training
+
+    def objective(
+        self, outputs: Any, batch: Batch, teacher: Any = None, *, share: float = 1.0, temperature: float = 1.0
+    ) -> Tensor:
+        """What training makes small: (1 - share) * loss + share * divergence from a teacher's outputs, the mean over
+        samples; without a teacher the loss."""
+        if teacher is None:
+            return self.losses(outputs, batch).mean()
+        far = self.divergence(outputs, teacher, batch, temperature=temperature)
+        return far if share == 1 else (1 - share) * self.losses(outputs, batch).mean() + share * far
+
+    def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """Samples to train on as they might have been too: cut or mirrored at random, say. Raises InputError where the
+        task knows none."""
+        raise InputError(f"task '{self.name}' knows no augmentation: leave heal.augment out.")
 
     # --- what a report says
 
@@ -224,5 +269,6 @@ class Task(ABC):
         return None
 
     def fingerprint(self, samples: Samples) -> str:
-        """By which `prunella eval` knows samples that were calibrated on; empty where it cannot."""
-        return ""
+        """By which samples that were calibrated or trained on are known again; empty where they cannot be. By default a
+        hash of what is looked at in each of them."""
+        return fingerprint_of(samples.hashes(self.labels))

@@ -11,6 +11,7 @@ from ..model.files import read_json
 from ..model.hub import config_of
 from ..model.names import at_revision
 from ..model.network import Model
+from ..model.timm_models import known_to_timm
 from .registry import make_task, tasks
 
 AUTO = "auto"  # the task that the model's files name
@@ -29,7 +30,7 @@ def task_of(model: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(model, str | Path):
         config: Any = getattr(model, "config", None)
         plain = config.to_dict() if hasattr(config, "to_dict") else {}
-        return _claimed("", {**plain, "architectures": [type(model).__name__]})
+        return _claimed("", {**plain, "architectures": [type(model).__name__], **known_to_timm(model)})
     name, path = str(model), Path(model)
     recipe = read_json(path / "prunella.json").get("recipe")
     if isinstance(recipe, dict):
@@ -37,7 +38,9 @@ def task_of(model: Any) -> dict[str, dict[str, Any]]:
         return {said: {}} if isinstance(said, str) else {str(key): dict(value) for key, value in said.items()}
     if path.is_dir():
         return _claimed(name, read_json(path / "config.json"))
-    local = name in BUILT_IN or path.exists() or path.suffix or any(kind.claims(name, {}) for kind in _kinds())
+    if name in BUILT_IN:
+        return {BUILT_IN[name].task: {}}
+    local = path.exists() or path.suffix or any(kind.claims(name, {}) for kind in _kinds())
     return _claimed(name, {} if local else config_of(name))
 
 
@@ -49,14 +52,16 @@ def _claimed(name: str, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {next((kind.name for kind in _kinds() if kind.claims(name, config)), FALLBACK): {}}
 
 
-def open_model(name: str, task: str = AUTO, *, revision: str | None = None, **opening: Any) -> Model:
+def open_model(
+    name: str, task: str = AUTO, *, revision: str | None = None, dtype: str = AUTO, device: str = AUTO, **opening: Any
+) -> Model:
     """A model by its name, for what it is for; its weights are not read yet where they need not be.
 
     Args:
         name: hub id, directory, .gguf file or built-in name, or what else a task opens.
         task: what it is for, by name; `auto`: `task_of` says it.
         revision: of a hub's model: a branch, tag or commit.
-        opening: as for `prunella.load_model`: dtype, device, tokenizer, remote_code, pickles, packed.
+        dtype, device, opening: as for `prunella.load_model`; opening is tokenizer, remote_code, pickles, packed.
 
     Raises:
         InputError: no such task.
@@ -66,4 +71,4 @@ def open_model(name: str, task: str = AUTO, *, revision: str | None = None, **op
     found = task_of(name) if task == AUTO else {task: {}}
     made = next(make_task(kind, options) for kind, options in found.items())
     with blamed(type(made), f"task '{made.name}'"):
-        return made.open(name, **opening)
+        return made.open(name, dtype=dtype, device=device, **opening)

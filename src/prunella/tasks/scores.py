@@ -47,10 +47,17 @@ def class_scores(
     answers `changed`, and how many of these from right to wrong (`lost`) and from wrong to right (`gained`)."""
     other = dense or answers
     same = answers["class"] == other["class"]
+    shown = {f"top-{top}": "%", "agreement": "%", "changed": "", "lost": "", "gained": "", "loss": ""}
     found: dict[str, Any] = {"samples": len(losses), "loss": sum(losses) / len(losses)}
     if "right" not in answers:
         return {"figure": "agreement", "higher": True, "unit": "%", **found, **mean_score("agreement", same.double())}
-    found |= {"figure": figure, "higher": True, "unit": "%", **mean_score(figure, answers["right"].double())}
+    found |= {
+        "more": shown,
+        "figure": figure,
+        "higher": True,
+        "unit": "%",
+        **mean_score(figure, answers["right"].double()),
+    }
     if "among" in answers:
         found[f"top-{top}"] = answers["among"].double().mean().item()
     if dense:
