@@ -157,7 +157,9 @@ def prune(network: nn.Module, steps: list[Any], share: float, allocate: str, nor
 # Healing
 
 
-def heal(network: nn.Module, dense: nn.Module, samples: Samples, epochs: int, rate: float, distill: float = 0.9) -> None:
+def heal(
+    network: nn.Module, dense: nn.Module, samples: Samples, epochs: int, rate: float, distill: float = 0.9
+) -> None:
     """Train what is left on all samples, distilled from the dense network, zeros held."""
     (group,) = samples.groups
     with torch.no_grad():

@@ -119,6 +119,8 @@ def write(directory: Path, network: nn.Module | None = None) -> Path:
     directory.mkdir()
     torch.manual_seed(0)
     network = shaken(ConvNet()) if network is None else network
-    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, directory / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in network.state_dict().items()}, directory / "model.safetensors"
+    )
     (directory / "config.json").write_text(json.dumps({"architecture": "textures"}))
     return directory

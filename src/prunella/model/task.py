@@ -52,6 +52,8 @@ class Task(ABC):
     unit:     how it is shown: `%` of a share, or nothing
     many:     samples of a source that `prunella eval` takes if nobody says how many; None: all
     language: networks are causal language models of transformers, of which more is known than of others
+    in_blocks: share of the weights in matrices, no embeddings, that a network's blocks hold at least; where they would
+              hold less, and the rest stay dense, the whole network is one block
     training: what a recipe's `heal` says of samples if nobody says so: `batch`, `micro`, `held_out`
     labels:   the tensors among samples that say what is right, and not what is looked at
     """
@@ -65,6 +67,7 @@ class Task(ABC):
     unit = ""
     many: int | None = 256
     language = False
+    in_blocks = 0.5
     training: ClassVar[Mapping[str, Any]] = {"batch": 32, "micro": 32}
     labels: ClassVar[Collection[str]] = ("labels", "label")
 
