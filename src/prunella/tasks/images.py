@@ -18,11 +18,11 @@ from ..errors import InputError, ModelError, first_line, say
 from ..machine import free_memory
 from ..model.cut import refused
 from ..model.divergence import kl
-from ..model.files import SINGLE, read_json
+from ..model.files import SINGLE, read_json, weight_files
 from ..model.names import find_directory
 from ..model.network import Model
 from ..model.open import open_files
-from ..model.task import NO_ANSWERS, Answers, Task
+from ..model.task import NO_ANSWERS, Answers, Counts, Task
 from ..model.timm_models import PREFIX, build, is_timm, of_timm, pictures_of, save_timm, timm
 from ..photos import PHOTOS
 from ..pictures import find_pictures, read_pictures
@@ -51,6 +51,7 @@ class Images(Task):
 
     source = PHOTOS
     argument = PIXELS
+    counts = Counts(128, 256)
     figure = "top-1"
     higher = True
     unit = "%"
@@ -92,8 +93,8 @@ class Images(Task):
         )
 
     def open(self, name: str, **options: Any) -> Model:
-        trust = {key: bool(options.get(key)) for key in ("remote_code", "pickles")}
-        directory = Path(name) if Path(name).is_dir() else find_directory(name, **trust)
+        code, pickles = (bool(options.get(key)) for key in ("remote_code", "pickles"))
+        directory = Path(name) if Path(name).is_dir() else find_directory(name, remote_code=code, pickles=pickles)
         if not is_timm(read_json(directory / "config.json")):
             kind = "classifier of pictures"
             return open_files(
@@ -110,7 +111,7 @@ class Images(Task):
             raise InputError(
                 f"'{name}' is a network of timm, which says itself how pictures are prepared: no tokenizer."
             )
-        if not (directory / SINGLE).is_file():
+        if not weight_files(directory):
             raise ModelError(
                 f"'{directory}' has no {SINGLE}: write it by timm.models.save_for_hf(…, safe_serialization=True)."
             )
