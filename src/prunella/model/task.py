@@ -50,8 +50,10 @@ class Task(ABC):
     figure:   that of `scores` which says how good it is
     higher:   is more of it better?
     unit:     how it is shown: `%` of a share, or nothing
-    many:     samples of a source that `prunella eval` takes if nobody says how many; fewer where there are no more
+    many:     samples of a source that `prunella eval` takes if nobody says how many; None: all
     language: networks are causal language models of transformers, of which more is known than of others
+    in_blocks: share of the weights in matrices, no embeddings, that a network's blocks hold at least; where they would
+              hold less, and the rest stay dense, the whole network is one block
     training: what a recipe's `heal` says of samples if nobody says so: `batch`, `micro`, `held_out`
     labels:   the tensors among samples that say what is right, and not what is looked at
     """
@@ -63,8 +65,9 @@ class Task(ABC):
     counts = Counts(32, 8)
     higher = False
     unit = ""
-    many = 256
+    many: int | None = 256
     language = False
+    in_blocks = 0.5
     training: ClassVar[Mapping[str, Any]] = {"batch": 32, "micro": 32}
     labels: ClassVar[Collection[str]] = ("labels", "label")
 
@@ -224,6 +227,15 @@ class Task(ABC):
         return relative_error(outputs, teacher)
 
     # --- training
+
+    def begun(self, name: str, folder: Path, sources: Sequence[str], *, seed: int = 0, **options: Any) -> str:
+        """What the training of a dense network begins with: its name, or the new directory `folder`, where it was
+        written with what it lacks for this task: a head for the classes in these sources, say, drawn by the seed.
+
+        Args:
+            options: as for `open`: dtype, remote_code, pickles.
+        """
+        return name
 
     def objective(
         self, outputs: Any, batch: Batch, teacher: Any = None, *, share: float = 1.0, temperature: float = 1.0
