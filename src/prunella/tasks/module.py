@@ -191,7 +191,7 @@ class Module(Task):
     # --- samples
 
     def samples(
-        self, model: Model, source: str, count: int, *, used: int = 0, seed: int = 0, test: bool = False
+        self, model: Model, source: str, count: int | None, *, used: int = 0, seed: int = 0, test: bool = False
     ) -> Samples:
         """Those that are held; of the calibration's of a file the first `count`."""
         if source != self.source:
@@ -200,7 +200,7 @@ class Module(Task):
         if test and True not in own.held:
             say("no batches are given to evaluate on: what is measured is measured on the calibration's")
         found = own.held.get(test) or own._calibration()
-        return found.first(count) if own.factory and not test else found
+        return found.first(count) if own.factory and not test and count is not None else found
 
     def _calibration(self) -> Samples:
         if False not in self.held:
@@ -272,7 +272,7 @@ class Module(Task):
         each = [self._judged(what, judge, _row(outputs, row, rows), part) for row, part in enumerate(parts)]
         return torch.cat(each)
 
-    def divergence(self, outputs: Any, teacher: Any, batch: Batch) -> Tensor:
+    def divergence(self, outputs: Any, teacher: Any, batch: Batch, *, temperature: float = 1.0) -> Tensor:
         """sum |y - y'|^2 / sum |y'|^2 over the numbers of a sample's outputs, the mean over samples."""
         return diverged(outputs, teacher).mean()
 
