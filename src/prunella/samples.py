@@ -54,7 +54,7 @@ class Samples:
         the first one."""
         found: dict[tuple[tuple[str, torch.Size], ...], list[Batch]] = {}
         for one in each:
-            found.setdefault(tuple((key, tensor.shape) for key, tensor in one.items()), []).append(one)
+            found.setdefault(tuple((key, tensor.shape[1:]) for key, tensor in one.items()), []).append(one)
         groups = sorted(found.values(), key=len, reverse=True)
         return cls.of({key: torch.cat([one[key] for one in group]) for key in group[0]} for group in groups)
 

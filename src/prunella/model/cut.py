@@ -33,7 +33,6 @@ Argument = int | str  # of a block: where it stands after the hidden state, or i
 Stacks = tuple[tuple[str, ...], ...]
 
 WHOLE: Stacks = (("",),)  # the network is one block: itself
-HELD = 0.5  # of the weights that are in matrices, no embeddings: stacks that hold less are none
 FURTHER = 0.05  # of them: what a stack beside the largest holds at least
 
 
@@ -88,11 +87,11 @@ def find_stacks(network: nn.Module, task: Task) -> Stacks:
     empty = any(parameter.is_meta for parameter in network.parameters())
     try:
         try:
-            return _chosen(network, _traced(network, task, batch))
+            return _chosen(network, _traced(network, task, batch), task.in_blocks)
         except Exception:
             if not empty:
                 raise
-            return _chosen(network, _traced(network, task, batch, zeros=True))  # it asks for numbers
+            return _chosen(network, _traced(network, task, batch, zeros=True), task.in_blocks)  # it asks for numbers
     except Exception as error:
         if empty:
             return WHOLE
@@ -250,8 +249,9 @@ def refused(network: nn.Module, task: Task, batch: Batch) -> str | None:
 # What is made of it
 
 
-def _chosen(network: nn.Module, trace: _Trace) -> Stacks:
-    """The chain that holds most beside its largest block, and chains before and after it."""
+def _chosen(network: nn.Module, trace: _Trace, least: float) -> Stacks:
+    """The chain that holds most beside its largest block, and chains before and after it; none if all of them hold less
+    than this share."""
     tied = _tied(network)
     twice = {key for key, count in Counter(id(seen.module) for seen in trace.calls).items() if count > 1}
     found = [
@@ -269,7 +269,7 @@ def _chosen(network: nn.Module, trace: _Trace) -> Stacks:
         apart = all(chain[-1].end <= o[0].number or o[-1].end <= chain[0].number for o in stacks)
         if apart and (not stacks or sum(_weights(seen.module) for seen in chain) >= FURTHER * total):
             stacks.append(chain)
-    if sum(_weights(seen.module) for chain in stacks for seen in chain) < HELD * total or not stacks:
+    if sum(_weights(seen.module) for chain in stacks for seen in chain) < least * total or not stacks:
         return WHOLE
     stacks.sort(key=lambda chain: chain[0].number)
     return tuple(tuple(seen.name for seen in chain) for chain in stacks)
