@@ -33,6 +33,7 @@ class Targets(Task):
     """
 
     figure = "target perplexity"
+    many = None
     auto = ""
     kind = ""
 
