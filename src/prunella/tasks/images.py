@@ -27,6 +27,7 @@ from ..model.timm_models import PREFIX, build, is_timm, of_timm, pictures_of, sa
 from ..photos import PHOTOS
 from ..pictures import find_pictures, read_pictures
 from ..samples import TARGET, Batch, Samples
+from ..sparse.checkpoint import packed_config
 from ..sparse.opening import open_network
 from .labels import labels_of, match
 from .registry import register_task
@@ -54,6 +55,7 @@ class Images(Task):
     figure = "top-1"
     higher = True
     unit = "%"
+    many = None
 
     def __init__(
         self,
@@ -110,7 +112,7 @@ class Images(Task):
             raise InputError(
                 f"'{name}' is a network of timm, which says itself how pictures are prepared: no tokenizer."
             )
-        if not (directory / SINGLE).is_file():
+        if not (directory / SINGLE).is_file() and packed_config(directory) is None:
             raise ModelError(
                 f"'{directory}' has no {SINGLE}: write it by timm.models.save_for_hf(…, safe_serialization=True)."
             )
