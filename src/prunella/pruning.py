@@ -22,8 +22,8 @@ from .machine import at_a_time, fork_random, most_memory
 from .model.checks import check_plain, check_saveable
 from .model.names import named
 from .model.network import Model
-from .norms import BatchNorms, batch_norms
 from .model.task import Answers
+from .norms import BatchNorms, batch_norms
 from .order import pick_order
 from .outcome import BlockResult, LayerResult
 from .overlap import joined
