@@ -4,7 +4,7 @@ python benchmarks/detector.py --weights yolov5n-coco.safetensors --pictures coco
 
 The architecture is written down below (version 6.0: depth 0.33, width 0.25); the weights come by their names. Rows: the
 dense network, global magnitude in one shot, and in rounds with distillation of the dense network's raw outputs on the
-training pictures, without a label. Every row is printed and appended to --json at once; what is there is not done again.
+training pictures, without a label. Every row is printed and appended to --json at once, and not done again.
 Architecture: Jocher et al., YOLOv5, https://github.com/ultralytics/yolov5 (v6.0, models/yolov5n.yaml).
 """
 
@@ -105,10 +105,17 @@ class Detect(nn.Module):
         return [head(x) for head, x in zip(self.m, maps, strict=True)]
 
 
+SEVERAL = {
+    12: (11, 6),
+    16: (15, 4),
+    19: (18, 14),
+    22: (21, 10),
+    24: (17, 20, 23),
+}  # layers, and whose outputs they take
+
+
 class Yolo(nn.Module):
     """YOLOv5n: pictures (B, 3, H, W) with values from 0 to 1 -> raw maps (B, 255, H/8, W/8), …/16 and …/32."""
-
-    FROM = {12: (11, 6), 16: (15, 4), 19: (18, 14), 22: (21, 10), 24: (17, 20, 23)}  # layers that take several outputs
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,8 +136,8 @@ class Yolo(nn.Module):
         kept: list[Any] = []
         last: Any = x
         for number, layer in enumerate(self.model):
-            several = [kept[n] for n in self.FROM.get(number, ())]
-            last = torch.cat(several, 1) if number in self.FROM and number != 24 else layer(several or last)
+            several = [kept[n] for n in SEVERAL.get(number, ())]
+            last = torch.cat(several, 1) if number in SEVERAL and number != 24 else layer(several or last)
             kept.append(last)
         maps: list[Tensor] = last
         return maps
@@ -244,7 +251,12 @@ def precision(network: Yolo, pictures: Pictures) -> tuple[float, float]:
     network.eval()
     anchors = network.model[24].anchor_grid
     results = [
-        {"image_id": n, "category_id": int(row[5]), "bbox": [*row[:2], row[2] - row[0], row[3] - row[1]], "score": row[4]}
+        {
+            "image_id": n,
+            "category_id": int(row[5]),
+            "bbox": [*row[:2], row[2] - row[0], row[3] - row[1]],
+            "score": row[4],
+        }
         for n, rows in enumerate(detections(network, anchors, pictures.x_NCHW))  # type: ignore[arg-type]
         for row in rows.tolist()
     ]
@@ -268,16 +280,22 @@ def precision(network: Yolo, pictures: Pictures) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="of YOLOv5n v6.0, safetensors")
-    parser.add_argument("--pictures", type=Path, required=True, help="COCO128 as a zip: images/, object_detection/labels/")
+    parser.add_argument(
+        "--pictures", type=Path, required=True, help="COCO128 as a zip: images/, object_detection/labels/"
+    )
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.7])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=3, help="of each round, over the pictures and their mirror images")
+    parser.add_argument(
+        "--epochs", type=int, default=3, help="of each round, over the pictures and their mirror images"
+    )
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--size", type=int, default=SIZE)
     parser.add_argument("--limit", type=int, default=None, help="so many pictures of each kind")
     parser.add_argument("--json", type=Path, default=None)
     asked = parser.parse_args()
-    done = [json.loads(line) for line in asked.json.read_text().splitlines()] if asked.json and asked.json.exists() else []
+    done = (
+        [json.loads(line) for line in asked.json.read_text().splitlines()] if asked.json and asked.json.exists() else []
+    )
 
     def row(what: str, network: Yolo, **more: Any) -> None:
         both, strict = precision(network, held_out)
