@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -133,6 +134,30 @@ def may_be_missing(network: Any) -> Sequence[str]:
     return network._keys_to_ignore_on_load_missing or ()
 
 
+def make_missing(network: Any, name: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Give a parameter that files need not have the values that its network makes (a table of sines, say). False where
+    it is none of those, or makes others each time."""
+    if not of_transformers(network) or not any(re.search(pattern, name) for pattern in may_be_missing(network)):
+        return False
+    owner, _, key = name.rpartition(".")
+    module = network.get_submodule(owner)
+    others = [p for n, p in module.named_parameters(recurse=False) if n != key]
+    for other in others:
+        other._is_hf_initialized = True
+    made = []
+    for seed in (0, 1):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            parameter = nn.Parameter(torch.zeros(module._parameters[key].shape, dtype=dtype), requires_grad=False)
+            module._parameters[key] = parameter
+            network._init_weights(module)
+            made.append(parameter)
+    for other in others:
+        del other._is_hf_initialized
+    module._parameters[key] = nn.Parameter(made[0].to(device), requires_grad=False)
+    return torch.equal(*made)
+
+
 def may_be_there(network: Any, patterns: set[str]) -> None:
     """Let tensors of these names be in the files without a word of warning."""
     network._keys_to_ignore_on_load_unexpected |= patterns
@@ -213,6 +238,8 @@ def forget_accelerator() -> None:
 # torch
 
 CONVOLUTIONS: type[nn.Module] = nn.modules.conv._ConvNd  # what Conv1d, Conv2d, Conv3d and their transposes are
+BATCH_NORM: type[nn.Module] = nn.modules.batchnorm._BatchNorm  # what BatchNorm1d, 2d, 3d and the synchronized are
+INSTANCE_NORM: type[nn.Module] = nn.modules.instancenorm._InstanceNorm  # which may keep statistics too
 GROUPED_PRODUCT = getattr(torch, "_grouped_mm", None)  # the product by all experts at once, before it was public
 
 

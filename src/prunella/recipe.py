@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from .allocate import Allocation, allocations, find_allocation, make_allocation
 from .errors import InputError, unknown
+from .norms import Way, make_ways
 from .registry import Method, Step, find, lookup, make, steps
 from .store import MakeStore, find_store, make_store
 from .tasks import AUTO, Task, find_task, make_task, task_of, tasks
@@ -213,6 +214,9 @@ class Recipe(_Part):
               pass through the dense block has shown the inputs of all its layers; `back`: from the last block to the
               first, with gradients; `auto`: `back` where a step reads gradients, `layer` where every step looks at
               single layers, one of them at their inputs, and the activations are less than 8 GiB
+    batch_norm: what becomes of the statistics of batch norms, in networks that have any: `keep`, or how they are
+              estimated anew on the calibration samples: `reset`, `momentum`, `correct`; `auto`: what gives the lowest
+              loss on those samples that are not estimated on
     evaluate: the text on which dense and pruned perplexity are compared: `source` (null: none), `windows`, `length`
     format:   the store that the weights are saved in: `dense`, zeros and all, or `packed`, without them
     bits:     packed weights that no step has quantized are rounded to 8 or 4 bits; null: they keep their dtype
@@ -238,6 +242,7 @@ class Recipe(_Part):
     lenses: tuple[str, ...] = ()
     steps: tuple[dict[str, dict[str, Any]], ...] = ({"sparsegpt": {}},)
     order: Literal["auto", "layer", "block", "back"] = "auto"
+    batch_norm: dict[str, dict[str, Any]] = {"auto": {}}
     evaluate: Evaluation = Evaluation()
     format: str = "dense"
     bits: Literal[8, 4] | None = None
@@ -305,6 +310,11 @@ class Recipe(_Part):
     @classmethod
     def _allocate(cls, value: Any) -> Any:
         return _method("allocate", value)
+
+    @field_validator("batch_norm", mode="before")
+    @classmethod
+    def _batch_norm(cls, value: Any) -> Any:
+        return _method("batch_norm", value)
 
     @field_validator("skip", "lenses", mode="before")
     @classmethod
@@ -392,6 +402,12 @@ class Recipe(_Part):
     def make_steps(self) -> list[Step]:
         return [make(name, options) for step in self.steps for name, options in step.items()]
 
+    def make_ways(self) -> dict[str, Way]:
+        """The ways to estimate batch norms that are tried; none to keep them."""
+        return {
+            key: make for name, options in self.batch_norm.items() for key, make in make_ways(name, options).items()
+        }
+
     def make_store(self) -> MakeStore:
         return make_store(self.format, {"bits": self.bits, "group": self.group, "round_head": self.round_head})
 
@@ -417,6 +433,7 @@ class Recipe(_Part):
             recipe = cls.model_validate(dict(values))
         except ValidationError as error:
             raise InputError(_explain(cls, error)) from None
+        recipe.make_ways()
         made = recipe.make_steps()
         if not any(step.prunes for step in made):
             names = ", ".join(step.name for step in made)
@@ -456,6 +473,8 @@ class Recipe(_Part):
         for key in ("samples", "batch_norm", "augment"):  # likewise
             if plain["heal"][key] == Healing.model_fields[key].get_default():
                 del plain["heal"][key]
+        if self.batch_norm == Recipe.model_fields["batch_norm"].get_default():
+            del plain["batch_norm"]
         return plain
 
 
@@ -501,7 +520,7 @@ def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, An
                 raise InputError(f"--set {setting}: '{head}' is a single value; write {head}=VALUE.")
             out[head][rest] = _methods("train", value) if (head, rest) == ("heal", "train") else value
         else:
-            out[head] = {value: {}} if head in ("allocate", "task") and isinstance(value, str) else value
+            out[head] = {value: {}} if head in ("allocate", "task", "batch_norm") and isinstance(value, str) else value
     return out
 
 

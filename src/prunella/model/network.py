@@ -25,6 +25,7 @@ from ..compat import (
     conversions,
     experts_of,
     fill,
+    make_missing,
     may_be_missing,
     quiet_transformers,
     rename,
@@ -269,10 +270,10 @@ class Model:
                     raise ModelError(f"'{key}' in '{checkpoint.directory}' is no parameter of '{self.name}'.")
                 held[last] = nn.Parameter(weight, requires_grad=False)
         self._tie()
-        for name, parameter in self.network.named_parameters():
+        for name, parameter in list(self.network.named_parameters()):
             if not wanted(name):
                 continue
-            if parameter.is_meta:
+            if parameter.is_meta and not make_missing(self.network, name, self.dtype, self.device):
                 raise ModelError(f"tensor '{name}' is missing from the checkpoint in '{checkpoint.directory}'.")
             parameter.requires_grad_(False)
 

@@ -82,6 +82,10 @@ class Task(ABC):
         """
         raise ModelError(f"task '{self.name}' opens no '{name}': hand the network over in memory.")
 
+    def settings(self) -> dict[str, Any]:
+        """Options of the task that the recipe should say, beside those that it has, to open the model's directory."""
+        return {}
+
     def wrap(self, network: nn.Module, tokenizer: Any = None, name: str = "") -> Model:
         """A network in memory as a `Model`; it stays on the device on which it is. Raises ModelError."""
         return wrap(network, self, tokenizer, name)

@@ -42,6 +42,9 @@ class Report:
               interrupted run had finished before; were the calibration samples handed over, in place of the recipe's?
     versions: of what the result depends on
     fingerprint: of the calibration text; by it `prunella eval` knows a text that the model was calibrated on
+    batch_norm: what became of the statistics of batch norms, if there are any: the way that was `taken`, the mean loss
+              of each that was tried on calibration samples that were not estimated on, how many norms, samples and
+              such samples, norms that stayed as they were and why
     healing:  what retraining did, if there was any: what trained and how, losses, tokens, seconds, perplexity before
               and after, fingerprint of the text; `apart`: what of it is in an adapter, and then `weights`: perplexity
               without that
@@ -57,6 +60,7 @@ class Report:
     fingerprint: str = ""
     healing: dict[str, Any] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
+    batch_norm: dict[str, Any] = field(default_factory=dict)
 
     @property
     def weights(self) -> int:
@@ -95,7 +99,10 @@ class Report:
 
     def plain(self) -> dict[str, Any]:
         """As plain data, as it stands in prunella.json."""
-        return {"sparsity": self.sparsity, **asdict(self)}
+        plain = {"sparsity": self.sparsity, **asdict(self)}
+        if not self.batch_norm:  # most networks have none, and their reports are what they were
+            del plain["batch_norm"]
+        return plain
 
     @classmethod
     def read(cls, directory: str | Path) -> Report:
@@ -133,12 +140,25 @@ class Report:
                 (f"stayed dense: {why}", "", f"{len(sizes)} matrices, {sum(sizes) / self.weights:.2%} of the weights")
                 for why, sizes in self._left().items()
             ),
+            *self._batch_norm_rows(),
             ("size of the weights", size(self.dense), size(self.pruned)),
             ("seconds to prune", "", f"{self.run['seconds'].get('prune', 0):.1f}"),
             ("seconds in all, evaluation too", "", f"{self.run['seconds'].get('all', 0):.1f}"),
             ("peak memory", "", f"{self.run['peak_memory'] / 1e9:.2f} GB"),
         ]
         return rows + _sample(self.dense, self.pruned)
+
+    def _batch_norm_rows(self) -> Rows:
+        did = self.batch_norm
+        if not did:
+            return []
+
+        def said(name: str) -> str:
+            value = did["loss"][name]
+            return ("not measured" if value is None else f"{value:.4g}") + (", taken" if name == did["taken"] else "")
+
+        what = f"loss on {did['held_out']} calibration samples, batch norm"
+        return [(f"{what} {'as it was' if name == 'keep' else name}", "", said(name)) for name in did["loss"]]
 
     def _healed_card(self) -> str:
         if not self.healing:
@@ -210,6 +230,9 @@ class Report:
     def notes(self) -> list[str]:
         """What happened to single layers that a user should know."""
         unknown = [f"{item.name}: stays dense; {item.why}" for item in self.left_out if item.why == UNSEEN]
+        unknown += [
+            f"batch norm {name}: {why}; stays as it is" for name, why in self.batch_norm.get("kept", {}).items()
+        ]
         return unknown + [f"{la.name}: {note}" for la in self.layers for note in la.notes]
 
     def calibration(self) -> tuple[str, str]:

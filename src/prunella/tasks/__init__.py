@@ -9,7 +9,7 @@ A task is a class derived from `Task`, with its options as keyword arguments of 
 """
 
 from ..model.task import Task
-from . import classify, masked, text  # noqa: F401  (importing a task registers it)
+from . import classify, images, masked, module, seq2seq, text  # noqa: F401  (importing a task registers it)
 from .opening import AUTO, open_model, task_of
 from .registry import find_task, make_task, register_task, tasks
 

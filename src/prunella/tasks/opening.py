@@ -11,6 +11,7 @@ from ..model.files import read_json
 from ..model.hub import config_of
 from ..model.names import at_revision
 from ..model.network import Model
+from ..model.timm_models import known_to_timm
 from .registry import make_task, tasks
 
 AUTO = "auto"  # the task that the model's files name
@@ -29,7 +30,7 @@ def task_of(model: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(model, str | Path):
         config: Any = getattr(model, "config", None)
         plain = config.to_dict() if hasattr(config, "to_dict") else {}
-        return _claimed("", {**plain, "architectures": [type(model).__name__]})
+        return _claimed("", {**plain, "architectures": [type(model).__name__], **known_to_timm(model)})
     name, path = str(model), Path(model)
     recipe = read_json(path / "prunella.json").get("recipe")
     if isinstance(recipe, dict):

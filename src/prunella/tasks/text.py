@@ -363,4 +363,7 @@ def check_causal(model: Model) -> None:
 
 
 def _no_decoder(name: str, why: str) -> ModelError:
-    return ModelError(f"'{name}' is no causal language model: {why}. Only decoders can be pruned yet.")
+    return ModelError(
+        f"'{name}' is no causal language model: {why}. Another task may take it: leave --task out, or open it by"
+        " prunella.open_model."
+    )
