@@ -4,7 +4,7 @@ python benchmarks/detector.py --weights yolov5n-coco.safetensors --pictures coco
 
 The architecture is written down below (version 6.0: depth 0.33, width 0.25); the weights come by their names. Rows: the
 dense network, global magnitude in one shot, and in rounds with distillation of the dense network's raw outputs on the
-training pictures, without a label. Every row is printed and appended to --json at once; what is there is not done again.
+training pictures, without a label. Every row is printed and appended to --json at once, and not done again.
 Architecture: Jocher et al., YOLOv5, https://github.com/ultralytics/yolov5 (v6.0, models/yolov5n.yaml).
 """
 
@@ -105,10 +105,17 @@ class Detect(nn.Module):
         return [head(x) for head, x in zip(self.m, maps, strict=True)]
 
 
+SEVERAL = {
+    12: (11, 6),
+    16: (15, 4),
+    19: (18, 14),
+    22: (21, 10),
+    24: (17, 20, 23),
+}  # layers, and whose outputs they take
+
+
 class Yolo(nn.Module):
     """YOLOv5n: pictures (B, 3, H, W) with values from 0 to 1 -> raw maps (B, 255, H/8, W/8), …/16 and …/32."""
-
-    FROM = {12: (11, 6), 16: (15, 4), 19: (18, 14), 22: (21, 10), 24: (17, 20, 23)}  # layers that take several outputs
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,8 +136,8 @@ class Yolo(nn.Module):
         kept: list[Any] = []
         last: Any = x
         for number, layer in enumerate(self.model):
-            several = [kept[n] for n in self.FROM.get(number, ())]
-            last = torch.cat(several, 1) if number in self.FROM and number != 24 else layer(several or last)
+            several = [kept[n] for n in SEVERAL.get(number, ())]
+            last = torch.cat(several, 1) if number in SEVERAL and number != 24 else layer(several or last)
             kept.append(last)
         maps: list[Tensor] = last
         return maps

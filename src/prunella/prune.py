@@ -56,9 +56,9 @@ def prune(
         tokenizer: of a model in memory, or in place of a named model's own: a tokenizer, or the directory or hub id
             of one; not needed if `calibration` is given, or no step reads text, and nothing is evaluated.
         revision: of a hub's model: a branch, tag or commit.
-        calibration: samples in place of the recipe's: windows of token ids, (N, L), or what the task's networks take. Of
-            any other module the batches that it is called with: a tensor, a tuple of positional arguments, a dictionary
-            of keyword arguments; a list of these, or a DataLoader, whose pairs are inputs and targets.
+        calibration: samples in place of the recipe's: windows of token ids, (N, L), or what the task's networks take.
+            Of any other module the batches that it is called with: a tensor, a tuple of positional arguments, a
+            dictionary of keyword arguments; a list of these, or a DataLoader, whose pairs are inputs and targets.
         evaluate: of such a module, the batches to measure on; None: the calibration's.
         loss, score: of such a module, functions of its outputs and of the batch as it was handed over, which give their
             mean or one number a sample; of a score more is better. Without either the divergence from the dense

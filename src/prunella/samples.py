@@ -169,6 +169,13 @@ def size_of(group: Batch) -> int:
     return len(next(iter(group.values())))
 
 
+def rows_of(tensor: Tensor, dimension: int, samples: int, start: int, count: int = 1) -> Tensor:
+    """Of a tensor in which so many samples are stacked along a dimension, with one row each or several (the patches of
+    all pictures, say), those of `count` samples from `start` on."""
+    each = tensor.shape[dimension] // samples
+    return tensor.narrow(dimension, start * each, count * each)
+
+
 def tokens_of(group: Batch) -> int:
     """How long a sample is, in tokens: an image or a sound takes as much room as so many."""
     return max(math.prod(t.shape[1:]) // (1 if not t.is_floating_point() else NUMBERS) for t in group.values()) or 1

@@ -36,12 +36,12 @@ def plain(network: nn.Module, remove: bool = False) -> Iterator[None]:
     stay the same objects, so that an optimizer goes on with them."""
     found = places(network)
     for module, name in found:
-        torch_prune.remove(module, name)
+        torch_prune.remove(module, name)  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         for module, name in () if remove else found:
-            torch_prune.custom_from_mask(module, name, getattr(module, name).detach() != 0)
+            torch_prune.custom_from_mask(module, name, getattr(module, name).detach() != 0)  # type: ignore[no-untyped-call]
 
 
 def to_torch_prune(network: N, masks: str | Path | Report | Mapping[str, Tensor]) -> N:
@@ -85,7 +85,7 @@ def to_torch_prune(network: N, masks: str | Path | Report | Mapping[str, Tensor]
                 " (prunella.load_state)."
             )
     for (module, key), mask in whole.items():
-        torch_prune.custom_from_mask(module, key, mask.to(getattr(module, key).device))
+        torch_prune.custom_from_mask(module, key, mask.to(getattr(module, key).device))  # type: ignore[no-untyped-call]
     return network
 
 

@@ -18,7 +18,8 @@ from ..registry import Step, register
 from ..samples import Samples
 from ..steps.wanda import wanda
 from ..stream import Stream
-from ..train.parts import Chosen, Group, Part, check_idle, kinds_of, make_group, pick
+from ..train.kinds import kinds_of
+from ..train.parts import Chosen, Group, Part, check_idle, make_group, pick
 from ..trees import tensors
 from ..types import Block
 from ..waits import demand, fetch

@@ -221,7 +221,9 @@ def matched(labels: Sequence[Any], names: Mapping[int, str], places: Sequence[st
                 number = None
         return int(number) if number is not None and number in names else None
 
-    first = dict(zip(reversed(labels), reversed(places), strict=True))
+    first: dict[Any, str] = {}
+    for label, place in zip(labels, places, strict=True):
+        first.setdefault(label, place)
     ways = [{label: read(label) for label in first} for read in (named, numbered)]
     good = [way for way in ways if None not in way.values()]
     shown = ", ".join(f"{number} {name}" for number, name in sorted(names.items())[:6])

@@ -59,7 +59,7 @@ def filled(tree: Any, batch: Batch) -> Any:
 def flat(tree: Any, name: str, found: dict[str, Tensor]) -> Any:
     """A tree with places for its tensors, which are put into `found` by their names. Those without a dimension are
     settings, as numbers are."""
-    if type(tree).__module__ == "numpy" and getattr(tree, "ndim", 0):
+    if type(tree).__module__ == "numpy" and hasattr(tree, "shape") and tree.shape:
         tree = torch.as_tensor(tree)
     if isinstance(tree, Tensor) and tree.ndim:
         found[name] = tree.detach().cpu()
@@ -162,8 +162,8 @@ def _read(batch: Any, network: nn.Module, loader: bool, where: str) -> tuple[dic
     if len({len(tensor) for tensor in tensors.values()}) != 1:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         raise InputError(
-            f"the tensors of {where} have not a sample a row, as many in each: {shapes}. What is the same for all samples"
-            " belongs into the network (a buffer, say)."
+            f"the tensors of {where} have not a sample a row, as many in each: {shapes}. What is the same for all"
+            " samples belongs into the network (a buffer, say)."
         )
     return tensors, Form(placed, named, wanted, paired)
 

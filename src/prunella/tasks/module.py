@@ -21,7 +21,7 @@ from ..model.open import DTYPES, open_plain
 from ..model.state import load_state
 from ..model.task import NO_ANSWERS, Answers, Task
 from ..registry import import_file
-from ..samples import Batch, Samples
+from ..samples import Batch, Samples, on
 from ..trees import tensors
 from .handed import Form, read, same
 from .registry import register_task
@@ -29,6 +29,7 @@ from .scores import mean_score
 from .steady import check_steady
 
 Judge = Callable[[Any, Any], Any]  # of outputs and the batch that they were made of
+AT_ONCE = 16  # samples that the dense network puts out together
 BESIDE = ("calibration", "evaluate", "loss", "score")  # what a factory's file may hold beside it
 
 
@@ -44,13 +45,14 @@ class Module(Task):
         loss(outputs, batch)  of a batch, its mean or one number a sample
         score(outputs, batch) likewise, larger is better
 
-    or variables of these names, for batches. Without a loss, what is measured is the divergence from the dense network's
-    outputs, sum |y - y'|^2 / sum |y'|^2 over all numbers that a sample's outputs hold.
+    or variables of these names, for batches. Without a loss, what is measured is the divergence from the dense
+    network's outputs, sum |y - y'|^2 / sum |y'|^2 over all numbers that a sample's outputs hold.
     """
 
     source = "own"
     argument = "x"
     figure = "loss"
+    in_blocks = 0.8  # detectors have a chain here and there, and most of their weights beside them
 
     def __init__(self, *, factory: str = "", sha256: str = ""):
         """
@@ -63,6 +65,8 @@ class Module(Task):
         self.held: dict[bool, Samples] = {}  # whether they are to measure on -> samples
         self.loss: Judge | None = None
         self.score: Judge | None = None
+        self.dense: Callable[[], nn.Module] | None = None  # makes the dense network, of a directory that was pruned
+        self._pruned = False
         self._compares = True  # its outputs with the dense network's
         self._steady = False
 
@@ -82,6 +86,7 @@ class Module(Task):
         remote_code: bool = False,
         pickles: bool = False,
         packed: bool = False,
+        **_: Any,
     ) -> Model:
         """A network by the name of its factory, in memory; or by a directory that was pruned from one, or a file of its
         state dict (.safetensors, .pt, .pth): then the weights are that one's, read block by block where the factory can
@@ -96,6 +101,8 @@ class Module(Task):
         elif not stored.exists():
             raise ModelError(f"'{name}' is neither a file, nor a directory, nor path/to/file.py:factory.")
         build = self._build(name)
+        self._pruned = stored is not None and (stored / "prunella.json").is_file()
+        self.dense = build if self._pruned and _from_factory(stored) else None
         if stored is not None and stored.is_dir() and not _packed(stored):
             try:
                 return open_plain(build, stored, self, name=name, dtype=dtype, device=device)
@@ -184,7 +191,7 @@ class Module(Task):
     # --- samples
 
     def samples(
-        self, model: Model, source: str, count: int, *, used: int = 0, seed: int = 0, test: bool = False
+        self, model: Model, source: str, count: int | None, *, used: int = 0, seed: int = 0, test: bool = False
     ) -> Samples:
         """Those that are held; of the calibration's of a file the first `count`."""
         if source != self.source:
@@ -193,7 +200,7 @@ class Module(Task):
         if test and True not in own.held:
             say("no batches are given to evaluate on: what is measured is measured on the calibration's")
         found = own.held.get(test) or own._calibration()
-        return found.first(count) if own.factory and not test else found
+        return found.first(count) if own.factory and not test and count is not None else found
 
     def _calibration(self) -> Samples:
         if False not in self.held:
@@ -265,7 +272,7 @@ class Module(Task):
         each = [self._judged(what, judge, _row(outputs, row, rows), part) for row, part in enumerate(parts)]
         return torch.cat(each)
 
-    def divergence(self, outputs: Any, teacher: Any, batch: Batch) -> Tensor:
+    def divergence(self, outputs: Any, teacher: Any, batch: Batch, *, temperature: float = 1.0) -> Tensor:
         """sum |y - y'|^2 / sum |y'|^2 over the numbers of a sample's outputs, the mean over samples."""
         return diverged(outputs, teacher).mean()
 
@@ -292,10 +299,26 @@ class Module(Task):
         if losses and self.score is not None:
             each = answers["score"].double()
             return {"figure": "score", "higher": True, "samples": len(losses), **found, **mean_score("score", each)}
-        if losses and self.loss is None and answers:
-            each = diverged(list(answers.values()), list((dense or answers).values()))
-            return {"figure": "divergence", "samples": len(losses), **mean_score("divergence", each)}
-        return found or {"loss": None}
+        if not losses or self.loss is not None or not answers:
+            return found or {"loss": None}
+        found = {"figure": "divergence", "samples": len(losses)}
+        other = self._dense_answers(model, samples) or dense
+        if not other and self._pruned:  # nobody knows from what
+            return {**found, "divergence": None}
+        each = diverged(list(answers.values()), list((other or answers).values()))
+        return {**found, **mean_score("divergence", each)}
+
+    def _dense_answers(self, model: Model, samples: Samples) -> Answers:
+        """What the network that the factory makes puts out for samples, where it is known to be the dense one."""
+        if self.dense is None:
+            return NO_ANSWERS
+        network = self.dense().to(model.device, model.dtype).eval()
+        found: dict[str, list[Tensor]] = {}
+        with torch.no_grad():
+            for batch in samples.batches(AT_ONCE):
+                for key, tensor in self.answers(self.run(network, on(batch, model.device)), batch).items():
+                    found.setdefault(key, []).append(tensor.cpu())
+        return {key: torch.cat(some) for key, some in found.items()}
 
 
 def diverged(outputs: Any, others: Any) -> Tensor:
@@ -347,6 +370,16 @@ def _row(outputs: Any, row: int, rows: int) -> Any:
         parts = [_row(item, row, rows) for item in outputs]
         return type(outputs)(*parts) if hasattr(outputs, "_fields") else type(outputs)(parts)
     return outputs
+
+
+def _from_factory(directory: Path | None) -> bool:
+    """Was a directory pruned from what a factory made, at once or over others?"""
+    while directory is not None:
+        model = read_json(directory / "prunella.json").get("model", {})
+        if ".py:" in str(model.get("name")):
+            return True
+        directory = Path(model["path"]) if model.get("path") else None
+    return False
 
 
 def _packed(directory: Path) -> bool:

@@ -22,7 +22,16 @@ from ..trees import tensors
 TRIED = 16  # samples, each alone
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # how far outputs may be apart; 0.03 in other dtypes
 _HERE = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
-_NUMBERS = {Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__index__, torch.equal, torch.allclose}
+_NUMBERS = {
+    Tensor.item,
+    Tensor.tolist,
+    Tensor.__bool__,
+    Tensor.__int__,
+    Tensor.__float__,
+    Tensor.__index__,
+    torch.equal,
+    torch.allclose,
+}
 
 Run = Callable[[Batch], Any]
 
