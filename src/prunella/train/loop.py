@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..errors import InputError, NumericalError
 from ..progress import OnStep
 from ..samples import Batch, Samples, on, size_of
 from ..team import meet, team, told
+from ..waits import demand, fetch, together
 from . import checkpoints
 from .around import own_forward, remade
 from .checkpoints import State
@@ -211,13 +213,15 @@ class Training:
             self._move(share)
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * schedule.rate(state.step)
-        total = schedule.gradient(self._pass, self._parameters())
+        with together():
+            total = schedule.gradient(self._pass, self._parameters())
+            (loss,) = fetch([self.team.reduce(total) / self.team.size])  # the one look at the device in a step
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         self._forget()
         self.model.zero_grad()
         state.step += 1
-        state.losses.append((self.team.reduce(total) / self.team.size).item())
+        state.losses.append(loss.item())
         if self.on_step is not None and self.team.main:
             self.on_step(state.step, schedule.steps, state.losses[-1])
         if state.step % self.every == 0 or state.step >= schedule.steps:
@@ -239,15 +243,15 @@ class Training:
             with contextlib.nullcontext() if together else self.accelerator.no_sync(self.model):
                 batch = on(piece, self.device)
                 loss = self.loss(self.run(self.model, batch), batch)
-                if not torch.isfinite(loss):
-                    best = self.state.best.get("final", 0) if self.held_out is not None else 0
-                    raise Diverged(
-                        self.state.step + 1, loss.item(), checkpoints.at(self.folder, best) if best else None
-                    )
+                demand(torch.isfinite(loss), partial(self._diverged, loss.detach()))
                 part = loss / (self.batch / (size_of(piece) * self.team.size))
                 part.backward()  # type: ignore[no-untyped-call]
                 total += part.detach()
         return total
+
+    def _diverged(self, loss: Tensor) -> Diverged:
+        best = self.state.best.get("final", 0) if self.held_out is not None else 0
+        return Diverged(self.state.step + 1, loss.item(), checkpoints.at(self.folder, best) if best else None)
 
     def evaluate(self) -> float:
         """The loss of the held-out samples, the mean over them."""
