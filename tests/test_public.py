@@ -37,6 +37,7 @@ PUBLIC = [
     "keep",
     "load_model",
     "make",
+    "open_model",
     "perplexity",
     "prune",
     "read_masks",

@@ -54,10 +54,17 @@ def test_a_task_that_does_not_say_all_it_has_to_is_named(missing: str) -> None:
 # In a recipe
 
 
-def test_a_recipe_says_what_the_network_is_for_and_it_is_text_if_nothing_is_said() -> None:
-    assert Recipe().plain()["task"] == {"text": {}}
-    for value in ("text", {"text": {}}, {"text": None}):
-        assert Recipe.of({"task": value}) == Recipe()
+def test_a_recipe_says_what_the_network_is_for_and_else_the_model_does() -> None:
+    assert Recipe().plain()["task"] == {"auto": {}}
+    text = Recipe.of({"task": "text"})
+    assert text.plain()["task"] == {"text": {}}
+    assert text.calibration.source == text.evaluate.source == "pydoc"
+    for value in ({"text": {}}, {"text": None}):
+        assert Recipe.of({"task": value}) == text
+    assert Recipe().resolved("nobody/knows-it") == text
+    assert Recipe.of({"evaluate": {"source": None}}).resolved("smollm2-135m").evaluate.source is None
+    with pytest.raises(InputError, match="does not say what the network is for"):
+        Recipe().make_task()
     with pytest.raises(InputError, match=r"task: \['text'\] should be one name"):
         Recipe.of({"task": ["text"]})
     with pytest.raises(InputError, match="unknown task 'txt'"):
@@ -68,7 +75,9 @@ def test_a_recipe_says_what_the_network_is_for_and_it_is_text_if_nothing_is_said
 
 def test_the_length_and_the_bos_of_text_stand_where_they_always_stood() -> None:
     recipe = Recipe.of({"task": {"text": {"length": 64, "bos": False}}, "evaluate": {"length": 32}})
-    assert recipe == Recipe.of({"bos": False, "calibration": {"length": 64}, "evaluate": {"length": 32}})
+    assert recipe == Recipe.of(
+        {"task": "text", "bos": False, "calibration": {"length": 64}, "evaluate": {"length": 32}}
+    )
     assert Recipe.of(recipe.plain()) == recipe
     changed = Recipe.of(override(recipe.plain(), ["text.length=16", "text.bos=true"]))
     assert (changed.bos, changed.calibration.length, changed.evaluate.length) == (True, 64, 32)
@@ -205,7 +214,7 @@ def test_a_task_is_named_on_the_command_line(llama: Path, tmp_path: Path, run: C
 def test_methods_lists_tasks(run: Callable[..., Any]) -> None:
     rows = [row for row in json.loads(run("methods", "--json").out) if row["kind"] == "task"]
     assert [row["name"] for row in rows] == sorted(tasks)
-    assert rows[0] == {
+    assert next(row for row in rows if row["name"] == "text") == {
         "kind": "task",
         "name": "text",
         "summary": "Causal language models, on windows of text.",
@@ -221,7 +230,7 @@ def test_what_only_takes_text_says_so_of_another_task(llama: Path, tmp_path: Pat
         load_model(str(directory))
     done = run("eval", directory)
     assert done.code == 2
-    assert "is of task 'toy.py:toy'" in done.err
+    assert done.err == "prunella: error: task file 'toy.py' does not exist.\n"
     for command in ("heal", "sweep"):
         task = {"task": f"{Path(__file__).parent / 'extensions' / 'toy_task.py'}:toy"}
         (tmp_path / "r.yaml").write_text(json.dumps(task))

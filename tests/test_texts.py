@@ -15,7 +15,7 @@ import pytest
 
 from prunella import InputError, Model, load_model
 from prunella.calibrate import all_windows, windows
-from prunella.texts import documents, same_text
+from prunella.texts import ClassName, documents, is_prose, passages, records, same_text
 
 TEXTS = [f"Document {n} tells of {n} pruned branches.\nThey grew back." for n in range(60)]
 
@@ -305,3 +305,61 @@ def test_a_data_set_that_cannot_be_had_is_named_in_one_line(monkeypatch: pytest.
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([{"body": "x"}]))
     with pytest.raises(InputError, match="data set 'some/set' has no 'text' column, nor 'messages'; it has: body"):
         list(documents("hf:some/set"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Rows with more than a text
+
+
+def pair(row: Any, place: str) -> tuple[str, str, str] | None:
+    return None if row["text"] == "skip" else (row["text"], str(row.get("label")), place)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz"])
+def test_rows_come_with_the_columns_that_are_wanted(tmp_path: Path, ending: str) -> None:
+    rows = [{"text": "a", "label": "x", "id": 1}, {"text": "skip", "label": "x", "id": 2}, {"text": "b", "label": "y"}]
+    path = tmp_path / f"rows{ending}"
+    if ending == ".parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif ending in (".csv", ".tsv"):
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["text", "label", "id"], delimiter="," if ending == ".csv" else "\t")
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        lines = "\n".join(map(json.dumps, rows)) if "l" in ending else json.dumps(rows)
+        (gzip.open if ending.endswith("gz") else open)(path, "wt").write(lines)
+    found = list(records(str(path), pair, ("text", "label")))
+    assert [(text, label) for text, label, _ in found] == [("a", "x"), ("b", "y")]
+    assert "rows" in found[1][2]
+    assert "3" in found[1][2] or ending in (".csv", ".tsv")
+
+
+def test_a_table_without_any_of_the_columns_says_which_it_has(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("words,grade\na,b\n")
+    with pytest.raises(InputError, match=r"has no 'text' column, nor 'label'; it has: words, grade"):
+        list(records(str(tmp_path / "x.csv"), pair, ("text", "label")))
+
+
+def test_classes_of_a_data_set_of_the_hub_come_with_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    rows = datasets.Dataset.from_list([{"text": "a", "label": 1}, {"text": "b", "label": -1}], features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows.to_iterable_dataset())
+    found = list(records("hf:some/set", lambda row, _: row["label"], ("text", "label")))
+    assert found == ["good", -1]
+    assert isinstance(found[0], ClassName)
+    assert found[0].number == 1
+
+
+def test_prose_is_cut_into_passages() -> None:
+    assert is_prose("pydoc")
+    assert is_prose("notes.txt.gz")
+    assert not is_prose("notes.jsonl")
+    assert not is_prose("hf:some/set")
+    text = "Title\n\nOne two three\nfour five.\n \n\nsix seven eight nine ten eleven"
+    assert passages(text) == ["One two three four five.", "six seven eight nine ten eleven"]

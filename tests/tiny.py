@@ -116,9 +116,9 @@ def token_windows(count: int = 5, length: int = 32, seed: int = 1) -> Tensor:
     return torch.randint(3, VOCABULARY, (count, length), generator=generator)
 
 
-def write_tokenizer(directory: Path, *, bos: bool = False) -> None:
-    """Train a byte-level tokenizer on Python's own documentation and save it, chat template and all. It knows a BOS,
-    and puts it before a text if `bos`."""
+def write_tokenizer(directory: Path, *, bos: bool = False, eos: bool = False) -> None:
+    """Train a byte-level tokenizer on Python's own documentation and save it, chat template and all. It knows a BOS
+    and an EOS, and puts the one before a text if `bos`, or the other behind it if `eos`."""
     from pydoc_data.topics import topics
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -136,6 +136,8 @@ def write_tokenizer(directory: Path, *, bos: bool = False) -> None:
     tokenizer.train_from_iterator([topics[key] for key in sorted(topics)[:20]], trainer)
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    if eos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",

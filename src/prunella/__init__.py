@@ -20,18 +20,22 @@ if _typing.TYPE_CHECKING:
     from .errors import InputError, ModelError, NumericalError, PrunellaError, StatisticError
     from .evaluate.perplexity import perplexity
     from .heal.run import heal
+    from .iterative import Level, prune_in_rounds
     from .lenses import Inputs, Lens, register_lens
     from .model.names import find_directory
     from .model.network import Model
+    from .model.state import load_state
     from .pattern import keep
     from .prune import prune
     from .recipe import Recipe
     from .registry import Step, make, register
     from .report import Report
     from .statistics import register_statistic
-    from .tasks import Task, register_task
+    from .tasks import Task, open_model, register_task
     from .tasks.text import Perplexity, load_model, wrap_model
     from .tensors import read_masks
+    from .torch_prune import to_torch_prune
+    from .train.distil import distil
     from .types import Block, Layer, Pattern, Stats
 
 __all__ = [
@@ -40,6 +44,7 @@ __all__ = [
     "Inputs",
     "Layer",
     "Lens",
+    "Level",
     "Model",
     "ModelError",
     "NumericalError",
@@ -52,19 +57,24 @@ __all__ = [
     "Stats",
     "Step",
     "Task",
+    "distil",
     "find_directory",
     "gradients",
     "heal",
     "keep",
     "load_model",
+    "load_state",
     "make",
+    "open_model",
     "perplexity",
     "prune",
+    "prune_in_rounds",
     "read_masks",
     "register",
     "register_lens",
     "register_statistic",
     "register_task",
+    "to_torch_prune",
     "wrap_model",
 ]
 
@@ -73,18 +83,22 @@ _HOMES = {
     "errors": ("InputError", "ModelError", "NumericalError", "PrunellaError", "StatisticError"),
     "evaluate.perplexity": ("perplexity",),
     "heal.run": ("heal",),
+    "iterative": ("Level", "prune_in_rounds"),
     "lenses": ("Inputs", "Lens", "register_lens"),
     "model.names": ("find_directory",),
     "model.network": ("Model",),
+    "model.state": ("load_state",),
     "pattern": ("keep",),
     "prune": ("prune",),
     "recipe": ("Recipe",),
     "registry": ("Step", "make", "register"),
     "report": ("Report",),
     "statistics": ("register_statistic",),
-    "tasks": ("Task", "register_task"),
+    "tasks": ("Task", "open_model", "register_task"),
     "tasks.text": ("Perplexity", "load_model", "wrap_model"),
     "tensors": ("read_masks",),
+    "torch_prune": ("to_torch_prune",),
+    "train.distil": ("distil",),
     "types": ("Block", "Layer", "Pattern", "Stats"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -22,7 +22,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from .errors import ModelError, NumericalError
+from .errors import InputError, ModelError, NumericalError
 from .hidden import Hidden
 from .layers import Slot, find_layers
 from .model.checkpoint import Source
@@ -31,12 +31,15 @@ from .model.walk import LoadedBlock
 from .outcome import BlockResult
 from .progress import Track, no_track
 from .registry import Step
-from .samples import Batch, on
+from .samples import TARGET, Batch, Samples, on
 from .statistics.registry import concatenate, merged, of_gradients, taking, whole
 from .stream import Stream
 from .types import Stats
+from .unlabelled import targeted
 from .waits import demand, fetch, together
 from .watch import Gather, Watch
+
+FLAT = 1e-5  # losses below this are those of a network that is compared with itself
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of a window's logits (L, V) and ids (L)
 
@@ -85,6 +88,12 @@ class Back:
                     f"the loss of window {n} is not finite: weights of '{self.model.name}' hold NaN or infinity, or it"
                     " overflows on this text; use --dtype float32 or bfloat16."
                 )
+        if loss is None and max(self.losses) < FLAT and all(TARGET in batch for batch in stream.batches):
+            raise InputError(
+                f"the loss of task '{model.task.name}' on these samples has no gradient, since they are compared with"
+                " what the dense network itself puts out: give samples with labels, or use a step that reads no"
+                " gradients."
+            )
 
     def _begin(self, n: int) -> list[Tensor]:
         """The loss of window n, in parts; its gradient takes the place of the last block's output."""
@@ -209,7 +218,8 @@ def gradients(
         ModelError: its blocks pass each other more than the hidden state.
         NumericalError: the loss of a window is NaN or infinite.
     """
-    stream = Stream(model, windows_NL, alone=True, checkpoint=checkpoint)
+    samples = targeted(model, Samples.of(windows_NL, model.task.argument), checkpoint=checkpoint, track=track)
+    stream = Stream(model, samples, alone=True, checkpoint=checkpoint)
     back = Back(stream, loss=loss, checkpoint=checkpoint, track=track)
     for index, block in model.walk(checkpoint, back=True, track=track, what="gradients"):
         for window, found in back.advance(block):

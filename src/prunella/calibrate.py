@@ -120,7 +120,7 @@ def _cut(
     if own < 1:
         raise InputError(f"windows of {length} tokens have no room for text: the tokenizer begins with {len(start)}.")
     needed = None if count is None else count * own
-    ids = _tokenize(model.tokenizer, documents(source, model.tokenizer, split), needed)
+    ids = tokenized(model.tokenizer, documents(source, model.tokenizer, split), needed)
     found = len(ids) // own if count is None else min(count, len(ids) // own)
     text_NT = torch.tensor(ids[: found * own], dtype=torch.int64).view(found, own)
     return torch.cat([torch.tensor(start, dtype=torch.int64).expand(found, -1), text_NT], 1), len(ids)
@@ -159,7 +159,8 @@ def positions(model: Model) -> int | None:
     size, words = context(model), model.network.get_input_embeddings()
     for module in model.network.modules():  # the table may begin with a few rows for padding
         if isinstance(module, nn.Embedding) and module is not words and 0 <= module.num_embeddings - size < 8:
-            return size
+            padding = module.padding_idx if module.num_embeddings == size else None  # RoBERTa counts from there
+            return size if padding is None else size - padding - 1
     return None
 
 
@@ -170,7 +171,7 @@ def room(model: Model, prompt_BL: Tensor, tokens: int) -> int:
     return tokens if limit is None else min(tokens, limit - prompt_BL.shape[1] + 1)
 
 
-def _tokenize(tokenizer: Any, docs: Iterator[str], needed: int | None) -> list[int]:
+def tokenized(tokenizer: Any, docs: Iterator[str], needed: int | None) -> list[int]:
     """Token ids of the joined documents: all of them, or at least `needed` where there are that many.
 
     Only as much text is read as it takes. Tokenizing the beginning of a text gives the beginning of its

@@ -300,8 +300,8 @@ def sweep(
         PrunellaError: anything about the input that the user can mend. Cells that fail do not raise.
     """
     base = {key: value for key, value in plan.items() if key != "grid"}
-    cells = cells_of(base, plan.get("grid") or {})
-    recipe = Recipe.of({**base, "model": model})
+    recipe = Recipe.of({**base, "model": model}).resolved(model)
+    cells = cells_of({**base, "task": recipe.task}, plan.get("grid") or {})
     if not recipe.make_task().language:
         raise InputError("a sweep compares causal language models only, yet: leave the task out.")
     opened = load_model(model, dtype=recipe.dtype, device=recipe.device, tokenizer=tokenizer, **trust)

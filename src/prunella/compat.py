@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,8 +22,18 @@ from torch import Tensor, nn
 # transformers: how the tensors in an architecture's files become parameters of its network, and back
 
 
+def of_transformers(network: Any) -> bool:
+    """Is it a model of transformers, whose files may have other tensors than it has parameters?"""
+    from transformers import PreTrainedModel
+
+    return isinstance(network, PreTrainedModel)
+
+
 def weight_mapping(network: Any) -> list[Any]:
-    """What renames and converts the tensors of this architecture's files."""
+    """What renames and converts the tensors of this architecture's files; nothing where their names are those of the
+    network's state dict."""
+    if not of_transformers(network):
+        return []
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     mapping: list[Any] = get_model_conversion_mapping(network)
@@ -72,6 +84,8 @@ def rename(
 def fill(network: Any, slices: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
     """Read these tensors into the network, renamed and converted, in `dtype` or what the network keeps in float32;
     returns what did not fit. The weights of all other parameters stay as they are."""
+    if not of_transformers(network):
+        return _fill_plain(network, slices, dtype, device)
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
@@ -89,6 +103,22 @@ def fill(network: Any, slices: Mapping[str, Any], dtype: torch.dtype, device: to
     return info
 
 
+def _fill_plain(network: Any, slices: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
+    """As `fill`, where the tensors go by the names of the network's state dict."""
+    wrong: list[tuple[str, torch.Size, torch.Size]] = []
+    for name, stored in slices.items():
+        owner, _, last = name.rpartition(".")
+        module = network.get_submodule(owner)
+        held = module._parameters if last in module._parameters else module._buffers
+        tensor: Tensor = stored[...]
+        if tensor.shape != held[last].shape:
+            wrong.append((name, tensor.shape, held[last].shape))
+            continue
+        tensor = tensor.to(device, dtype if held[last].is_floating_point() else held[last].dtype)
+        held[last] = nn.Parameter(tensor, requires_grad=False) if held is module._parameters else tensor
+    return SimpleNamespace(mismatched_keys=wrong, conversion_errors={})
+
+
 def revert(network: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameters as the tensors that the architecture's files hold."""
     from transformers.core_model_loading import revert_weight_conversion
@@ -99,7 +129,33 @@ def revert(network: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def may_be_missing(network: Any) -> Sequence[str]:
     """Patterns of the parameters that files need not have: they are made, or tied to others."""
+    if not of_transformers(network):
+        return (r"(^|\.)num_batches_tracked$",)  # which torch does without, too
     return network._keys_to_ignore_on_load_missing or ()
+
+
+def make_missing(network: Any, name: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Give a parameter that files need not have the values that its network makes (a table of sines, say). False where
+    it is none of those, or makes others each time."""
+    if not of_transformers(network) or not any(re.search(pattern, name) for pattern in may_be_missing(network)):
+        return False
+    owner, _, key = name.rpartition(".")
+    module = network.get_submodule(owner)
+    others = [p for n, p in module.named_parameters(recurse=False) if n != key]
+    for other in others:
+        other._is_hf_initialized = True
+    made = []
+    for seed in (0, 1):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            parameter = nn.Parameter(torch.zeros(module._parameters[key].shape, dtype=dtype), requires_grad=False)
+            module._parameters[key] = parameter
+            network._init_weights(module)
+            made.append(parameter)
+    for other in others:
+        del other._is_hf_initialized
+    module._parameters[key] = nn.Parameter(made[0].to(device), requires_grad=False)
+    return torch.equal(*made)
 
 
 def may_be_there(network: Any, patterns: set[str]) -> None:
@@ -182,6 +238,8 @@ def forget_accelerator() -> None:
 # torch
 
 CONVOLUTIONS: type[nn.Module] = nn.modules.conv._ConvNd  # what Conv1d, Conv2d, Conv3d and their transposes are
+BATCH_NORM: type[nn.Module] = nn.modules.batchnorm._BatchNorm  # what BatchNorm1d, 2d, 3d and the synchronized are
+INSTANCE_NORM: type[nn.Module] = nn.modules.instancenorm._InstanceNorm  # which may keep statistics too
 GROUPED_PRODUCT = getattr(torch, "_grouped_mm", None)  # the product by all experts at once, before it was public
 
 

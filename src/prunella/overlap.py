@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -15,6 +16,17 @@ def fingerprint(windows_NL: Tensor) -> str:
     """Hashes of a sample of all runs of 13 tokens in the windows, 4 bytes each, base64: about a twelfth of a byte for a
     token. The sample depends on the runs alone, so that two texts sample what they share alike."""
     return base64.b64encode(_grams(windows_NL).astype("<u4").tobytes()).decode()
+
+
+def fingerprint_of(hashes: Iterable[int]) -> str:
+    """The same of samples that are not text, from a hash of 4 bytes of each."""
+    return base64.b64encode(np.unique(np.fromiter(hashes, dtype="<u4")).tobytes()).decode()
+
+
+def known_among(known: Iterable[int], hashes: Sequence[int]) -> list[bool]:
+    """Which of these samples are among others, by their hashes."""
+    seen = set(known)
+    return [number in seen for number in hashes]
 
 
 def joined(*known: str) -> str:

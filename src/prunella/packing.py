@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import pattern
 from .compat import quiet_transformers, revert
 from .errors import InputError, ModelError, disk_error, say
 from .grid import Grid
 from .layers import Slot, check_found, find_layers
-from .model.files import copy_companions, read_json
+from .model.files import SINGLE, copy_companions, read_json
 from .model.names import find_directory
 from .outcome import BlockResult
-from .sparse.format import PARTS, SPAN, check_options, groups, mask_of, module_names, parameter_name, stored_bits
-from .store.packed import PackedStore, packed_config
-from .tasks.text import load_model
+from .sparse.checkpoint import packed_config
+from .sparse.format import (
+    PARTS,
+    SPAN,
+    Packed,
+    check_options,
+    groups,
+    layer_names,
+    mask_of,
+    module_names,
+    parameter_name,
+    stored_bits,
+)
+from .store.packed import PackedStore
+from .tasks import open_model
 from .tensors import (
     GRIDS,
     MASKS,
@@ -41,12 +53,14 @@ from .workshop import Workshop, finished, workshop
 @dataclass(frozen=True)
 class PackResult:
     """What packing did, in bytes of the packed weights: `dense` before, `packed` after; `kept` are the names of
-    layers that stayed dense."""
+    layers that stayed dense, `expanded` those of convolutions that are packed on disk only: a model that is loaded has
+    them dense."""
 
     layers: int
     dense: int
     packed: int
     kept: tuple[str, ...]
+    expanded: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
@@ -101,7 +115,9 @@ def pack_model(
         raise InputError(f"'{model}' is packed already.")
     if (directory / "adapter").is_dir():
         say(f"the adapter in '{directory / 'adapter'}' stays behind: it fits the model as it is now, not packed")
-    opened = load_model(str(directory), device="cpu", remote_code=remote_code)
+    opened = open_model(str(directory), device="cpu", remote_code=remote_code)
+    if opened.checkpoint is None or opened.checkpoint.directory != directory:
+        raise InputError(f"'{model}' is opened by task '{opened.task.name}' in a way of its own, and cannot be packed.")
     grids = {name: grid for name, grid in read_grids(directory).items() if bits in (None, stored_bits(grid))}
     known = mask_shapes(directory) if (directory / MASKS).is_file() else None
     check_found(known or (), (slot for name in opened.blocks for slot in find_layers(opened.module(name), name)))
@@ -123,8 +139,8 @@ def pack_model(
         store.finish()
         if known is None:  # no masks went in: none come out
             (shop.model / MASKS).unlink(missing_ok=True)
-    layers = sum(len(module_names(name, about)) for name, about in found.modules.items() if not about.get("dense"))
-    return PackResult(layers, found.dense, found.packed, tuple(found.stayed))
+    layers = sum(len(layer_names(name, about)) for name, about in found.modules.items() if not about.get("dense"))
+    return PackResult(layers, found.dense, found.packed, tuple(found.stayed), tuple(found.expanded))
 
 
 def _mask(slot: Slot, known: dict[str, Tensor] | None) -> Tensor | None:
@@ -161,6 +177,18 @@ def _check_grid(slot: Slot, grid: Grid) -> None:
         )
 
 
+def load_packed(model: str | Path, **opening: Any) -> nn.Module:
+    """The network of a packed directory, whatever it is for, its weights packed as they are. Raises PrunellaError.
+
+    Args:
+        opening: as for `open_model`: device, dtype, remote_code.
+    """
+    if packed_config(find_directory(str(model))) is None:
+        raise InputError(f"'{model}' is not packed: prunella.open_model opens it, or the library that it is of.")
+    network: nn.Module = open_model(str(model), packed=True, **opening).network
+    return network
+
+
 def unpack_model(model: str, out: str | Path) -> int:
     """Write a packed model as a plain one, masks included; returns the number of unpacked layers. Without --bits
     its weights are the very bytes that were packed. Raises PrunellaError."""
@@ -169,10 +197,12 @@ def unpack_model(model: str, out: str | Path) -> int:
     modules = checkpoint.modules
     config = read_json(directory / "config.json")
     del config["quantization_config"]
-    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
+    said = config.get("dtype") or config.get("torch_dtype")
+    sharded = "model_type" in config  # other libraries than transformers read one file
+    dtype = getattr(torch, said or "bfloat16") if said or sharded else checkpoint.dtype()
     owner = {module: name for name, about in modules.items() for module in module_names(name, about)}
     network = _empty(directory) if len(owner) > len(modules) else None
-    layers = sum(not modules[name].get("dense") for name in owner.values())
+    layers = sum(len(layer_names(name, about)) for name, about in modules.items() if not about.get("dense"))
     masks: dict[str, Tensor] = {}  # as bits
     shapes: dict[str, tuple[int, int]] = {}
     if (directory / MASKS).is_file():  # of layers that stayed dense
@@ -180,6 +210,7 @@ def unpack_model(model: str, out: str | Path) -> int:
         masks = {layer: pattern.pack(mask_OI) for layer, mask_OI in read_masks(directory).items()}
     grids = read_grids(directory)
     done: set[str] = set()
+    every: dict[str, Tensor] = {}  # of a model that is one file
     with _making(out) as shop:
         for file, stored in checkpoint.files.items():
             parts = {key: owner.get(key.rpartition(".")[0]) for key in stored if key.endswith(PARTS)}
@@ -189,25 +220,45 @@ def unpack_model(model: str, out: str | Path) -> int:
             for name in dict.fromkeys(name for name in parts.values() if name is not None and name not in done):
                 done.add(name)
                 about = modules[name]
-                for module, one in ({} if about.get("dense") else checkpoint.packed(name)).items():
-                    layer = about.get("layer", name) + module.removeprefix(name)  # as the network calls it
-                    masks[layer] = pattern.pack(mask_of(one.mask, one.columns))
-                    shapes[layer] = one.rows, one.columns
-                    if one.bits is not None and one.scales is not None:
-                        grids[layer] = Grid(one.bits, one.group, one.scales)
+                for layer, mask_OI, grid in () if about.get("dense") else _layers(name, about, checkpoint.packed(name)):
+                    masks[layer], shapes[layer] = pattern.pack(mask_OI), (mask_OI.shape[0], mask_OI.shape[1])
+                    if grid is not None:
+                        grids[layer] = grid
                 weight = {(key := parameter_name(name, about)): checkpoint.parameter(key, dtype)}
                 # a mixture's under the names that the architecture's files have
                 tensors |= revert(network, weight) if "experts" in about else weight
-            save_tensors(shop.model / file, tensors)
+            every |= {} if sharded else tensors
+            if sharded:
+                save_tensors(shop.model / file, tensors)
         missing = modules.keys() - done
         if missing:
             raise ModelError(f"packed tensor '{min(missing)}.weight_values' is missing.")
-        write_index(shop.model)
+        if sharded:
+            write_index(shop.model)
+        else:
+            save_tensors(shop.model / SINGLE, dict(sorted(every.items())))
         write_masks(shop.model / MASKS, masks, shapes)
         write_grids(shop.model / GRIDS, grids)
         _copy_companions(directory, shop.model)
-        write_json(shop.model / "config.json", config)
+        if config:
+            write_json(shop.model / "config.json", config)
+        else:  # it had none before it was packed
+            (shop.model / "config.json").unlink()
     return layers
+
+
+def _layers(
+    name: str, about: Mapping[str, Any], packed: Mapping[str, Packed]
+) -> Iterator[tuple[str, Tensor, Grid | None]]:
+    """The layers that an entry holds, as the network calls them: their masks, and grids if they have some."""
+    names = layer_names(name, about)
+    count = len(names) // len(packed)
+    for number, one in enumerate(packed.values()):
+        own = names[number * count : (number + 1) * count]
+        masks = mask_of(one.mask, one.columns).chunk(len(own))
+        scales = [None] * len(own) if one.scales is None else one.scales.chunk(len(own))
+        for layer, mask_OI, scale_OG in zip(own, masks, scales, strict=True):
+            yield layer, mask_OI, None if scale_OG is None else Grid(one.bits or 0, one.group, scale_OG)
 
 
 def _empty(directory: Path) -> Any:

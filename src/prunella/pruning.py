@@ -22,18 +22,22 @@ from .machine import at_a_time, fork_random, most_memory
 from .model.checks import check_plain, check_saveable
 from .model.names import named
 from .model.network import Model
+from .model.task import Answers
+from .norms import BatchNorms, batch_norms
 from .order import pick_order
 from .outcome import BlockResult, LayerResult
 from .overlap import joined
 from .progress import Track, no_track
 from .recipe import Recipe
-from .report import Report, peak_memory, seen
+from .report import Report, anatomy, peak_memory, seen
 from .samples import Samples, tokens_of
 from .save import Output, begun_as, identity
 from .store import check_store
 from .stream import TOKENS, Stream
 from .tasks import Task
+from .tasks import opened as open_for
 from .texts import same_text
+from .unlabelled import targeted
 from .workshop import workshop
 
 OnBlock = Callable[[BlockResult], None]
@@ -48,18 +52,20 @@ def prune_once(
     tokenizer: Any = None,
     calibration: Tensor | Samples | None = None,
     shared: dict[Any, Any] | None = None,
+    task: Task | None = None,
     track: Track = no_track,
     on_block: OnBlock | None = None,
     remote_code: bool = False,
     pickles: bool = False,
 ) -> Report:
     """What `prunella.prune` does, with these arguments, where nothing is healed; `path` is the directory for the
-    result, which can be written. `on_block` is called with each pruned block."""
-    task = recipe.make_task()
+    result, which can be written. `on_block` is called with each pruned block. `task` stands for the recipe's, where it
+    holds what no recipe says."""
+    recipe = recipe.resolved(model)
+    task = task or recipe.make_task()
     if isinstance(model, str):
         trust = {"remote_code": remote_code, "pickles": pickles}
-        with blamed(type(task), f"task '{task.name}'"):
-            opened = task.open(model, dtype=recipe.dtype, device=recipe.device, tokenizer=tokenizer, **trust)
+        opened = open_for(task, model, dtype=recipe.dtype, device=recipe.device, tokenizer=tokenizer, **trust)
         for key, got in {"dtype": str(opened.dtype)[6:], "device": opened.device.type}.items():
             if (asked := getattr(recipe, key).partition(":")[0]) not in ("auto", got):
                 raise InputError(
@@ -117,6 +123,9 @@ def _prune(
     slots = choose_slots(opened, recipe)
     task, wanted, source = opened.task, recipe.calibration, recipe.evaluate.source
     check_store(recipe.format, opened)
+    normed = bool(batch_norms(opened.network))
+    if not normed and set(recipe.batch_norm) - {"auto", "keep"}:
+        raise InputError(f"batch_norm: '{opened.name}' has no batch norms: leave it out.")
     with blamed(type(task), f"task '{task.name}'"):
         samples, blind = _calibration(opened, recipe, calibration)
         task.check(opened, samples)
@@ -131,6 +140,7 @@ def _prune(
         recipe = recipe.model_copy(
             update={
                 "model": opened.name,
+                "task": {name: {**options, **task.settings()} for name, options in recipe.task.items()},
                 "order": order,
                 "dtype": str(opened.dtype).removeprefix("torch."),
                 "device": str(opened.device),
@@ -153,7 +163,12 @@ def _prune(
             out = Output(path, opened, active, run, shop, recipe.make_store())
             opened.scratch = shop.directory
         clock = time.perf_counter()
-        dense = measure_once(out, "dense", opened, source, measured, None, track)
+        if measured is not None:
+            measured = targeted(opened, measured, track=track)
+        if order == "back" or recipe.spreads:  # these look at losses
+            samples = targeted(opened, samples, track=track)
+        answers: dict[str, Answers] = {}
+        dense = measure_once(out, "dense", opened, source, measured, None, track, answers)
         seconds["dense evaluation"] = time.perf_counter() - clock
         clock = time.perf_counter()
         shares = out.notes.get("shares") if out else None
@@ -165,15 +180,20 @@ def _prune(
         slots = [[replace(s, sparsity=shares.get(s.name, s.sparsity)) for s in block] for block in slots]
         seconds["allocate"] = time.perf_counter() - clock
         clock = time.perf_counter()
+        norms = _norms(opened, recipe, samples, track) if normed and not blind else None
         layers, left = _blocks(opened, recipe, slots, samples, out, track, on_block)
         if blind:
             layers = [replace(layer, error=None, tokens=0) for layer in layers]
         seconds["prune"] = time.perf_counter() - clock
-        if out:
+        if out and opened.checkpoint is not None:
+            out.complete()
+        estimated = norms.settle(out) if norms else {}
+        if out and opened.checkpoint is None:
             out.complete()
         clock = time.perf_counter()
         written = out.checkpoint if out else None
-        pruned = measure_once(out, "pruned", opened, source, measured, written if opened.checkpoint else None, track)
+        there = written if opened.checkpoint else None
+        pruned = measure_once(out, "pruned", opened, source, measured, there, track, answers)
         seconds["pruned evaluation"] = time.perf_counter() - clock
         seconds["all"] = time.perf_counter() - started
         if written:
@@ -188,6 +208,7 @@ def _prune(
                 "dtype": str(opened.dtype).removeprefix("torch."),
                 "parameters": opened.parameters,
                 "prunable": sum(slot.shape[0] * slot.shape[1] for block in slots for slot in block),
+                **({} if task.language else anatomy(opened)),
             },
             dense=dense,
             pruned=pruned,
@@ -203,6 +224,7 @@ def _prune(
                 "handed_over": calibration is not None,
             },
             fingerprint="" if blind else joined(task.fingerprint(samples), known),
+            batch_norm=estimated,
         )
         if out:
             out.finish(report.plain(), report.card())
@@ -232,6 +254,13 @@ def _calibration(model: Model, recipe: Recipe, given: Tensor | Samples | None) -
         return Samples.of(task.example(model.network)), True
     own = recipe.make_task(wanted.length)
     return own.samples(model, wanted.source, wanted.samples, seed=recipe.seed), False
+
+
+def _norms(model: Model, recipe: Recipe, samples: Samples, track: Track) -> BatchNorms | None:
+    """The batch norms of a network that has some, dense yet, if anything is to become of them."""
+    ways = recipe.make_ways()
+    choose = "auto" in recipe.batch_norm
+    return BatchNorms(model, samples, ways, choose=choose, seed=recipe.seed, track=track) if ways else None
 
 
 def held_out(model: Model, recipe: Recipe, used: int) -> Samples | None:
@@ -282,7 +311,13 @@ def choose_slots(model: Model, recipe: Recipe) -> list[list[Slot]]:
 
 def reads_samples(recipe: Recipe) -> bool:
     """Does pruning look at the calibration samples, beyond measuring what it did to it?"""
-    return recipe.spreads or recipe.calibration.source == "self" or any(step.needs for step in recipe.make_steps())
+    norms = bool(set(recipe.batch_norm) - {"auto", "keep"})
+    return (
+        norms
+        or recipe.spreads
+        or recipe.calibration.source == "self"
+        or any(step.needs for step in recipe.make_steps())
+    )
 
 
 def free_layers(slots: list[list[Slot]], recipe: Recipe) -> frozenset[str]:

@@ -15,13 +15,15 @@ from pydantic.fields import FieldInfo
 
 from .allocate import Allocation, allocations, find_allocation, make_allocation
 from .errors import InputError, unknown
+from .norms import Way, make_ways
 from .registry import Method, Step, find, lookup, make, steps
 from .store import MakeStore, find_store, make_store
-from .tasks import Task, find_task, make_task, tasks
+from .tasks import AUTO, Task, find_task, make_task, task_of, tasks
 from .train.parts import Group, groups, make_group
 from .train.retrain import retrain
 from .types import Pattern
 
+_COUNTS = {"calibration": "samples", "evaluate": "windows"}  # what the number of samples is called
 _SHIPPED = files(__package__) / "recipes"
 _RECONSTRUCT: dict[str, Any] = find("reconstruct").defaults
 
@@ -42,13 +44,13 @@ class _Part(BaseModel):
 class Calibration(_Part):
     """The text that statistics are made from.
 
-    source:     see `prunella.texts`
+    source:     a text, see `prunella.texts`, or what else the task reads; `auto`: the task's own
     samples:    how many windows
     length:     tokens in a window; None: 2048, or the model's context if that is shorter
     min_tokens: a layer that fewer tokens reach (an expert, say) is pruned by magnitude
     """
 
-    source: str = "pydoc"
+    source: str = AUTO
     samples: int = Field(default=32, ge=1)
     length: int | None = Field(default=None, ge=2)
     min_tokens: int = Field(default=32, ge=1)
@@ -64,7 +66,7 @@ class Evaluation(_Part):
     length:  tokens in a window; None: 2048, or the model's context if that is shorter
     """
 
-    source: str | None = "pydoc"
+    source: str | None = AUTO
     windows: int = Field(default=8, ge=1)
     length: int | None = Field(default=None, ge=2)
 
@@ -84,28 +86,36 @@ class Healing(_Part):
     way:         `retrain`: the whole model on text; `reconstruct`: block by block, to the dense outputs, on the windows
                  of the calibration (of what follows only `rate`, `part`, `aim` and `epochs` are for it)
     text:        sources to train on, one after the other; empty: the calibration's
-    tokens:      to train on in all, as far as they make whole steps; text that is shorter is taken again
-    length:      tokens in a window; windows are packed, not padded
-    batch:       windows in a step, over all processes
-    micro:       windows that one process runs at a time
+    tokens:      of text: to train on in all, as far as they make whole steps; text that is shorter is taken again
+    length:      of text: tokens in a window; windows are packed, not padded
+    samples:     of other tasks: how many to take of the sources; None: all that there are
+    batch:       windows, or other samples, in a step, over all processes; None: as the task says, 8 windows or 32
+                 samples
+    micro:       windows, or samples, that one process runs at a time; None: as the task says, 4 windows or 32 samples
     rate:        learning rate of everything that trains; None: each method's own, and 1e-3 to reconstruct
     warmup:      share of the steps over which the rate rises; then it falls linearly to 0
     clip:        largest norm of the gradient
     betas:       how slowly AdamW's two moments forget
     distill:     share of the loss that is the divergence from the dense model's predictions
     temperature: by which both models' logits are divided in that divergence
-    adapt:       tokens of further text on which the dense model itself is trained before all else, so that it fits the
-                 text: it teaches better then, and with `prune --heal` it is what is pruned; 0: it is left as it is
+    adapt:       tokens of further text (of other tasks: passes over the samples) on which the dense model itself is
+                 trained before all else, so that it fits them: it teaches better then, and with `prune --heal` it is
+                 what is pruned; 0: it is left as it is
     teacher:     the dense model stays in `memory`, or is streamed once over the text before training (`stream`)
     dense:       the dense model; None: the one that was pruned, by the report's word
-    held_out:    windows of the text that find the best checkpoint; 0: the last one is taken
+    held_out:    windows of the text, or samples, that find the best checkpoint; 0: the last one is taken; None: as the
+                 task says, 8 windows, or a tenth of the samples and 256 at most
     evaluations: how often in a run these windows are looked at
     patience:    stop after so many evaluations that were no better
     checkpointing: recompute activations and trained weights in the backward pass: less memory, more time
+    batch_norm:  running statistics of batch norms `follow` what these see in training, and are saved; or are `fixed`,
+                 and used in training too; `auto`: they follow where whole layers train (`all`)
+    augment:     samples to train on are changed at random, as the task knows how (pictures cut and mirrored)
     part:        reconstruct whole blocks, or their attention and MLP one after the other
     aim:         reconstruct whole blocks to what the dense `model` puts out there, or the dense `block` from the pruned
                  model's inputs
-    epochs:      passes of `reconstruct` over its windows (the calibration's)
+    epochs:      passes over the samples: of `reconstruct`, over the calibration's; of `retrain`, where it is not text
+                 that is trained on, in each round
     rounds:      prune and heal in so many rounds, each a little sparser: iterative magnitude pruning
     """
 
@@ -114,8 +124,9 @@ class Healing(_Part):
     text: tuple[str, ...] = ()
     tokens: int = Field(default=250_000, ge=1)
     length: int = Field(default=512, ge=2)
-    batch: int = _option("batch")
-    micro: int = _option("micro")
+    samples: int | None = Field(default=None, ge=1)
+    batch: int | None = Field(default=None, ge=1)
+    micro: int | None = Field(default=None, ge=1)
     rate: float | None = Field(default=None, gt=0, lt=1)
     warmup: float = _option("warmup")
     clip: float = _option("clip")
@@ -125,10 +136,12 @@ class Healing(_Part):
     adapt: int = Field(default=0, ge=0)
     teacher: Literal["memory", "stream"] = "memory"
     dense: str | None = None
-    held_out: int = Field(default=8, ge=0)
+    held_out: int | None = Field(default=None, ge=0)
     evaluations: int = _option("evaluations")
     patience: int = _option("patience")
     checkpointing: bool = _option("checkpointing")
+    batch_norm: Literal["auto", "follow", "fixed"] = _option("batch_norm")
+    augment: bool = _option("augment")
     part: Literal["block", "sub-block"] = _RECONSTRUCT["part"]
     aim: Literal["model", "block"] = _RECONSTRUCT["aim"]
     epochs: int = Field(default=_RECONSTRUCT["epochs"], ge=1)
@@ -146,7 +159,8 @@ class Healing(_Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> Healing:
-        ignored = {"reconstruct": ("text", "distill", "checkpointing"), "retrain": ("part", "aim", "epochs")}
+        retrains = ("text", "distill", "checkpointing", "samples", "batch_norm", "augment")
+        ignored = {"reconstruct": retrains, "retrain": ("part", "aim")}
         for key in ignored[self.way]:
             if getattr(self, key) != Healing.model_fields[key].get_default():
                 other = "retrain" if self.way == "reconstruct" else "reconstruct"
@@ -157,9 +171,14 @@ class Healing(_Part):
         return self
 
     @property
+    def step(self) -> int:
+        """How many samples a step takes."""
+        return self.batch or int(_RETRAIN["batch"])
+
+    @property
     def retraining(self) -> dict[str, Any]:
         """The options of `retrain`."""
-        return {key: getattr(self, key) for key in _RETRAIN}
+        return {key: value for key in _RETRAIN if (value := getattr(self, key)) is not None}
 
     def make_groups(self) -> list[Group]:
         """What trains, ready to use. Raises InputError."""
@@ -180,7 +199,7 @@ class Recipe(_Part):
     """Everything a run is, and the only configuration there is. `Recipe.of` makes one from plain data.
 
     model:    hub id, directory, .gguf file or built-in name
-    task:     what the network is for: a name, or `{name: {option: value}}`
+    task:     what the network is for: a name, or `{name: {option: value}}`; `auto`: as the model's files say
     calibration: the text that statistics are made from: `source`, `samples` (windows), `length` (tokens in each),
               `min_tokens` (a layer that fewer tokens reach is pruned by magnitude)
     pattern:  where zeros may stand: `unstructured`, `N:M` (N kept of M) or `RxC` (blocks), see `Pattern`
@@ -196,6 +215,9 @@ class Recipe(_Part):
               pass through the dense block has shown the inputs of all its layers; `back`: from the last block to the
               first, with gradients; `auto`: `back` where a step reads gradients, `layer` where every step looks at
               single layers, one of them at their inputs, and the activations are less than 8 GiB
+    batch_norm: what becomes of the statistics of batch norms, in networks that have any: `keep`, or how they are
+              estimated anew on the calibration samples: `reset`, `momentum`, `correct`; `auto`: what gives the lowest
+              loss on those samples that are not estimated on
     evaluate: the text on which dense and pruned perplexity are compared: `source` (null: none), `windows`, `length`
     format:   the store that the weights are saved in: `dense`, zeros and all, or `packed`, without them
     bits:     packed weights that no step has quantized are rounded to 8 or 4 bits; null: they keep their dtype
@@ -210,7 +232,7 @@ class Recipe(_Part):
     """
 
     model: str = "smollm2-135m"
-    task: dict[str, dict[str, Any]] = {"text": {}}
+    task: dict[str, dict[str, Any]] = {AUTO: {}}
     calibration: Calibration = Calibration()
     bos: bool = True
     pattern: str = "unstructured"
@@ -221,6 +243,7 @@ class Recipe(_Part):
     lenses: tuple[str, ...] = ()
     steps: tuple[dict[str, dict[str, Any]], ...] = ({"sparsegpt": {}},)
     order: Literal["auto", "layer", "block", "back"] = "auto"
+    batch_norm: dict[str, dict[str, Any]] = {"auto": {}}
     evaluate: Evaluation = Evaluation()
     format: str = "dense"
     bits: Literal[8, 4] | None = None
@@ -238,16 +261,25 @@ class Recipe(_Part):
         those of its options that are keys of the recipe."""
         if not isinstance(values, Mapping):
             return values
-        task = _method("task", values.get("task", "text"))
+        task = _method("task", values.get("task", AUTO))
         ((name, options),) = task.items()
         out = {**values, "task": task, **{key: options.pop(key) for key in ("bos",) if key in options}}
         length = options.pop("length", None)
         for key in ("calibration", "evaluate"):
             part = values.get(key, {})
             if isinstance(part, Mapping):
-                out[key] = {"source": find_task(name).function.source, **part}  # type: ignore[attr-defined]
+                out[key] = dict(part)
+                kind: Any = None if name == AUTO else find_task(name).function
+                if kind is not None and part.get("source", AUTO) == AUTO:
+                    out[key]["source"] = kind.source
+                if kind is not None:
+                    out[key].setdefault(_COUNTS[key], getattr(kind.counts, key))
                 if out[key].get("length") is None and length is not None:
                     out[key]["length"] = length
+        heal = values.get("heal", {})
+        if name != AUTO and isinstance(heal, Mapping):
+            own: Mapping[str, Any] = find_task(name).function.training  # type: ignore[attr-defined]
+            out["heal"] = {**heal, **{key: value for key, value in own.items() if heal.get(key) is None}}
         return out
 
     @field_validator("sparsity", mode="before")
@@ -283,6 +315,11 @@ class Recipe(_Part):
     def _allocate(cls, value: Any) -> Any:
         return _method("allocate", value)
 
+    @field_validator("batch_norm", mode="before")
+    @classmethod
+    def _batch_norm(cls, value: Any) -> Any:
+        return _method("batch_norm", value)
+
     @field_validator("skip", "lenses", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
@@ -293,6 +330,7 @@ class Recipe(_Part):
         for step in self.steps:
             if len(step) != 1:
                 raise ValueError(f"steps: {step} should be one step, {{name: {{option: value}}}}")
+        self._check_amounts()
         takes = find_store(self.format).options
         if self.bits is not None and "bits" not in takes:
             raise ValueError(f"bits: {self.bits} is of packed weights: add format: packed (--format packed)")
@@ -316,6 +354,21 @@ class Recipe(_Part):
                     )
         return self
 
+    def _check_amounts(self) -> None:
+        """Text is trained on by tokens, other samples in passes."""
+        name, heal = next(iter(self.task)), self.heal
+        if name == AUTO:
+            return
+        text: bool = find_task(name).function.language  # type: ignore[attr-defined]
+        keys = ("samples", "augment", *(("epochs",) if heal.way == "retrain" else ())) if text else ("tokens", "length")
+        for key in keys:
+            if getattr(heal, key) == Healing.model_fields[key].get_default():
+                continue
+            if key == "epochs":
+                raise ValueError("heal.epochs is of way: reconstruct, not of retrain")
+            instead = "text is counted in heal.tokens" if text else f"task '{name}' trains in passes, heal.epochs"
+            raise ValueError(f"heal.{key} is of {'other tasks than text' if text else 'text'}: {instead}")
+
     @property
     def shape(self) -> Pattern:
         return Pattern.parse(self.pattern)
@@ -327,9 +380,20 @@ class Recipe(_Part):
         return self.sparsity.get("*", fixed if fixed is not None else 0.5)
 
     def make_task(self, length: int | None = None) -> Task:
-        """What the network is for; with samples of this length, where the task knows lengths. Raises InputError."""
+        """What the network is for; with samples of this length, where the task knows lengths. Raises InputError, too
+        where the recipe leaves it open and is not `resolved`."""
+        if AUTO in self.task:
+            raise InputError("the recipe does not say what the network is for: add a task, such as text.")
         said = ({} if length is None else {"length": length}) | ({} if self.bos else {"bos": False})
         return next(make_task(name, {**options, **said}) for name, options in self.task.items())
+
+    def resolved(self, model: Any) -> Recipe:
+        """For this model, by its name or in memory: with its task and that task's sources, where the recipe leaves them
+        open. Raises InputError."""
+        if AUTO not in self.task:
+            return self
+        ((_, options),) = self.task.items()
+        return self.of({**self.plain(), "task": {name: {**found, **options} for name, found in task_of(model).items()}})
 
     @property
     def spreads(self) -> bool:
@@ -341,6 +405,12 @@ class Recipe(_Part):
 
     def make_steps(self) -> list[Step]:
         return [make(name, options) for step in self.steps for name, options in step.items()]
+
+    def make_ways(self) -> dict[str, Way]:
+        """The ways to estimate batch norms that are tried; none to keep them."""
+        return {
+            key: make for name, options in self.batch_norm.items() for key, make in make_ways(name, options).items()
+        }
 
     def make_store(self) -> MakeStore:
         return make_store(self.format, {"bits": self.bits, "group": self.group, "round_head": self.round_head})
@@ -367,12 +437,14 @@ class Recipe(_Part):
             recipe = cls.model_validate(dict(values))
         except ValidationError as error:
             raise InputError(_explain(cls, error)) from None
+        recipe.make_ways()
         made = recipe.make_steps()
         if not any(step.prunes for step in made):
             names = ", ".join(step.name for step in made)
             raise InputError(f"steps: {names} chooses no weights to prune: add a step that does, such as wanda.")
         recipe.make_allocation()
-        recipe.make_task(recipe.calibration.length or recipe.evaluate.length)
+        if AUTO not in recipe.task:
+            recipe.make_task(recipe.calibration.length or recipe.evaluate.length)
         recipe.heal.make_groups()
         return recipe
 
@@ -402,6 +474,15 @@ class Recipe(_Part):
         plain = self.model_dump(mode="json")
         if not self.lenses:  # directories, journals and cells from before there were any stay what they are
             del plain["lenses"]
+        if AUTO in self.task:  # how many samples the task says
+            for key, count in _COUNTS.items():
+                if count not in getattr(self, key).model_fields_set:
+                    del plain[key][count]
+        for key in ("samples", "batch_norm", "augment"):  # likewise
+            if plain["heal"][key] == Healing.model_fields[key].get_default():
+                del plain["heal"][key]
+        if self.batch_norm == Recipe.model_fields["batch_norm"].get_default():
+            del plain["batch_norm"]
         return plain
 
 
@@ -412,7 +493,8 @@ def only_dense(sparsity: Any) -> dict[str, float]:
 
 def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
     """Apply `KEY=VALUE` settings to plain recipe data: `calibration.samples=8`, `sparsity.down_proj=0.3`, or
-    an option of a step or an allocation, `sparsegpt.damping=0.05`. Values are YAML. Raises InputError."""
+    an option of a step, an allocation or a task, `sparsegpt.damping=0.05`; where the task is left open, that of
+    the option is meant. Values are YAML. Raises InputError."""
     out = Recipe.of(values).plain() if values else Recipe().plain()
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -422,10 +504,12 @@ def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, An
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise InputError(f"--set {setting}: '{text}' is not a YAML value.") from None
+        if AUTO in out["task"] and (name := key.partition(".")[0]) in tasks:
+            out["task"] = {name: {}}
         methods: list[tuple[str, Mapping[str, Method], Any]] = [("step", steps, part) for part in out["steps"]]
         methods += [("allocation", allocations, out["allocate"]), ("task", tasks, out["task"])]
         methods += [("healing method", groups, part) for part in out["heal"]["train"]]
-        used = [name for _, _, part in methods for name in part]
+        used = [name for _, _, part in methods for name in part if name != AUTO]
         named = (name for name in used if key.startswith(f"{name}."))
         head = next(named, key.partition(".")[0])  # a step from a file has dots in its name
         rest = key[len(head) + 1 :]
@@ -444,7 +528,7 @@ def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, An
                 raise InputError(f"--set {setting}: '{head}' is a single value; write {head}=VALUE.")
             out[head][rest] = _methods("train", value) if (head, rest) == ("heal", "train") else value
         else:
-            out[head] = {value: {}} if head in ("allocate", "task") and isinstance(value, str) else value
+            out[head] = {value: {}} if head in ("allocate", "task", "batch_norm") and isinstance(value, str) else value
     return out
 
 

@@ -163,7 +163,7 @@ def lookup(kind: str, methods: Mapping[str, M], name: str) -> M:
     """The method called `name`, or the one that `path/to/file.py:name` registers. Raises InputError."""
     if ".py:" in name:
         path, _, name = name.rpartition(":")
-        module = _import(Path(path), kind)
+        module = import_file(Path(path), kind)
         own: dict[str, M] = _of_file.setdefault((module, kind), {})  # two files may use one name
         own |= {key: method for key, method in methods.items() if method.function.__module__ == module}
         methods = {**methods, **own}
@@ -190,8 +190,8 @@ def checked(kind: str, method: Method, options: Mapping[str, Any]) -> dict[str, 
 _of_file: dict[tuple[str, str], dict[str, Any]] = {}
 
 
-def _import(path: Path, kind: str) -> str:
-    """Run a file once; the name of its module."""
+def import_file(path: Path, kind: str) -> str:
+    """Run a file once; the name of its module, in `sys.modules`. Raises InputError."""
     if not path.is_file():
         raise InputError(f"{kind} file '{path}' does not exist.")
     key = f"prunella_step_{path.stem}_{abs(hash(path.resolve()))}"

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import InputError
 
 Batch = Mapping[str, Tensor]  # what a network is called with: {argument: (B, …)}, a sample a row
+TARGET = "_target"  # among the tensors of samples: what `Task.target` made of the dense network's outputs for them
 NUMBERS = 1024  # of a picture or a sound that take the room of a token
 
 
@@ -47,20 +48,42 @@ class Samples:
             raise InputError("there are no samples to run the network on.")
         return samples
 
+    @classmethod
+    def gathered(cls, each: Iterable[Batch]) -> Samples:
+        """Samples from single ones, {argument: (1, …)}, those of one shape in a group, in order; the largest group is
+        the first one."""
+        found: dict[tuple[tuple[str, torch.Size], ...], list[Batch]] = {}
+        for one in each:
+            found.setdefault(tuple((key, tensor.shape[1:]) for key, tensor in one.items()), []).append(one)
+        groups = sorted(found.values(), key=len, reverse=True)
+        return cls.of({key: torch.cat([one[key] for one in group]) for key in group[0]} for group in groups)
+
     @functools.cached_property
     def digest(self) -> str:
         """The same for the same samples, and for no others."""
         found = hashlib.sha256()
         for group in self.groups:
-            for key, tensor in group.items():
+            for key, tensor in given(group).items():
                 found.update(f"{'' if key == 'input_ids' else key}{tuple(tensor.shape)}".encode())
                 found.update(_raw(tensor).numpy().tobytes())
         return found.hexdigest()[:16]
 
+    def hashes(self, but: Collection[str] = ()) -> list[int]:
+        """A number of 32 bits for each sample, the same for the same one; tensors of these names do not count."""
+        found = []
+        for group in self.groups:
+            held = {key: _raw(t.reshape(len(t), -1)).numpy() for key, t in sorted(group.items()) if key not in but}
+            for row in range(size_of(group)):
+                digest = hashlib.sha256()
+                for key, rows in held.items():
+                    digest.update(f"{key}{tuple(group[key].shape[1:])}".encode() + rows[row].tobytes())
+                found.append(int.from_bytes(digest.digest()[:4], "little"))
+        return found
+
     @property
     def tensors(self) -> list[Tensor]:
-        """All of them, in order, as bytes."""
-        return [_raw(tensor) for group in self.groups for tensor in group.values()]
+        """All of them, in order, as bytes; those that a network made are left out."""
+        return [_raw(tensor) for group in self.groups for tensor in given(group).values()]
 
     def __len__(self) -> int:
         return sum(map(size_of, self.groups))
@@ -90,12 +113,37 @@ class Samples:
             for number in range(-(-size_of(group) // size)):
                 yield {key: some[number] for key, some in parts.items()}
 
+    @functools.cached_property
+    def _starts(self) -> list[int]:
+        """The number of each group's first sample."""
+        return list(itertools.accumulate(map(size_of, self.groups), initial=0))
+
+    def group_of(self, number: int) -> int:
+        """The group that a sample is in."""
+        return bisect_right(self._starts, number) - 1
+
     def pick(self, numbers: Sequence[int]) -> Iterator[Batch]:
         """Samples by their numbers, in this order; those side by side that are of one shape together."""
-        starts = list(itertools.accumulate(map(size_of, self.groups), initial=0))
-        for at, some in itertools.groupby(numbers, lambda number: bisect_right(starts, number) - 1):
-            rows = torch.tensor([number - starts[at] for number in some])
+        for at, some in itertools.groupby(numbers, self.group_of):
+            rows = torch.tensor([number - self._starts[at] for number in some])
             yield {key: tensor[rows] for key, tensor in self.groups[at].items()}
+
+    def take(self, numbers: Iterable[int]) -> Samples:
+        """The samples of these numbers, in order within their groups."""
+        return Samples(tuple(self.pick(sorted(numbers))))
+
+    def shuffled(self, seed: int, together: int = 1) -> list[int]:
+        """All numbers in an order that is drawn at random, so many side by side of one shape as far as there are."""
+        generator = torch.Generator().manual_seed(seed)
+        full: list[list[int]] = []
+        rest: list[int] = []
+        for start, group in zip(self._starts, self.groups, strict=False):
+            order = (torch.randperm(size_of(group), generator=generator) + start).tolist()
+            whole = len(order) // together * together
+            full += [order[i : i + together] for i in range(0, whole, together)]
+            rest += order[whole:]
+        drawn = torch.randperm(len(full), generator=generator).tolist()
+        return [number for i in drawn for number in full[i]] + rest
 
     def __iter__(self) -> Iterator[Batch]:
         """Each sample alone."""
@@ -106,6 +154,11 @@ def _raw(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().view(torch.uint8)
 
 
+def given(batch: Batch) -> dict[str, Tensor]:
+    """A batch without the targets that a network made."""
+    return {key: tensor for key, tensor in batch.items() if key != TARGET}
+
+
 def on(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """A batch on a device."""
     return {key: tensor.to(device) for key, tensor in batch.items()}
@@ -114,6 +167,13 @@ def on(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 def size_of(group: Batch) -> int:
     """How many samples a group or batch has."""
     return len(next(iter(group.values())))
+
+
+def rows_of(tensor: Tensor, dimension: int, samples: int, start: int, count: int = 1) -> Tensor:
+    """Of a tensor in which so many samples are stacked along a dimension, with one row each or several (the patches of
+    all pictures, say), those of `count` samples from `start` on."""
+    each = tensor.shape[dimension] // samples
+    return tensor.narrow(dimension, start * each, count * each)
 
 
 def tokens_of(group: Batch) -> int:

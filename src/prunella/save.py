@@ -34,7 +34,7 @@ from .model.network import Model
 from .outcome import BlockResult, LayerResult
 from .phases import phase
 from .store import MakeStore, make_store
-from .tensors import write_json, write_text
+from .tensors import save_tensors, write_json, write_text
 from .workshop import RUN, Workshop
 
 REPORT = "prunella.json"
@@ -125,6 +125,11 @@ class Output:
         with self._writing():
             self._log({"note": key, "value": value})
 
+    def put_aside(self, file: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors in a file beside the model for as long as the run lasts, for one that resumes it."""
+        with self._writing():
+            save_tensors(self.partial / file, {key: tensor.contiguous() for key, tensor in tensors.items()})
+
     @property
     def checkpoint(self) -> Source:
         """The pruned weights written so far."""
@@ -170,6 +175,8 @@ class Output:
         copy_companions(checkpoint.directory, self.folder, but=(REPORT, RUN))
         if self.model.tokenizer_given:
             self.model.tokenizer.save_pretrained(self.folder)
+        if not (self.folder / "config.json").is_file():  # whose network a function builds
+            return
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         if self.model.dtype != checkpoint.dtype() or {"quantization_config", "transformers_weights"} & config.keys():
             config.pop("quantization_config", None)

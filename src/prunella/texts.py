@@ -1,4 +1,4 @@
-"""From the name of a text to its documents.
+"""From the name of a text to its documents, or to rows of which a task makes samples.
 
 A source is one of
 
@@ -25,15 +25,19 @@ import io
 import itertools
 import json
 import lzma
+import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, TypeVar
 
 from .errors import InputError, first_line, say, unknown
 
+T = TypeVar("T")
 Split = Literal["train", "test"]
+PASSAGE = 5  # words that a passage has at least
 
 
 class _Named(NamedTuple):
@@ -59,17 +63,27 @@ def documents(source: str, tokenizer: Any = None, split: Split = "train") -> Ite
         tokenizer: with the chat template for conversations.
         split: what a data set that goes by its usual name is wanted for.
     """
+    return records(source, partial(_document, tokenizer=tokenizer), ("text", "messages"), split)
+
+
+def records(
+    source: str, make: Callable[[Any, str], T | None], columns: Collection[str], split: Split = "train"
+) -> Iterator[T]:
+    """What `make(row, place)` makes of each row of a source: a row is a mapping with these columns, as far as it has
+    them, or whatever else stands in a file of JSON; its place is in words, for errors. None passes it over. A file that
+    is one document has one row, its `text`. Raises InputError, too where a table has none of the columns."""
     if source == "pydoc":
         from pydoc_data import topics
 
-        return iter([topics.topics[key] for key in sorted(topics.topics)])
+        made = (make({"text": topics.topics[key]}, f"pydoc, '{key}'") for key in sorted(topics.topics))
+        return (one for one in made if one is not None)
     if found := _hub(source, split):
-        return _dataset(*found, tokenizer)
+        return _dataset(*found, make, columns)
     path = Path(source)
     if read := _reader(path):
         if not path.is_file():
             raise InputError(f"text file '{source}' does not exist.")
-        return _file(path, *read, tokenizer)
+        return _file(path, *read, make, columns)
     if path.is_dir() and source:
         raise InputError(
             f"'{source}' is a directory: give a file in it, or hf:{source} for a data set that lies there."
@@ -80,6 +94,18 @@ def documents(source: str, tokenizer: Any = None, split: Split = "train") -> Ite
         )
     known = [*_NAMED, "pydoc", "self"]
     raise InputError(unknown("text", source, known) + f" Or give a file ({_ENDINGS}), or hf:DATASET[:CONFIG[:SPLIT]].")
+
+
+def is_prose(source: str) -> bool:
+    """Is a row of this source a whole document, to be cut, and not one text of many?"""
+    read = _reader(Path(source))
+    return source == "pydoc" or (read is not None and read[1] is _plain)
+
+
+def passages(document: str) -> list[str]:
+    """A document cut at empty lines; what is shorter than a few words (headings, say) is left out."""
+    cut = (" ".join(part.split()) for part in re.split(r"\n\s*\n", document))
+    return [part for part in cut if part.count(" ") + 1 >= PASSAGE]
 
 
 def same_text(source: str, tested: str) -> bool:
@@ -117,7 +143,7 @@ def _hub(source: str, split: Split) -> tuple[str, str | None, str] | None:
 # A document of a row
 
 
-def _document(row: Any, place: str, tokenizer: Any) -> str | None:
+def _document(row: Any, place: str, *, tokenizer: Any) -> str | None:
     """The text of a row: its `text`, or its `messages` as the chat template writes them; None where it has neither,
     as tables have rows with nothing in a column."""
     if not isinstance(row, Mapping) or not row.keys() & {"text", "messages"}:
@@ -125,10 +151,13 @@ def _document(row: Any, place: str, tokenizer: Any) -> str | None:
     text, messages = row.get("text"), row.get("messages")
     if text is None and messages is not None:
         text = _conversation(messages, place, tokenizer)
-    if text is None:
-        return None
+    return None if text is None else checked_text(text, place)
+
+
+def checked_text(text: Any, place: str, column: str = "text") -> str:
+    """A text as it is. Raises InputError for what is none."""
     if not isinstance(text, str):
-        raise InputError(f"{place}: 'text' is not a string.")
+        raise InputError(f"{place}: '{column}' is not a string.")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -167,19 +196,24 @@ def lead(tokenizer: Any) -> list[int]:
 # Files
 
 _Rows = Iterator[tuple[str, Any]]  # each with its place, in words
+_Read = Callable[[IO[bytes], str, Collection[str]], _Rows]  # of a file, its name in quotes, the columns that are wanted
 
 
 def _file(
-    path: Path, open_: Callable[..., Any], rows: Callable[[IO[bytes], str], _Rows], tokenizer: Any
-) -> Iterator[str]:
+    path: Path,
+    open_: Callable[..., Any],
+    rows: _Read,
+    make: Callable[[Any, str], T | None],
+    columns: Collection[str],
+) -> Iterator[T]:
     found = False
     try:
         with open_(path, "rb") as file:
-            for place, row in rows(file, f"'{path}'"):
-                text = _document(row, place, tokenizer)
-                if text is not None:
-                    found = found or bool(text.strip()) or rows is not _plain
-                    yield text
+            for place, row in rows(file, f"'{path}'", columns):
+                made = make(row, place)
+                if made is not None:
+                    found = found or rows is not _plain or bool(row["text"].strip())
+                    yield made
     except UnicodeDecodeError as error:
         where = f" (byte {error.start})" if rows is _plain else ""
         raise InputError(f"'{path}' is not UTF-8 text{where}: convert it first.") from None
@@ -196,12 +230,12 @@ def _decoded(file: IO[bytes], newline: str | None = None) -> io.TextIOWrapper:
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
 
 
-def _plain(file: IO[bytes], name: str) -> _Rows:
+def _plain(file: IO[bytes], name: str, columns: Collection[str]) -> _Rows:
     text = _decoded(file).read()
     yield name, {"text": text}
 
 
-def _json_lines(file: IO[bytes], name: str) -> _Rows:
+def _json_lines(file: IO[bytes], name: str, columns: Collection[str]) -> _Rows:
     return _objects(_decoded(file), name)
 
 
@@ -214,7 +248,7 @@ def _objects(lines: Iterable[str], name: str) -> _Rows:
                 yield f"{name}, line {number}", None  # not an object
 
 
-def _json(file: IO[bytes], name: str) -> _Rows:
+def _json(file: IO[bytes], name: str, columns: Collection[str]) -> _Rows:
     """An array, one object, or JSON lines, which many .json files hold."""
     text, start = _decoded(file), list[str]()
     for line in text:
@@ -238,19 +272,19 @@ def _json(file: IO[bytes], name: str) -> _Rows:
         yield name, value
 
 
-def _csv(file: IO[bytes], name: str, delimiter: str = ",") -> _Rows:
+def _csv(file: IO[bytes], name: str, columns: Collection[str], delimiter: str = ",") -> _Rows:
     csv.field_size_limit(sys.maxsize)  # a document is one field
     rows = csv.DictReader(_decoded(file, newline=""), delimiter=delimiter)
-    _check_columns(rows.fieldnames or (), name)
+    _check_columns(rows.fieldnames or (), name, columns)
     for row in rows:
         yield f"{name}, line {rows.line_num}", row
 
 
-def _tsv(file: IO[bytes], name: str) -> _Rows:
-    return _csv(file, name, "\t")
+def _tsv(file: IO[bytes], name: str, columns: Collection[str]) -> _Rows:
+    return _csv(file, name, columns, "\t")
 
 
-def _parquet(file: IO[bytes], name: str) -> _Rows:
+def _parquet(file: IO[bytes], name: str, columns: Collection[str]) -> _Rows:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -259,7 +293,7 @@ def _parquet(file: IO[bytes], name: str) -> _Rows:
     number = 0
     try:
         table = ParquetFile(file)
-        wanted = _check_columns(table.schema_arrow.names, name)
+        wanted = _check_columns(table.schema_arrow.names, name, columns)
         for batch in table.iter_batches(batch_size=256, columns=wanted):
             for row in batch.to_pylist():
                 number += 1
@@ -268,15 +302,17 @@ def _parquet(file: IO[bytes], name: str) -> _Rows:
         raise InputError(f"text file {name} is damaged: {first_line(error)}.") from None
 
 
-def _check_columns(names: Iterable[str], name: str) -> list[str]:
-    """The columns that hold text. Raises InputError if there is none."""
-    found = [column for column in names if column in ("text", "messages")]
+def _check_columns(names: Iterable[str], name: str, columns: Collection[str]) -> list[str]:
+    """Those of the columns that are there. Raises InputError if there is none."""
+    found = [column for column in names if column in columns]
     if not found:
-        raise InputError(f"{name} has no 'text' column, nor 'messages'; it has: {', '.join(names) or 'none'}.")
+        first, *more = columns
+        nor = "".join(f", nor '{column}'" for column in more)
+        raise InputError(f"{name} has no '{first}' column{nor}; it has: {', '.join(names) or 'none'}.")
     return found
 
 
-_READERS: dict[str, Callable[[IO[bytes], str], _Rows]] = {
+_READERS: dict[str, _Read] = {
     ".txt": _plain,
     ".jsonl": _json_lines,
     ".json": _json,
@@ -288,7 +324,7 @@ _COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open
 _ENDINGS = f"{', '.join(_READERS)}, or one of them in {', '.join(_COMPRESSED)}"
 
 
-def _reader(path: Path) -> tuple[Callable[..., Any], Callable[[IO[bytes], str], _Rows]] | None:
+def _reader(path: Path) -> tuple[Callable[..., Any], _Read] | None:
     """How a file is opened and read, by the ending of its name; None for one that is not text."""
     kind, packed = path.suffix.lower(), None
     if kind in _COMPRESSED:
@@ -300,19 +336,39 @@ def _reader(path: Path) -> tuple[Callable[..., Any], Callable[[IO[bytes], str], 
 # Data sets of the hub
 
 
-def _dataset(name: str, config: str | None, split: str, tokenizer: Any) -> Iterator[str]:
+class ClassName(str):
+    """The name of a class in a data set of the hub, with its number there."""
+
+    number: int
+
+    @classmethod
+    def of(cls, names: list[str], number: int) -> ClassName:
+        made = cls(names[number])
+        made.number = number
+        return made
+
+
+def _dataset(
+    name: str, config: str | None, split: str, make: Callable[[Any, str], T | None], columns: Collection[str]
+) -> Iterator[T]:
     try:
         import datasets
     except ImportError:
         raise InputError("data sets of the hub need the package datasets: pip install 'prunella[data]'.") from None
     say(f"reading the data set {name} ({config or 'default'}, {split}) from the hub")
     try:
-        for number, row in enumerate(datasets.load_dataset(name, config, split=split, streaming=True), 1):
+        data = datasets.load_dataset(name, config, split=split, streaming=True)
+        features: Mapping[str, Any] = getattr(data, "features", None) or {}
+        classes = {column: f.names for column, f in features.items() if column in columns and hasattr(f, "names")}
+        for number, row in enumerate(data, 1):
             if number == 1:
-                _check_columns(row, f"data set '{name}'")
-            text = _document(row, f"data set '{name}', row {number}", tokenizer)
-            if text is not None:
-                yield text
+                _check_columns(row, f"data set '{name}'", columns)
+            for column, names in classes.items():
+                if isinstance(row[column], int) and 0 <= row[column] < len(names):
+                    row = {**row, column: ClassName.of(names, row[column])}
+            made = make(row, f"data set '{name}', row {number}")
+            if made is not None:
+                yield made
     except InputError:
         raise
     except Exception as error:

@@ -45,6 +45,17 @@ def map_tensors(value: Any, leaf: Callable[[Tensor], Any]) -> Any:
     return map_tree(value, lambda item: leaf(item) if isinstance(item, Tensor) else item)
 
 
+def stacked(values: Sequence[Any], dimension: int) -> Any:
+    """Trees of one form as one tree: each of its tensors is theirs behind one another."""
+    first_one = values[0]
+    if isinstance(first_one, Tensor):
+        return torch.cat(list(values), dimension)
+    if isinstance(first_one, tuple) or is_container(first_one):
+        each = [[item for _, item in items(value)] for value in values]
+        return rebuilt(first_one, [stacked(column, dimension) for column in zip(*each, strict=True)])
+    return first_one
+
+
 def rebuilt(old: Any, new: Sequence[Any]) -> Any:
     """A tuple or a container of the same type with these items, in order; the old one where they are its own."""
     before = items(old)

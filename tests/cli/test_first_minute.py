@@ -56,7 +56,7 @@ def test_the_help_of_prune_is_in_groups_with_defaults(run: Run, monkeypatch: Any
 
 def test_the_defaults_that_the_help_names_are_the_recipes(run: Run, monkeypatch: Any) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    recipe = prunella.Recipe()
+    recipe = prunella.Recipe.of({"task": "text"})
     means = {
         "step": next(iter(recipe.steps[0])),
         "sparsity": recipe.default_sparsity,

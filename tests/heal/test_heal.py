@@ -28,6 +28,8 @@ from prunella.evaluate.measure import digest
 from prunella.heal import line
 from prunella.heal import rounds as in_rounds
 from prunella.heal.report import calibrated
+from prunella.samples import Samples
+from prunella.tasks import text
 from prunella.tensors import MASKS
 from prunella.train import checkpoints, retrain
 from prunella.train.schedule import make_schedule
@@ -38,7 +40,7 @@ def _interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-NEXT_TOKEN_LOSS = retrain.next_token_loss
+NEXT_TOKEN_LOSS = text.next_token_loss
 
 
 def climb(monkeypatch: pytest.MonkeyPatch, after: int = 0) -> None:
@@ -50,7 +52,7 @@ def climb(monkeypatch: pytest.MonkeyPatch, after: int = 0) -> None:
         calls += logits.requires_grad
         return NEXT_TOKEN_LOSS(logits, *args, **options) * (-1 if logits.requires_grad and calls > after else 1)
 
-    monkeypatch.setattr(retrain, "next_token_loss", loss)
+    monkeypatch.setattr(text, "next_token_loss", loss)
 
 
 def weights(directory: Path) -> dict[str, Tensor]:
@@ -254,14 +256,14 @@ def test_a_loss_that_is_not_finite_ends_it_and_the_best_checkpoint_stays(
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
-    real = retrain.next_token_loss
+    real = text.next_token_loss
 
     def diverge(logits: Tensor, *args: Any, **options: Any) -> Tensor:
         nonlocal calls
         calls += logits.requires_grad
         return real(logits, *args, **options) * (math.nan if calls > 12 else 1)
 
-    monkeypatch.setattr(retrain, "next_token_loss", diverge)
+    monkeypatch.setattr(text, "next_token_loss", diverge)
     with pytest.raises(NumericalError, match="healing diverged") as error:
         prunella.heal(pruned, settings(train=["norms"]), output=tmp_path / "out")
     best = tmp_path / "out.partial" / "training" / "checkpoint-4"
@@ -469,10 +471,10 @@ def test_each_round_trains_on_text_of_its_own(pruned: Path, tmp_path: Path, monk
     seen: list[set[tuple[int, ...]]] = []
     real = retrain.retrain
 
-    def spy(model: Any, chosen: Any, windows_NL: Tensor, held_NL: Tensor, *rest: Any, **options: Any) -> Any:
-        seen.append({tuple(ids.tolist()) for ids in windows_NL})
-        seen.append({tuple(ids.tolist()) for ids in held_NL})
-        return real(model, chosen, windows_NL, held_NL, *rest, **options)
+    def spy(model: Any, chosen: Any, samples: Samples, held: Samples, *rest: Any, **options: Any) -> Any:
+        seen.append({tuple(ids.tolist()) for ids in samples.groups[0]["input_ids"]})
+        seen.append({tuple(ids.tolist()) for ids in held.groups[0]["input_ids"]})
+        return real(model, chosen, samples, held, *rest, **options)
 
     monkeypatch.setattr(line, "retrain", spy)
     for k in range(2):
@@ -775,9 +777,9 @@ def test_a_dense_model_that_is_trained_first_teaches(
     seen: list[set[tuple[int, ...]]] = []
     real = retrain.retrain
 
-    def spy(model: Any, chosen: Any, windows_NL: Tensor, held_NL: Tensor, *rest: Any, **options: Any) -> Any:
-        seen.append({tuple(ids.tolist()) for ids in torch.cat([windows_NL, held_NL])})
-        return real(model, chosen, windows_NL, held_NL, *rest, **options)
+    def spy(model: Any, chosen: Any, samples: Samples, held: Samples, *rest: Any, **options: Any) -> Any:
+        seen.append({tuple(ids.tolist()) for some in (samples, held) for ids in some.groups[0]["input_ids"]})
+        return real(model, chosen, samples, held, *rest, **options)
 
     monkeypatch.setattr(line, "retrain", spy)
     kept: dict[str, Path] = {}
@@ -835,9 +837,9 @@ def test_every_window_to_train_on_begins_with_bos(
     seen: list[Tensor] = []
     real = retrain.retrain
 
-    def spy(model: Any, chosen: Any, windows_NL: Tensor, held_NL: Tensor, *rest: Any, **options: Any) -> Any:
-        seen.extend((windows_NL, held_NL))
-        return real(model, chosen, windows_NL, held_NL, *rest, **options)
+    def spy(model: Any, chosen: Any, samples: Samples, held: Samples, *rest: Any, **options: Any) -> Any:
+        seen.extend(some.groups[0]["input_ids"] for some in (samples, held))
+        return real(model, chosen, samples, held, *rest, **options)
 
     monkeypatch.setattr(line, "retrain", spy)
     recipe = settings(train=["norms"], tokens=128) | {"evaluate": {"windows": 2, "length": 48}}

@@ -173,5 +173,5 @@ def _print_saved(output: Path, report: Report) -> None:
     print(f"saved to {output}")
     if report.apart:  # which does not fit on packed weights
         print(f"the adapter lies in {output / 'adapter'}: PeftModel.from_pretrained(model, …) puts it on that model")
-    elif report.recipe.get("format", "dense") == "dense" and "text" in report.recipe.get("task", "text"):
+    elif report.recipe.get("format", "dense") == "dense":
         print(f"its zeros still take room and time: {command('pack', output)} -o DIR leaves them out")

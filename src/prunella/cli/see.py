@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,10 +20,18 @@ MEASURING = (
         MEASURE,
         "--text TEXT …",
         "texts",
-        f"What to measure perplexity on: {SOURCES}; repeat. [default: pydoc, or with tasks none]",
+        f"What to measure on: {SOURCES}, or what else the task reads; repeat. [default: pydoc, or the task's own; with"
+        " tasks none]",
     ),
     ask(MEASURE, "--length TOKENS", "length", "Tokens in a window. [default: 2048, or the model's context]", min=2),
-    ask(MEASURE, "--windows N", "windows", "The first so many windows. [default: all; of c4 and hf:… 256]", min=1),
+    ask(
+        MEASURE,
+        "--windows N",
+        "windows",
+        "The first so many windows, or samples. [default: all; of c4 and hf:… 256]",
+        min=1,
+    ),
+    ask(MEASURE, "--task NAME", "task", "What the network is for. [default: as its files say]"),
     *(option for option in PRUNING if option.key == "bos"),
     ask(MEASURE, "--tasks NAMES", "tasks", "Tasks of lm-eval: arc_easy,piqa …"),
     ask(MEASURE, "--tasks-file FILE …", "files", "JSON lines with query, choices and gold, for lm-eval; repeat."),
@@ -41,20 +50,23 @@ def evaluate_(
     json_: Json = False,
     trust: Annotated[dict[str, Any], TRUST],
 ) -> None:
-    """Measure MODEL: perplexity on texts, in consecutive windows each scored on its own; accuracy on tasks."""
+    """Measure MODEL: perplexity on texts, in consecutive windows each scored on its own; accuracy on tasks; of what is
+    no language model the scores of its task."""
     from ..evaluate.score import score
     from ..model.names import at_revision
     from ..report import bos_words
 
     tasks = [name.strip() for name in given.pop("tasks", "").split(",") if name.strip()]
-    texts = given.pop("texts", None) or ([] if tasks or "files" in given else ["pydoc"])
+    texts = given.pop("texts", None)
     name = at_revision(model, opening.pop("revision", None))
     result = score(name, texts, tasks, track=track, **given, **opening, **trust)
     beside = given.get("beside")
     if json_:
         print(json.dumps(result))
         return
-    for found in result["texts"]:
+    for found in result.get("sources", ()):
+        _print_source(found, beside, result["dtype"])
+    for found in result.get("texts", ()):
         cut = f"{found['windows']} windows of {found['length']} tokens {bos_words(found['bos'])}"
         about = f"({found['text']}, {cut}, {result['dtype']})"
         print(f"perplexity {found['perplexity']:.3f}  {about}")
@@ -64,7 +76,7 @@ def evaluate_(
                 f"           {found['beside']['perplexity']:.3f}  {beside}: {apart['difference']:+.3f}, 95% between"
                 f" {apart['low']:+.3f} and {apart['high']:+.3f}"
             )
-    if result["tasks"]:
+    if result.get("tasks"):
         columns = ["task", "questions", "metric", *([Path(beside).name] if beside else []), Path(model).name]
         columns += ["changed"] if beside else []  # answers
         rows = []
@@ -78,6 +90,27 @@ def evaluate_(
         print_table(columns, rows, title, right=[name for name in columns if name not in ("task", "metric")])
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
+
+
+def _print_source(found: Mapping[str, Any], beside: str | None, dtype: str) -> None:
+    """What a task says of a model on one source, and of the one beside it: the figure, then what else it counts."""
+    from ..report import Figure
+    from ..report.figure import more_of
+
+    figure, more = Figure.of(found), more_of(found)
+    about = ", ".join(filter(None, (Path(found["source"]).name, f"{found['samples']} samples", dtype)))
+    print(f"{figure.name} {figure}  ({about})")
+    if beside is not None:
+        other, apart = Figure.of(found["beside"]), found.get("difference")
+        points = " points" if figure.unit else ""
+        values = [figure.scale * apart[key] for key in ("difference", "low", "high")] if apart else []
+        form = "+.1f" if figure.unit else "+.4g"
+        said = f": {values[0]:{form}}{points}, 95% between {values[1]:{form}} and {values[2]:{form}}" if values else ""
+        print(f"{' ' * len(figure.name)} {other}  {beside}{said}")
+        theirs = more_of(found["beside"])
+        more = {name: value + (f", beside {theirs[name]}" if name in theirs else "") for name, value in more.items()}
+    for name, value in more.items():
+        print(f"  {name} {value}")
 
 
 def _with_error(value: float, error: float | None) -> str:

@@ -1,7 +1,9 @@
-"""How sure one can be that one model is better than another on the same windows."""
+"""How sure one can be that one model is better than another on the same samples."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +13,7 @@ from ..tasks.text import Perplexity
 
 @dataclass(frozen=True)
 class Difference:
-    """How much higher one perplexity is than another, and the interval that holds 95% of what other texts of the same
+    """How much higher one figure is than another, and the interval that holds 95% of what other samples of the same
     kind would show."""
 
     difference: float
@@ -37,3 +39,16 @@ def difference(one: Perplexity, other: Perplexity, *, draws: int = 10_000, seed:
     apart_D = np.exp(means_2D[0]) - np.exp(means_2D[1])
     low, high = np.quantile(apart_D, (0.025, 0.975))
     return Difference(one.perplexity - other.perplexity, float(low), float(high))
+
+
+def paired(one: Sequence[float], other: Sequence[float]) -> Difference:
+    """The mean of one figure minus that of the other over the same samples, and mean ± 1.96 s / sqrt(n), s being the
+    deviation of the differences sample by sample (n - 1 below the line): what makes a sample hard for both cancels out.
+
+    Of right and wrong answers, 1 and 0, only those count on which the two differ, b that one alone has right and c that
+    the other has: the mean is (b - c) / n, and n s² near b + c, as in the test of Q. McNemar, Psychometrika 12, 1947.
+    """
+    apart_N = np.array(one, dtype=np.float64) - np.array(other, dtype=np.float64)
+    mean = float(apart_N.mean())
+    half = 1.96 * float(apart_N.std(ddof=1)) / math.sqrt(len(apart_N)) if len(apart_N) > 1 else math.inf
+    return Difference(mean, mean - half, mean + half)

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from ..calibrate import check_windows
-from ..errors import NumericalError
+from ..errors import NumericalError, StepError
 from ..model.checkpoint import Source
 from ..model.network import Model
+from ..model.task import Answers
 from ..progress import Track, no_track
 from ..samples import Samples, on
 from ..stream import Stream
 from ..tasks.text import Perplexity
+from ..unlabelled import each_output
 from ..waits import fetch
 
 
@@ -43,12 +45,26 @@ def measured(
     model: Model, samples: Samples, *, checkpoint: Source | None = None, track: Track = no_track
 ) -> list[float]:
     """The task's loss of each sample, as `perplexity` makes it of windows. Raises NumericalError."""
-    figure = model.task.figure
-    every = losses(through(model, samples, checkpoint=checkpoint, track=track, what=figure), checkpoint)
+    return answered(model, samples, checkpoint=checkpoint, track=track)[0]
+
+
+def answered(
+    model: Model, samples: Samples, *, checkpoint: Source | None = None, track: Track = no_track
+) -> tuple[list[float], Answers]:
+    """The task's loss of each sample, and what the task wants to know of the outputs beside (`Task.answers`), on the
+    CPU. Raises NumericalError."""
+    figure, answers = model.task.figure, dict[str, list[Tensor]]()
+    stream = through(model, samples, checkpoint=checkpoint, track=track, what=figure)
+    every = losses(stream, checkpoint, answers)
     if not math.isfinite(sum(every)):
         reason = _culprit(model, samples, checkpoint)
         raise NumericalError(f"the {figure} of '{model.name}' is not finite: {reason}.")
-    return every
+    for what, some in answers.items():
+        if len({(tensor.dtype, tensor.shape[1:]) for tensor in some}) != 1:
+            raise StepError(
+                f"task '{model.task.name}': answers '{what}' are not of one shape and dtype for all samples."
+            )
+    return every, {what: torch.cat(some) for what, some in answers.items()}
 
 
 def through(
@@ -61,21 +77,28 @@ def through(
     return stream
 
 
-def losses(stream: Stream, checkpoint: Source | None = None) -> list[float]:
-    """The task's loss of each sample that has passed all blocks."""
+def losses(
+    stream: Stream, checkpoint: Source | None = None, answers: dict[str, list[Tensor]] | None = None
+) -> list[float]:
+    """The task's loss of each sample that has passed all blocks; `answers` takes what else the task wants to know,
+    batch by batch."""
     model, every = stream.model, list[Tensor]()
 
-    def score() -> None:
-        batch = on(stream.batches[number], model.device)
-        every.append(model.task.losses(stream.outputs(number), batch))
+    def score(number: int) -> None:
+        batch, outputs = on(stream.batches[number], model.device), stream.outputs(number)
+        found = model.task.losses(outputs, batch)
+        told = {} if answers is None else {w: t.detach().cpu() for w, t in model.task.answers(outputs, batch).items()}
+        every.append(found)
+        for what, tensor in told.items():
+            if tensor.shape[:1] != found.shape:
+                raise StepError(
+                    f"task '{model.task.name}': answers '{what}' of shape {tuple(tensor.shape)} for {len(found)}"
+                    " samples: a sample is a row."
+                )
+            if answers is not None:
+                answers.setdefault(what, []).append(tensor)
 
-    number = 0
-    with torch.no_grad():
-        while number < len(stream.batches):
-            # Loaded anew where batches were halved, after which what that needed of it is gone.
-            with model.outside(checkpoint=checkpoint):
-                while number < len(stream.batches) and stream.fits(number, score):
-                    number += 1
+    each_output(stream, score, checkpoint)
     return [loss for some in fetch(every) for loss in some.tolist()]
 
 

@@ -17,19 +17,21 @@ from ..model.network import Model
 from ..overlap import overlap
 from ..progress import Track, no_track
 from ..report import seen
-from ..tasks.text import load_model
+from ..tasks import AUTO, open_model
 from .difference import difference
 from .perplexity import perplexity
+from .task import judge
 
 SHARED = 0.05  # of a text's 13-grams in the calibration text: more than two texts have in common by chance
 
 
 def score(
     model: str,
-    texts: Sequence[str] = (),
+    texts: Sequence[str] | None = (),
     tasks: Sequence[str] = (),
     files: Sequence[str | Path] = (),
     *,
+    task: str = AUTO,
     beside: str | None = None,
     length: int | None = None,
     windows: int | None = None,
@@ -41,8 +43,10 @@ def score(
     """Measure a model by any name, a packed one in packed form.
 
     Args:
-        texts: sources of text (`prunella.texts`) for the perplexity, in windows of `length` tokens: the first
-            `windows` of each, or all (of `c4` and other long data sets of the hub the first 256).
+        texts: sources of what is measured on; None: the task's own, or with tasks or files none. Of text
+            (`prunella.texts`) perplexity, in windows of `length` tokens: the first `windows` of each, or all (of `c4`
+            and other long data sets of the hub the first 256). Of another task what that says of so many samples.
+        task: what the model is for, by name; `auto`: as its files say.
         tasks, files, limit: for the accuracies, see `prunella.evaluate.harness.accuracies`.
         bos: every window, and every request of a task, begins with what the tokenizer puts before a text, if anything;
             else none does.
@@ -50,14 +54,25 @@ def score(
         opening: how models are opened, as for `load_model`: dtype, device, tokenizer, remote_code, pickles.
     Returns:
         Plain data: model, beside, dtype, texts and tasks (one entry each, with what `beside` got under that name), and
-        warnings about what makes the figures doubtful. With one text its fields stand at the top as well.
+        warnings about what makes the figures doubtful. With one text its fields stand at the top as well. Of another
+        task than text it has `sources` in place of texts, see `prunella.evaluate.task`.
     Raises:
         PrunellaError: anything about the input that the user can mend.
     """
     warnings: list[str] = []
-    opened = load_model(model, packed=True, **opening)
+    opened = open_model(model, task, packed=True, **opening)
     result = {"model": model, "beside": beside, "dtype": str(opened.dtype)[6:]}
-    other = load_model(beside, packed=True, **opening) if beside and texts else None
+    if not opened.task.language:
+        _check_words(opened.task.name, tasks or files, length, bos)
+        other = open_model(beside, task, packed=True, **opening) if beside else None
+        found = judge(opened, texts or (), beside=other, count=windows, track=track)
+        top = found[0] if len(found) == 1 else {}
+        return {**top, **result, "task": opened.task.name, "sources": found, "warnings": warnings}
+    if texts is None:
+        texts = [] if tasks or files else [opened.task.source]
+    other = open_model(beside, task, packed=True, **opening) if beside and texts else None
+    if other is not None and not other.task.language:
+        raise InputError(f"'{beside}' is of task '{other.task.name}', and '{model}' a causal language model.")
     length = length or min(2048, *(context(m) for m in (opened, other) if m is not None))
     known = {name: seen(name) for name in (model, beside) if name}
     cut: list[tuple[str, Tensor]] = []
@@ -110,6 +125,13 @@ def score(
                 entry |= {"beside": two.plain(), "changed": one.changed(two)}
     top = found_texts[0] if len(found_texts) == 1 else {}
     return {**top, **result, "texts": found_texts, "tasks": found_tasks, "warnings": warnings}
+
+
+def _check_words(task: str, questions: object, length: int | None, bos: bool) -> None:
+    """Raises InputError for what only language models are asked."""
+    asked = {"questions (--tasks, --tasks-file)": questions, "a length": length is not None, "--no-bos": not bos}
+    if words := [name for name, there in asked.items() if there]:
+        raise InputError(f"task '{task}' takes no {words[0].removeprefix('a ')}: that is of causal language models.")
 
 
 def _windows(model: Model, text: str, count: int | None, length: int, bos: bool) -> Tensor:

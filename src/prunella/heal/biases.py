@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ..model.checkpoint import Checkpoint
 from ..model.files import copy_companions
 from ..model.network import Model
 from ..progress import Track, no_track
+from ..samples import Samples
 from ..stream import Stream
 from ..tensors import MASKS
 from ..train.parts import Change, Master, Part, trains
@@ -53,11 +55,12 @@ def new_biases(part: Part, *, rate: float = 3e-3) -> Change | None:
 
 
 def bias_flags(model: Model) -> dict[str, list[str]]:
-    """{switch of the config: names of the biases that it gives to linear layers}, of all that are off now."""
+    """{switch of the config: names of the biases that it gives to layers}, of all that are off now."""
     import accelerate
-    from transformers import AutoModelForCausalLM
 
-    config = model.network.config
+    config = getattr(model.network, "config", None)
+    if config is None or not hasattr(model.network, "save_pretrained"):
+        return {}
     have = {name for name, _ in model.network.named_parameters()}
     layers = {slot.name for name in model.blocks for slot in find_layers(model.module(name), name)}
     found = {}
@@ -67,7 +70,7 @@ def bias_flags(model: Model) -> dict[str, list[str]]:
         trial = copy.deepcopy(config)
         setattr(trial, key, True)
         with accelerate.init_empty_weights(), quiet_transformers():
-            network = AutoModelForCausalLM.from_config(trial)
+            network = type(model.network)(trial)
         new = [name for name, _ in network.named_parameters() if name not in have]
         if new and all(name.endswith(".bias") and name.removesuffix(".bias") in layers for name in new):
             found[key] = new
@@ -75,28 +78,32 @@ def bias_flags(model: Model) -> dict[str, list[str]]:
 
 
 def mean_errors(
-    model: Model, dense: Model, windows_NL: Tensor, names: frozenset[str], track: Track = no_track
+    model: Model, dense: Model, samples: Samples, names: frozenset[str], track: Track = no_track
 ) -> dict[str, Tensor]:
     """{bias: E[(W_dense - W) x]} over the inputs x that a layer gets from pruned blocks before it whose biases are
     corrected already."""
-    stream = Stream(model, windows_NL)
+    stream = Stream(model, samples)
     out: dict[str, Tensor] = {}
     assert dense.checkpoint is not None
     for _, block in model.walk(track=track, what="biases"):
         weights = block.read(dense.checkpoint)
         slots = {s.name: s for s in find_layers(block.module, block.name) if f"{s.name}.bias" in names}
         sums: dict[str, Tensor] = {}
+        counts: Counter[str] = Counter()
 
-        def see(layer: str, rows: Chunks, same: bool, sums: dict[str, Tensor] = sums) -> None:
+        def see(
+            layer: str, rows: Chunks, same: bool, sums: dict[str, Tensor] = sums, counts: Counter[str] = counts
+        ) -> None:
             for x_TI in rows():
                 sum_I = x_TI.sum(0, dtype=torch.float32)
                 sums[layer] = sums[layer] + sum_I if layer in sums else sum_I
+                counts[layer] += len(x_TI)
 
         with torch.no_grad(), Watch(slots, see):
             for batch in range(len(stream.hidden)):
                 stream.run(block, stream.hidden, batch)
         for key, slot in slots.items():
-            mean_I = sums[key] / windows_NL.numel()
+            mean_I = sums[key] / counts[key]
             dense_OI = slot.read(weights[slot.key])
             bias_O = ((dense_OI.float() - slot.read().float()) @ mean_I).to(slot.read().dtype)
             slot.module.bias = nn.Parameter(bias_O, requires_grad=False)
@@ -136,17 +143,19 @@ def write_biased(source: Path, folder: Path, flags: Mapping[str, list[str]], val
     (folder / LIST).write_text("\n".join(values) + "\n", encoding="utf-8")
 
 
-def add_biases(model: Model, dense: Model, windows_NL: Tensor, folder: Path, track: Track = no_track) -> None:
+def add_biases(model: Model, dense: Model, samples: Samples, folder: Path, track: Track = no_track) -> None:
     """Write the model with biases that make up for the mean output error into `folder` / pruned, and the dense one with
     the same biases, all zero, into `folder` / dense. Raises InputError where the config cannot carry any."""
     flags = bias_flags(model)
     if not flags:
+        kind = getattr(getattr(model.network, "config", None), "model_type", None)
+        named = f"a {kind} model" if kind else f"this {type(model.network).__name__}"
         raise InputError(
-            f"healing method 'new-biases': no switch in the config of a {model.network.config.model_type} model gives"
-            " biases to its linear layers. Leave it out, or train norms."
+            f"healing method 'new-biases': no switch in the config of {named} gives biases to its linear layers. Leave"
+            " it out, or train norms."
         )
     names = frozenset(name for some in flags.values() for name in some)
-    values = mean_errors(model, dense, windows_NL, names, track)
+    values = mean_errors(model, dense, samples, names, track)
     assert model.checkpoint is not None
     assert dense.checkpoint is not None
     zeros = {name: torch.zeros_like(value) for name, value in values.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..evaluate.perplexity import through
 from ..model.network import Model
 from ..progress import Track, no_track
 from ..report import Report
+from ..samples import Batch, Samples
 from ..train.retrain import Teacher
 from ..train.shard import shard
 
@@ -27,28 +29,24 @@ def teacher_in_memory(model: Model, sharded: bool = False) -> Iterator[Teacher]:
         else:
             stack.enter_context(model.whole())
 
-        def logits(index_B: Tensor, ids_BL: Tensor) -> Tensor:
+        def outputs(numbers_B: Tensor, batch: Batch) -> Any:
             with torch.no_grad():
-                out: Tensor = model.network(input_ids=ids_BL, use_cache=False).logits
-            return out
+                return model.run(batch)
 
-        yield logits
+        yield outputs
 
 
 @contextlib.contextmanager
-def teacher_streamed(model: Model, windows_NL: Tensor, track: Track = no_track) -> Iterator[Teacher]:
-    """The dense model is streamed once, block by block, over all windows; what stays is its last hidden states (in
-    memory, or on disk where they do not fit) and its head."""
-    stream = through(model, windows_NL, track=track, what="teacher")
+def teacher_streamed(model: Model, samples: Samples, track: Track = no_track) -> Iterator[Teacher]:
+    """The dense model is streamed once, block by block, over all samples; what stays is the last hidden states of each
+    stack (in memory, or on disk where they do not fit) and its head."""
+    stream = through(model, samples, track=track, what="teacher")
     with model.outside():
 
-        def predict(index_B: Tensor, ids_BL: Tensor) -> Tensor:
-            rows = [stream.window(n) for n in index_B.tolist()]
-            hidden = torch.cat(rows, stream.calls.interface.batch)
-            logits: Tensor = stream.calls.outputs({"input_ids": ids_BL}, [hidden]).logits
-            return logits
+        def outputs(numbers_B: Tensor, batch: Batch) -> Any:
+            return stream.outputs_of(numbers_B.tolist(), batch)
 
-        yield predict
+        yield outputs
 
 
 def dense_name(directory: Path, said: Report | None, dense: str | None) -> str:

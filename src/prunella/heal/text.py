@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ..calibrate import context, text_tokens, up_to, window_length, windows
 from ..errors import InputError
 from ..model.network import Model
-from ..pruning import held_out_windows
+from ..pruning import held_out
 from ..recipe import Healing, Recipe
+from ..samples import Samples
 from ..texts import same_text
 
 
@@ -39,20 +39,21 @@ class Text:
     def _author(self, model: Model, source: str | None) -> Model:
         return self.dense() if source == "self" and self.dense is not None else model
 
-    def calibration(self, model: Model) -> Tensor:
+    def calibration(self, model: Model) -> Samples:
         """What statistics and targets are made from."""
         wanted = self.recipe.calibration
         author, length = self._author(model, wanted.source), window_length(model, wanted.length)
-        return windows(author, wanted.source, wanted.samples, length, seed=self.recipe.seed, bos=self.recipe.bos)
+        found = windows(author, wanted.source, wanted.samples, length, seed=self.recipe.seed, bos=self.recipe.bos)
+        return Samples.of(found)
 
     def _calibrated(self, model: Model) -> int:
         """At most so many tokens of the calibration come before those to evaluate on, if they are of one text."""
         wanted = self.recipe.calibration
         return wanted.samples * window_length(model, wanted.length)
 
-    def test(self, model: Model, recipe: Recipe) -> Tensor | None:
+    def test(self, model: Model, recipe: Recipe) -> Samples | None:
         """What perplexities are measured on."""
-        return held_out_windows(self._author(model, recipe.evaluate.source), recipe, self._calibrated(model))
+        return held_out(self._author(model, recipe.evaluate.source), recipe, self._calibrated(model))
 
     def check(self, model: Model) -> None:
         """Raises InputError for what `training` and the evaluation have to say against the text, before any work is
@@ -61,21 +62,21 @@ class Text:
         if self._settings.way == "retrain" and "self" not in sources:
             self.training(model)
         if self.recipe.evaluate.source != "self":
-            held_out_windows(model, self.recipe, self._calibrated(model))
+            held_out(model, self.recipe, self._calibrated(model))
 
     def _check_step(self, length: int) -> None:
         """Raises InputError if the tokens to train on are not enough for a step of windows of this length."""
         settings, (_, rounds) = self._settings, self.portion
-        step, key = settings.batch * length, "adapt" if self.whole else "tokens"
+        step, key = settings.step * length, "adapt" if self.whole else "tokens"
         if settings.tokens < step:
             each = f" in each of {rounds} rounds" if rounds > 1 else ""
             raise InputError(
-                f"{settings.tokens:,} tokens to train on{each} are less than a single step takes, {settings.batch}"
+                f"{settings.tokens:,} tokens to train on{each} are less than a single step takes, {settings.step}"
                 f" windows of {length}: give at least {step * rounds} (--set heal.{key}={step * rounds}), shorter"
                 " windows (--set heal.length=…) or fewer of them a step (--set heal.batch=…)."
             )
 
-    def training(self, model: Model) -> tuple[Tensor, Tensor | None]:
+    def training(self, model: Model) -> tuple[Samples, Samples | None]:
         """Windows to train on in all portions, shuffled, and those that are held out; never those to evaluate on.
 
         Raises InputError where there are too few.
@@ -85,9 +86,10 @@ class Text:
         self._check_step(length)
         sources = list(settings.text) or [self.recipe.calibration.source]
         _, portions = self.portion
-        wanted = portions * (settings.tokens // length) + settings.held_out
+        held = settings.held_out or 0
+        wanted = portions * (settings.tokens // length) + held
         missing = self.skip + wanted
-        parts: list[Tensor] = []
+        parts: list[torch.Tensor] = []
         for source in sources:
             if missing <= 0:
                 break
@@ -104,17 +106,26 @@ class Text:
             missing -= len(parts[-1])
         all_NL = torch.cat(parts)
         all_NL = all_NL[self.skip :] if len(all_NL) >= self.skip + wanted else all_NL[:wanted]
-        if len(all_NL) <= settings.held_out:
+        if len(all_NL) <= held:
             raise InputError(
                 f"{' and '.join(sources)}: {len(all_NL)} windows of {length} tokens to train on are too few to hold"
-                f" {settings.held_out} of them out. Give more text, or --set heal.held_out=0."
+                f" {held} of them out. Give more text, or --set heal.held_out=0."
             )
         order = torch.randperm(len(all_NL), generator=torch.Generator().manual_seed(self.recipe.seed))
-        shuffled_NL, held = all_NL[order], settings.held_out
-        return shuffled_NL[held:], shuffled_NL[:held] if held else None
+        shuffled_NL = all_NL[order]
+        return Samples.of(shuffled_NL[held:]), Samples.of(shuffled_NL[:held]) if held else None
 
-    def own(self, ids_NL: Tensor) -> Tensor:
+    def own(self, samples: Samples) -> Samples:
         """The portion that is trained on, or all of it where there are too few windows."""
         at, portions = self.portion
-        own_NL = ids_NL.tensor_split(portions)[at]
-        return own_NL if len(own_NL) else ids_NL
+        own_NL = samples.groups[0]["input_ids"].tensor_split(portions)[at]
+        return Samples.of(own_NL) if len(own_NL) else samples
+
+    def steps(self, samples: Samples) -> int:
+        """How many steps are taken on what is trained on."""
+        settings = self._settings
+        return settings.tokens // (settings.step * samples.groups[0]["input_ids"].shape[1])
+
+    def amount(self, samples: Samples, taken: int) -> dict[str, int]:
+        """What a report says of so many samples that were trained on, of these."""
+        return {"tokens": taken * samples.groups[0]["input_ids"].shape[1]}

@@ -33,6 +33,7 @@ class Convolution(Lens):
 
     groups: int
 
+    packed = "kernel"
     functions = (torch.conv1d, torch.conv2d, torch.conv3d)
 
     @classmethod

@@ -41,14 +41,15 @@ class Lens(ABC):
 
     transposed: the parameter holds its matrices as (I, O)
     routed:     which rows meet a matrix depends on what they hold, as with a mixture's experts
-    packed:     what packed weights can take the place of: the whole `module`, or the parameter, by a `list` of them;
-                None: it stays dense in a packed model
+    packed:     what packed weights can take the place of: the whole `module`, or the parameter, by a `list` of them; or
+                a convolution, by one weight whose rows are those of all its matrices (`kernel`); None: it stays dense
+                in a packed model
     functions:  those of torch whose calls use the parameter
     """
 
     transposed: bool = False
     routed: bool = False
-    packed: Literal["module", "list"] | None = None
+    packed: Literal["module", "list", "kernel"] | None = None
     functions: Collection[Any] = ()
 
     @classmethod

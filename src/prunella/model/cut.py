@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +33,6 @@ Argument = int | str  # of a block: where it stands after the hidden state, or i
 Stacks = tuple[tuple[str, ...], ...]
 
 WHOLE: Stacks = (("",),)  # the network is one block: itself
-HELD = 0.5  # of the weights that are in matrices, no embeddings: stacks that hold less are none
 FURTHER = 0.05  # of them: what a stack beside the largest holds at least
 
 
@@ -84,10 +84,16 @@ def find_stacks(network: nn.Module, task: Task) -> Stacks:
         return known
     if (batch := _example(network, task)) is None:
         return WHOLE
+    empty = any(parameter.is_meta for parameter in network.parameters())
     try:
-        return _chosen(network, _traced(network, task, batch))
+        try:
+            return _chosen(network, _traced(network, task, batch), task.in_blocks)
+        except Exception:
+            if not empty:
+                raise
+            return _chosen(network, _traced(network, task, batch, zeros=True), task.in_blocks)  # it asks for numbers
     except Exception as error:
-        if any(parameter.is_meta for parameter in network.parameters()):  # where no numbers are, none can be asked for
+        if empty:
             return WHOLE
         raise ModelError(
             f"{type(network).__name__} does not run on the example of its task, '{task.name}': {first_line(error)}"
@@ -197,8 +203,9 @@ def _example(network: nn.Module, task: Task) -> Batch | None:
         return None
 
 
-def _traced(network: nn.Module, task: Task, batch: Batch) -> _Trace:
-    """The network's calls on a batch: with its weights where all are in memory, else on the meta device."""
+def _traced(network: nn.Module, task: Task, batch: Batch, *, zeros: bool = False) -> _Trace:
+    """The network's calls on a batch: with its weights where all are in memory, else on the meta device, or with zeros
+    that take no memory."""
     named = dict(network.named_modules())
     trace = _Trace()
 
@@ -208,10 +215,7 @@ def _traced(network: nn.Module, task: Task, batch: Batch) -> _Trace:
     places = {parameter.device for parameter in network.parameters()}
     with torch.no_grad(), replaced([*named.values()], watched), trace:
         if torch.device("meta") in places:
-            run = _Run(network, task)
-            named_tensors = (*run.named_parameters(), *run.named_buffers())
-            values = {name: torch.empty_like(tensor, device="meta") for name, tensor in named_tensors}
-            out = torch.func.functional_call(run, values, ({key: tensor.to("meta") for key, tensor in batch.items()},))
+            out = _without_weights(network, task, batch, zeros=zeros)
         else:
             out = task.run(network, {key: tensor.to(next(iter(places), "cpu")) for key, tensor in batch.items()})
     for tensor in tensors(out):
@@ -219,19 +223,42 @@ def _traced(network: nn.Module, task: Task, batch: Batch) -> _Trace:
     return trace
 
 
+def _without_weights(network: nn.Module, task: Task, batch: Batch, *, zeros: bool = False) -> Any:
+    """What the network makes of a batch on the meta device, where nothing is computed but shapes; or with `zeros` that
+    take no memory, where it asks for numbers on its way."""
+    run, where = _Run(network, task), torch.device("cpu" if zeros else "meta")
+    named_tensors = (*run.named_parameters(), *run.named_buffers())
+    values = {name: torch.zeros((), dtype=t.dtype, device=where).expand(t.shape) for name, t in named_tensors}
+    if zeros:  # what is made when a network is built may be there: positions, say
+        values |= {name: tensor for name, tensor in run.named_buffers() if not tensor.is_meta}
+    return torch.func.functional_call(run, values, ({key: tensor.to(where) for key, tensor in batch.items()},))
+
+
+def refused(network: nn.Module, task: Task, batch: Batch) -> str | None:
+    """Why the network does not take a batch of these shapes, as it says itself; None where it does. One that asks for
+    numbers on its way refuses every batch."""
+    try:
+        with torch.no_grad():
+            _without_weights(network, task, batch)
+    except Exception as error:
+        return first_line(error)
+    return None
+
+
 # ---------------------------------------------------------------------------------------------------------
 # What is made of it
 
 
-def _chosen(network: nn.Module, trace: _Trace) -> Stacks:
-    """The chain that holds most beside its largest block, and chains before and after it."""
+def _chosen(network: nn.Module, trace: _Trace, least: float) -> Stacks:
+    """The chain that holds most beside its largest block, and chains before and after it; none if all of them hold less
+    than this share."""
     tied = _tied(network)
     twice = {key for key, count in Counter(id(seen.module) for seen in trace.calls).items() if count > 1}
     found = [
         _trimmed(piece)
         for outer in trace.calls
         for run in _runs(_within(outer, trace), twice)
-        for chain in (run, [one for seen in run for one in _expanded(seen, trace, twice)])
+        for chain in (run, _finer(run, trace, twice))
         for piece in _pieces(chain, trace, tied)
     ]
     found = [chain for chain in found if sum(_weights(seen.module) > 0 for seen in chain) > 1]
@@ -242,7 +269,7 @@ def _chosen(network: nn.Module, trace: _Trace) -> Stacks:
         apart = all(chain[-1].end <= o[0].number or o[-1].end <= chain[0].number for o in stacks)
         if apart and (not stacks or sum(_weights(seen.module) for seen in chain) >= FURTHER * total):
             stacks.append(chain)
-    if sum(_weights(seen.module) for chain in stacks for seen in chain) < HELD * total or not stacks:
+    if sum(_weights(seen.module) for chain in stacks for seen in chain) < least * total or not stacks:
         return WHOLE
     stacks.sort(key=lambda chain: chain[0].number)
     return tuple(tuple(seen.name for seen in chain) for chain in stacks)
@@ -296,8 +323,15 @@ def _runs(calls: Iterator[_Seen], twice: set[int]) -> Iterator[list[_Seen]]:
 
 def _refined(run: list[_Seen], trace: _Trace, twice: set[int]) -> list[_Seen]:
     """A chain with its calls as the chains of those that they make, unless more than one thing passes between these."""
-    chain = [one for seen in run for one in _expanded(seen, trace, twice)]
+    chain = _finer(run, trace, twice)
     return run if _leak(chain, trace) else chain
+
+
+def _finer(run: list[_Seen], trace: _Trace, twice: set[int]) -> list[_Seen]:
+    """A chain with each call as the chain of those that it makes. Where more than the hidden state travels along it,
+    it stays as it is: a call and one in another hand that on by other names."""
+    travels = any(one is other for a, b in pairwise(run) for one in a.outs if one is not a.out for other in b.others)
+    return run if travels else [one for seen in run for one in _expanded(seen, trace, twice)]
 
 
 def _expanded(seen: _Seen, trace: _Trace, twice: set[int]) -> list[_Seen]:

@@ -30,7 +30,8 @@ COMPANIONS = (
     "*LICENSE*",
     "*NOTICE*",
 )
-TEMPLATES = "additional_chat_templates"  # the one folder that belongs to them
+TEMPLATES = "additional_chat_templates"  # a folder that belongs to them
+MODULES = "modules.json"  # of sentence-transformers: what follows the network, each in a folder of its own
 
 
 def weight_files(directory: Path) -> list[str]:
@@ -80,9 +81,11 @@ def files_in(directory: Path) -> list[str]:
 
 def companions(directory: Path) -> list[Path]:
     """The files beside a model's weights that belong to it, those of `additional_chat_templates/` too; not an adapter,
-    nor indexes of weights."""
+    nor indexes of weights. What sentence-transformers puts behind the network (pooling, say) belongs to it as a whole,
+    weights too."""
     places = [path for path in (directory, directory / TEMPLATES) if path.is_dir()]
     files = (path for place in places for path in sorted(place.iterdir()) if path.is_file())
+    behind = [directory / module["path"] for module in modules_behind(directory)]
     return [
         path
         for path in files
@@ -90,7 +93,19 @@ def companions(directory: Path) -> list[Path]:
         and not path.name.startswith("adapter_")
         and not path.name.endswith(".index.json")
         and path.suffix not in (".safetensors", ".bin", ".gguf")
-    ]
+    ] + [path for folder in behind if folder.is_dir() for path in sorted(folder.iterdir()) if path.is_file()]
+
+
+def modules_behind(directory: Path) -> list[dict[str, str]]:
+    """What sentence-transformers puts behind a network, by its modules.json: `path`, a folder in the directory, and
+    `type`, a class; nothing where there is none."""
+    try:
+        said = json.loads((directory / MODULES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    found = [one for one in said if isinstance(one, dict)] if isinstance(said, list) else []
+    named = [{key: str(one.get(key, "")) for key in ("path", "type")} for one in found]
+    return [one for one in named if one["path"] and Path(one["path"]).name == one["path"]]
 
 
 def copy_companions(source: Path, target: Path, but: Collection[str] = ()) -> None:

@@ -54,6 +54,17 @@ def from_hub(name: str, pickles: bool, weights: bool = True) -> Path:
         ) from None
 
 
+def config_of(name: str) -> dict[str, Any]:
+    """The config.json of a model of the hub, or nothing: where there is none, `from_hub` says why."""
+    from huggingface_hub import hf_hub_download
+
+    repository, _, revision = name.partition("@")
+    try:
+        return read_json(Path(hf_hub_download(repository, "config.json", revision=revision or None)))
+    except Exception:
+        return {}
+
+
 def _has_weights(directory: Path, pickles: bool) -> bool:
     """Does a directory of the hub's cache hold weights? Loading only a tokenizer leaves none there."""
     try:

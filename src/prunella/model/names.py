@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError, ModelError, say
 from ..machine import cache_directory
@@ -10,6 +11,7 @@ from .built_in import BUILT_IN, fetch_built_in
 from .convert import converted, from_gguf, key_of
 from .files import PICKLES, read_json, weight_files
 from .hub import from_hub
+from .timm_models import PREFIX, repository
 from .tokenizer import load_tokenizer
 
 
@@ -20,7 +22,7 @@ def find_directory(name: str, *, remote_code: bool = False, pickles: bool = Fals
     on stderr says so.
 
     Args:
-        name: hub id, directory, .gguf file or built-in name; `HUB-ID@REVISION` is the same as `revision`.
+        name: hub id, `timm:NAME`, directory, .gguf file or built-in name; `HUB-ID@REVISION` is the same as `revision`.
         remote_code: take a model that comes with Python code, which opening it will run.
         pickles: take weights that only come as pickles.
         revision: of a hub's model: a branch, tag or commit.
@@ -41,7 +43,7 @@ def find_directory(name: str, *, remote_code: bool = False, pickles: bool = Fals
         return from_gguf(path, cache_directory() / "gguf" / f"{path.stem}-{key_of(path, [path])}")
     if path.exists():
         raise ModelError(f"'{name}' is a file, but not a .gguf one. Give a model directory instead.")
-    return _checked(from_hub(name, pickles), pickles, remote_code)
+    return _checked(from_hub(repository(name) if name.startswith(PREFIX) else name, pickles), pickles, remote_code)
 
 
 def at_revision(name: str, revision: str | None) -> str:
@@ -83,13 +85,22 @@ def _checked(directory: Path, pickles: bool, remote_code: bool) -> Path:
         )
     return converted(
         cache_directory() / "pickle" / f"{directory.name}-{key_of(directory, [*found, directory / 'config.json'])}",
-        lambda auto: auto.from_pretrained(
+        lambda auto: _class_of(directory, auto).from_pretrained(
             directory, dtype="auto", trust_remote_code=remote_code, output_loading_info=True
         ),
         str(directory),
         lambda: load_tokenizer(directory, str(directory), remote_code),
         beside=directory,
     )
+
+
+def _class_of(directory: Path, auto: Any) -> Any:
+    """The class of transformers whose weights these are, so that a classifier keeps its head; `auto` if the config
+    names none."""
+    import transformers
+
+    names = read_json(directory / "config.json").get("architectures")
+    return getattr(transformers, str(names[0]), auto) if isinstance(names, list) and names else auto
 
 
 def _adapter(directory: Path) -> ModelError:

@@ -25,6 +25,7 @@ from ..compat import (
     conversions,
     experts_of,
     fill,
+    make_missing,
     may_be_missing,
     quiet_transformers,
     rename,
@@ -158,7 +159,7 @@ class Model:
         if self._plan is None:
             assert self.checkpoint is not None
             renamings, converters = conversions(self.network)
-            prefix, parameters = self.network.base_model_prefix, self.network.state_dict()
+            prefix, parameters = getattr(self.network, "base_model_prefix", None), self.network.state_dict()
             self._plan = {}
             for key in self.checkpoint.where:
                 name, pattern = rename(key, renamings, converters, prefix, parameters)
@@ -173,7 +174,8 @@ class Model:
         if key in self.plan():
             return self.plan()[key][0]
         renamings, _ = conversions(self.network)
-        return rename(key, renamings, [], self.network.base_model_prefix, self.network.state_dict())[0]
+        prefix = getattr(self.network, "base_model_prefix", None)
+        return rename(key, renamings, [], prefix, self.network.state_dict())[0]
 
     def check_complete(self) -> None:
         """Raises ModelError, naming the tensor, for one that the network needs and the checkpoint lacks, or has in
@@ -268,10 +270,10 @@ class Model:
                     raise ModelError(f"'{key}' in '{checkpoint.directory}' is no parameter of '{self.name}'.")
                 held[last] = nn.Parameter(weight, requires_grad=False)
         self._tie()
-        for name, parameter in self.network.named_parameters():
+        for name, parameter in list(self.network.named_parameters()):
             if not wanted(name):
                 continue
-            if parameter.is_meta:
+            if parameter.is_meta and not make_missing(self.network, name, self.dtype, self.device):
                 raise ModelError(f"tensor '{name}' is missing from the checkpoint in '{checkpoint.directory}'.")
             parameter.requires_grad_(False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +40,7 @@ def open_files(
     packed: bool = False,
     revision: str | None = None,
     tokenizer: Any = None,
+    processor: Callable[[Path, str, bool], Any] = load_tokenizer,
 ) -> Model:
     """A transformers model by its name, its weights not read yet.
 
@@ -47,6 +49,8 @@ def open_files(
         kind: what such a model is called.
         admit: raises ModelError for a config that is none of such a model, `admit(name, config)`.
         check: raises ModelError for a network that is none, `check(model)`.
+        processor: reads what makes samples from the model's directory, `processor(directory, name, remote_code)`: a
+            tokenizer, or what turns pictures or sounds into tensors.
 
     The other arguments, and what else raises ModelError, are as for `prunella.load_model`.
     """
@@ -78,7 +82,7 @@ def open_files(
             raise
         except Exception as error:
             raise ModelError(f"the packed model '{name}' cannot be loaded: {first_line(error)}") from None
-        own = given_tokenizer(tokenizer, remote_code) or load_tokenizer(directory, name, remote_code)
+        own = given_tokenizer(tokenizer, remote_code) or processor(directory, name, remote_code)
         network.to(pick_device(device))
         network.tie_weights()  # to some devices torch moves each name of a tensor by itself
         return task.wrap(network, own, name)
@@ -103,16 +107,69 @@ def open_files(
             network = built_by.from_config(config, dtype=wanted, trust_remote_code=remote_code)
     except Exception as error:
         raise ModelError(f"'{name}' is no {kind} that transformers can build: {first_line(error)}") from None
+    own = given_tokenizer(tokenizer, remote_code) or processor(directory, name, remote_code)
+    model = _streamed(network, own, checkpoint, device, name, task, check)
+    model.tokenizer_given = tokenizer is not None
+    return model
+
+
+def open_plain(
+    build: Callable[[], nn.Module],
+    directory: Path,
+    task: Task,
+    *,
+    name: str = "",
+    dtype: str = "auto",
+    device: str = "auto",
+    processor: Any = None,
+) -> Model:
+    """Any network by the safetensors files in a directory, whose tensors go by the names of its state dict; its weights
+    are not read yet.
+
+    Args:
+        build: makes the network. Its parameters are on the meta device then, and whatever it does to them is lost; its
+            buffers are real.
+        name: what reports call it; by default the directory's.
+        processor: what makes samples.
+
+    Raises ModelError where a tensor is missing or of another shape, and for a network that cannot be built so; its
+    cause is what `build` raised.
+    """
+    import accelerate
+
+    name = name or str(directory)
+    checkpoint = Checkpoint(directory)
+    if dtype not in DTYPES and dtype != "auto":
+        raise InputError(unknown("dtype", dtype, [*DTYPES, "auto"]))
+    try:
+        with accelerate.init_empty_weights(include_buffers=False):
+            network = build()
+    except PrunellaError:
+        raise
+    except Exception as error:
+        raise ModelError(f"'{name}' cannot be built without its weights: {first_line(error)}") from error
+    network.to(checkpoint.dtype() if dtype == "auto" else DTYPES[dtype])
+    return _streamed(network, processor, checkpoint, device, name, task, lambda model: None)
+
+
+def _streamed(
+    network: Any,
+    processor: Any,
+    checkpoint: Checkpoint,
+    device: str,
+    name: str,
+    task: Task,
+    check: Callable[[Model], None],
+) -> Model:
+    """A network without weights as a model, once it is known that the checkpoint has all of them."""
     network.requires_grad_(False)
-    own = given_tokenizer(tokenizer, remote_code) or load_tokenizer(directory, name, remote_code)
-    model = Model(network, own, checkpoint, pick_device(device), name, task)
+    model = Model(network, processor, checkpoint, pick_device(device), name, task)
     check(model)
     model.check_complete()
-    model.tokenizer_given = tokenizer is not None
-    for buffer_owner in network.modules():  # buffers are real from the start: bring them where the blocks compute
-        for key, buffer in buffer_owner._buffers.items():
+    for owner in network.modules():  # buffers are real from the start: bring them where the blocks compute
+        for key, buffer in owner._buffers.items():
             if buffer is not None and not buffer.is_meta:
-                buffer_owner._buffers[key] = buffer.to(model.device)
+                owner._buffers[key] = buffer.to(model.device)
     return model
 
 

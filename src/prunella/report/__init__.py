@@ -1,6 +1,7 @@
 """What a run did, and how it is shown.
 
 ```
+figure.py     how good a network is, in words
 report.py     prunella.json, and tables of words and numbers made from it
 charts.py     figures as SVG
 page.py       one run as a page of HTML
@@ -9,6 +10,7 @@ results.py    a sweep: tables, plots, a page
 ```
 """
 
-from .report import Report, bos_words, layer_table, peak_memory, seen, versions
+from .figure import Figure, bos_words
+from .report import Report, anatomy, layer_table, peak_memory, seen, versions
 
-__all__ = ["Report", "bos_words", "layer_table", "peak_memory", "seen", "versions"]
+__all__ = ["Figure", "Report", "anatomy", "bos_words", "layer_table", "peak_memory", "seen", "versions"]

@@ -19,7 +19,8 @@ from ..histogram import SPAN
 from ..outcome import LayerResult, mean
 from ..save import REPORT
 from . import charts
-from .report import Report, bos_words, layer_table, numbers
+from .figure import PERPLEXITY, Figure, bos_words
+from .report import Report, layer_table, numbers, trained_on
 
 WORST = 10
 
@@ -72,7 +73,7 @@ def write_text(path: Path, text: str) -> None:
 
 def page(report: Report, directory: str | Path = "pruned") -> str:
     """The page as HTML."""
-    blocks = by_block(report.layers)
+    blocks = by_block(report.layers, report.model.get("blocks"))
     kinds = list(dict.fromkeys(kind for _, kind in blocks))
     histograms = [(kind, histogram_of(kind, blocks)) for kind in kinds]
     return render(
@@ -82,7 +83,7 @@ def page(report: Report, directory: str | Path = "pruned") -> str:
         facts=facts(report),
         rows=numbers(report.rows()),
         samples=samples(report),
-        layers=[drawing for drawing in per_layer(blocks, kinds) if drawing.svg],
+        layers=[drawing for drawing in per_layer(blocks, kinds, "blocks" in report.model) if drawing.svg],
         worst=[(row[0], row[4], row[2], row[1]) for row in layer_table(worst(report.layers)[:WORST])],
         notes=report.notes(),
         histograms=[(kind, chart) for kind, chart in histograms if chart],
@@ -115,19 +116,23 @@ def sentence(report: Report) -> str:
     text += "." + _moved(report.dense, report.pruned)
     did = report.healing
     if did:
-        text += f" Then it was healed on {did['tokens']:,} tokens, the mask held." + _moved(did["before"], did["after"])
+        what, _, many = trained_on(did)
+        text += f" Then it was healed on {many} {what}, the mask held." + _moved(did["before"], did["after"])
     return text
 
 
 def _moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """How the perplexity changed, as a sentence; nothing if it was not measured."""
-    first, last = before.get("perplexity"), after.get("perplexity")
-    if first is None or last is None:
+    """How the figure changed, as a sentence; nothing if it was not measured."""
+    first, last = Figure.of(before), Figure.of(after)
+    if first.value is None or last.value is None or first.name != last.name:
         return ""
-    way = "rose" if last > first else "fell"
+    way = "rose" if last.value > first.value else "fell"
     begin = bos_words(before.get("bos"))
     windows = f" (windows {begin})" if begin else ""
-    return f" Perplexity on {Path(before['source']).name}{windows} {way} from {first:.2f} to {last:.2f}."
+    source = f" on {Path(before['source']).name}" if before["source"] else ""
+    if last.value == first.value and first.name != PERPLEXITY:
+        return f" {last.title}{source} stayed at {last}."
+    return f" {last.title}{source}{windows} {way} from {first} to {last.beside(first)}."
 
 
 def pruned_here(report: Report) -> bool:
@@ -147,15 +152,15 @@ def title_of_steps(steps: Sequence[Mapping[str, Any]]) -> str:
 
 def facts(report: Report) -> list[tuple[str, str, str]]:
     """The few numbers to see first: (what, value, remark)."""
-    dense, pruned, run = report.dense.get("perplexity"), report.pruned.get("perplexity"), report.run
+    dense, pruned, run = Figure.of(report.dense), Figure.of(report.pruned), report.run
     out = []
-    if pruned is not None:
-        said = ["" if dense is None else f"dense {dense:.2f}", bos_words(report.pruned.get("bos"))]
-        out.append(("perplexity", f"{pruned:.2f}", ", ".join(word for word in said if word)))
+    if pruned.value is not None:
+        said = ["" if dense.value is None else f"dense {dense}", bos_words(report.pruned.get("bos"))]
+        out.append((pruned.name, str(pruned), ", ".join(word for word in said if word)))
     out.append(("zeros in the blocks", f"{report.sparsity:.1%}", ""))
-    healed = report.healing.get("after", {}).get("perplexity")
-    if healed is not None:
-        out.append(("perplexity, healed", f"{healed:.2f}", "with the adapter" if report.apart else ""))
+    healed = Figure.of(report.healing.get("after", {}))
+    if healed.value is not None:
+        out.append((f"{healed.name}, healed", str(healed), "with the adapter" if report.apart else ""))
     if pruned_here(report):
         out.append(("time to prune", duration(run["seconds"]["prune"]), f"on {report.recipe['device']}"))
     out.append(("peak memory", f"{run['peak_memory'] / 1e9:.2f} GB", ""))
@@ -215,32 +220,48 @@ def worst(layers: Sequence[LayerResult]) -> list[LayerResult]:
 Blocks = Mapping[tuple[str, str], list[LayerResult]]
 
 
-def by_block(layers: Sequence[LayerResult]) -> Blocks:
+def by_block(layers: Sequence[LayerResult], names: Sequence[str] | None = None) -> Blocks:
     """{(block, kind): layers}: `model.layers.3.self_attn.q_proj` is block 3's `q_proj`. The experts of a mixture
-    are of one kind; where two kinds end alike (`attn.c_proj`, `mlp.c_proj`) they keep more of their names."""
-    split = []
-    for layer in layers:
-        match = re.match(r"(?:.*?\.)??(\d+)\.(.+)$", layer.name)
-        block, rest = (match[1], match[2]) if match else ("0", layer.name)
-        split.append((block, tuple(part for part in rest.split(".") if not part.isdigit())))
+    are of one kind; where two kinds end alike (`attn.c_proj`, `mlp.c_proj`) they keep more of their names.
+
+    names: of the blocks, where they are known: a layer is of the block that it lies in. Of a network that is one block
+           each layer has a column of its own.
+    """
+    if names is not None and len(names) == 1:
+        return {(str(number), "layers in order"): [layer] for number, layer in enumerate(layers)}
+    split = [_place(layer.name, names) for layer in layers]
     kinds = {parts for _, parts in split}
 
     def short(parts: tuple[str, ...]) -> str:
         fit = (n for n in range(1, len(parts)) if sum(other[-n:] == parts[-n:] for other in kinds) == 1)
         return ".".join(parts[-next(fit, len(parts)) :])
 
-    names = {parts: short(parts) for parts in kinds}
+    short_names = {parts: short(parts) for parts in kinds}
     out: dict[tuple[str, str], list[LayerResult]] = {}
     for (block, parts), layer in zip(split, layers, strict=True):
-        out.setdefault((block, names[parts]), []).append(layer)
+        out.setdefault((block, short_names[parts]), []).append(layer)
     return out
 
 
-def per_layer(blocks: Blocks, kinds: Sequence[str]) -> list[Drawing]:
-    """Sparsity and error over blocks and layers, as heat maps and as curves."""
+def _place(name: str, blocks: Sequence[str] | None) -> tuple[str, tuple[str, ...]]:
+    """The number of the block that a layer lies in, and the parts of its name there, numbers left out of it that only
+    tell alike ones apart."""
+    if blocks is None:
+        match = re.match(r"(?:.*?\.)??(\d+)\.(.+)$", name)
+        block, rest = (match[1], match[2]) if match else ("0", name)
+    else:
+        number = next((n for n, one in enumerate(blocks) if name == one or name.startswith(f"{one}.")), 0)
+        block, rest = str(number), name.removeprefix(blocks[number]).lstrip(".") or name.rpartition(".")[2]
+    words = tuple(part for part in rest.split(".") if not part.isdigit())
+    return block, words or (rest,)
+
+
+def per_layer(blocks: Blocks, kinds: Sequence[str], other: bool = False) -> list[Drawing]:
+    """Sparsity and error over blocks and layers, as heat maps and as curves; of a language model or an `other` one."""
     indices = list(dict.fromkeys(block for block, _ in blocks))
     mixture = any(len(layers) > 1 for layers in blocks.values())
-    caption = "Experts of a mixture are shown by their mean." if mixture else ""
+    several = "Layers of one kind in a block" if other else "Experts of a mixture"
+    caption = f"{several} are shown by their mean." if mixture else ""
     out = []
     quantities: tuple[tuple[str, Callable[[LayerResult], float | None], str], ...] = (
         ("Sparsity", lambda la: la.sparsity or None, "{:.1%}"),

@@ -15,10 +15,12 @@ import torch
 
 from ..errors import ModelError
 from ..layers import UNSEEN, LeftOut
+from ..model.network import Model
 from ..outcome import LayerResult, mean
 from ..overlap import joined
 from ..save import REPORT
 from ..version import __version__
+from .figure import Figure, label, more_of
 
 SAMPLE = "sample of text"
 Rows = list[tuple[str, str, str]]
@@ -29,15 +31,20 @@ class Report:
     """Everything worth knowing about one run.
 
     recipe:   the resolved recipe; `Recipe.of(report.recipe)` repeats the run
-    model:    name, class, dtype, parameters (all), prunable (weights in layers that could be pruned)
+    model:    name, class, dtype, parameters (all), prunable (weights in layers that could be pruned); where the task is
+              not text, the library that its class comes from, and the names of its blocks
     dense, pruned: of text perplexity (None if not measured), its windows and length, a sample of text; of another task
-              what it measures, `figure` being the name of what counts; bytes of the files
+              what `Task.scores` says: `figure` is the name of what counts, `higher` and `unit` how it is read (see
+              `report.Figure`), `more` what tables show besides; bytes of the files
     layers:   what became of each layer, in order: name, shape, sparsity, error and more
     left_out: the matrices of the blocks that are no layers to prune (routers, convolutions, …), and why
     run:      seconds by phase, cpu_seconds, peak memory in bytes (resident, and of the GPU), threads, blocks that an
               interrupted run had finished before; were the calibration samples handed over, in place of the recipe's?
     versions: of what the result depends on
     fingerprint: of the calibration text; by it `prunella eval` knows a text that the model was calibrated on
+    batch_norm: what became of the statistics of batch norms, if there are any: the way that was `taken`, the mean loss
+              of each that was tried on calibration samples that were not estimated on, how many norms, samples and
+              such samples, norms that stayed as they were and why
     healing:  what retraining did, if there was any: what trained and how, losses, tokens, seconds, perplexity before
               and after, fingerprint of the text; `apart`: what of it is in an adapter, and then `weights`: perplexity
               without that
@@ -53,6 +60,7 @@ class Report:
     fingerprint: str = ""
     healing: dict[str, Any] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
+    batch_norm: dict[str, Any] = field(default_factory=dict)
 
     @property
     def weights(self) -> int:
@@ -91,7 +99,10 @@ class Report:
 
     def plain(self) -> dict[str, Any]:
         """As plain data, as it stands in prunella.json."""
-        return {"sparsity": self.sparsity, **asdict(self)}
+        plain = {"sparsity": self.sparsity, **asdict(self)}
+        if not self.batch_norm:  # most networks have none, and their reports are what they were
+            del plain["batch_norm"]
+        return plain
 
     @classmethod
     def read(cls, directory: str | Path) -> Report:
@@ -103,7 +114,7 @@ class Report:
             data = json.loads(path.read_text(encoding="utf-8"))
             data.pop("sparsity")
             for side in (data["dense"], data["pruned"]):  # said now, not when hours of healing are to be reported
-                _label(side)
+                label(side)
             layers = tuple(
                 LayerResult(**{**la, "shape": tuple(la["shape"]), "notes": tuple(la["notes"])})
                 for la in data.pop("layers")
@@ -122,19 +133,32 @@ class Report:
         active = [la for la in self.layers if la.target]
         before, after = (mean(active, share) or 0.0 for share in (lambda la: la.before, lambda la: la.sparsity))
         rows = [
-            (_label(self.dense), _figure(self.dense), _figure(self.pruned)),
+            *_measured(self.dense, self.pruned),
             ("sparsity of the pruned layers", f"{before:.1%}", f"{after:.1%}"),
             ("sparsity of all block weights", f"{self.before:.1%}", f"{self.sparsity:.1%}"),
             *(
                 (f"stayed dense: {why}", "", f"{len(sizes)} matrices, {sum(sizes) / self.weights:.2%} of the weights")
                 for why, sizes in self._left().items()
             ),
+            *self._batch_norm_rows(),
             ("size of the weights", size(self.dense), size(self.pruned)),
             ("seconds to prune", "", f"{self.run['seconds'].get('prune', 0):.1f}"),
             ("seconds in all, evaluation too", "", f"{self.run['seconds'].get('all', 0):.1f}"),
             ("peak memory", "", f"{self.run['peak_memory'] / 1e9:.2f} GB"),
         ]
         return rows + _sample(self.dense, self.pruned)
+
+    def _batch_norm_rows(self) -> Rows:
+        did = self.batch_norm
+        if not did:
+            return []
+
+        def said(name: str) -> str:
+            value = did["loss"][name]
+            return ("not measured" if value is None else f"{value:.4g}") + (", taken" if name == did["taken"] else "")
+
+        what = f"loss on {did['held_out']} calibration samples, batch norm"
+        return [(f"{what} {'as it was' if name == 'keep' else name}", "", said(name)) for name in did["loss"]]
 
     def _healed_card(self) -> str:
         if not self.healing:
@@ -153,23 +177,24 @@ class Report:
     def healing_rows(self) -> Rows:
         """Pruned beside healed, ready for a table: (what, pruned, healed)."""
         did, apart = self.healing, self.apart
-        label, before = _label(did["before"]), _figure(did["before"])
+        first, before = label(did["before"]), str(Figure.of(did["before"]))
         within = [name for item in did["recipe"]["train"] for name in item if name not in apart]
-        rows = [(label, before, self.healed)]
+        rows = [(first, before, self.healed), *_more(did["before"], did["after"])]
         if apart:
             rows += [
-                (f"{label}, the weights alone", before, _figure(did["weights"])),
+                (f"{first}, the weights alone", before, str(Figure.of(did["weights"]))),
                 ("trained, in the adapter", "", ", ".join(apart)),
                 ("trained, in the weights", "", ", ".join(within) or "nothing"),
             ]
         else:
             rows.append(("trained", "", ", ".join(within)))
-        rows += [("parameters that trained", "", f"{did['trained']:.3%}"), ("tokens", "", f"{did['tokens']:,}")]
+        rows += [("parameters that trained", "", f"{did['trained']:.3%}"), trained_on(did)]
         if "best_step" in did:
             best = f"step {did['best_step']} of {did['steps']}" if did["best_step"] else "none: no step made it better"
             rows.append(("checkpoint that was kept", "", best))
         if taught := did.get("taught"):
-            spent = f"{taught['tokens']:,} tokens, {taught['seconds']:.1f} s"
+            what, _, many = trained_on(taught)
+            spent = f"{many} {what}, {taught['seconds']:.1f} s"
             rows.append(("the dense model trained first", "", spent))
         rows += [
             ("seconds to heal", "", f"{did['seconds']:.1f}"),
@@ -182,10 +207,9 @@ class Report:
 
     @property
     def healed(self) -> str:
-        """The perplexity after healing, in words."""
-        after = self.healing["after"]
-        with_it = " with the adapter" if self.apart and after.get("perplexity") is not None else ""
-        return _figure(after) + with_it
+        """The figure after healing, in words."""
+        before, after = Figure.of(self.healing["before"]), Figure.of(self.healing["after"])
+        return after.beside(before) + (" with the adapter" if self.apart and after.value is not None else "")
 
     def outcome(self) -> Rows:
         """As `rows`, with what the directory holds now: after healing, if there was any."""
@@ -193,17 +217,22 @@ class Report:
         if not did:
             return self.rows()
         rows = {what: (dense, pruned) for what, dense, pruned in self.rows()}
-        (first, (dense, pruned)), label = next(iter(rows.items())), _label(did["after"])
-        measured = did["after"].get("perplexity") is not None
+        (first, (dense, pruned)), last = next(iter(rows.items())), label(did["after"])
+        measured = Figure.of(did["after"]).value is not None
         rows[first] = dense, f"{pruned} before healing" + ("" if measured else ", not measured since")
         if measured:  # maybe on other windows
-            rows[label] = rows.get(label, ("", ""))[0], f"{self.healed}, healed ({_figure(did['before'])} before)"
+            after = str(Figure.of(did["after"])) + (" with the adapter" if self.apart else "")
+            rows[last] = rows.get(last, ("", ""))[0], f"{after}, healed ({Figure.of(did['before'])} before)"
+            rows |= {what: (one, other) for what, one, other in _more(self.dense, did["after"])}
         rows.pop(SAMPLE, None)
         return [(what, *both) for what, both in rows.items()] + _sample(self.dense, did["after"])
 
     def notes(self) -> list[str]:
         """What happened to single layers that a user should know."""
         unknown = [f"{item.name}: stays dense; {item.why}" for item in self.left_out if item.why == UNSEEN]
+        unknown += [
+            f"batch norm {name}: {why}; stays as it is" for name, why in self.batch_norm.get("kept", {}).items()
+        ]
         return unknown + [f"{la.name}: {note}" for la in self.layers for note in la.notes]
 
     def calibration(self) -> tuple[str, str]:
@@ -217,25 +246,25 @@ class Report:
         """A model card that says what was done."""
         steps = " + ".join(name for step in self.recipe["steps"] for name in step)
         base = self.model["name"]
-        library = "library_name: transformers\n" if "text" in self.recipe.get("task", "text") else ""
+        made_by = self.model.get("library", "transformers")
+        library = f"library_name: {made_by}\n" if made_by in ("transformers", "timm") else ""
         front = f"base_model: {base}\n" if "/" in base and not Path(base).exists() else ""
         task = next(iter(self.recipe.get("task", ["text"])))
-        text = "which reads no text" if task == "text" else "which reads no samples"
+        text = "which reads no text" if task == "text" else "which looks at no samples"
         if any(layer.tokens for layer in self.layers):
             what, source = self.calibration()
             what = what.replace(" of ", " of\n")
             text = f"calibrated on {what} " + (f"of `{source}`" if source else "that were handed over")
         format_, masks = self.recipe.get("format", "dense"), "The masks are in `prunella.masks` (bit-packed)"
+        loader = "`AutoModelForCausalLM.from_pretrained`" if task == "text" else _LOADERS.get(made_by, _LOADERS[""])
+        loader = loader.format(self.model["class"])
         if format_ == "packed":
-            load = (
-                "`AutoModelForCausalLM.from_pretrained` loads it where Prunella is installed. Its zeros are not stored"
-            )
+            loader = loader if made_by == "transformers" else _LOADERS[""]
+            load = f"{loader} loads it where Prunella is installed. Its zeros are not stored"
         elif format_ != "dense":
             load = f"Its weights are in the format `{Path(format_).name}`"
-        elif task != "text":
-            load = f"It is of task `{Path(task).name}`. {masks}"
         else:
-            load = f"Load it with `AutoModelForCausalLM.from_pretrained`. {masks}"
+            load = f"Load it with {loader}. {masks}"
         return f"""---
 {library}tags:
 - prunella
@@ -252,6 +281,18 @@ class Report:
 {load}, and `prunella.json` holds the
 recipe, the versions and what happened to every layer. The license is that of the original model.
 """
+
+
+_LOADERS = {  # what opens a directory, by the library that a network's class comes from
+    "transformers": "`transformers.{}.from_pretrained`",
+    "timm": '`timm.create_model("local-dir:DIRECTORY", pretrained=True)`',
+    "": "`prunella.open_model`",
+}
+
+
+def anatomy(model: Model) -> dict[str, Any]:
+    """What a report says of a network beside its class: the library that this comes from, and its blocks."""
+    return {"library": type(model.network).__module__.partition(".")[0], "blocks": list(model.blocks)}
 
 
 def seen(directory: str | Path) -> str:
@@ -276,24 +317,21 @@ def _markdown(before: str, after: str, rows: Rows) -> str:
     return "\n".join((*head, *(f"| {a} | {b} | {c} |" for a, b, c in numbers(rows))))
 
 
-def _figure(side: Mapping[str, Any]) -> str:
-    value = side.get(side.get("figure", "perplexity"))
-    return "not measured" if value is None else f"{value:.4g}" if "figure" in side else f"{value:.2f}"
+def trained_on(did: Mapping[str, Any]) -> tuple[str, str, str]:
+    """How much a healing trained on, as a row of a table: what it is counted in, nothing, how many."""
+    what = "tokens" if "tokens" in did else "samples"
+    return what, "", f"{did[what]:,}"
 
 
-def _label(side: Mapping[str, Any]) -> str:
-    figure = side.get("figure", "perplexity")
-    if side.get(figure) is None:
-        return str(figure)
-    source = Path(side["source"]).name
-    count = f"{side['samples']} samples" if "figure" in side else f"{side['windows']} windows of {side['length']}"
-    said = filter(None, (source, count, bos_words(side.get("bos"))))
-    return f"{figure} ({', '.join(said)})"
+def _measured(before: Mapping[str, Any], after: Mapping[str, Any]) -> Rows:
+    """The figure before and after, and what was measured beside it."""
+    one, other = Figure.of(before), Figure.of(after)
+    return [(label(before), str(one), other.beside(one)), *_more(before, after)]
 
 
-def bos_words(bos: bool | None) -> str:
-    """How the windows of a perplexity begin, in words; none for an older report, which does not say."""
-    return "" if bos is None else "each with BOS" if bos else "without BOS"
+def _more(before: Mapping[str, Any], after: Mapping[str, Any]) -> Rows:
+    one, other = more_of(before), more_of(after)
+    return [(name, one.get(name, ""), other.get(name, "")) for name in dict.fromkeys((*one, *other))]
 
 
 def versions() -> dict[str, str]:

@@ -135,6 +135,23 @@ def parameter_name(name: str, about: Mapping[str, Any]) -> str:
     return name if "experts" in about else f"{name}.weight"
 
 
+def as_parameter(weight_OI: Tensor, about: Mapping[str, Any]) -> Tensor:
+    """A packed weight as the plain model's parameter: (I, O) where that is transposed, (O, C, k…) of a convolution,
+    whose packed columns are the C channels of one place in its kernel after the other."""
+    if "kernel" in about:
+        return weight_OI.reshape(len(weight_OI), *about["kernel"], -1).movedim(-1, 1).contiguous()
+    return weight_OI.T if about.get("transposed") else weight_OI
+
+
+def layer_names(name: str, about: Mapping[str, Any]) -> list[str]:
+    """The layers whose weights an entry holds, as masks and grids name them, in the order of their rows: one for each
+    expert, and for each group of a convolution."""
+    layer = about.get("layer", name)
+    if "groups" in about:
+        return [f"{layer}.weight.{g}" for g in range(about["groups"])]
+    return [layer + module.removeprefix(name) for module in module_names(name, about)]
+
+
 def words(columns: int) -> int:
     """64-bit words in a row of the mask."""
     return -(-columns // 64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..errors import ModelError
 from ..model.checkpoint import read_header
 from ..tensors import DTYPES, FLOATS
 from .block import settle, slow_down
+from .conv import ExpandedConv, SparseConv, check_fits, packed_module
 from .format import (
     MARK,
     PAD,
@@ -51,9 +53,11 @@ class PrunellaConfig(QuantizationConfigMixin):
     bits:           None, 8 or 4
     group:          inputs to a scale; 0: one scale to a row
     modules:        {name: {"shape": [O, I]}} of the modules whose weights are packed; "transposed": true for
-                    those that are stored as (I, O) when they are dense; "experts": E for a mixture's 3-D parameter
-                    of that name, packed expert by expert; "dense": true for an embedding or output head in 8 bits
-                    of which nothing is left out; "bits" and "group" of those that have their own
+                    those that are stored as (I, O) when they are dense; "kernel": [k…] for convolutions, whose I
+                    inputs are the channels of each place in the kernel, and "groups" of those that have several;
+                    "experts": E for a mixture's 3-D parameter of that name, packed expert by expert; "dense": true for
+                    an embedding or output head in 8 bits of which nothing is left out; "bits" and "group" of those
+                    that have their own
     """
 
     def __init__(
@@ -79,6 +83,11 @@ class PrunellaConfig(QuantizationConfigMixin):
                     raise ValueError(f"shape {about['shape']} of '{name}'")
                 if about.get("dense") and (about.get("bits", bits) != 8 or "experts" in about):
                     raise ValueError(f"'{name}' is said to be dense, which takes 8 bits and no experts")
+                kernel, parts = about.get("kernel", ()), about.get("groups", 1)
+                if not all(isinstance(k, int) and k > 0 for k in (*kernel, parts)) or columns % math.prod(kernel):
+                    raise ValueError(f"kernel {kernel} and {parts} groups of '{name}'")
+                if (kernel and about.keys() & {"experts", "dense", "transposed"}) or rows % parts or len(kernel) > 3:
+                    raise ValueError(f"'{name}' is said to be a convolution and something else")
                 if not isinstance(about.get("experts", 1), int) or about.get("experts", 1) < 1:
                     raise ValueError(f"{about['experts']} experts of '{name}'")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -109,7 +118,12 @@ class PrunellaQuantizer(HfQuantizer):
         transformers would take it apart into experts."""
         names = (name for name in self.replaced if not isinstance(model.get_submodule(name), SparseExpert))
         mark = {f"{name}.weight": torch.empty(MARK, dtype=model.dtype) for name in itertools.islice(names, 1)}
-        return {**model.state_dict(), **mark}, {}
+        state = model.state_dict()
+        for name in self.replaced:  # what was expanded is packed as it was
+            if (stored := getattr(model.get_submodule(name), "packed_as", None)) is not None:
+                parts = stored.pack(name, state.pop(f"{name}.weight")).parts()
+                state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        return {**state, **mark}, {}
 
     @property
     def is_trainable(self) -> bool:
@@ -138,12 +152,12 @@ class PrunellaQuantizer(HfQuantizer):
             if about.get("dense"):
                 self._replace_rounded(model, name, about, stored)
                 continue
-            module_name, module = self._find(model, name)
-            columns, rows = _shape(module)
-            _check_shape(name, about, (rows, columns))
+            module_name, module = self._find(model, name, "kernel" in about)
+            check_fits(name, about, module)
             kind = self.quantization_config.of(name)
+            rows, columns = about["shape"]
             empty = _empty(name, stored, (rows, columns), module.weight.dtype, kind)
-            model.set_submodule(module_name, SparseLinear(empty, module.bias, not isinstance(module, nn.Linear)))
+            model.set_submodule(module_name, packed_module(empty, module))
             self.replaced.append(module_name)
         if any(shape == MARK for _, shape in stored.values()):  # under whichever of these names, or an older one
             names = {parameter_name(*entry) for entry in self.quantization_config.modules.items()}
@@ -156,12 +170,12 @@ class PrunellaQuantizer(HfQuantizer):
                 module.__class__ = DenseLinear  # the same parameters, whatever is tied to them
         return model
 
-    def _find(self, model: Any, name: str) -> tuple[str, Any]:
-        """The module of this name."""
+    def _find(self, model: Any, name: str, convolves: bool = False) -> tuple[str, Any]:
+        """The module of this name, a linear layer or a convolution."""
         for candidate in self._candidates(model, name, ".weight"):
             with contextlib.suppress(AttributeError):
                 module = model.get_submodule(candidate)
-                if getattr(module, "weight", None) is not None and module.weight.ndim == 2:
+                if getattr(module, "weight", None) is not None and (module.weight.ndim > 2) == convolves:
                     return candidate, module
         raise ModelError(f"config.json names a packed module '{name}' that the model does not have.")
 
@@ -239,6 +253,8 @@ class PrunellaQuantizer(HfQuantizer):
             module = model.get_submodule(name)
             if not module.weight_values.is_meta:
                 module.packed(name)
+            if isinstance(module, ExpandedConv):
+                model.set_submodule(name, module.plain())
         settle(model)
         return model
 
@@ -256,7 +272,7 @@ class PrunellaQuantizer(HfQuantizer):
                 weight = torch.stack([expert.weight.to(dtype) for expert in experts])
                 delattr(model.get_submodule(owner), key)
                 model.get_submodule(owner).register_parameter(key, nn.Parameter(weight))
-            elif isinstance(module, RoundedEmbedding):
+            elif isinstance(module, RoundedEmbedding | SparseConv):
                 model.set_submodule(name, module.plain(dtype).eval())
             elif isinstance(module, SparseLinear | RoundedLinear | TiedHead) and not isinstance(module, SparseExpert):
                 with torch.device("meta"):
@@ -328,9 +344,3 @@ def _check_shape(name: str, about: Mapping[str, Any], wanted: tuple[int, int], e
         found = f"{about['experts']} experts of shape" if "experts" in about else "shape"
         want = wanted if experts is None else f"{experts} of {wanted}"
         raise ModelError(f"packed weight '{name}' has {found} {tuple(about['shape'])}, but the model wants {want}.")
-
-
-def _shape(module: Any) -> tuple[int, int]:
-    """(columns, rows): inputs and outputs, of a linear layer or GPT-2's transposed one."""
-    first, second = module.weight.shape
-    return (second, first) if isinstance(module, nn.Linear) else (first, second)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import set_tied
+from ..compat import of_transformers, set_tied
 from ..errors import InputError
 from .format import Rounded, rounded_of_parts
 from .kernels import rounded_linear
@@ -103,6 +103,8 @@ class TiedHead(nn.Module):
 def heads(network: Any) -> dict[str, tuple[str, ...]]:
     """What can be rounded of a network, the embedding and the output head: {parameter: its names}, more than one where
     the head is tied to the embedding. Raises InputError if one of them is of a kind that cannot be rounded."""
+    if not of_transformers(network):
+        raise InputError(f"a {type(network).__name__} has no embedding and no output head to round: leave it out.")
     embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
     names = {id(module): name for name, module in network.named_modules()}
     if not RoundedEmbedding.takes(embedding):

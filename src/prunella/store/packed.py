@@ -4,9 +4,9 @@ blocks. What is written is read back block by block, as any other weights are.""
 from __future__ import annotations
 
 import itertools
-import json
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,26 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import pattern
-from ..errors import InputError, ModelError
+from ..compat import of_transformers
+from ..errors import ModelError, say
+from ..grid import fit
 from ..layers import Slot, find_layers
-from ..model.checkpoint import Checkpoint
-from ..model.files import files_in
+from ..model.files import copy_companions, files_in, read_json
 from ..model.network import Model
 from ..outcome import BlockResult
+from ..sparse.checkpoint import PackedCheckpoint, packed_config
+from ..sparse.conv import has_only_a_weight, runs_packed
 from ..sparse.format import (
     MARK,
-    PARTS,
     SPAN,
     VERSION,
     Packed,
+    layer_names,
     module_names,
-    of_parts,
     pack,
     parameter_name,
     round_weight,
-    rounded_of_parts,
     stored_bits,
-    unpack,
 )
 from ..sparse.rounded import heads
 from ..tensors import (
@@ -58,17 +58,20 @@ class Contents:
 
     modules: of config.json's quantization_config: docs/format.md
     stayed:  pruned layers that are stored dense
+    expanded: packed convolutions that are dense again once they are loaded
     dense, packed: bytes of the packed weights, before and after
     """
 
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
     stayed: list[str] = field(default_factory=list)
+    expanded: list[str] = field(default_factory=list)
     dense: int = 0
     packed: int = 0
 
     def add(self, other: Contents) -> None:
         self.modules |= other.modules
         self.stayed += other.stayed
+        self.expanded += other.expanded
         self.dense += other.dense
         self.packed += other.packed
 
@@ -101,21 +104,20 @@ class PackedStore(Store):
         self.contents = Contents()
         self.done: set[int] = set()
         self.untied = False  # a head that is another than the embedding, though the config says they are one
+        self.others: dict[str, Tensor] = {}  # what changed of all that no block's file holds
+        self.norms = {  # estimated when all blocks are written
+            f"{name}.{key}"
+            for name, module in model.network.named_modules()
+            if "running_mean" in module._buffers
+            for key, _ in module.named_buffers(recurse=False)
+        }
         self.plan: Mapping[str, tuple[str, bool]]
         if model.checkpoint is not None:
             self.plan = model.plan()
         else:
-            get, tied = model.network.get_parameter, model.network.all_tied_weights_keys
+            get, tied = model.network.get_parameter, model.tied
             same = {target for target, source in tied.items() if get(target) is get(source)}
             self.plan = {name: (name, False) for name in model.network.state_dict() if name not in same}
-
-    @classmethod
-    def check(cls, model: Model) -> None:
-        if not hasattr(model.network, "save_pretrained"):
-            kind = type(model.network).__name__
-            raise InputError(
-                f"packed files are of transformers models, and a {kind} is none: leave --format packed out."
-            )
 
     def write(self, result: BlockResult) -> dict[str, Any]:
         """As any store; layers are packed on their grids where they have some."""
@@ -123,7 +125,7 @@ class PackedStore(Store):
         found = Contents()
         tensors: dict[str, Tensor] = {}
         gone: set[str] = set()
-        changed: dict[str, Tensor] = {}
+        changed = dict(result.changed)
         shapes: dict[str, tuple[int, int]] = {}
         layers = find_layers(self.model.module(block), block) if result.masks else []
         for parameter, those in itertools.groupby(layers, lambda slot: slot.key):
@@ -141,22 +143,28 @@ class PackedStore(Store):
                 changed[parameter] = dense.data
                 continue
             gone.add(parameter)
-            about: dict[str, Any] = {"shape": list(slots[0].shape)}
+            about: dict[str, Any] = {"shape": [packed[0].rows, packed[0].columns]}
             if kinds != {self._kind(slots[0].shape[1])}:
                 about["bits"], about["group"] = kinds.pop()
-            if slots[0].part is not None:
+            if slots[0].lens.packed == "kernel":
+                about["kernel"] = list(dense.shape[2:])
+                about |= {"groups": len(slots)} if slots[0].part is not None else {}
+            elif slots[0].part is not None:
                 about["experts"] = len(slots)
             if slots[0].lens.transposed:
                 about["transposed"] = True
-            if [slot.name for slot in slots] != module_names(name, about):
-                about["layer"] = parameter.removesuffix(".weight") if slots[0].part is None else parameter
+            if [slot.name for slot in slots] != layer_names(name, about):
+                about["layer"] = parameter if "experts" in about else parameter.removesuffix(".weight")
             for module, content in zip(module_names(name, about), packed, strict=True):
                 tensors |= {f"{module}.{part}": tensor for part, tensor in content.parts().items()}
             tensors |= self._mark(name, about, found)
-            found.add(Contents({name: about}, [], nbytes, size))
+            expanded = [name] if "kernel" in about and not runs_packed(slots[0].module) else []
+            found.add(Contents({name: about}, [], expanded, nbytes, size))
         found.stayed = list(shapes)
-        keys = [k for k, (p, _) in self.plan.items() if self.model.block_of(p) == block and p not in gone]
+        inside = gone | self.norms
+        keys = [k for k, (p, _) in self.plan.items() if self.model.block_of(p) == block and p not in inside]
         tensors |= self._plain(keys)
+        changed = {parameter: tensor for parameter, tensor in changed.items() if parameter not in gone}
         if changed and self.model.checkpoint is not None:
             stored = self.model.stored(block, changed)
             tensors |= {key: stored[key].to(tensors[key].dtype) for key in keys if key in stored}
@@ -176,7 +184,20 @@ class PackedStore(Store):
         for index, name in enumerate(self.model.blocks):
             if index not in self.done:
                 self.write(BlockResult(index, name, (), {}, {}, {}, 0.0))
-        outside = {key: parameter for key, (parameter, _) in self.plan.items() if not self.model.block_of(parameter)}
+        if self.norms and self._file(len(self.model.blocks)).is_file():  # of an earlier run, which had them estimated
+            stored = load_file(self._file(len(self.model.blocks)))
+            self.others = {p: stored[key] for key, (p, _) in self.plan.items() if p in self.norms} | self.others
+        self._write_others()
+
+    def write_outside(self, changed: Mapping[str, Tensor]) -> None:
+        self.others |= {name: tensor.detach().cpu().clone() for name, tensor in changed.items()}
+        if self._file(len(self.model.blocks)).is_file():
+            self._write_others()
+
+    def _write_others(self) -> None:
+        """The file of all that no block holds, and of batch norms' statistics."""
+        block_of, norms = self.model.block_of, self.norms
+        outside = {key: p for key, (p, _) in self.plan.items() if p in norms or block_of(p) is None}
         tensors: dict[str, Tensor] = {}
         for source, names in self.head.items():
             # where it is tied, the files may have it under either name, or both
@@ -194,17 +215,25 @@ class PackedStore(Store):
                 self.contents.add(Contents({name: about}))
             for key in keys:
                 del outside[key]
-        self._save(len(self.model.blocks), {**tensors, **self._plain(list(outside))})
+        plain = self._plain(list(outside))
+        if self.others and self.model.checkpoint is not None:
+            changed = self.model.stored("", self.others)
+            plain |= {key: changed[key].to(tensor.dtype) for key, tensor in plain.items() if key in changed}
+        self._save(len(self.model.blocks), {**tensors, **plain})
 
     def finish(self) -> None:
         network, path = self.model.network, self.folder / "config.json"
         own: dict[str, Any] = {}
-        if self.model.checkpoint is None:
+        if self.model.checkpoint is None and of_transformers(network):
             network.config.save_pretrained(self.folder)
             if network.can_generate():
                 network.generation_config.save_pretrained(self.folder)
             own = {"architectures": [type(network).__name__], "dtype": str(self.model.dtype)[6:]}
-        config = json.loads(path.read_text(encoding="utf-8")) | own
+        elif self.model.checkpoint is None:  # its task knows what belongs to it beside the weights
+            with tempfile.TemporaryDirectory(dir=self.aside) as plain:
+                self.model.task.save(self.model, Path(plain))
+                copy_companions(Path(plain), self.folder)
+        config = read_json(path) | own
         if self.untied:
             config["tie_word_embeddings"] = False
             if "text_config" in config:
@@ -217,6 +246,11 @@ class PackedStore(Store):
             "modules": self.contents.modules,
         }
         write_json(path, config)
+        if expanded := self.contents.expanded:
+            say(
+                f"{len(expanded)} convolutions are expanded when the model is loaded, {expanded[0]} the first of them:"
+                " of convolutions only those with a kernel of one place run packed"
+            )
         write_index(self.folder)
         masks: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, int]] = {}
@@ -258,12 +292,12 @@ class PackedStore(Store):
         weights can take its place, transformers makes it of tensors that other parameters are made of too, or it has a
         dtype of its own."""
         parameter = slot.key
-        if slot.lens.packed is None:
+        if slot.lens.packed is None or (slot.lens.packed == "kernel" and not has_only_a_weight(slot.module)):
             return None
         keys = {key: converted for key, (p, converted) in self.plan.items() if p == parameter}
         if not keys or any(self._code(key) not in (None, self.model.dtype) for key in keys):
             return None
-        if slot.part is not None:
+        if slot.part is not None and slot.lens.packed == "list":
             names = {name for name, _ in self.plan.values()}
             whole = (f"{block}.{name}" for name, _ in self.model.module(block).named_parameters())
             if not any(keys.values()):
@@ -282,7 +316,7 @@ class PackedStore(Store):
 
     def _plain_name(self, key: str, parameter: str) -> str:
         """The parameter's name or, where it differs by more than the base model's prefix, that of the files."""
-        prefix = f"{self.model.network.base_model_prefix}."
+        prefix = getattr(self.model.network, "base_model_prefix", "") + "."
         return parameter if key.removeprefix(prefix) == parameter.removeprefix(prefix) else key
 
     def _code(self, key: str) -> torch.dtype | None:
@@ -300,9 +334,16 @@ class PackedStore(Store):
             if grid is not None:
                 bits, group = stored_bits(grid), grid.group
         masks = [pattern.unpack(result.masks[slot.name], slot.shape) for slot in slots]
+        weights = [slot.read().cpu().contiguous() for slot in slots]
+        if slots[0].lens.packed == "kernel":  # the groups of a convolution, one below the other
+            if any(grids) and bits is not None:
+                each = zip(weights, masks, grids, strict=True)
+                known = [grid or fit(weight_OI * mask_OI, bits, group) for weight_OI, mask_OI, grid in each]
+                grids = [replace(known[0], scale_OG=torch.cat([grid.scale_OG.cpu() for grid in known]))]
+            weights, masks, grids = [torch.cat(weights)], [torch.cat(masks)], grids[:1]
         return [
-            pack(slot.read().cpu().contiguous(), mask_OI, bits, group, grid=grid)
-            for slot, mask_OI, grid in zip(slots, masks, grids, strict=True)
+            pack(weight_OI, mask_OI, bits, group, grid=grid)
+            for weight_OI, mask_OI, grid in zip(weights, masks, grids, strict=True)
         ]
 
     def _kind(self, columns: int) -> tuple[int | None, int]:
@@ -321,68 +362,8 @@ class PackedStore(Store):
         return {k: t.to(self.model.dtype) if cast and t.is_floating_point() else t for k, t in tensors.items()}
 
     def _save(self, number: int, tensors: Mapping[str, Tensor]) -> None:
-        total = len(self.model.blocks) + 1
-        save_tensors(self.folder / f"model-{number + 1:05d}-of-{total:05d}.safetensors", tensors)
+        save_tensors(self._file(number), tensors)
 
-
-class PackedCheckpoint(Checkpoint):
-    """A packed model's files, for a network that is not packed: its weights are unpacked as they are loaded."""
-
-    def __init__(
-        self,
-        directory: Path,
-        modules: Mapping[str, Mapping[str, Any]],
-        bits: int | None,
-        group: int,
-        names: Sequence[str] | None = None,
-    ):
-        super().__init__(directory, names)
-        self.modules, self.bits, self.group = modules, bits, group
-        self.own = {parameter_name(name, about): name for name, about in modules.items()}
-        for key, file in list(self.where.items()):
-            if self.files[file][key][1] == MARK:
-                del self.where[key], self.files[file][key]
-
-    def packed(self, name: str) -> dict[str, Packed]:
-        """The packed weights that make up a parameter, by module. Raises ModelError, naming the tensor, if one is
-        missing or damaged."""
-        about = self.modules[name]
-        bits, group = about.get("bits", self.bits), about.get("group", self.group)
-        out = {}
-        for module in module_names(name, about):
-            out[module] = of_parts(module, self._parts(module), about["shape"][1], group)
-            if [out[module].rows, out[module].columns, out[module].bits] != [*about["shape"], bits]:
-                raise ModelError(f"packed weight '{module}' is not what config.json says of it. Pack the model again.")
-        return out
-
-    def _parts(self, module: str) -> dict[str, Tensor]:
-        keys = {part: key for part in PARTS if (key := f"{module}.{part}") in self.where}
-        with self.open(keys.values()) as slices:
-            return {part: slices[key][...] for part, key in keys.items()}
-
-    def parameter(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A packed parameter as the plain model has it; integer values times their scales in `dtype`."""
-        name = self.own[name]
-        about = self.modules[name]
-        if about.get("dense"):
-            group = about.get("group", self.group)
-            return rounded_of_parts(name, self._parts(name), tuple(about["shape"]), group).dense(dtype)
-        weights = [unpack(p, None if p.bits is None else dtype) for p in self.packed(name).values()]
-        if about.get("transposed"):
-            weights = [weight_OI.T for weight_OI in weights]
-        return torch.stack(weights) if "experts" in about else weights[0].contiguous()
-
-
-def packed_config(directory: str | Path) -> dict[str, Any] | None:
-    """The quantization_config of a packed model; None for a directory that holds none."""
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise TypeError("not an object")
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"'{path}' cannot be read: {error}.") from None
-    found = config.get("quantization_config")
-    return found if isinstance(found, dict) and found.get("quant_method") == "prunella" else None
+    def _file(self, number: int) -> Path:
+        """That of a block, or the last one."""
+        return self.folder / f"model-{number + 1:05d}-of-{len(self.model.blocks) + 1:05d}.safetensors"

@@ -7,23 +7,25 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy
 
 from ..calibrate import check_windows, room, text_tokens, window_length, windows, with_bos
 from ..errors import InputError, ModelError
 from ..linalg import apart
 from ..machine import at_a_time, free_memory
 from ..model.checkpoint import Source
+from ..model.divergence import kl
 from ..model.files import read_json
 from ..model.network import Model
 from ..model.open import open_files
 from ..model.task import Task
 from ..overlap import fingerprint, joined
 from ..samples import Batch, Samples
+from ..train.loss import next_token_loss
 from ..waits import demand, fetch
 from .registry import register_task
 
@@ -42,6 +44,7 @@ class Text(Task):
     source = "pydoc"
     figure = "perplexity"
     language = True
+    training: ClassVar = {"batch": 8, "micro": 4, "held_out": 8}
 
     def __init__(self, *, length: int | None = None, bos: bool = True):
         """
@@ -72,8 +75,9 @@ class Text(Task):
     # --- samples
 
     def samples(
-        self, model: Model, source: str, count: int, *, used: int = 0, seed: int = 0, test: bool = False
+        self, model: Model, source: str, count: int | None, *, used: int = 0, seed: int = 0, test: bool = False
     ) -> Samples:
+        assert count is not None
         length = window_length(model, self.length)
         skip = -(-used // text_tokens(model, length, self.bos)) if used else 0
         split: Any = "test" if test else "train"
@@ -182,14 +186,21 @@ class Text(Task):
             logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
             yield cross_entropy(logits_RV, ids_L[rows_R + 1], reduction="sum") / predicted
 
-    def divergence(self, outputs: Any, teacher: Any, batch: Batch) -> Tensor:
+    def divergence(self, outputs: Any, teacher: Any, batch: Batch, *, temperature: float = 1.0) -> Tensor:
         """KL(teacher || model), mean over predicted tokens."""
-        ours_TV, theirs_TV = (out.logits[:, :-1].flatten(0, 1).float().log_softmax(1) for out in (outputs, teacher))
-        return kl_div(ours_TV, theirs_TV, reduction="batchmean", log_target=True)
+        ours_TV, theirs_TV = (out.logits[:, :-1].flatten(0, 1) for out in (outputs, teacher))
+        return kl(ours_TV, theirs_TV, temperature)
+
+    def objective(
+        self, outputs: Any, batch: Batch, teacher: Any = None, *, share: float = 1.0, temperature: float = 1.0
+    ) -> Tensor:
+        """Made a few tokens at a time, with its gradient."""
+        theirs_BLV = None if teacher is None else teacher.logits
+        return next_token_loss(outputs.logits, batch["input_ids"], theirs_BLV, share=share, temperature=temperature)
 
     # --- what a report says
 
-    def scores(self, model: Model, samples: Samples, losses: Sequence[float]) -> dict[str, Any]:
+    def scores(self, model: Model, samples: Samples, losses: Sequence[float], *_: Any, **__: Any) -> dict[str, Any]:
         if not losses:
             return {"perplexity": None}
         ids_NL = samples.groups[0]["input_ids"]
@@ -352,4 +363,7 @@ def check_causal(model: Model) -> None:
 
 
 def _no_decoder(name: str, why: str) -> ModelError:
-    return ModelError(f"'{name}' is no causal language model: {why}. Only decoders can be pruned yet.")
+    return ModelError(
+        f"'{name}' is no causal language model: {why}. Another task may take it: leave --task out, or open it by"
+        " prunella.open_model."
+    )

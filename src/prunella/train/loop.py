@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..compat import forget_accelerator
-from ..errors import InputError, NumericalError
+from ..errors import InputError
 from ..progress import OnStep
 from ..samples import Batch, Samples, on, size_of
 from ..team import meet, team, told
 from ..waits import demand, fetch, together
 from . import checkpoints
-from .around import own_forward, remade
-from .checkpoints import State
+from .around import Called, check_reached, remade, share_statistics, statistics_of
+from .checkpoints import Diverged, State
 from .parts import Change, Chosen, trained
 from .schedule import Schedule
 from .shard import gather, is_sharded, scatter, share_optimizer
@@ -31,14 +31,6 @@ from .shard import gather, is_sharded, scatter, share_optimizer
 Run = Callable[[nn.Module, Batch], Any]  # what the network makes of a batch
 Loss = Callable[[Any, Batch], Tensor]  # of what it made, the mean over the batch
 Update = Callable[[float], Mapping[str, Tensor]]  # share of the wanted sparsity -> {part: its new mask, of its shape}
-
-
-class Diverged(NumericalError):
-    """The loss of a step is not finite; `best` is the best checkpoint, if there is one."""
-
-    def __init__(self, step: int, loss: float, best: Path | None):
-        super().__init__(f"the loss of step {step} is {loss}.")
-        self.best = best
 
 
 @dataclass(frozen=True)
@@ -68,6 +60,11 @@ class Training:
         schedule: what changes meanwhile, and for how many steps.
         folder: for checkpoints.
         run: what the network makes of a batch; by default it is called with all tensors of the batch.
+        order: numbers of the samples in the order of the k-th pass, from 0; None: as they are. Where they are of
+            several shapes, those of a step that are of one shape go together.
+        augment: what is made of some samples before they are run, and the step that they are for.
+        still: modules that stay as they are in evaluation.
+        unused: parameters may train that do not enter every loss.
         held_out: what to find the best checkpoint on, with `score` in the place of the loss; None: the last one is it.
         every: steps from one checkpoint, and look at what is held out, to the next; there is one at the end too.
         patience: stop after so many looks that were no better; None: never.
@@ -88,6 +85,10 @@ class Training:
         folder: str | Path,
         *,
         run: Run = lambda network, batch: network(**batch),
+        order: Callable[[int], Sequence[int]] | None = None,
+        augment: Callable[[Batch, int], Batch] | None = None,
+        still: Collection[nn.Module] = (),
+        unused: bool = False,
         held_out: Samples | None = None,
         score: Loss | None = None,
         batch: int,
@@ -103,14 +104,10 @@ class Training:
         resume: bool = False,
         on_step: OnStep | None = None,
     ):
-        self.network, self.samples, self.loss, self.schedule, self.folder = (
-            network,
-            samples,
-            loss,
-            schedule,
-            Path(folder),
-        )
-        self.run, self.held_out, self.score = run, held_out, score or loss
+        self.network, self.samples, self.loss, self.schedule = network, samples, loss, schedule
+        self.called, self.folder = Called(network, run), Path(folder)
+        self.order, self.augment, self.still, self.unused = order, augment, still, unused
+        self.held_out, self.score = held_out, score or loss
         self.batch, self.micro, self.every, self.clip, self.betas = batch, micro, every, clip, betas
         self.patience, self.seed, self.bfloat16, self.recompute = patience, seed, bfloat16, recompute
         self.update, self.resume, self.on_step = update, resume, on_step
@@ -121,6 +118,7 @@ class Training:
         self.state = State()
         self._rate = chosen if isinstance(chosen, float) else None
         self._stack = contextlib.ExitStack()
+        self._drawn: tuple[int, Sequence[int]] = -1, ()  # a pass, and the order of its samples
 
     # --- around it
 
@@ -138,20 +136,19 @@ class Training:
         if self.team.size > 1 and len(self.samples.groups) > 1 and self.sharded:
             raise InputError("samples of several shapes cannot train a model that is sharded.")
         with contextlib.ExitStack() as stack:
-            stack.enter_context(own_forward(self.network))
             stack.enter_context(remade(self.network, self.changes, self.recompute))
             forget_accelerator()
             with told(self.device), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
                 # Buffers are not sent about: masks are the same everywhere.
-                kwargs = DistributedDataParallelKwargs(find_unused_parameters=False, broadcast_buffers=False)
+                kwargs = DistributedDataParallelKwargs(find_unused_parameters=self.unused, broadcast_buffers=False)
                 self.accelerator = Accelerator(
                     cpu=self.device.type == "cpu",
                     device_placement=False,
                     mixed_precision="bf16" if self.bfloat16 else "no",
                     kwargs_handlers=[kwargs],
                 )
-                self.model = self.accelerator.prepare_model(self.network, evaluation_mode=self.sharded)
+                self.model = self.accelerator.prepare_model(self.called, evaluation_mode=self.sharded)
             self.optimizer = self._make_optimizer()
             if self.resume:
                 self._go_on()
@@ -216,8 +213,11 @@ class Training:
         with together():
             total = schedule.gradient(self._pass, self._parameters())
             (loss,) = fetch([self.team.reduce(total) / self.team.size])  # the one look at the device in a step
+        if state.step == 0 and self.unused:
+            check_reached(self.chosen)
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
+        share_statistics(self.network, self.team)
         self._forget()
         self.model.zero_grad()
         state.step += 1
@@ -232,8 +232,11 @@ class Training:
         """Add the gradients of this step's samples, as far as they are this process's; their loss."""
         self._forget()  # the weights may be others than in the last pass
         self.model.train()
-        first, count = self.state.step * self.batch, len(self.samples)
-        numbers = [(first + i) % count for i in range(self.batch)]
+        for module in self.still:
+            module.training = False
+        numbers = [self._number(self.state.step * self.batch + i) for i in range(self.batch)]
+        if len(self.samples.groups) > 1:
+            numbers.sort(key=self.samples.group_of)
         chunks = [numbers[i : i + self.micro] for i in range(0, self.batch, self.micro)]
         pieces = [piece for chunk in self.team.share(chunks) for piece in self.samples.pick(chunk)]
         total = torch.zeros((), device=self.device)
@@ -241,8 +244,8 @@ class Training:
             # Deferred where it is sharded, every process would hold whole gradients meanwhile.
             together = left == 0 or self.sharded
             with contextlib.nullcontext() if together else self.accelerator.no_sync(self.model):
-                batch = on(piece, self.device)
-                loss = self.loss(self.run(self.model, batch), batch)
+                batch = on(piece if self.augment is None else self.augment(piece, self.state.step), self.device)
+                loss = self.loss(self.model(batch), batch)
                 demand(torch.isfinite(loss), partial(self._diverged, loss.detach()))
                 part = loss / (self.batch / (size_of(piece) * self.team.size))
                 part.backward()  # type: ignore[no-untyped-call]
@@ -252,6 +255,15 @@ class Training:
     def _diverged(self, loss: Tensor) -> Diverged:
         best = self.state.best.get("final", 0) if self.held_out is not None else 0
         return Diverged(self.state.step + 1, loss.item(), checkpoints.at(self.folder, best) if best else None)
+
+    def _number(self, place: int) -> int:
+        """The sample that is taken at a place of all passes, one behind the other."""
+        number, place = divmod(place, len(self.samples))
+        if self.order is None:
+            return place
+        if self._drawn[0] != number:
+            self._drawn = number, self.order(number)
+        return self._drawn[1][place]
 
     def evaluate(self) -> float:
         """The loss of the held-out samples, the mean over them."""
@@ -267,7 +279,7 @@ class Training:
             for piece in self.held_out.pick(chunk):
                 batch = on(piece, self.device)
                 with torch.no_grad():
-                    loss = self.score(self.run(self.network, batch), batch)
+                    loss = self.score(self.called(batch), batch)
                 if number < len(chunks):
                     losses[start : start + size_of(piece)] = loss
                 start += size_of(piece)
@@ -355,10 +367,7 @@ class Training:
         values = trained(self.chosen)
         if self._rate is not None:
             values = {name: parameter.data for name, parameter in self.network.named_parameters()}
-        for name, module in self.network.named_modules():
-            if getattr(module, "track_running_stats", False):
-                values |= {f"{name}.{key}": buffer for key, buffer in module.named_buffers(recurse=False)}
-        return values
+        return values | statistics_of(self.network)
 
     def _save(self) -> None:
         main = self.team.main

@@ -1,11 +1,11 @@
-"""Retraining: the language-model loss on the whole model."""
+"""Retraining: the task's loss on the whole network."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -15,29 +15,32 @@ from ..compat import has_bfloat16_products
 from ..errors import InputError, NumericalError
 from ..model.network import Model
 from ..progress import OnStep
-from ..samples import Batch, Samples
+from ..samples import Batch, Samples, size_of
 from ..team import team
-from .around import no_dropout
-from .loop import Diverged, Outcome, Training
-from .loss import next_token_loss
-from .parts import Chosen
+from .around import asleep, keeps_statistics, no_dropout
+from .checkpoints import Diverged
+from .loop import Outcome, Training
+from .parts import Chosen, Master
 from .schedule import make_schedule
 from .shard import is_sharded
 
 Count = Annotated[int, Field(ge=1)]
 
 
-class Teacher(Protocol):
-    """The dense model's logits for some of the training windows."""
+NUMBER = "number of a sample"  # in a batch, beside what the network is called with: no argument has such a name
 
-    def __call__(self, index_B: Tensor, ids_BL: Tensor) -> Tensor: ...
+
+class Teacher(Protocol):
+    """What the dense network puts out for some of the training samples."""
+
+    def __call__(self, numbers_B: Tensor, batch: Batch) -> Any: ...
 
 
 def retrain(
     model: Model,
     chosen: Sequence[Chosen],
-    windows_NL: Tensor,
-    held_out_NL: Tensor | None,
+    samples: Samples,
+    held_out: Samples | None,
     steps: int,
     folder: Path,
     seed: int = 0,
@@ -55,6 +58,8 @@ def retrain(
     evaluations: Count = 5,
     patience: Count = 3,
     checkpointing: bool = False,
+    batch_norm: Literal["auto", "follow", "fixed"] = "auto",
+    augment: bool = False,
 ) -> Outcome:
     """Train the attached changes of a model whose weights are loaded, or sharded.
 
@@ -62,46 +67,60 @@ def retrain(
     each process would hold whole weights of all layers. The options are the keys of a recipe's `heal` section, which
     says what they mean.
 
+    A language model trains in training mode, without dropout. Any other network computes as it does when it is
+    measured, but for norms whose running statistics follow.
+
     Args:
-        windows_NL: what to train on, in this order; taken again from the start where more is asked for.
-        held_out_NL: what to find the best checkpoint on.
+        samples: what to train on; taken again where more is asked for. Those of a language model in this order; others
+            in a new order each time, which the seed draws.
+        held_out: what to find the best checkpoint on.
         folder: for checkpoints.
-        teacher: `distill` of the loss is the divergence from its predictions.
+        teacher: `distill` of the loss is the divergence from what it puts out.
         resume: continue from the last of them, if there is one.
     Raises:
+        InputError: a step cannot be shared by the processes.
         NumericalError: the loss is not finite; the checkpoints stay.
     """
-    network, processes = model.network, team(model.device).size
+    network, task, processes = model.network, model.task, team(model.device).size
     micro = min(micro, -(-batch // processes))
     if batch % (micro * processes):
         raise InputError(
             f"a step of {batch} windows cannot be shared by {processes} processes, {micro} windows at a time each:"
             " choose a multiple (--set heal.batch=…, --set heal.micro=…)."
         )
+    follow = follows(network, chosen, batch_norm)
 
-    def run(module: nn.Module, batch: Batch) -> Tensor:
-        logits_BLV: Tensor = module(input_ids=batch["input_ids"], use_cache=False).logits
-        return logits_BLV
+    def bare(batch: Batch) -> Batch:
+        return {key: value for key, value in batch.items() if key != NUMBER}
 
-    def loss(logits_BLV: Any, batch: Batch) -> Tensor:
-        ids_BL = batch["input_ids"]
-        teacher_BLV = None if teacher is None else teacher(batch["index"], ids_BL)
-        return next_token_loss(logits_BLV, ids_BL, teacher_BLV, share=distill, temperature=temperature)
+    def loss(outputs: Any, batch: Batch) -> Tensor:
+        own = bare(batch)
+        theirs = None if teacher is None else teacher(batch[NUMBER], own)
+        return task.objective(outputs, own, theirs, share=distill, temperature=temperature)
 
-    def score(logits_BLV: Any, batch: Batch) -> Tensor:  # held-out text is scored as text
-        return next_token_loss(logits_BLV, batch["input_ids"])
+    def score(outputs: Any, batch: Batch) -> Tensor:  # held-out samples are scored by the task
+        return task.objective(outputs, bare(batch))
 
-    windows = {"input_ids": windows_NL, "index": torch.arange(len(windows_NL))}
-    held_out = None if held_out_NL is None else Samples.of(held_out_NL)
+    def drawn(number: int) -> Sequence[int]:
+        return samples.shuffled(seed * 2**20 + number, micro)
+
+    def changed(piece: Batch, step: int) -> Batch:
+        generator = torch.Generator().manual_seed((seed * 2**40 + step * 2**20 + int(piece[NUMBER][0])) % 2**63)
+        return {**task.augment(bare(piece), generator), NUMBER: piece[NUMBER]}
+
     with no_dropout(network):
         training = Training(
             network,
             chosen,
-            Samples.of(windows),
+            numbered(samples),
             loss,
             make_schedule("constant", steps, {"warmup": warmup}),
             folder,
-            run=run,
+            run=lambda network, batch: task.run(network, bare(batch)),
+            order=None if task.language else drawn,
+            augment=changed if augment else None,
+            still=() if task.language else asleep(network, follow=follow, recompute=checkpointing),
+            unused=not task.language,
             held_out=held_out,
             score=score,
             batch=batch,
@@ -126,6 +145,23 @@ def retrain(
                 f"healing diverged: {str(error).rstrip('.')}. Use a lower learning rate (--set heal.rate=…), and delete"
                 f" '{folder.parent}' before.{kept}"
             ) from None
+
+
+def numbered(samples: Samples) -> Samples:
+    """Samples with their numbers beside them, from 0."""
+    groups, start = [], 0
+    for group in samples.groups:
+        groups.append({**group, NUMBER: torch.arange(start, start + size_of(group))})
+        start += size_of(group)
+    return Samples(tuple(groups))
+
+
+def follows(network: nn.Module, chosen: Sequence[Chosen], batch_norm: str) -> bool:
+    """Do running statistics of norms follow? By themselves where whole layers train, which moves what norms see; where
+    less trains, the statistics of a few samples at a time are worse than those that are there."""
+    whole = any(isinstance(item.change, Master) and "linear" in item.part.kinds for item in chosen)
+    asked = batch_norm == "follow" or (batch_norm == "auto" and whole)
+    return asked and any(map(keeps_statistics, network.modules()))
 
 
 def _fast_bfloat16(device: torch.device) -> bool:

@@ -1,0 +1,91 @@
+"""Fine-tuning to what the dense network puts out: no labels are needed."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..samples import Batch
+from ..tasks.module import Module
+from .loop import Training
+from .schedule import make_schedule
+
+Fit = Callable[[nn.Module], Iterator[None]]  # trains a network; at each pause it may be the best one
+
+
+def distil(
+    dense: nn.Module,
+    batches: Any,
+    *,
+    epochs: int = 5,
+    batch: int = 16,
+    micro: int | None = None,
+    rate: float = 1e-3,
+    looks: int | None = None,
+    warmup: float = 0.1,
+    seed: int = 0,
+) -> Fit:
+    """What fine-tunes a network to the outputs of the dense one, all parameters of it, with AdamW: `fit(network)`. The
+    loss of a sample is sum |y - y'|^2 / sum |y'|^2 over all that is put out, y' being the dense network's outputs: the
+    raw maps of a detector, say, so that neither labels nor anchors are needed. Statistics of batch norm follow.
+
+    Args:
+        dense: the network as it is now; a copy is made.
+        batches: what it is called with, as `calibration` of `prunella.prune`. They are taken in this order.
+        epochs: how often all of it is taken.
+        batch: samples in a step.
+        micro: samples that run at a time; None: all of a step.
+        rate: learning rate, rising over the share `warmup` of all steps and then falling linearly to 0.
+        looks: pauses, at which the network may be scored: one an epoch if nothing is said.
+        seed: of what is drawn at random.
+
+    Raises:
+        InputError: no batches, or none that the network takes.
+    """
+    task = Module()
+    task.hold(dense, batches)
+    samples, teacher = task.held[False], copy.deepcopy(dense).eval().requires_grad_(False)
+    if min(epochs, batch) < 1 or not 0 < rate < 1:
+        raise InputError("to distil takes at least an epoch, a sample a step, and a rate between 0 and 1.")
+    steps = epochs * max(1, len(samples) // batch)
+    size = min(batch, len(samples))
+
+    def loss(outputs: Any, one: Batch) -> Tensor:
+        with torch.no_grad():
+            wanted = task.run(teacher, one)
+        return task.divergence(outputs, wanted, one)
+
+    def fit(network: nn.Module) -> Iterator[None]:
+        modes = {module: module.training for module in network.modules()}
+        each = math.ceil(steps / (looks or epochs))
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Training(
+                network,
+                rate,
+                samples,
+                loss,
+                make_schedule("constant", steps, {"warmup": warmup}),
+                folder,
+                run=lambda module, one: task.run(module, one),
+                batch=size,
+                micro=micro or size,
+                every=steps,
+                seed=seed,
+            ) as training,
+        ):
+            going = True
+            while going:
+                going = training.advance(each)
+                yield
+        for module, training_mode in modes.items():
+            module.training = training_mode
+
+    return fit
