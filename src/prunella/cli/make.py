@@ -84,7 +84,9 @@ def prune(
 @app.command(rich_help_panel=MAKING)
 @grouped
 def heal(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A pruned model, or a dense one of another task than text.")],
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="A pruned model, or a dense one of another task than text.")
+    ],
     output: Out,
     *,
     given: Annotated[dict[str, Any], HEALING],

@@ -246,7 +246,6 @@ _SHARED = ("evaluate.source", "evaluate.windows", "bos", "recipe", "set", "devic
 HEALING = (
     *table("""
 Healing
-task: --task NAME  What the network is for. [default: as its files say]
 heal.train: --train NAME …  What trains; repeat. `prunella methods` lists it. [default: mask-lora]
 heal.way: --way retrain|reconstruct
     retrain: the whole model on text; reconstruct: block by block, to the dense one. [default: retrain]

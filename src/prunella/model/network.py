@@ -177,8 +177,7 @@ class Model:
         if key in self.plan():
             return self.plan()[key][0]
         renamings, _ = conversions(self.network)
-        prefix = getattr(self.network, "base_model_prefix", None)
-        return rename(key, renamings, [], prefix, self.network.state_dict())[0]
+        return rename(key, renamings, [], getattr(self.network, "base_model_prefix", None), self.network.state_dict())[0]
 
     def check_complete(self) -> None:
         """Raises ModelError, naming the tensor, for one that the network needs and the checkpoint lacks, or has in

@@ -94,7 +94,7 @@ class Images(Task):
         )
 
     def open(self, name: str, **options: Any) -> Model:
-        trust = {key: bool(options.get(key)) for key in ("remote_code", "pickles")}
+        trust: dict[str, Any] = {key: bool(options.get(key)) for key in ("remote_code", "pickles")}
         directory = Path(name) if Path(name).is_dir() else find_directory(name, **trust)
         if not is_timm(read_json(directory / "config.json")):
             kind = "classifier of pictures"
