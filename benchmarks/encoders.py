@@ -3,9 +3,9 @@
     python benchmarks/encoders.py --train sst2-train.jsonl --test sst2-test.jsonl --out runs
 
 The dense model is fine-tuned once by `heal` (`--share` of the training rows, `--epochs` passes) and kept in OUT/dense;
-one that is given as `--dense` takes its place. Each way of pruning calibrates on the first `--samples` rows of the training
-data and is measured on all test rows. A row for each is printed and appended to OUT/encoders.jsonl at once; rows that
-are there are not made again.
+one that is given as `--dense` takes its place. Each way of pruning calibrates on the first `--samples` rows of the
+training data and is measured on all test rows. A row for each is printed and appended to OUT/encoders.jsonl at once;
+rows that are there are not made again.
 """
 
 import argparse
