@@ -18,7 +18,7 @@ from ..errors import InputError, ModelError, first_line, say
 from ..machine import free_memory
 from ..model.cut import refused
 from ..model.divergence import kl
-from ..model.files import SINGLE, read_json, weight_files
+from ..model.files import SINGLE, read_json
 from ..model.names import find_directory
 from ..model.network import Model
 from ..model.open import open_files
@@ -27,6 +27,7 @@ from ..model.timm_models import PREFIX, build, is_timm, of_timm, pictures_of, sa
 from ..photos import PHOTOS
 from ..pictures import find_pictures, read_pictures
 from ..samples import TARGET, Batch, Samples
+from ..sparse.checkpoint import packed_config
 from ..sparse.opening import open_network
 from .labels import labels_of, match
 from .registry import register_task
@@ -50,11 +51,13 @@ class Images(Task):
     """Classifiers of pictures: a picture goes in, a score for each class comes out."""
 
     source = PHOTOS
+    follows = True
     argument = PIXELS
     counts = Counts(128, 256)
     figure = "top-1"
     higher = True
     unit = "%"
+    many = None
 
     def __init__(
         self,
@@ -93,8 +96,8 @@ class Images(Task):
         )
 
     def open(self, name: str, **options: Any) -> Model:
-        code, pickles = (bool(options.get(key)) for key in ("remote_code", "pickles"))
-        directory = Path(name) if Path(name).is_dir() else find_directory(name, remote_code=code, pickles=pickles)
+        trust: dict[str, Any] = {key: bool(options.get(key)) for key in ("remote_code", "pickles")}
+        directory = Path(name) if Path(name).is_dir() else find_directory(name, **trust)
         if not is_timm(read_json(directory / "config.json")):
             kind = "classifier of pictures"
             return open_files(
@@ -111,7 +114,7 @@ class Images(Task):
             raise InputError(
                 f"'{name}' is a network of timm, which says itself how pictures are prepared: no tokenizer."
             )
-        if not weight_files(directory):
+        if not (directory / SINGLE).is_file() and packed_config(directory) is None:
             raise ModelError(
                 f"'{directory}' has no {SINGLE}: write it by timm.models.save_for_hf(…, safe_serialization=True)."
             )
