@@ -94,7 +94,8 @@ class Images(Task):
         )
 
     def open(self, name: str, **options: Any) -> Model:
-        directory = find_directory(name, remote_code=bool(options.get("remote_code")))
+        trust: dict[str, Any] = {key: bool(options.get(key)) for key in ("remote_code", "pickles")}
+        directory = Path(name) if Path(name).is_dir() else find_directory(name, **trust)
         if not is_timm(read_json(directory / "config.json")):
             kind = "classifier of pictures"
             return open_files(
@@ -112,16 +113,11 @@ class Images(Task):
                 f"'{name}' is a network of timm, which says itself how pictures are prepared: no tokenizer."
             )
         if not (directory / SINGLE).is_file() and packed_config(directory) is None:
-            raise ModelError(f"'{directory}' is no directory of timm's: {SINGLE} is missing.")
-        return open_network(
-            lambda: build(directory),
-            directory,
-            self,
-            name=name,
-            packed=bool(options.get("packed")),
-            dtype=options.get("dtype", "auto"),
-            device=options.get("device", "auto"),
-        )
+            raise ModelError(
+                f"'{directory}' has no {SINGLE}: write it by timm.models.save_for_hf(…, safe_serialization=True)."
+            )
+        said = {key: options[key] for key in ("dtype", "device", "packed") if key in options}
+        return open_network(lambda: build(directory), directory, self, name=name, **said)
 
     def save(self, model: Model, folder: Path) -> None:
         if of_timm(model.network):
