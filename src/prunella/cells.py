@@ -34,7 +34,7 @@ from .outcome import LayerResult, mean
 from .progress import Track, no_track
 from .prune import prune
 from .pruning import held_out
-from .recipe import Evaluation, Healing, Recipe, only_dense, override
+from .recipe import Evaluation, Recipe, only_dense, override
 from .report.results import Results, figure_of
 from .rows import Key, Row, Rows
 from .samples import Samples
@@ -131,7 +131,7 @@ def _cell(recipe: Recipe, others: Sequence[str]) -> Cell:
     method = " + ".join(words(step) for step in plain["steps"])
     if plain["allocate"] != {"uniform": {}}:
         method = f"{words(plain['allocate'])}, {method}"
-    heal, usual = plain["heal"], Healing().model_dump(mode="json")
+    heal, usual = plain["heal"], Recipe.of({"task": plain["task"]}).plain()["heal"]
     if heal["train"]:
         chosen = [f"{key}={value}" for key, value in heal.items() if key != "train" and value != usual[key]]
         method += f", healed by {' + '.join(map(words, heal['train']))}" + (f" ({', '.join(chosen)})" if chosen else "")
