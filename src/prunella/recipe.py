@@ -271,7 +271,8 @@ class Recipe(_Part):
                 out[key] = dict(part)
                 kind: Any = None if name == AUTO else find_task(name).function
                 if kind is not None and part.get("source", AUTO) == AUTO:
-                    out[key]["source"] = kind.source
+                    follows = key == "evaluate" and kind.follows and isinstance(out["calibration"], Mapping)
+                    out[key]["source"] = out["calibration"]["source"] if follows else kind.source
                 if kind is not None:
                     out[key].setdefault(_COUNTS[key], getattr(kind.counts, key))
                 if out[key].get("length") is None and length is not None:
