@@ -23,10 +23,12 @@ import prunella
 from prunella import InputError, ModelError, cells, make
 from prunella.allocate import allocations
 from prunella.backward import gradients
+from prunella.heal.biases import bias_flags, mean_errors
 from prunella.hidden import Hidden, Shelf
-from prunella.machine import fork_random, free_memory, pick_device
+from prunella.machine import fork_random, free_memory, pick_device, ran_out
 from prunella.order import pick_order
 from prunella.registry import find
+from prunella.samples import Samples
 from prunella.save import Output
 from prunella.sparse.bench import bench
 from prunella.sparse.format import pack
@@ -380,9 +382,11 @@ def test_pruning_in_bfloat16_leaves_weights_on_the_device(sim: torch.device, ids
 SHORT = 600_000  # bytes of one tensor: hidden states of all 2,048 tokens fit, wider ones of a quarter of them
 
 
-def in_full_batches(device: str | torch.device, recipe: dict[str, Any], architecture: str = "llama") -> Any:
+def in_full_batches(
+    device: str | torch.device, recipe: dict[str, Any], architecture: str = "llama", width: int = 256
+) -> Any:
     """Masks, weights and what is reported of the layers; 32 windows of 64 tokens go through a block at once."""
-    width = 128 if architecture == "mixtral" else 256
+    width = 128 if architecture == "mixtral" else width
     network = tiny.build(architecture, max_position_embeddings=128, intermediate_size=width).to(device)
     report = prunella.prune(network, {"order": "block", **recipe}, calibration=tiny.token_windows(32, 64))
     weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
@@ -433,10 +437,59 @@ def test_perplexities_do_not_depend_on_it(sim: torch.device, tmp_path: Path) -> 
         assert found.perplexity == pytest.approx(whole.perplexity)
 
 
+def test_what_enters_the_first_block_may_be_too_much_already(
+    sim: torch.device, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, _ = in_full_batches(sim, {"steps": ["wanda"]}, width=64)
+    capsys.readouterr()
+    with accelerator.largest(200_000):  # hidden states of 2,048 tokens are 262,144
+        short, _ = in_full_batches(sim, {"steps": ["wanda"]}, width=64)
+    assert capsys.readouterr().err.count("from here on 16 samples and not more") == 1
+    for name, weight in plain.items():
+        assert ((weight == 0) != (short[name] == 0)).float().mean() <= 2e-3, name
+
+
+def test_new_biases_are_the_same_where_memory_runs_out(sim: torch.device, tmp_path: Path) -> None:
+    network = tiny.build(max_position_embeddings=128, intermediate_size=256)
+    network.save_pretrained(tmp_path / "dense")
+    tiny.write_tokenizer(tmp_path / "dense")
+    prunella.prune(tmp_path / "dense", {**SETTINGS, "heal": {}, "steps": ["magnitude"]}, output=tmp_path / "out")
+
+    def found() -> dict[str, Tensor]:
+        model, dense = (load_model(str(tmp_path / name), device="sim") for name in ("out", "dense"))
+        names = frozenset(name for some in bias_flags(model).values() for name in some)
+        return mean_errors(model, dense, Samples.of(tiny.token_windows(32, 64)), names)
+
+    plain = found()
+    with accelerator.largest(SHORT):
+        short = found()
+    assert plain.keys() == short.keys() != set()
+    for name, value in plain.items():
+        torch.testing.assert_close(short[name].cpu(), value.cpu(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("error", "so"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("The size of tensor a (3) must match"), False),
+        (MemoryError(), False),
+    ],
+    ids=str,
+)
+def test_memory_that_ran_out_is_known_by_what_is_said(error: Exception, so: bool) -> None:
+    assert ran_out(error) == so
+
+
 def test_what_cannot_be_halved_is_told_as_it_is(sim: torch.device) -> None:
     network = tiny.build(max_position_embeddings=128).to(sim)
-    for order, windows_NL in (("layer", tiny.token_windows(32, 64)), ("block", tiny.token_windows(1, 64))):
-        with accelerator.largest(50_000 if order == "layer" else 10_000), pytest.raises(torch.OutOfMemoryError):
+    for order, windows_NL, said in (
+        ("layer", tiny.token_windows(32, 64), "^the memory of sim:0 ran out: in order 'layer' .* Use --order block"),
+        ("block", tiny.token_windows(1, 64), "^the memory of sim:0 ran out where no fewer samples can"),
+    ):
+        with accelerator.largest(50_000 if order == "layer" else 10_000), pytest.raises(InputError, match=said):
             prunella.prune(network, {"steps": ["wanda"], "order": order}, calibration=windows_NL)
 
 

@@ -128,7 +128,7 @@ def test_what_comes_next_waits_for_what_is_written(
         write(out, result)
         out.note("after", result.index)
         lines = [json.loads(line) for line in (out.partial / "journal.jsonl").read_text().splitlines()]
-        seen.append([line["block"] if "block" in line else "note" for line in lines][-2:])
+        seen.append([line.get("block", "note") for line in lines][-2:])
         assert out.blocks == result.index + 1
 
     monkeypatch.setattr(Output, "write", noted)

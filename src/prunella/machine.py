@@ -74,6 +74,17 @@ def queued(device: torch.device) -> Callable[[], None]:
     return wait
 
 
+def ran_out(error: BaseException) -> bool:
+    """Is an error that a device's memory ran out? MPS has no kind of its own for that, nor have NVIDIA's libraries."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError)
+        and (
+            "MPS backend out of memory" in said or "STATUS_ALLOC_FAILED" in said or "cudaErrorMemoryAllocation" in said
+        )
+    )
+
+
 def forget(device: torch.device) -> None:
     """Give memory back that torch holds on a device for tensors that are gone."""
     if give := getattr(torch.get_device_module(device), "empty_cache", None):
