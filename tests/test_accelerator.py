@@ -4,6 +4,8 @@ CPU's (accelerator.py)."""
 from __future__ import annotations
 
 import importlib
+import os
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import prunella
-from prunella import InputError, ModelError, cells, make
+from prunella import InputError, ModelError, cells, machine, make, team
 from prunella.allocate import allocations
 from prunella.backward import gradients
 from prunella.heal.biases import bias_flags, mean_errors
@@ -191,6 +193,37 @@ def test_devices_are_taken_where_torch_sees_them(
     with pytest.raises(InputError, match=f"^device '{name}' cannot be used: .*{refused}") as error:
         pick_device(name)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("processes", "found"), [(1, "cuda:1"), (2, "cuda:0")])
+def test_one_process_trains_on_the_gpu_that_is_asked_for_and_several_each_on_their_own(
+    processes: int, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As accelerate gives them out: the first, unless it is told another."""
+    state = [torch.device("cuda:0")]  # of a run before
+
+    class State:
+        def __init__(self, cpu: bool, timeout: Any):
+            if not state:
+                state.append(torch.device(os.environ.get(team.DEVICE, "cuda:0")))
+            self.device = state[0]
+
+    monkeypatch.setattr("accelerate.PartialState", State)
+    monkeypatch.setattr(team, "forget_accelerator", state.clear)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    assert team.meet(torch.device("cuda:1")) == torch.device(found)
+    assert team.DEVICE not in os.environ
+    assert team.meet(torch.device("cuda:0")) == torch.device("cuda:0")
+
+
+def test_mps_is_given_no_float64() -> None:
+    """There is none here to try it: the folders of what computes on devices are read."""
+    assert machine.widest(torch.device("mps")) == torch.float32
+    assert machine.widest(torch.device("cuda:1")) == machine.widest(torch.device("cpu")) == torch.float64
+    source = Path(prunella.__file__).parent
+    said = re.compile(r"\.double\(\)|torch\.float64")
+    folders = ("steps", "statistics", "heal", "train", "lenses")
+    assert [p for folder in folders for p in (source / folder).rglob("*.py") if said.search(p.read_text())] == []
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -44,6 +44,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def in_double(tensor: Tensor) -> Tensor:
+    """A tensor in float64, on the host where its device has none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def free_memory(device: torch.device) -> int:
     """Free bytes on a device; of main memory where the device has none of its own or does not report them."""
     ask = getattr(torch.get_device_module(device), "mem_get_info", None)
