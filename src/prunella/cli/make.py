@@ -84,7 +84,9 @@ def prune(
 @app.command(rich_help_panel=MAKING)
 @grouped
 def heal(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A pruned model.")],
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="A pruned model, or a dense one of another task than text.")
+    ],
     output: Out,
     *,
     given: Annotated[dict[str, Any], HEALING],
@@ -92,7 +94,7 @@ def heal(
     json_: Json = False,
     trust: Annotated[dict[str, Any], TRUST],
 ) -> None:
-    """Retrain a pruned model, the mask held, and save it exactly as sparse."""
+    """Retrain a pruned model, the mask held, and save it exactly as sparse; or train a dense one for its task."""
     from ..heal.report import calibrated
     from ..heal.run import heal as run
     from ..recipe import Recipe, override
@@ -146,10 +148,11 @@ def sweep(
     if json_:
         print(json.dumps(results.rows))
     else:
-        for text, dense in results.rows[0]["perplexity"].items():
+        for text in results.settings["text"]:
             columns, rows = results.matrix(text)
-            begin = bos_words(results.settings.get("bos", False))
-            title = f"perplexity on {text}, windows {begin}, dense {dense:.2f}"
+            figure, words = results.figure(text), bos_words(results.settings.get("bos", False))
+            begin = "" if "task" in results.settings else f", windows {words}"
+            title = f"{figure.name} on {text}{begin}, dense {figure}"
             print_table(columns, rows, title, right=columns[1:])
         print(f"saved to {output}")
     if results.failed:

@@ -200,6 +200,8 @@ allocate: --allocate NAME  How sparsity is spread over layers. [default: uniform
 order: --order block|layer|back
     block: statistics of the dense block; layer: of what each layer really sees; back: with gradients.
     [default: by memory and steps]
+batch_norm: --batch-norm WAY
+    Statistics of batch norms: keep, or estimate by reset, momentum, correct, or your own. [default: what is best]
 Calibration
 calibration.source: --calibration TEXT  Where statistics come from: {SOURCES}. [default: pydoc]
 calibration.samples: --samples N  Windows of calibration text. [default: 32]
@@ -249,9 +251,11 @@ Healing
 heal.train: --train NAME …  What trains; repeat. `prunella methods` lists it. [default: mask-lora]
 heal.way: --way retrain|reconstruct
     retrain: the whole model on text; reconstruct: block by block, to the dense one. [default: retrain]
-heal.text: --text TEXT …  What to train on, as for --calibration of prune; repeat. [default: the calibration's]
-heal.tokens: --tokens N  Tokens to train on in all. [default: 250000]
-heal.length: --length TOKENS  Tokens in a window. [default: 512]
+task: --task NAME  What the network is for, or your own: file.py:name. [default: as the model's files say]
+heal.text: --text --data TEXT …  What to train on, as for --calibration of prune; repeat. [default: the calibration's]
+heal.tokens: --tokens N  Of text: tokens to train on in all. [default: 250000]
+heal.length: --length TOKENS  Of text: tokens in a window. [default: 512]
+heal.epochs: --epochs N  Of other samples, and to reconstruct: how often to go over them. [default: 1]
 heal.rate: --rate RATE  Learning rate. [default: each method's own]
 heal.distill: --distill SHARE  Share of the loss that follows the dense model's predictions. [default: 0]
 heal.dense: --dense MODEL  The dense model. [default: the one that was pruned]

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..machine import widest
 from ..registry import register
+from ..trees import tensors
 from ..types import Block, Layer
 
 
@@ -115,10 +116,12 @@ def _pulls(
     }
     with torch.enable_grad():
         leaves = [w.requires_grad_() for w in weights.values()]
-        target = block.targets(n)
-        lost = relative_error(block.run(weights, n), target)
+        # A network that is one block puts out a tree.
+        several = zip(tensors(block.run(weights, n)), tensors(block.targets(n)), strict=True)
+        pairs = [(out, target) for out, target in several if target.is_floating_point() and target.ndim > 1]
+        lost = torch.stack([relative_error(out, target) for out, target in pairs]).mean()
         # float16 cannot hold the gradient of a mean over so many outputs: it holds a multiple of it.
-        scale = target.shape[-1] * target[..., 0].numel() ** 0.5
+        scale = max(target.shape[-1] * target[..., 0].numel() ** 0.5 for _, target in pairs)
         gradients = torch.autograd.grad(lost * scale, leaves, allow_unused=True)
     pulls = []
     for la, rank_OI, alpha_O1, grad_OI in zip(layers, ranks, alphas, gradients, strict=True):
