@@ -228,6 +228,20 @@ def computing_on(network: Any, device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Tables that networks make once and keep (of positions, say) are made anew inside: on the meta device they would be
+    kept without numbers, and one block would make what another uses."""
+    from transformers import pytorch_utils
+
+    before = pytorch_utils.is_torchdynamo_compiling  # nothing is kept while torch traces
+    pytorch_utils.is_torchdynamo_compiling = lambda: True
+    try:
+        yield
+    finally:
+        pytorch_utils.is_torchdynamo_compiling = before
+
+
+@contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No loading bars and no chatter from transformers inside."""
     from transformers.utils import logging

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .compat import storage_of
+from .compat import storage_of, uncached
 from .layers import NO_PRODUCT, OWN_DTYPE, SHARED, UNSEEN, apart, assumed, routes
 from .lenses import Experts, Lens, Linear, Multiplied, Stored, fitting
 from .lenses.product import learned
@@ -52,7 +52,7 @@ def learn(network: Any, blocks: Sequence[str], base: nn.Module, given: Mapping[s
     look = _Look(places)
     complete = False
     # A forward pass that needs numbers ends where it needs them.
-    with contextlib.suppress(Exception), torch.no_grad(), _first_of_a_kind(modules, kinds), look:
+    with contextlib.suppress(Exception), torch.no_grad(), uncached(), _first_of_a_kind(modules, kinds), look:
         torch.func.functional_call(base, values, kwargs=map_tensors(given, lambda tensor: tensor.to("meta")))
         complete = True
     for module, key in places.values():
