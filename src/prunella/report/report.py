@@ -164,7 +164,9 @@ class Report:
     def _outside_row(self) -> Rows:
         """What lies outside of the blocks, where the report says it: not so of language models."""
         sizes = self.model.get("outside")
-        return [("outside of the blocks, dense", "", f"{len(sizes)} matrices, {sum(sizes.values()):,}")] if sizes else []
+        return (
+            [("outside of the blocks, dense", "", f"{len(sizes)} matrices, {sum(sizes.values()):,}")] if sizes else []
+        )
 
     def _healed_card(self) -> str:
         if not self.healing:
@@ -301,7 +303,8 @@ def anatomy(model: Model) -> dict[str, Any]:
     that are in none of them (stem, head, embeddings), {name: how many weights}."""
     library = type(model.network).__module__.partition(".")[0]
     matrices = {name: p for name, p in model.network.named_parameters() if p.ndim > 1}
-    own = {name: p.numel() for name, p in matrices.items() if model.block_of(name) is None and name not in model.tied}
+    outside = {name: p for name, p in matrices.items() if model.block_of(name) is None}
+    own = {name: p.numel() for name, p in outside.items() if model.tied.get(name) not in outside}
     return {"library": library, "blocks": list(model.blocks), "outside": own}
 
 
