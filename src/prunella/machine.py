@@ -66,6 +66,14 @@ def pinned(like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
 
 
+def queued(device: torch.device) -> Callable[[], None]:
+    """What waits until the device has done all that it was given up to now, in any thread."""
+    event: Any = torch.get_device_module(device).Event()
+    event.record()
+    wait: Callable[[], None] = event.synchronize
+    return wait
+
+
 def forget(device: torch.device) -> None:
     """Give memory back that torch holds on a device for tensors that are gone."""
     if give := getattr(torch.get_device_module(device), "empty_cache", None):

@@ -200,6 +200,8 @@ allocate: --allocate NAME  How sparsity is spread over layers. [default: uniform
 order: --order block|layer|back
     block: statistics of the dense block; layer: of what each layer really sees; back: with gradients.
     [default: by memory and steps]
+batch_norm: --batch-norm WAY
+    Statistics of batch norms: keep, or estimate by reset, momentum, correct, or your own. [default: what is best]
 Calibration
 calibration.source: --calibration TEXT  Where statistics come from: {SOURCES}. [default: pydoc]
 calibration.samples: --samples N  Windows of calibration text. [default: 32]

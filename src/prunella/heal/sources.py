@@ -106,7 +106,7 @@ def without(samples: Samples, test: Samples, task: Task) -> Samples:
     if all(same):
         raise InputError(
             "every sample to train on is also one to evaluate on: train on others (--text …), or evaluate on others"
-            " (--evaluate …)."
+            " (--evaluate …, or `evaluate` beside a module's factory)."
         )
     say(f"{sum(same)} of {len(samples)} samples to train on are left out: they are among those to evaluate on")
     return samples.take(number for number, known in enumerate(same) if not known)

@@ -45,6 +45,7 @@ class Task(ABC):
 
     name:     what users call it
     source:   where its samples come from if nobody says so
+    follows:  does it measure, if nobody says on what, on what is left of the source that it calibrates on?
     argument: what the network calls samples that are handed over as one tensor
     counts:   how many samples it calibrates and evaluates on if nobody says how many
     figure:   that of `scores` which says how good it is
@@ -60,6 +61,7 @@ class Task(ABC):
 
     name = ""
     source = ""
+    follows = False
     argument = "input_ids"
     figure = "loss"
     counts = Counts(32, 8)
