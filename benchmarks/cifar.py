@@ -60,7 +60,9 @@ class ResNet20(nn.Module):
         self.bn1 = nn.BatchNorm2d(16)
         for number, (inputs, outputs) in enumerate(((16, 16), (16, 32), (32, 64)), 1):
             first = Block(inputs, outputs, 1 if number == 1 else 2)
-            setattr(self, f"layer{number}", nn.Sequential(first, Block(outputs, outputs, 1), Block(outputs, outputs, 1)))
+            setattr(
+                self, f"layer{number}", nn.Sequential(first, Block(outputs, outputs, 1), Block(outputs, outputs, 1))
+            )
         self.linear = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:

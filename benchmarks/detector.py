@@ -105,7 +105,13 @@ class Detect(nn.Module):
         return [head(x) for head, x in zip(self.m, maps, strict=True)]
 
 
-SEVERAL = {12: (11, 6), 16: (15, 4), 19: (18, 14), 22: (21, 10), 24: (17, 20, 23)}  # layers, and whose outputs they take
+SEVERAL = {
+    12: (11, 6),
+    16: (15, 4),
+    19: (18, 14),
+    22: (21, 10),
+    24: (17, 20, 23),
+}  # layers, and whose outputs they take
 
 
 class Yolo(nn.Module):

@@ -28,12 +28,20 @@ SIDES: dict[str, Any] = {
     for name, value in {"layers": 2, "attention_heads": 4, "ffn_dim": 32}.items()
 }
 BART: dict[str, Any] = {
-    "vocab_size": tiny.VOCABULARY, "d_model": 16, "max_position_embeddings": 64, "bos_token_id": 1,
+    "vocab_size": tiny.VOCABULARY,
+    "d_model": 16,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
     **IDS,
     **SIDES,
 }
 T5: dict[str, Any] = {
-    "vocab_size": tiny.VOCABULARY, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4,
+    "vocab_size": tiny.VOCABULARY,
+    "d_model": 16,
+    "d_kv": 4,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_heads": 4,
     **IDS,
 }
 KINDS: dict[str, Callable[[], Any]] = {

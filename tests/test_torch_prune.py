@@ -93,7 +93,7 @@ def test_masks_are_given_to_it(way: str, tmp_path: Path) -> None:
     net(X)
     assert not net[0].weight[weights[0] == 0].any()
     assert not torch.equal(net[0].weight, weights[0])
-    with pytest.raises(InputError, match="is under torch.nn.utils.prune already"):
+    with pytest.raises(InputError, match=r"is under torch\.nn\.utils\.prune already"):
         prunella.to_torch_prune(net, given)
 
 
