@@ -15,7 +15,7 @@ import io
 import json
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,13 @@ from torch.nn import functional as F
 
 import prunella
 from prunella import Task, register_task
+from prunella.compat import has_bfloat16_products
 from prunella.samples import Batch, Samples
+from prunella.train.loop import Training
+from prunella.train.parts import Chosen, Group, Master, Part, attach, detach
+from prunella.train.schedule import make_schedule
 
+BATCH = 128  # pictures in a step of healing
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
@@ -103,3 +108,177 @@ def accuracy(network: nn.Module, samples: Samples) -> float:
             right += int((network.eval()(batch["x"]).argmax(1) == batch["y"]).sum())
             count += len(batch["y"])
     return 100 * right / count
+
+
+@register_task("cifar")
+class Cifar(Task):
+    """Pictures of ten classes."""
+
+    argument = "x"
+
+    def samples(self, model: prunella.Model, source: str, count: int | None = None, **options: Any) -> Samples:
+        raise prunella.InputError("the pictures are handed over.")
+
+    def example(self, network: nn.Module) -> Batch:
+        return {"x": torch.zeros(1, 3, 32, 32)}
+
+    def run(self, network: nn.Module, batch: Batch, **options: Any) -> Any:
+        return network(batch["x"])
+
+    def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return F.cross_entropy(outputs, batch["y"], reduction="none")
+
+
+METHODS: dict[str, list[Any]] = {
+    "magnitude": ["magnitude"],
+    "wanda": ["wanda"],
+    "sparsegpt": ["sparsegpt"],
+    "admm + update": ["admm", "update"],
+    "admm + update + reconstruct": ["admm", "update", {"reconstruct": {"epochs": 1}}],
+}
+SPARSITIES = (0.5, 0.6, 0.7, 0.8)
+NORMS = ("keep", "reset", "auto")
+
+
+def prune(network: nn.Module, steps: list[Any], share: float, allocate: str, norm: str, samples: Samples) -> Any:
+    """Prune it in place; the report."""
+    recipe = {
+        "task": "cifar",
+        "steps": steps,
+        "sparsity": share,
+        "allocate": allocate,
+        "batch_norm": norm,
+        "evaluate": {"source": None},
+    }
+    return prunella.prune(network, recipe, calibration=samples)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Healing
+
+
+def heal(
+    network: nn.Module, dense: nn.Module, samples: Samples, epochs: int, rate: float, distill: float = 0.9
+) -> None:
+    """Train what is left on all samples, distilled from the dense network, zeros held."""
+    (group,) = samples.groups
+    with torch.no_grad():
+        taught = torch.cat([dense.eval()(batch["x"]) for batch in samples.batches(500)])
+    drawn = torch.Generator().manual_seed(0)
+    order = torch.cat([torch.randperm(len(samples), generator=drawn) for _ in range(epochs)])
+    training_on = Samples.of({**{key: value[order] for key, value in group.items()}, "taught": taught[order]})
+    chosen = []
+    for name, parameter in network.named_parameters():
+        owner, _, key = name.rpartition(".")
+        mask = parameter.data != 0 if parameter.ndim > 1 else None
+        part = Part(name, frozenset(), parameter.data, mask, places=((network.get_submodule(owner), key),))
+        chosen.append(Chosen(part, Master(part), Group("all", lambda part: None, rate)))
+
+    def run(network: nn.Module, batch: Batch) -> Tensor:
+        out: Tensor = network(batch["x"])
+        return out
+
+    def loss(logits: Tensor, batch: Batch) -> Tensor:
+        goal = F.log_softmax(batch["taught"], 1)
+        apart = F.kl_div(F.log_softmax(logits.float(), 1), goal, log_target=True, reduction="batchmean")
+        return (1 - distill) * F.cross_entropy(logits.float(), batch["y"]) + distill * apart
+
+    def tell(step: int, steps: int, loss: float) -> None:
+        if step % 20 == 0:
+            print(f"step {step} of {steps}: loss {loss:.4f}", flush=True)
+
+    steps = len(training_on) // BATCH
+    attach(chosen)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Training(
+            network,
+            chosen,
+            training_on,
+            loss,
+            make_schedule("constant", steps),
+            Path(folder),
+            run=run,
+            batch=BATCH,
+            micro=BATCH,
+            every=steps,
+            bfloat16=has_bfloat16_products(),
+            on_step=tell,
+        ) as training,
+    ):
+        training.advance()
+        training.finish()
+    detach(chosen)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--pictures", type=Path, required=True)
+    parser.add_argument("--json", type=Path, default=Path("cifar.jsonl"), help="cells that are done")
+    parser.add_argument("--method", action="append", choices=list(METHODS), help="repeat [all]")
+    parser.add_argument("--sparsity", action="append", type=float, help="repeat [0.5, 0.6, 0.7, 0.8]")
+    parser.add_argument("--allocate", action="append", help="repeat [global, uniform]")
+    parser.add_argument("--norm", action="append", help="what becomes of batch norms; repeat [keep, reset, auto]")
+    parser.add_argument("--heal", type=float, metavar="SHARE", help="prune so much by global magnitude, and heal it")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--rate", type=float, default=3e-3)
+    given = parser.parse_args()
+    test, dense = pictures(given.pictures, "test"), load(given.weights)
+    if given.heal:
+        everything = pictures(given.pictures, "train")
+        network = load(given.weights)
+        prune(network, ["magnitude"], given.heal, "global", "reset", everything.first(1000))
+        before = accuracy(network, test)
+        heal(network, dense, everything, given.epochs, given.rate)
+        kept = [parameter for parameter in network.parameters() if parameter.ndim > 1]
+        zeros = sum(int((p == 0).sum()) for p in kept) / sum(p.numel() for p in kept)
+        print(f"{zeros:.2%} zeros: {before:.2f} one shot, {accuracy(network, test):.2f} healed on {len(everything)}")
+        return
+    done = [json.loads(line) for line in given.json.read_text().splitlines()] if given.json.exists() else []
+    known = {tuple(cell["cell"]): cell for cell in done}
+    calibration = pictures(given.pictures, "train", 100)
+    if ("dense",) not in known:
+        known["dense",] = write(given.json, ["dense"], accuracy(dense, test), {})
+    wanted = [
+        (method, share, allocate, norm)
+        for allocate in given.allocate or ["global", "uniform"]
+        for method in given.method or METHODS
+        for share in given.sparsity or SPARSITIES
+        for norm in given.norm or NORMS
+    ]
+    for cell in wanted:
+        if cell not in known:
+            method, share, allocate, norm = cell
+            network = load(given.weights)
+            report = prune(network, METHODS[method], share, allocate, norm, calibration)
+            known[cell] = write(given.json, list(cell), accuracy(network, test), report.batch_norm)
+    table = Table(title=f"top-1 on {len(test)} pictures, dense {known['dense',]['accuracy']:.2f}")
+    for column in ("method", "allocation", "batch norm", *(f"{share:.0%}" for share in given.sparsity or SPARSITIES)):
+        table.add_column(column, justify="right" if "%" in column else "left")
+    for method, allocate, norm in dict.fromkeys((m, a, n) for m, _, a, n in wanted):
+        cells = [known[method, share, allocate, norm] for share in given.sparsity or SPARSITIES]
+        table.add_row(method, allocate, norm, *(f"{c['accuracy']:.2f}{_taken(norm, c)}" for c in cells))
+    Console().print(table)
+
+
+def _taken(norm: str, cell: Mapping[str, Any]) -> str:
+    """What `auto` took."""
+    return f" ({cell['batch_norm']['taken']})" if norm == "auto" else ""
+
+
+def write(path: Path, cell: list[Any], right: float, norms: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep what a cell gave."""
+    found = {"cell": cell, "accuracy": right, "batch_norm": dict(norms)}
+    with path.open("a") as file:
+        file.write(json.dumps(found) + "\n")
+    print(*cell, f"{right:.2f}", flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,18 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+SENTENCES = {  # the files of a sentence transformer
+    "modules.json": json.dumps(
+        [
+            {"path": path, "type": f"sentence_transformers.models.{path[2:] or 'Transformer'}"}
+            for path in ("", "1_Pooling")
+        ]
+    ),
+    "1_Pooling/config.json": json.dumps({"pooling_mode_mean_tokens": True}),
+    "config_sentence_transformers.json": "{}",
+}
+
+
 def build(kind: str, head: str = "SequenceClassification", **overrides: Any) -> Any:
     """A random network with this head of transformers (`AutoModelFor…`), or with none; the same every time."""
     model_type, own = CONFIGS[kind]
@@ -59,7 +72,9 @@ def write_tokenizer(directory: Path) -> None:
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
-    t.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names).save_pretrained(directory)
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    fast = t.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, model_input_names=inputs, **names)
+    fast.save_pretrained(directory)
 
 
 def write(directory: Path, network: Any, files: Mapping[str, str] | None = None) -> Path:

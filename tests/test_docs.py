@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import encoders
 import pytest
 import tiny
 
@@ -71,8 +72,10 @@ def blocks(page: str) -> Iterator[Code]:
 
 @pytest.fixture(scope="module")
 def built_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache in which `smollm2-135m` is a tiny random model. Read only."""
+    """A cache in which the built-in models are tiny random ones. Read only."""
     cache = tmp_path_factory.mktemp("docs")
+    encoder = cache / "built-in" / f"minilm-l6-{BUILT_IN['minilm-l6'].version}"
+    encoders.write(encoder, encoders.build("bert", ""), encoders.SENTENCES)
     path = cache / "built-in" / f"smollm2-135m-{BUILT_IN['smollm2-135m'].version}"
     tiny.build("llama", num_hidden_layers=3, max_position_embeddings=128).save_pretrained(path)
     tiny.write_tokenizer(path)

@@ -201,10 +201,16 @@ def test_a_network_that_says_only_what_its_decoder_begins_with_is_shifted_all_th
 
 
 def test_scores_count_target_tokens_and_not_samples() -> None:
-    samples = samples_of()
-    model = prunella.Task.wrap(Seq2Seq(), network())
-    losses = [1.0, 1.0, 1.0, 3.0, 3.0, 3.0]
-    found = Seq2Seq().scores(model, samples, losses)
+    task, samples, net = Seq2Seq(), samples_of(), network()
+    model = prunella.Task.wrap(task, net)
+    losses, answers = [1.0, 1.0, 1.0, 3.0, 3.0, 3.0], []
+    for batch in samples.groups:
+        outputs = task.run(net, batch)
+        answers.append(task.answers(outputs, batch))
+        assert answers[-1]["right"].tolist() == (outputs.logits.argmax(2) == batch["labels"]).sum(1).tolist()
+    answered = {key: torch.cat([one[key] for one in answers]) for key in answers[0]}
+    found = task.scores(model, samples, losses, answered)
+    assert found["right"] == answered["right"].sum().item() / 24
     mean = torch.tensor((15 * 1.0 + 9 * 3.0) / 24)
     assert found["target perplexity"] == pytest.approx(mean.exp().item())
     assert (found["tokens"], found["samples"]) == (24, 6)

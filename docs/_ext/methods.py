@@ -20,13 +20,20 @@ from prunella.allocate import allocations
 from prunella.heal import groups
 from prunella.recipe import Recipe
 from prunella.registry import Method, steps
+from prunella.tasks import tasks
 
-KINDS = {"step": steps, "allocation": allocations, "healing": groups}
+KINDS = {"step": steps, "allocation": allocations, "healing": groups, "task": tasks}
+
+
+def made(method: Method) -> Any:
+    """The function whose options a method's are: of a class, what makes one."""
+    function: Any = method.function
+    return function.__init__ if isinstance(function, type) else function
 
 
 def meanings(method: Method) -> dict[str, str]:
     """What the Args section of a docstring says of each option."""
-    match = re.search(r"^Args:\n(.*?)(?:\n\n|\Z)", inspect.getdoc(method.function) or "", re.DOTALL | re.MULTILINE)
+    match = re.search(r"^Args:\n(.*?)(?:\n\n|\Z)", inspect.getdoc(made(method)) or "", re.DOTALL | re.MULTILINE)
     lines = match[1].split("\n") if match else []
     found: dict[str, str] = {}
     name = ""
@@ -88,7 +95,7 @@ class Options(SphinxDirective):
         if name not in KINDS[kind]:
             raise self.error(f"there is no {kind} '{name}'")
         method = KINDS[kind][name]
-        hints = typing.get_type_hints(method.function, include_extras=True)
+        hints = typing.get_type_hints(made(method), include_extras=True)
         said = meanings(method)
         text = "None."
         if method.options:

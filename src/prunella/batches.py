@@ -16,7 +16,7 @@ from .machine import forget
 from .model.checkpoint import Source
 from .model.network import Model
 from .model.walk import LoadedBlock
-from .samples import Batch, Samples, on, size_of
+from .samples import Batch, Samples, on, rows_of, size_of
 from .trees import first, map_tensors, stacked
 from .watch import run_to
 
@@ -91,7 +91,7 @@ class Batches:
     def window(self, n: int, batches: Sequence[Any] | Hidden | None = None) -> Any:
         """The hidden state of sample n alone, or what another sequence of batches has for it."""
         batch, place = self._place(n)
-        return self._one((self.hidden if batches is None else batches)[batch], place)
+        return self._one((self.hidden if batches is None else batches)[batch], batch, place)
 
     def outputs_of(self, numbers: Sequence[int], batch: Batch) -> Any:
         """What the model puts out for samples of one shape, once all hidden states have passed the last block; the
@@ -101,7 +101,7 @@ class Batches:
             each = []
             for n in numbers:
                 at, place = self._place(n)
-                each.append(self._one([*self.hidden.states(at), self.hidden[at]][stack], place))
+                each.append(self._one([*self.hidden.states(at), self.hidden[at]][stack], at, place))
             states.append(stacked(each, self.calls.interface.batch))
         return self.calls.outputs(on(batch, self.model.device), states)
 
@@ -113,9 +113,10 @@ class Batches:
             n -= samples
         raise IndexError(n)
 
-    def _one(self, state: Any, place: int) -> Any:
+    def _one(self, state: Any, batch: int, place: int) -> Any:
         """What a batch's state has for one of its samples."""
-        return map_tensors(state, lambda tensor: tensor.narrow(self.calls.interface.batch, place, 1))
+        dimension, size = self.calls.interface.batch, size_of(self.batches[batch])
+        return map_tensors(state, lambda tensor: rows_of(tensor, dimension, size, place))
 
     def _record_windows(self, index: int) -> None:
         """See to it that it is known how the stack of block `index` is called on each sample alone."""
@@ -128,7 +129,7 @@ class Batches:
         known = len(self.calls.windows[n]) if self.calls.windows else 0
         batch, place = self._place(n)
         passed = self.hidden.states(batch)[: sum(span.stop <= known for span in self.model.spans)]
-        return [self._one(state, place) for state in passed]
+        return [self._one(state, batch, place) for state in passed]
 
     def runner(self, block: LoadedBlock, active: Mapping[str, Slot]) -> Callable[..., Tensor]:
         """`Block.run`: the block on one window, with other weights in place of its own."""

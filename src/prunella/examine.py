@@ -14,7 +14,7 @@ from .errors import first_line
 from .linalg import apart
 from .model.cut import Argument, Interface, alike, overwrites
 from .model.network import Model
-from .samples import Batch, Samples, size_of
+from .samples import Batch, Samples, rows_of, size_of
 from .standins import StandIns, not_one_by_one
 from .trees import items, tensors
 
@@ -47,7 +47,9 @@ def _two(samples: Samples) -> list[Batch]:
     last = samples.groups[-1]
     if len(samples) > 3 and size_of(last) > 1:
         return [two, {key: tensor[-2:] for key, tensor in last.items()}]
-    return [two, {key: tensor.flip(1) if tensor.ndim > 1 else tensor for key, tensor in two.items()}]
+    # Other whole numbers than tokens may say what fits what (the shape of a picture, say): they stay as they are.
+    turned = {key for key, t in two.items() if t.ndim > 1 and (t.is_floating_point() or key.endswith("input_ids"))}
+    return [two, {key: (tensor.flip(1) if key in turned else tensor).flip(0) for key, tensor in two.items()}]
 
 
 def _tried(model: Model, interface: Interface, batches: list[Batch], states: list[list[Any]]) -> Interface:
@@ -158,10 +160,15 @@ def _has_nan(value: Any) -> bool:
 
 def _batch_dimension(model: Model, marked: StandIns, two: Batch, states: list[Any]) -> int:
     one = {key: tensor[:1] for key, tensor in two.items()}
-    alone = StandIns(model, marked.interface, [s.narrow(marked.interface.batch, 0, 1) for s in states], mark=True)
+    left = [rows_of(state, marked.interface.batch, 2, 0) for state in states]
+    alone = StandIns(model, marked.interface, left, mark=True)
     alone.pass_through(one)
-    sizes = zip(marked.entering.shape, alone.entering.shape, strict=True)
+    sizes = list(zip(marked.entering.shape, alone.entering.shape, strict=True))
     apart = [dimension for dimension, (a, b) in enumerate(sizes) if a != b]
-    if len(apart) != 1 or (marked.stack and apart[0] != marked.interface.batch):
+    if (
+        len(apart) != 1
+        or sizes[apart[0]][0] != 2 * sizes[apart[0]][1]
+        or (marked.stack and apart[0] != marked.interface.batch)
+    ):
         raise not_one_by_one(model.network, "its hidden state has no dimension of its own for the samples of a batch")
     return apart[0]

@@ -14,6 +14,7 @@ from torch import Tensor
 from .calls import Call, Key
 from .errors import disk_error
 from .machine import free_memory, pinned, pins
+from .samples import rows_of
 from .tensors import claim
 from .trees import map_tensors
 
@@ -88,8 +89,8 @@ class Hidden:
         """Batches of so many samples in the place of one, beside which nothing travels; their calls are not known."""
 
         def part(value: Any, number: int) -> Any:
-            start = sum(sizes[:number])
-            return map_tensors(value, lambda tensor: tensor.narrow(dimension, start, sizes[number]))
+            start, every = sum(sizes[:number]), sum(sizes)
+            return map_tensors(value, lambda tensor: rows_of(tensor, dimension, every, start, sizes[number]))
 
         for items in (self._items, *self.left):
             items[index : index + 1] = [part(items[index], number) for number in range(len(sizes))]

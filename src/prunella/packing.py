@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import pattern
 from .compat import quiet_transformers, revert
@@ -175,6 +175,18 @@ def _check_grid(slot: Slot, grid: Grid) -> None:
             f"'{slot.name}' does not lie on the grid that it was quantized to: the model was changed after it was"
             f" pruned. Delete {GRIDS} to pack it as it is, or round it again with --bits."
         )
+
+
+def load_packed(model: str | Path, **opening: Any) -> nn.Module:
+    """The network of a packed directory, whatever it is for, its weights packed as they are. Raises PrunellaError.
+
+    Args:
+        opening: as for `open_model`: device, dtype, remote_code.
+    """
+    if packed_config(find_directory(str(model))) is None:
+        raise InputError(f"'{model}' is not packed: prunella.open_model opens it, or the library that it is of.")
+    network: nn.Module = open_model(str(model), packed=True, **opening).network
+    return network
 
 
 def unpack_model(model: str, out: str | Path) -> int:

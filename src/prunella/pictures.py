@@ -22,7 +22,7 @@ from __future__ import annotations
 import io
 import random
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -271,7 +271,7 @@ def _dataset(source: str, seed: int, test: bool) -> Found:
                     raise InputError(
                         f"data set '{name}' ({split}) has no labels in row {number}: choose another split."
                     )
-                yield Picture(f"{source}, row {number}", label, partial(_stored, kept))
+                yield Picture(f"{source}, row {number}", label, partial(stored, kept))
         except InputError:
             raise
         except Exception as error:
@@ -280,7 +280,7 @@ def _dataset(source: str, seed: int, test: bool) -> Found:
     return Found(source, pictures(), classes, None, apart=not own)
 
 
-def _stored(kept: Any) -> Any:
+def stored(kept: Mapping[str, Any]) -> Any:
     """A picture as a data set holds it: its bytes, or the name of its file."""
     if kept.get("bytes") is not None:
         return _opened(io.BytesIO(kept["bytes"]))

@@ -112,8 +112,6 @@ def prune(
         options |= {"calibration": calibration, "shared": shared, "task": task}
         with plain(model, remove) if isinstance(model, nn.Module) else nullcontext():
             return prune_once(model, recipe, path, **options)
-    if not task.language:
-        raise InputError(f"healing trains causal language models only, yet, and nothing of task '{task.name}'.")
     if in_memory or path is None or calibration is not None:
         raise InputError("healing reads and writes directories: give the model by name, and its calibration as text.")
     return prune_and_heal(model, recipe, path, watch=watch, **options)

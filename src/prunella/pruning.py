@@ -22,8 +22,8 @@ from .machine import at_a_time, fork_random, most_memory
 from .model.checks import check_plain, check_saveable
 from .model.names import named
 from .model.network import Model
-from .norms import BatchNorms, batch_norms
 from .model.task import Answers
+from .norms import BatchNorms, batch_norms
 from .order import pick_order
 from .outcome import BlockResult, LayerResult
 from .overlap import joined
@@ -35,6 +35,7 @@ from .save import Output, begun_as, identity
 from .store import check_store
 from .stream import TOKENS, Stream
 from .tasks import Task
+from .tasks import opened as open_for
 from .texts import same_text
 from .unlabelled import targeted
 from .workshop import workshop
@@ -64,8 +65,7 @@ def prune_once(
     task = task or recipe.make_task()
     if isinstance(model, str):
         trust = {"remote_code": remote_code, "pickles": pickles}
-        with blamed(type(task), f"task '{task.name}'"):
-            opened = task.open(model, dtype=recipe.dtype, device=recipe.device, tokenizer=tokenizer, **trust)
+        opened = open_for(task, model, dtype=recipe.dtype, device=recipe.device, tokenizer=tokenizer, **trust)
         for key, got in {"dtype": str(opened.dtype)[6:], "device": opened.device.type}.items():
             if (asked := getattr(recipe, key).partition(":")[0]) not in ("auto", got):
                 raise InputError(

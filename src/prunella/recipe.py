@@ -23,6 +23,7 @@ from .train.parts import Group, groups, make_group
 from .train.retrain import retrain
 from .types import Pattern
 
+_COUNTS = {"calibration": "samples", "evaluate": "windows"}  # what the number of samples is called
 _SHIPPED = files(__package__) / "recipes"
 _RECONSTRUCT: dict[str, Any] = find("reconstruct").defaults
 
@@ -268,8 +269,11 @@ class Recipe(_Part):
             part = values.get(key, {})
             if isinstance(part, Mapping):
                 out[key] = dict(part)
-                if name != AUTO and part.get("source", AUTO) == AUTO:
-                    out[key]["source"] = find_task(name).function.source  # type: ignore[attr-defined]
+                kind: Any = None if name == AUTO else find_task(name).function
+                if kind is not None and part.get("source", AUTO) == AUTO:
+                    out[key]["source"] = kind.source
+                if kind is not None:
+                    out[key].setdefault(_COUNTS[key], getattr(kind.counts, key))
                 if out[key].get("length") is None and length is not None:
                     out[key]["length"] = length
         heal = values.get("heal", {})
@@ -470,6 +474,10 @@ class Recipe(_Part):
         plain = self.model_dump(mode="json")
         if not self.lenses:  # directories, journals and cells from before there were any stay what they are
             del plain["lenses"]
+        if AUTO in self.task:  # how many samples the task says
+            for key, count in _COUNTS.items():
+                if count not in getattr(self, key).model_fields_set:
+                    del plain[key][count]
         for key in ("samples", "batch_norm", "augment"):  # likewise
             if plain["heal"][key] == Healing.model_fields[key].get_default():
                 del plain["heal"][key]

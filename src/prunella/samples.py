@@ -54,7 +54,7 @@ class Samples:
         the first one."""
         found: dict[tuple[tuple[str, torch.Size], ...], list[Batch]] = {}
         for one in each:
-            found.setdefault(tuple((key, tensor.shape) for key, tensor in one.items()), []).append(one)
+            found.setdefault(tuple((key, tensor.shape[1:]) for key, tensor in one.items()), []).append(one)
         groups = sorted(found.values(), key=len, reverse=True)
         return cls.of({key: torch.cat([one[key] for one in group]) for key in group[0]} for group in groups)
 
@@ -167,6 +167,13 @@ def on(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 def size_of(group: Batch) -> int:
     """How many samples a group or batch has."""
     return len(next(iter(group.values())))
+
+
+def rows_of(tensor: Tensor, dimension: int, samples: int, start: int, count: int = 1) -> Tensor:
+    """Of a tensor in which so many samples are stacked along a dimension, with one row each or several (the patches of
+    all pictures, say), those of `count` samples from `start` on."""
+    each = tensor.shape[dimension] // samples
+    return tensor.narrow(dimension, start * each, count * each)
 
 
 def tokens_of(group: Batch) -> int:

@@ -18,6 +18,8 @@ from .difference import paired
 from .measure import scored
 from .perplexity import answered
 
+SOME = 256
+
 
 def judge(
     model: Model,
@@ -33,7 +35,8 @@ def judge(
 
     Args:
         sources: names that the task reads; of none its own.
-        count: the first so many samples of each; None: as many as the task takes (`Task.many`).
+        count: the first so many samples of each; None: as many as the task takes (`Task.many`), and `SOME` of what has
+            no end.
     Raises:
         InputError: a source that the task cannot read, or of which the two models make different samples.
     """
@@ -59,7 +62,12 @@ def _samples(model: Model, task: Task, source: str, count: int | None) -> Sample
     if not task.reads(model):
         raise InputError(f"'{model.name}' comes without what it takes to read '{source}' for task '{task.name}'.")
     with blamed(type(task), f"task '{task.name}'"):
-        samples = task.samples(model, source, count or task.many, test=True)
+        try:
+            samples = task.samples(model, source, count or task.many, test=True)
+        except InputError:
+            if count or task.many:
+                raise
+            samples = task.samples(model, source, SOME, test=True)  # it has no end
         task.check(model, samples)
     return samples
 

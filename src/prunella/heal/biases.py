@@ -55,11 +55,12 @@ def new_biases(part: Part, *, rate: float = 3e-3) -> Change | None:
 
 
 def bias_flags(model: Model) -> dict[str, list[str]]:
-    """{switch of the config: names of the biases that it gives to linear layers}, of all that are off now."""
+    """{switch of the config: names of the biases that it gives to layers}, of all that are off now."""
     import accelerate
-    from transformers import AutoModelForCausalLM
 
-    config = model.network.config
+    config = getattr(model.network, "config", None)
+    if config is None or not hasattr(model.network, "save_pretrained"):
+        return {}
     have = {name for name, _ in model.network.named_parameters()}
     layers = {slot.name for name in model.blocks for slot in find_layers(model.module(name), name)}
     found = {}
@@ -69,7 +70,7 @@ def bias_flags(model: Model) -> dict[str, list[str]]:
         trial = copy.deepcopy(config)
         setattr(trial, key, True)
         with accelerate.init_empty_weights(), quiet_transformers():
-            network = AutoModelForCausalLM.from_config(trial)
+            network = type(model.network)(trial)
         new = [name for name, _ in network.named_parameters() if name not in have]
         if new and all(name.endswith(".bias") and name.removesuffix(".bias") in layers for name in new):
             found[key] = new
@@ -147,9 +148,11 @@ def add_biases(model: Model, dense: Model, samples: Samples, folder: Path, track
     the same biases, all zero, into `folder` / dense. Raises InputError where the config cannot carry any."""
     flags = bias_flags(model)
     if not flags:
+        kind = getattr(getattr(model.network, "config", None), "model_type", None)
+        named = f"a {kind} model" if kind else f"this {type(model.network).__name__}"
         raise InputError(
-            f"healing method 'new-biases': no switch in the config of a {model.network.config.model_type} model gives"
-            " biases to its linear layers. Leave it out, or train norms."
+            f"healing method 'new-biases': no switch in the config of {named} gives biases to its linear layers. Leave"
+            " it out, or train norms."
         )
     names = frozenset(name for some in flags.values() for name in some)
     values = mean_errors(model, dense, samples, names, track)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,32 +19,35 @@ from ..errors import (
     NumericalError,
     PrunellaError,
     ReadError,
+    command,
     disk_error,
     disk_full,
     kept,
 )
-from ..evaluate.measure import measure, measure_once
+from ..evaluate.measure import measure_once
+from ..foreign import blamed
 from ..lenses import wear
 from ..machine import pick_device
 from ..model.network import Model
+from ..model.task import Answers
 from ..overlap import joined
 from ..progress import OnStep, Track
 from ..recipe import Healing, Recipe
 from ..report import Report, peak_memory
 from ..samples import Samples
 from ..save import Output, identity
-from ..tasks.text import load_model, wrap_model
+from ..tasks import Task
 from ..team import Team, team
-from ..train.parts import Chosen, attach, choose, detach, parts_of, trained
-from ..train.retrain import retrain
-from ..train.shard import gather, scatter, shard
+from ..tensors import MASKS
+from ..unlabelled import targeted
 from ..workshop import BEFORE, Workshop, partial_of, workshop
 from .biases import LIST, add_biases
-from .lora import save_adapter, undo
-from .masks import full, masks_of, slots_of, verify
+from .masks import full, masks_of, slots_of
 from .reconstruct import reconstruct_blocks
-from .report import known, report_of, said_of, taught, write
-from .teacher import check_dense, dense_name, teacher_in_memory, teacher_streamed
+from .report import known, report_of, said_of, taught
+from .retraining import Retraining
+from .sources import Sources
+from .teacher import check_dense, dense_name
 from .text import Text
 
 ADAPTING: tuple[dict[str, dict[str, Any]], ...] = ({"mask-lora": {"rate": 2e-3}},)  # of a dense model: the mask is full
@@ -52,14 +55,17 @@ ADAPTING: tuple[dict[str, dict[str, Any]], ...] = ({"mask-lora": {"rate": 2e-3}}
 
 def adapt(dense: str, recipe: Recipe, output: Path, *, sharded: bool, **options: Any) -> Report:
     """Train a dense model on `heal.adapt` tokens, so that it fits the text: low-rank changes of all layers in its
-    blocks, merged. The text is what follows that on which `recipe` heals, where there is enough.
+    blocks, merged. The text is what follows that on which `recipe` heals, where there is enough. Of another task it is
+    the same samples, in so many passes.
 
     Sreenivas et al., "LLM Pruning and Distillation in Practice: The Minitron Approach", 2024 (arXiv 2408.11796), call
     it teacher correction: a dense model that was tuned for something else is no good teacher on this text.
     """
-    kept = ("text", "length", "batch", "micro", "warmup", "clip", "betas", "held_out", "patience", "checkpointing")
-    settings = recipe.heal
-    own = Healing(train=ADAPTING, tokens=settings.adapt, evaluations=1, **{key: getattr(settings, key) for key in kept})
+    kept = ["text", "batch", "micro", "warmup", "clip", "betas", "held_out", "patience", "checkpointing"]
+    settings, text = recipe.heal, recipe.make_task().language
+    kept += ["length"] if text else ["samples", "batch_norm", "augment"]
+    amount: dict[str, Any] = {"tokens" if text else "epochs": settings.adapt}
+    own = Healing(train=ADAPTING, evaluations=1, **amount, **{key: getattr(settings, key) for key in kept})
     taken = max(1, settings.tokens // settings.length) + (settings.held_out or 0)
     recipe = recipe.model_copy(update={"heal": own})
     return Line(Path(dense), recipe, output, True, skip=taken, whole=True, sharded=sharded, **options).all()
@@ -93,7 +99,7 @@ class Line:
     remote_code: bool
     pickles: bool
     portion: tuple[int, int] = (0, 1)
-    skip: int = 0  # windows of the text
+    skip: int = 0  # windows of text
     whole: bool = False  # nothing is pruned: all weights of the layers train
     sharded: bool = False  # each of several processes keeps its share of the model
     shop: Workshop | None = None  # of the process that writes
@@ -103,9 +109,16 @@ class Line:
     def said(self) -> Report | None:
         return said_of(self.directory)
 
-    @property
-    def text(self) -> Text:
+    @functools.cached_property
+    def given(self) -> Text | Sources:
+        """Samples to train on, to calibrate and to measure on."""
+        if not self.task.language:
+            return Sources(self.recipe)
         return Text(self.recipe, lambda: self._dense, self.portion, self.skip, self.whole)
+
+    @functools.cached_property
+    def task(self) -> Task:
+        return self.recipe.make_task()
 
     @property
     def settings(self) -> Healing:
@@ -145,11 +158,11 @@ class Line:
 
     def _all(self) -> Report:
         started, cpu = time.perf_counter(), time.process_time()
-        source = self.directory
+        source = self._begun()
         main = team().main
         names = [name for item in self.settings.train for name in item]
         if self.settings.adapt:
-            self.text.check(self._open(source))
+            self.given.check(self._open(source))
             self._adapt()
         dense = None
         if self.settings.way == "reconstruct" or self.settings.distill or "new-biases" in names:
@@ -163,56 +176,66 @@ class Line:
                 dense = self._open(self._biased / "dense")
         model = self._open(source)
         check_dtype(model.dtype, self.settings.way)
-        masks: Mapping[str, Tensor] = full(model) if self.whole else masks_of(model, self.directory)
+        masks = self._masks(model)
         slots = [slot for slot in slots_of(model) if slot.name in masks]
         task = model.task
         if self.settings.way == "reconstruct":
-            samples, held = self.text.calibration(model), None
+            samples, held = self.given.calibration(model), None
         else:
-            samples, held = self.text.training(model)
+            samples, held = self.given.training(model)
         for some in (samples,) if held is None else (samples, held):
-            task.check(model, some)
+            with blamed(type(task), f"task '{task.name}'"):
+                task.check(model, some)
         seen = joined(task.fingerprint(samples), "" if held is None else task.fingerprint(held))
         if self.settings.way == "retrain":
-            samples = self.text.own(samples)
+            samples = self.given.own(samples)
         if self.said is not None:  # it may have been healed before
             seen = joined(seen, self.said.healing.get("fingerprint", ""))
         recipe = self.recipe.model_copy(update={"model": str(self.directory), "dtype": str(model.dtype)[6:]})
-        test, tested = self.text.test(model, recipe), recipe.evaluate.source
+        test, tested = self.given.test(model, recipe), recipe.evaluate.source
+        beside = self._compared(test)
+        samples = self._targeted(samples)
+        held, test = (None if some is None else self._targeted(some) for some in (held, test))
         if self.shop:
             made = [] if self.whole else slots
             host = self._open(source, "cpu") if self.sharded else model  # merging needs all of it at once
             given = [samples] if held is None else [samples, held]
-            given += [self.text.calibration(model)] if new else []
+            given += [self.given.calibration(model)] if new else []
             tensors = [tensor for some in given for tensor in some.tensors]
             same = identity(model.checkpoint, recipe.plain(), tensors, dense.checkpoint if dense else None)
             self.out = Output(self.path, host, made, same, self.shop)
         out = self.out
         team().barrier()  # the directory is there
         before = known(self.said, self.directory, model, test) if source == self.directory else None
+        answers: dict[str, Answers] = {}
+        if main and beside is not None:
+            measure_once(out, "dense", beside, tested, test, None, self.track, answers)
         if before is None:
-            before = measure_once(out, "before", model, tested, test, None, self.track) if main else {}
+            before = measure_once(out, "before", model, tested, test, None, self.track, answers) if main else {}
         clock = time.perf_counter()
         if self.settings.way == "reconstruct":
             assert dense is not None
             assert out is not None
             did = reconstruct_blocks(model, dense, masks, samples, recipe, out, self.track, frozenset(new))
-            did |= self.text.amount(samples, len(samples) * self.settings.epochs)
+            did |= self.given.amount(samples, len(samples) * self.settings.epochs)
             after = None
         else:
-            did, after = self._retrain(
-                model, dense if self.settings.distill else None, masks, new, samples, held, test, recipe, out
+            training = Retraining(
+                recipe, self.path, self.resume, self.track, self.watch, self.whole, self.sharded, self._open, self.given
             )
+            taught_by = dense if self.settings.distill else None
+            did, after = training.run(model, taught_by, masks, new, samples, held, test, out, answers)
         seconds = time.perf_counter() - clock
         if out is None:
             team().barrier()
             return Report({}, {}, {}, {}, (), {})
         out.complete()
         weights = None
+        there = out.checkpoint if model.checkpoint is not None else None  # else it is in memory, and changed there
         if after is None:
-            after = measure_once(out, "after", model, tested, test, out.checkpoint, self.track)
+            after = measure_once(out, "after", model, tested, test, there, self.track, answers)
         elif did["best_step"] and set(names) - set(did["apart"]):
-            weights = measure_once(out, "weights", model, tested, test, out.checkpoint, self.track)
+            weights = measure_once(out, "weights", model, tested, test, there, self.track, answers)
         else:
             weights = before
         healing = {
@@ -236,17 +259,71 @@ class Line:
         team().barrier()
         return report
 
-    def _open(self, directory: Path | str, device: str | None = None, dtype: str = "auto") -> Model:
-        model = load_model(
-            str(directory),
-            dtype=dtype,
-            device=device or self.recipe.device,
-            remote_code=self.remote_code,
-            pickles=self.pickles,
-        )
+    def _open(self, name: Path | str, device: str | None = None, dtype: str = "auto") -> Model:
+        with blamed(type(self.task), f"task '{self.task.name}'"):
+            model = self.task.open(
+                str(name),
+                dtype=dtype,
+                device=device or self.recipe.device,
+                tokenizer=None,
+                remote_code=self.remote_code,
+                pickles=self.pickles,
+            )
         model.scratch = partial_of(self.path)
         wear(map(model.module, model.blocks), self.recipe.lenses)
         return model
+
+    def _begun(self) -> Path:
+        """What is opened: a dense network may lack something for its task."""
+        if self.task.language or self.said is not None or (self.directory / MASKS).is_file():
+            return self.directory
+        folder = partial_of(self.path) / BEFORE / "begun"
+        if team().main and not folder.exists():
+            half = folder.with_name("begun.half")
+            shutil.rmtree(half, ignore_errors=True)
+            sources = self.settings.text or (self.recipe.calibration.source,)
+            options = {"dtype": self.recipe.dtype, "remote_code": self.remote_code, "pickles": self.pickles}
+            with blamed(type(self.task), f"task '{self.task.name}'"):
+                self.task.begun(str(self.directory), half, sources, seed=self.recipe.seed, **options)
+            if half.exists():
+                half.rename(folder)
+        team().barrier()
+        return folder if folder.exists() else self.directory
+
+    def _masks(self, model: Model) -> Mapping[str, Tensor]:
+        """The masks to hold. A dense network of another task than text is one that trains as a whole."""
+        if self.whole:
+            return full(model)
+        masks = masks_of(model, self.directory)
+        if masks:
+            return masks
+        if self.task.language or self.settings.way == "reconstruct":
+            raise InputError(
+                f"nothing to heal: '{self.directory}' is dense. Prune it first:"
+                f" {command('prune', self.directory)} -o OUT."
+            )
+        self.whole = True
+        return full(model)
+
+    def _compared(self, test: Samples | None) -> Model | None:
+        """The dense model whose answers others are compared with, where the task compares any and it is known."""
+        if self.whole or test is None or type(self.task).answers is Task.answers:
+            return None
+        try:
+            return self._dense
+        except InputError:
+            return None
+
+    def _targeted(self, samples: Samples) -> Samples:
+        """Samples whose loss can be told: what lacks labels is compared with what the dense network answers."""
+        if not any(map(self.task.lacks, samples.groups)):
+            return samples
+        if self.whole:
+            raise InputError(
+                f"the samples have no labels, which task '{self.task.name}' needs to train a dense network: give"
+                " labelled ones (--text …)."
+            )
+        return targeted(self._dense, samples, track=self.track)
 
     @property
     def _biased(self) -> Path:
@@ -258,9 +335,9 @@ class Line:
         pruned = self._open(self.directory)
         check_dtype(pruned.dtype, self.settings.way)
         if self.settings.way == "retrain":
-            self.text.check(pruned)  # too little of it is said now, not when the biases have been computed
+            self.given.check(pruned)  # too little of it is said now, not when the biases have been computed
         if team().main and not names.is_file():
-            add_biases(pruned, dense, self.text.calibration(pruned), self._biased, self.track)
+            add_biases(pruned, dense, self.given.calibration(pruned), self._biased, self.track)
         team().barrier()
         return names.read_text(encoding="utf-8").split()
 
@@ -299,91 +376,3 @@ class Line:
         dense = self._open(name, dtype=str(pruned.dtype)[6:])
         check_dense(dense, name, pruned, self.directory)
         return dense
-
-    def _retrain(
-        self,
-        model: Model,
-        dense: Model | None,
-        masks: Mapping[str, Tensor],
-        new: Sequence[str],
-        samples: Samples,
-        held: Samples | None,
-        test: Samples | None,
-        recipe: Recipe,
-        out: Output | None,
-    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """Train, merge, and write what changed."""
-        settings = self.settings
-        folder = partial_of(self.path) / "training"
-        groups = settings.make_groups()
-        total = model.parameters
-        with ExitStack() as stack:
-
-            def ready(model: Model) -> list[Chosen]:
-                """Load all of it, and choose and attach what trains."""
-                stack.enter_context(model.whole())
-                chosen = choose(parts_of(model, masks, new), groups)
-                attach(chosen)
-                return chosen
-
-            torch.manual_seed(recipe.seed)
-            if self.sharded:
-                assert model.checkpoint is not None
-                trainee = self._open(model.checkpoint.directory)
-                chosen = shard(trainee, groups, masks, new)
-            else:
-                trainee = model
-                chosen = ready(model)
-            count = sum(parameter.numel() for item in chosen for parameter in item.change.parameters())
-            teacher = None
-            if dense is not None and settings.teacher == "memory":
-                teacher = stack.enter_context(teacher_in_memory(dense, self.sharded))
-            elif dense is not None:
-                teacher = stack.enter_context(teacher_streamed(dense, samples, self.track))
-            did = retrain(
-                trainee,
-                chosen,
-                samples,
-                held,
-                self.text.steps(samples),
-                folder,
-                recipe.seed,
-                teacher,
-                self.resume,
-                self.watch,
-                **settings.retraining,
-            )
-            if self.sharded:
-                values = gather(trained(chosen), keep=out is not None)
-                if out is None:
-                    return {}, None
-                model = out.model
-                chosen = ready(model)
-                scatter(values, trained(chosen))
-                del values  # as much as all that trains
-            apart = [item for item in chosen if item.change.apart]
-            merged = [item for item in chosen if not item.change.apart]
-            changed = detach(merged, merge=did.best_step > 0)  # else what was there before is best
-            if not did.best_step:
-                undo(apart)
-            after = None
-            if apart and out is not None:
-                with torch.no_grad():
-                    whole = wrap_model(model.network, model.tokenizer)
-                    after, _ = measure(whole, recipe.evaluate.source, test, None, self.track)
-                save_adapter(out.folder / "adapter", apart, str(self.path))
-            detach(apart)
-            verify(model, masks)
-            if out is not None:
-                write(model, changed, {} if self.whole else masks, out)
-        return {
-            "trained": count / total,
-            "trained_parameters": count,
-            "parameters": total,
-            "steps": did.steps,
-            **self.text.amount(samples, did.steps * settings.step),
-            "losses": list(did.losses),
-            "held_out": {str(step): loss for step, loss in did.held_out.items()},
-            "best_step": did.best_step,
-            "apart": sorted({item.group.name for item in apart}),
-        }, after

@@ -52,7 +52,7 @@ def undo(apart: Sequence[Chosen]) -> None:
         change.forget()
 
 
-def save_adapter(folder: Path, apart: Sequence[Chosen], base: str) -> None:
+def save_adapter(folder: Path, apart: Sequence[Chosen], base: str, language: bool = True) -> None:
     """LoRA in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`."""
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -72,7 +72,7 @@ def save_adapter(folder: Path, apart: Sequence[Chosen], base: str) -> None:
     rank, alpha = max(ranks.values()), max(alphas.values())
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if language else None,
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import InputError, NumericalError, command
+from ..errors import NumericalError
 from ..layers import Slot, check_found, find_layers
 from ..model.network import Model
 from ..pattern import pack, unpack
@@ -46,19 +46,13 @@ class Masks(Mapping[str, Tensor]):
 
 
 def masks_of(model: Model, directory: Path) -> Masks:
-    """{layer: mask (O, I)}: those saved with the model or, for a model pruned elsewhere, its zeros. Raises InputError
-    for a dense model, ModelError for a mask of what is no layer."""
+    """{layer: mask (O, I)}: those saved with the model or, for a model pruned elsewhere, its zeros; none for a dense
+    model. Raises ModelError for a mask of what is no layer."""
     if (directory / MASKS).is_file():
         names = mask_shapes(directory)
         check_found(names, slots_of(model))
-        masks = Masks((name, read_masks(directory, [name])[name]) for name in names)
-    else:
-        masks = Masks(_zeros(model))
-    if not masks:
-        raise InputError(
-            f"nothing to heal: '{directory}' is dense. Prune it first: {command('prune', directory)} -o OUT."
-        )
-    return masks
+        return Masks((name, read_masks(directory, [name])[name]) for name in names)
+    return Masks(_zeros(model))
 
 
 def full(model: Model) -> dict[str, Tensor]:

@@ -12,13 +12,14 @@ from pydantic import AfterValidator, Field, PositiveInt
 from torch import Tensor
 
 from ..errors import InputError, NumericalError
-from ..layers import find_layers
+from ..layers import find_layers, within
 from ..model.network import Model
 from ..registry import Step, register
 from ..samples import Samples
 from ..steps.wanda import wanda
 from ..stream import Stream
-from ..train.parts import Chosen, Group, Part, choose, kinds_of, make_group
+from ..train.parts import Chosen, Group, Part, check_idle, kinds_of, make_group, pick
+from ..trees import tensors
 from ..types import Block
 from ..waits import demand, fetch
 
@@ -84,8 +85,10 @@ def fit(
     epochs: int,
     warmup: float,
     new: frozenset[str] = frozenset(),
+    strict: bool = False,
 ) -> tuple[Block, list[Tensor], int]:
-    """The block with what `groups` train fitted, the loss of each step, and how many parameters trained."""
+    """The block with what `groups` train fitted, the loss of each step, and how many parameters trained. `strict`:
+    raises InputError for a group that finds nothing to train in this block."""
     if block.run is None or block.dense is None:
         raise InputError("step 'reconstruct' runs whole blocks: use --order block.")
     active = [layer for layer in block.layers if layer.sparsity > 0]
@@ -98,20 +101,24 @@ def fit(
         if name not in block.fixed
     ]
     now = {**block.others, **{item.name: item.value for item in layers}}
-    chosen = choose([*layers, *others], groups)
+    chosen = list(pick([*layers, *others], groups))
+    if strict:
+        check_idle(chosen, groups)
     losses: list[Tensor] = []
     trained = 0
-    if part == "block":
+    if not chosen:
+        pass
+    elif part == "block":
         trained = _size(chosen)
         goal = block.dense if aim == "model" else _from_same_inputs(block)
         now |= _train(block.run, now, chosen, goal, range(block.windows), epochs, warmup, None, losses)
     else:
         for at in sub_blocks(block):
-            prefix = f"{block.name}.{at}"
+            prefix = within(block.name, at)
             inside = [item for item in chosen if _within(item.part.name, prefix)]
             outside = {name: value for name, value in now.items() if not _within(name, prefix)}
 
-            def dense(n: int, at: str = at, outside: Mapping[str, Tensor] = outside) -> Tensor:
+            def dense(n: int, at: str = at, outside: Mapping[str, Tensor] = outside) -> Any:
                 assert block.run is not None
                 with torch.no_grad():
                     return block.run(outside, n, at=at)
@@ -119,12 +126,13 @@ def fit(
             trained += _size(inside)
             if inside:
                 now |= _train(block.run, now, inside, dense, range(block.windows), epochs, warmup, at, losses)
-        if not trained:
-            choose([], groups)  # all of it lies between the sub-blocks: says so
+        if not trained and strict:
+            check_idle([], groups)  # all of it lies between the sub-blocks: says so
+    notes = () if trained else ("reconstruct found nothing to train in its block",)
     done = {}
     for layer in active:
         assert layer.mask_OI is not None
-        done[layer.name] = layer.pruned(now[layer.name], layer.mask_OI)
+        done[layer.name] = layer.pruned(now[layer.name], layer.mask_OI, *notes)
     return (
         replace(
             block,
@@ -136,7 +144,7 @@ def fit(
     )
 
 
-def _from_same_inputs(block: Block) -> Callable[[int], Tensor]:
+def _from_same_inputs(block: Block) -> Callable[[int], Any]:
     """What the dense block makes of the inputs that the pruned one gets."""
     assert block.run is not None
     run, weights = block.run, {layer.name: layer.dense_OI for layer in block.layers}
@@ -154,7 +162,8 @@ def _size(chosen: Sequence[Chosen]) -> int:
 
 def sub_blocks(block: Block) -> list[str]:
     """The block's modules that hold its layers, in the order in which they are called: `self_attn`, `mlp`."""
-    inner = [layer.name.removeprefix(block.name + ".").partition(".") for layer in block.layers]
+    start = len(within(block.name, "x")) - 1
+    inner = [layer.name[start:].partition(".") for layer in block.layers]
     return list(dict.fromkeys(head for head, _, _ in inner))
 
 
@@ -166,7 +175,7 @@ def _train(
     run: Callable[..., Tensor],
     now: Mapping[str, Tensor],
     chosen: Sequence[Chosen],
-    target: Callable[[int], Tensor],
+    target: Callable[[int], Any],
     windows: range,
     epochs: int,
     warmup: float,
@@ -189,13 +198,14 @@ def _train(
         )
         for step in range(steps):
             n = windows[step % len(windows)]
-            goal = target(n).float()
+            goal = target(n)
             changed = {item.part.name: item.change(item.part.value) for item in chosen}
             out = run({**now, **changed}, n, **({} if at is None else {"at": at}))
-            loss = (out.float() - goal).square().mean() / goal.square().mean().clamp_min(1e-12)
+            loss = _error(out, goal)
             optimizer.zero_grad()
             # A mean over so many outputs sends back gradients that float16 rounds to zero: scaled, then taken back.
-            scale = out.numel() ** 0.5 if out.dtype == torch.float16 else 1.0
+            half = [tensor.numel() for tensor in tensors(out) if tensor.dtype == torch.float16]
+            scale = max(half) ** 0.5 if half else 1.0
             (loss * scale).backward()  # type: ignore[no-untyped-call]
             if scale != 1.0:
                 for item in chosen:
@@ -208,6 +218,17 @@ def _train(
             demand(torch.isfinite(losses[-1]), partial(_diverged, chosen[0].part.name, losses[-1]))
     with torch.no_grad():
         return {item.part.name: item.change.eval()(item.part.value) for item in chosen}
+
+
+def _error(out: Any, goal: Any) -> Tensor:
+    """||Y - Y_dense||^2 / ||Y_dense||^2; of a network that is one block, the mean over all tensors that it puts out."""
+    pairs = zip(tensors(out), tensors(goal), strict=True)
+    found = [
+        (ours.float() - theirs.float()).square().mean() / theirs.float().square().mean().clamp_min(1e-12)
+        for ours, theirs in pairs
+        if ours.is_floating_point()
+    ]
+    return found[0] if len(found) == 1 else torch.stack(found).mean()
 
 
 def _diverged(name: str, loss: Tensor) -> NumericalError:
@@ -233,13 +254,16 @@ def reconstruct_blocks(
 ) -> dict[str, Any]:
     """Stream the samples through the pruned model, fitting each block to the dense one; blocks that an interrupted
     run left on disk are only passed through. What happened, for the report."""
-    assert dense.checkpoint is not None
+    if model.checkpoint is None or dense.checkpoint is None:
+        raise InputError(
+            f"'{model.name}' is opened by its task into memory as a whole: reconstruction reads weights from files,"
+            " block by block. Leave --way reconstruct out, or prune it with the step reconstruct."
+        )
     strange = sorted(set(model.plan()) - set(dense.checkpoint.where))
     if strange:
         raise InputError(f"'{dense.name}' is not the dense model of this one: it has no tensor '{strange[0]}'.")
     settings = recipe.heal
     groups = settings.make_groups()
-    assert model.checkpoint is not None
     stream = Stream(model, samples, start=model.checkpoint, masks=masks)
     stream.dense = Stream(dense, samples).hidden
     done = out.checkpoint if out.finished else None
@@ -252,7 +276,7 @@ def reconstruct_blocks(
     def apply(block: Block) -> Block:
         nonlocal seen, count
         options = {key: getattr(settings, key) for key in ("part", "aim", "epochs", "warmup")}
-        fitted, seen, count = fit(block, groups, **options, new=new)
+        fitted, seen, count = fit(block, groups, **options, new=new, strict=model.task.language)
         return fitted
 
     step = Step("reconstruct", frozenset({"dense"}), apply, per_layer=False, prunes=True, options={})
@@ -273,6 +297,8 @@ def reconstruct_blocks(
         out.note("losses", losses)
         out.note("trained", trained)
         out.write(result)  # last: a block that is on disk is not done again
+    if not any(trained.values()):
+        check_idle([], groups)
     return {
         "trained": sum(trained.values()) / model.parameters,
         "losses": losses,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..evaluate.measure import digest
 from ..layers import Slot, find_layers, survey
+from ..model.cut import inside
 from ..model.names import named
 from ..model.network import Model
 from ..outcome import BlockResult, LayerResult
@@ -51,7 +52,7 @@ def taught(dense: Model | None) -> dict[str, Any]:
     """How the dense model was trained before it taught, if it was."""
     report = said_of(dense.checkpoint.directory) if dense is not None and dense.checkpoint is not None else None
     did = report.healing if report else {}
-    return {key: did[key] for key in ("tokens", "seconds", "held_out", "fingerprint") if key in did}
+    return {key: did[key] for key in ("tokens", "samples", "seconds", "held_out", "fingerprint") if key in did}
 
 
 def write(model: Model, changed: Mapping[str, Tensor], masks: Mapping[str, Tensor], out: Output) -> None:
@@ -60,13 +61,14 @@ def write(model: Model, changed: Mapping[str, Tensor], masks: Mapping[str, Tenso
         if index < out.blocks:
             continue  # written by a run that was interrupted then
         slots = find_layers(model.module(name), name)
-        inside = {key: value for key, value in changed.items() if key.startswith(name + ".")}
+        own = {key: value for key, value in changed.items() if inside(key, name)}
         bits = {slot.name: pack(masks[slot.name]) for slot in slots if slot.name in masks}
-        out.write(BlockResult(index, name, _results(None, slots, masks), bits, {}, inside, 0.0))
+        out.write(BlockResult(index, name, _results(None, slots, masks), bits, {}, own, 0.0))
     outside = {key: value for key, value in changed.items() if model.block_of(key) is None}
-    assert model.checkpoint is not None
+    if model.checkpoint is None:
+        return  # it is in memory, and written as a whole
     stored = {name for key, (name, _) in model.plan().items() if key in model.checkpoint.where}
-    for pair in model.network.all_tied_weights_keys.items():  # both may be in the files
+    for pair in model.tied.items():  # both may be in the files
         for one, other in (pair, pair[::-1]):
             same = model.network.get_parameter(one) is model.network.get_parameter(other)
             if one in outside and other in stored and same:

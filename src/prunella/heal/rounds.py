@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, PrunellaError
+from ..foreign import blamed
 from ..machine import pick_device
 from ..model.names import find_directory, named
 from ..progress import OnStep
@@ -16,7 +17,6 @@ from ..pruning import prune_once
 from ..recipe import Recipe
 from ..report import Report
 from ..save import REPORT, begun_as, compare, model_files
-from ..tasks.text import load_model
 from ..team import Team, team
 from ..tensors import write_text
 from ..train.schedule import make_schedule
@@ -24,6 +24,7 @@ from ..train.shard import asked
 from ..workshop import MARK, RUN, Workshop, place, workshop
 from .line import adapt, check_dtype, check_way
 from .run import heal
+from .sources import Sources
 from .text import Text
 
 
@@ -53,11 +54,24 @@ def prune_and_heal(
     names = {name for item in recipe.heal.train for name in item}
     for name in sorted(names & {"new-biases", "lora"} if rounds > 1 else ()):
         raise InputError(f"'{name}' is for one round: what it adds is not there when the next one prunes.")
-    opened = load_model(model, dtype=recipe.dtype, device=recipe.device, remote_code=remote_code, pickles=pickles)
-    part = recipe.heal.model_copy(update={"tokens": recipe.heal.tokens // rounds, "adapt": 0})
+    task = recipe.make_task()
+    with blamed(type(task), f"task '{task.name}'"):
+        opened = task.open(
+            model,
+            dtype=recipe.dtype,
+            device=recipe.device,
+            tokenizer=tokenizer,
+            remote_code=remote_code,
+            pickles=pickles,
+        )
+    part = recipe.model_copy(update={"heal": recipe.heal.model_copy(update=_part(recipe))})
     check_dtype(opened.dtype, recipe.heal.way)  # now, not when the model has been pruned
-    Text(recipe.model_copy(update={"heal": part}), portion=(0, rounds)).check(opened)
-    dense = find_directory(recipe.heal.dense or model, remote_code=remote_code, pickles=pickles)
+    given = Text(part, portion=(0, rounds)) if task.language else Sources(part)
+    given.check(opened)
+    dense = recipe.heal.dense or model
+    dense = str(Path(dense).resolve()) if Path(dense).exists() else dense
+    if task.language:
+        dense = str(find_directory(dense, remote_code=remote_code, pickles=pickles))
     shop = None
     if crew.main:
         shop = Workshop(aside_of(path), resume)
@@ -90,7 +104,7 @@ def _rounds(
     model: str,
     recipe: Recipe,
     path: Path,
-    dense: Path,
+    dense: str,
     crew: Team,
     *,
     tokenizer: Any,
@@ -106,8 +120,8 @@ def _rounds(
         source = str(aside / "adapted")
         if not (aside / "adapted").exists():
             with asked() as sharded:
-                adapt(str(dense), recipe, aside / "adapted", sharded=sharded, watch=watch, **options)
-        dense = aside / "adapted"
+                adapt(dense, recipe, aside / "adapted", sharded=sharded, watch=watch, **options)
+        dense = str(aside / "adapted")
     for k in range(rounds):
         pruned, healed = aside / f"{k + 1}-pruned", path if k == rounds - 1 else aside / f"{k + 1}-healed"
         part = schedule.sparsity(k)
@@ -119,7 +133,7 @@ def _rounds(
                 "heal": recipe.heal.model_copy(update={"train": ()}),
             }
         )
-        heals = recipe.heal.model_copy(update={"dense": str(dense), "tokens": recipe.heal.tokens // rounds, "adapt": 0})
+        heals = recipe.heal.model_copy(update={"dense": dense, **_part(recipe)})
         if crew.main:
             if not pruned.exists():
                 own = tokenizer if source == model else None  # what was written has it
@@ -129,7 +143,7 @@ def _rounds(
                 first = Report.read(aside / "1-pruned")
                 told = replace(told, model=first.model, dense=first.dense, fingerprint=first.fingerprint)
             elif recipe.heal.adapt:  # and not what was made of it
-                measured = Report.read(dense).healing["before"]
+                measured = Report.read(Path(dense)).healing["before"]
                 told = replace(told, model={**told.model, **named(model)}, dense={**told.dense, **measured})
             told = replace(told, recipe={**told.recipe, "model": model})
             write_text(pruned / REPORT, json.dumps(told.plain(), indent=1) + "\n")
@@ -147,6 +161,12 @@ def _rounds(
         source = str(healed)
     assert report is not None
     return report
+
+
+def _part(recipe: Recipe) -> dict[str, Any]:
+    """What is another thing in each round: its share of the text. The dense model is trained before all of them."""
+    share = {"tokens": recipe.heal.tokens // recipe.heal.rounds} if recipe.make_task().language else {}
+    return {**share, "adapt": 0}
 
 
 def aside_of(path: Path) -> Path:

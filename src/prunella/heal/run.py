@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, ModelError, command
+from ..errors import ModelError, command
 from ..machine import fork_random, pick_device
 from ..progress import OnStep, Track, no_track
 from ..recipe import Recipe
@@ -58,16 +58,14 @@ def heal(
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.of(calibrated(directory, recipe or {}))
-    recipe = recipe.resolved(directory)
-    if not recipe.make_task().language:
-        raise InputError("healing trains causal language models only, yet: leave the task out.")
+    recipe = recipe.resolved(str(directory))
     if not recipe.heal.train:
         recipe = recipe.model_copy(update={"heal": recipe.heal.model_copy(update={"train": DEFAULT})})
     path = Path(output)
     if finished(path) and resume:
         return Report.read(path)
     check_output(path)
-    if not Path(directory).is_dir():
+    if recipe.make_task().language and not Path(directory).is_dir():
         raise ModelError(
             f"'{directory}' is not a directory: prune a model first, {command('prune', 'MODEL', '-o', directory)}."
         )

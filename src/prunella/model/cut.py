@@ -84,10 +84,16 @@ def find_stacks(network: nn.Module, task: Task) -> Stacks:
         return known
     if (batch := _example(network, task)) is None:
         return WHOLE
+    empty = any(parameter.is_meta for parameter in network.parameters())
     try:
-        return _chosen(network, _traced(network, task, batch), task.in_blocks)
+        try:
+            return _chosen(network, _traced(network, task, batch), task.in_blocks)
+        except Exception:
+            if not empty:
+                raise
+            return _chosen(network, _traced(network, task, batch, zeros=True), task.in_blocks)  # it asks for numbers
     except Exception as error:
-        if any(parameter.is_meta for parameter in network.parameters()):  # where no numbers are, none can be asked for
+        if empty:
             return WHOLE
         raise ModelError(
             f"{type(network).__name__} does not run on the example of its task, '{task.name}': {first_line(error)}"
@@ -197,8 +203,9 @@ def _example(network: nn.Module, task: Task) -> Batch | None:
         return None
 
 
-def _traced(network: nn.Module, task: Task, batch: Batch) -> _Trace:
-    """The network's calls on a batch: with its weights where all are in memory, else on the meta device."""
+def _traced(network: nn.Module, task: Task, batch: Batch, *, zeros: bool = False) -> _Trace:
+    """The network's calls on a batch: with its weights where all are in memory, else on the meta device, or with zeros
+    that take no memory."""
     named = dict(network.named_modules())
     trace = _Trace()
 
@@ -208,7 +215,7 @@ def _traced(network: nn.Module, task: Task, batch: Batch) -> _Trace:
     places = {parameter.device for parameter in network.parameters()}
     with torch.no_grad(), replaced([*named.values()], watched), trace:
         if torch.device("meta") in places:
-            out = _without_weights(network, task, batch)
+            out = _without_weights(network, task, batch, zeros=zeros)
         else:
             out = task.run(network, {key: tensor.to(next(iter(places), "cpu")) for key, tensor in batch.items()})
     for tensor in tensors(out):
@@ -216,12 +223,15 @@ def _traced(network: nn.Module, task: Task, batch: Batch) -> _Trace:
     return trace
 
 
-def _without_weights(network: nn.Module, task: Task, batch: Batch) -> Any:
-    """What the network makes of a batch on the meta device, where nothing is computed but shapes."""
-    run = _Run(network, task)
+def _without_weights(network: nn.Module, task: Task, batch: Batch, *, zeros: bool = False) -> Any:
+    """What the network makes of a batch on the meta device, where nothing is computed but shapes; or with `zeros` that
+    take no memory, where it asks for numbers on its way."""
+    run, where = _Run(network, task), torch.device("cpu" if zeros else "meta")
     named_tensors = (*run.named_parameters(), *run.named_buffers())
-    values = {name: torch.empty_like(tensor, device="meta") for name, tensor in named_tensors}
-    return torch.func.functional_call(run, values, ({key: tensor.to("meta") for key, tensor in batch.items()},))
+    values = {name: torch.zeros((), dtype=t.dtype, device=where).expand(t.shape) for name, t in named_tensors}
+    if zeros:  # what is made when a network is built may be there: positions, say
+        values |= {name: tensor for name, tensor in run.named_buffers() if not tensor.is_meta}
+    return torch.func.functional_call(run, values, ({key: tensor.to(where) for key, tensor in batch.items()},))
 
 
 def refused(network: nn.Module, task: Task, batch: Batch) -> str | None:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,13 @@ Answers = Mapping[str, Tensor]  # what a network answers on samples, {what: (N, 
 NO_ANSWERS: Answers = MappingProxyType({})
 
 
+class Counts(NamedTuple):
+    """Numbers of samples."""
+
+    calibration: int
+    evaluate: int
+
+
 class Task(ABC):
     """What a network is for: how it is opened, what it is run on, and how good what it puts out is.
 
@@ -39,10 +46,11 @@ class Task(ABC):
     name:     what users call it
     source:   where its samples come from if nobody says so
     argument: what the network calls samples that are handed over as one tensor
+    counts:   how many samples it calibrates and evaluates on if nobody says how many
     figure:   that of `scores` which says how good it is
     higher:   is more of it better?
     unit:     how it is shown: `%` of a share, or nothing
-    many:     samples of a source that `prunella eval` takes if nobody says how many; fewer where there are no more
+    many:     samples of a source that `prunella eval` takes if nobody says how many; None: all
     language: networks are causal language models of transformers, of which more is known than of others
     in_blocks: share of the weights in matrices, no embeddings, that a network's blocks hold at least; where they would
               hold less, and the rest stay dense, the whole network is one block
@@ -54,9 +62,10 @@ class Task(ABC):
     source = ""
     argument = "input_ids"
     figure = "loss"
+    counts = Counts(32, 8)
     higher = False
     unit = ""
-    many = 256
+    many: int | None = 256
     language = False
     in_blocks = 0.5
     training: ClassVar[Mapping[str, Any]] = {"batch": 32, "micro": 32}
@@ -218,6 +227,15 @@ class Task(ABC):
         return relative_error(outputs, teacher)
 
     # --- training
+
+    def begun(self, name: str, folder: Path, sources: Sequence[str], *, seed: int = 0, **options: Any) -> str:
+        """What the training of a dense network begins with: its name, or the new directory `folder`, where it was
+        written with what it lacks for this task: a head for the classes in these sources, say, drawn by the seed.
+
+        Args:
+            options: as for `open`: dtype, remote_code, pickles.
+        """
+        return name
 
     def objective(
         self, outputs: Any, batch: Batch, teacher: Any = None, *, share: float = 1.0, temperature: float = 1.0

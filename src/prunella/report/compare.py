@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .page import render, title_of_steps, worst
-from .report import Report
+from .report import Report, trained_on
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,10 @@ class Comparison:
     @staticmethod
     def _healing(report: Report) -> str:
         did = report.healing
-        return f"{title_of_steps(did['recipe']['train'])}, {did['tokens']:,} tokens" if did else ""
+        if not did:
+            return ""
+        what, _, many = trained_on(did)
+        return f"{title_of_steps(did['recipe']['train'])}, {many} {what}"
 
     def plain(self) -> list[dict[str, Any]]:
         """The reports without their layers."""

@@ -20,7 +20,7 @@ from ..outcome import LayerResult, mean
 from ..save import REPORT
 from . import charts
 from .figure import PERPLEXITY, Figure, bos_words
-from .report import Report, layer_table, numbers
+from .report import Report, layer_table, numbers, trained_on
 
 WORST = 10
 
@@ -116,7 +116,8 @@ def sentence(report: Report) -> str:
     text += "." + _moved(report.dense, report.pruned)
     did = report.healing
     if did:
-        text += f" Then it was healed on {did['tokens']:,} tokens, the mask held." + _moved(did["before"], did["after"])
+        what, _, many = trained_on(did)
+        text += f" Then it was healed on {many} {what}, the mask held." + _moved(did["before"], did["after"])
     return text
 
 

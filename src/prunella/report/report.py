@@ -188,12 +188,13 @@ class Report:
             ]
         else:
             rows.append(("trained", "", ", ".join(within)))
-        rows += [("parameters that trained", "", f"{did['trained']:.3%}"), ("tokens", "", f"{did['tokens']:,}")]
+        rows += [("parameters that trained", "", f"{did['trained']:.3%}"), trained_on(did)]
         if "best_step" in did:
             best = f"step {did['best_step']} of {did['steps']}" if did["best_step"] else "none: no step made it better"
             rows.append(("checkpoint that was kept", "", best))
         if taught := did.get("taught"):
-            spent = f"{taught['tokens']:,} tokens, {taught['seconds']:.1f} s"
+            what, _, many = trained_on(taught)
+            spent = f"{many} {what}, {taught['seconds']:.1f} s"
             rows.append(("the dense model trained first", "", spent))
         rows += [
             ("seconds to heal", "", f"{did['seconds']:.1f}"),
@@ -314,6 +315,12 @@ def numbers(rows: Rows) -> Rows:
 def _markdown(before: str, after: str, rows: Rows) -> str:
     head = (f"| | {before} | {after} |", "| --- | --- | --- |")
     return "\n".join((*head, *(f"| {a} | {b} | {c} |" for a, b, c in numbers(rows))))
+
+
+def trained_on(did: Mapping[str, Any]) -> tuple[str, str, str]:
+    """How much a healing trained on, as a row of a table: what it is counted in, nothing, how many."""
+    what = "tokens" if "tokens" in did else "samples"
+    return what, "", f"{did[what]:,}"
 
 
 def _measured(before: Mapping[str, Any], after: Mapping[str, Any]) -> Rows:

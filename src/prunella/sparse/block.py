@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..compat import of_transformers
 from ..fast import differentiable, readable, use_fast_attention
 from .cache import Place, Room, layer_of, room_of
 from .kernels import POINTER, library, resident, succeed
@@ -244,7 +245,8 @@ def _bytes(tensor: Tensor) -> bytes:
 def settle(network: Any) -> None:
     """Make a packed model ready to run on the CPU: the weights that every token reads go into large pages of memory,
     and attention and single tokens run with our own kernels."""
-    use_fast_attention(network)
+    if of_transformers(network):
+        use_fast_attention(network)
     parts: list[tuple[Any, str, Tensor]] = [
         (module, name, part)
         for module in network.modules()

@@ -33,8 +33,8 @@ def open_network(
     device: str = "auto",
     processor: Any = None,
 ) -> Model:
-    """As `open_plain`; a packed network too, if `packed` says so: it is read into memory, its weights packed as they are,
-    and cannot be pruned. Raises ModelError for files that are damaged, or packed from another network than `build`
+    """As `open_plain`; a packed network too, if `packed` says so: it is read into memory, its weights packed as they
+    are, and cannot be pruned. Raises ModelError for files that are damaged, or packed from another network than `build`
     makes."""
     found = packed_config(directory)
     name = name or str(directory)

@@ -104,6 +104,13 @@ class PackedStore(Store):
         self.contents = Contents()
         self.done: set[int] = set()
         self.untied = False  # a head that is another than the embedding, though the config says they are one
+        self.others: dict[str, Tensor] = {}  # what changed of all that no block's file holds
+        self.norms = {  # estimated when all blocks are written
+            f"{name}.{key}"
+            for name, module in model.network.named_modules()
+            if "running_mean" in module._buffers
+            for key, _ in module.named_buffers(recurse=False)
+        }
         self.plan: Mapping[str, tuple[str, bool]]
         if model.checkpoint is not None:
             self.plan = model.plan()
@@ -154,7 +161,8 @@ class PackedStore(Store):
             expanded = [name] if "kernel" in about and not runs_packed(slots[0].module) else []
             found.add(Contents({name: about}, [], expanded, nbytes, size))
         found.stayed = list(shapes)
-        keys = [k for k, (p, _) in self.plan.items() if self.model.block_of(p) == block and p not in gone]
+        inside = gone | self.norms
+        keys = [k for k, (p, _) in self.plan.items() if self.model.block_of(p) == block and p not in inside]
         tensors |= self._plain(keys)
         changed = {parameter: tensor for parameter, tensor in changed.items() if parameter not in gone}
         if changed and self.model.checkpoint is not None:
@@ -176,7 +184,20 @@ class PackedStore(Store):
         for index, name in enumerate(self.model.blocks):
             if index not in self.done:
                 self.write(BlockResult(index, name, (), {}, {}, {}, 0.0))
-        outside = {key: parameter for key, (parameter, _) in self.plan.items() if not self.model.block_of(parameter)}
+        if self.norms and self._file(len(self.model.blocks)).is_file():  # of an earlier run, which had them estimated
+            stored = load_file(self._file(len(self.model.blocks)))
+            self.others = {p: stored[key] for key, (p, _) in self.plan.items() if p in self.norms} | self.others
+        self._write_others()
+
+    def write_outside(self, changed: Mapping[str, Tensor]) -> None:
+        self.others |= {name: tensor.detach().cpu().clone() for name, tensor in changed.items()}
+        if self._file(len(self.model.blocks)).is_file():
+            self._write_others()
+
+    def _write_others(self) -> None:
+        """The file of all that no block holds, and of batch norms' statistics."""
+        block_of, norms = self.model.block_of, self.norms
+        outside = {key: p for key, (p, _) in self.plan.items() if p in norms or block_of(p) is None}
         tensors: dict[str, Tensor] = {}
         for source, names in self.head.items():
             # where it is tied, the files may have it under either name, or both
@@ -194,7 +215,11 @@ class PackedStore(Store):
                 self.contents.add(Contents({name: about}))
             for key in keys:
                 del outside[key]
-        self._save(len(self.model.blocks), {**tensors, **self._plain(list(outside))})
+        plain = self._plain(list(outside))
+        if self.others and self.model.checkpoint is not None:
+            changed = self.model.stored("", self.others)
+            plain |= {key: changed[key].to(tensor.dtype) for key, tensor in plain.items() if key in changed}
+        self._save(len(self.model.blocks), {**tensors, **plain})
 
     def finish(self) -> None:
         network, path = self.model.network, self.folder / "config.json"
@@ -337,5 +362,8 @@ class PackedStore(Store):
         return {k: t.to(self.model.dtype) if cast and t.is_floating_point() else t for k, t in tensors.items()}
 
     def _save(self, number: int, tensors: Mapping[str, Tensor]) -> None:
-        total = len(self.model.blocks) + 1
-        save_tensors(self.folder / f"model-{number + 1:05d}-of-{total:05d}.safetensors", tensors)
+        save_tensors(self._file(number), tensors)
+
+    def _file(self, number: int) -> Path:
+        """That of a block, or the last one."""
+        return self.folder / f"model-{number + 1:05d}-of-{len(self.model.blocks) + 1:05d}.safetensors"

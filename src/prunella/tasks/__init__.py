@@ -9,8 +9,8 @@ A task is a class derived from `Task`, with its options as keyword arguments of 
 """
 
 from ..model.task import Task
-from . import classify, images, masked, module, seq2seq, text  # noqa: F401  (importing a task registers it)
-from .opening import AUTO, open_model, task_of
+from . import captions, classify, images, masked, module, seq2seq, speech, text  # noqa: F401  (importing registers)
+from .opening import AUTO, open_model, opened, task_of
 from .registry import find_task, make_task, register_task, tasks
 
-__all__ = ["AUTO", "Task", "find_task", "make_task", "open_model", "register_task", "task_of", "tasks"]
+__all__ = ["AUTO", "Task", "find_task", "make_task", "open_model", "opened", "register_task", "task_of", "tasks"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,16 +14,18 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from ..errors import InputError, ModelError, say
 from ..model.divergence import kl
+from ..model.files import read_json
+from ..model.names import find_directory
 from ..model.network import Model
 from ..model.open import open_files
 from ..model.task import NO_ANSWERS, Answers
 from ..samples import TARGET, Batch, Samples
 from ..texts import ClassName
+from .heads import HEAD, label_names, with_head
 from .registry import register_task
 from .scores import class_answers, class_scores
 from .sentences import LABELS, Row, Sentences, right_of, tensors
 
-HEAD = "ForSequenceClassification"  # how transformers' classes of such networks end
 _HIDDEN = -1  # the label of rows whose label a data set of the hub keeps to itself
 
 
@@ -43,6 +46,15 @@ class Classify(Sentences):
         return open_files(
             name, self, auto, "classifier of texts", admit=self.admit, check=self.check_network, **options
         )
+
+    def begun(self, name: str, folder: Path, sources: Sequence[str], *, seed: int = 0, **options: Any) -> str:
+        """A network without a head for classes gets one, for the labels in the sources."""
+        trust = {key: options[key] for key in ("remote_code", "pickles") if key in options}
+        config = read_json(find_directory(name, **trust) / "config.json")
+        if self.claims(name, config):
+            return name
+        own = {key: options[key] for key in ("remote_code", "dtype") if key in options}
+        return str(with_head(name, folder, label_names(self, sources), seed=seed, **own))
 
     def admit(self, name: str, config: Any) -> None:
         built = getattr(config, "architectures", None) or ()
@@ -209,7 +221,9 @@ def matched(labels: Sequence[Any], names: Mapping[int, str], places: Sequence[st
                 number = None
         return int(number) if number is not None and number in names else None
 
-    first = dict(zip(reversed(labels), reversed(places), strict=True))
+    first: dict[Any, str] = {}
+    for label, place in zip(labels, places, strict=True):
+        first.setdefault(label, place)
     ways = [{label: read(label) for label in first} for read in (named, numbered)]
     good = [way for way in ways if None not in way.values()]
     shown = ", ".join(f"{number} {name}" for number, name in sorted(names.items())[:6])

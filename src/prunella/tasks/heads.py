@@ -14,8 +14,9 @@ from ..machine import fork_random
 from ..model.names import find_directory
 from ..model.tokenizer import load_tokenizer
 from ..texts import ClassName, records
-from .classify import HEAD
 from .sentences import Row, Sentences
+
+HEAD = "ForSequenceClassification"  # how transformers' classes of such networks end
 
 
 def label_names(task: Sentences, sources: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy, kl_div, pad
 
 from ..compat import quiet_transformers
 from ..errors import InputError, ModelError, first_line, say
@@ -253,6 +253,16 @@ class Images(Task):
     def divergence(self, outputs: Any, teacher: Any, batch: Batch, *, temperature: float = 1.0) -> Tensor:
         """KL(teacher || network), mean over pictures."""
         return kl(_scores(outputs), _scores(teacher), temperature)
+
+    def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """Pictures mirrored by half, and moved by up to an eighth of their sides, what comes in being mirrored too."""
+        x_BCHW, shifts = batch[PIXELS], [max(1, side // 8) for side in batch[PIXELS].shape[2:]]
+        high, wide = (torch.randint(2 * s + 1, (len(x_BCHW),), generator=generator).tolist() for s in shifts)
+        flips = (torch.rand(len(x_BCHW), generator=generator) < 0.5).tolist()
+        room = pad(x_BCHW, (shifts[1], shifts[1], shifts[0], shifts[0]), mode="reflect")
+        height, width = x_BCHW.shape[2:]
+        moved = [one[:, h : h + height, w : w + width] for one, h, w in zip(room, high, wide, strict=True)]
+        return {**batch, PIXELS: torch.stack([o.flip(2) if f else o for o, f in zip(moved, flips, strict=True)])}
 
     # --- what a report says
 

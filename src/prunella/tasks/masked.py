@@ -26,7 +26,7 @@ from ..model.files import MODULES, modules_behind, read_json
 from ..model.names import find_directory
 from ..model.network import Model
 from ..model.open import open_files
-from ..model.task import NO_ANSWERS, Answers
+from ..model.task import NO_ANSWERS, Answers, Counts
 from ..samples import TARGET, Batch, Samples
 from .registry import register_task
 from .scores import mean_score
@@ -60,6 +60,8 @@ _NAMES = {  # what sentence-transformers calls them
 @register_task("masked")
 class Masked(Sentences):
     """Encoders: masked words, or embeddings of texts."""
+
+    counts = Counts(128, 256)
 
     def __init__(
         self,

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..errors import ModelError
 from ..foreign import blamed
 from ..model.built_in import BUILT_IN
 from ..model.files import read_json
 from ..model.hub import config_of
 from ..model.names import at_revision
 from ..model.network import Model
+from ..model.task import Task
 from ..model.timm_models import known_to_timm
 from .registry import make_task, tasks
 
@@ -70,5 +72,16 @@ def open_model(
     name = at_revision(name, revision)
     found = task_of(name) if task == AUTO else {task: {}}
     made = next(make_task(kind, options) for kind, options in found.items())
-    with blamed(type(made), f"task '{made.name}'"):
-        return made.open(name, dtype=dtype, device=device, **opening)
+    return opened(made, name, dtype=dtype, device=device, **opening)
+
+
+def opened(task: Task, name: str, **opening: Any) -> Model:
+    """A model that a task opens. Raises ModelError, with the task that its files are for where that is another one."""
+    try:
+        with blamed(type(task), f"task '{task.name}'"):
+            return task.open(name, **opening)
+    except ModelError as error:
+        fits = next(iter(task_of(name)))
+        if fits not in (task.name, FALLBACK):
+            error.args = (f"{error} Its files say that it is for task '{fits}': leave --task out.",)
+        raise

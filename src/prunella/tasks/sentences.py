@@ -20,7 +20,7 @@ from ..calibrate import check_tokens, context, positions
 from ..errors import InputError, ModelError, say
 from ..model.files import read_json
 from ..model.network import Model
-from ..model.task import Task
+from ..model.task import Counts, Task
 from ..overlap import fingerprint, joined
 from ..samples import TARGET, Batch, Samples
 from ..texts import checked_text, endless, is_prose, passages, records
@@ -44,6 +44,7 @@ class Sentences(Task):
     """Networks of transformers on whole texts."""
 
     source = "pydoc"
+    counts = Counts(128, 512)
 
     def __init__(self, *, length: int | None = None, text: str = "text", pair: str = "text_pair", label: str = "label"):
         """
@@ -115,7 +116,8 @@ class Sentences(Task):
         found = list(itertools.islice(rows(), None if count is None else used + count))
         if empty:
             say(f"{empty} rows of '{source}' have no text, and are left out")
-        if len(found) < used + (count or 1):
+        usual = count == (self.counts.evaluate if test else self.counts.calibration)  # nobody asked for so many
+        if len(found) < used + (1 if usual else count or 1):
             before = f" and {used} before them are calibrated on" if used else ""
             raise InputError(
                 f"'{source}' holds {len(found)} texts, but {count or 'more'} are asked for{before}: ask for fewer"

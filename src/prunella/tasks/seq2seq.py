@@ -90,7 +90,7 @@ class Seq2Seq(Targets):
     # --- samples
 
     def samples(
-        self, model: Model, source: str, count: int, *, used: int = 0, seed: int = 0, test: bool = False
+        self, model: Model, source: str, count: int | None, *, used: int = 0, seed: int = 0, test: bool = False
     ) -> Samples:
         if model.tokenizer is None:
             raise InputError(f"model '{model.name}' has no tokenizer, so the text of '{source}' cannot be used.")
@@ -114,7 +114,7 @@ class Seq2Seq(Targets):
         model: Model,
         source: str,
         rows: Iterable[tuple[str, Mapping[str, Any]]],
-        count: int,
+        count: int | None,
         used: int,
         length: int,
     ) -> Samples:
@@ -133,11 +133,11 @@ class Seq2Seq(Targets):
             if len(found) == count:
                 break
         enough(len(found), count, used, source, "pairs")
-        say_cut(cut[0], count, "texts", length)
-        say_cut(cut[1], count, "targets", self.target_length)
+        say_cut(cut[0], len(found), "texts", length)
+        say_cut(cut[1], len(found), "targets", self.target_length)
         return found.samples()
 
-    def _continued(self, model: Model, source: str, count: int, used: int, length: int, test: bool) -> Samples:
+    def _continued(self, model: Model, source: str, count: int | None, used: int, length: int, test: bool) -> Samples:
         """Runs of a text's tokens, counted in these."""
         tokenizer = model.tokenizer
         with self._speaking(tokenizer):
@@ -148,9 +148,11 @@ class Seq2Seq(Targets):
         if min(read, write) < 1:
             raise InputError(f"{length} tokens to read have no room for text beside the prefix '{self.prefix}'.")
         text = documents(source, tokenizer, "test" if test else "train")
-        ids = tokenized(tokenizer, text, used + count * (read + write))[used:]
+        needed = None if count is None else used + count * (read + write)
+        ids = tokenized(tokenizer, text, needed)[used:]
         own_NL = torch.tensor(ids[: len(ids) // (read + write) * (read + write)]).view(-1, read + write)[:count]
         enough(len(own_NL), count, used, source, f"runs of {read + write} tokens")
+        count = len(own_NL)
 
         def framed(before: list[int], text_NL: Tensor, after: list[int]) -> Tensor:
             ends = (torch.tensor(some, dtype=torch.long).expand(count, -1) for some in (before, after))

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..errors import InputError
+from ..errors import InputError, say
 from ..samples import Batch
 from ..team import Team
-from .parts import Change
+from .parts import Change, Chosen
 
 
 def asleep(network: nn.Module, *, follow: bool, recompute: bool) -> list[nn.Module]:
@@ -48,6 +48,16 @@ def share_statistics(network: nn.Module, crew: Team) -> None:
     for name, buffer in statistics_of(network).items() if crew.size > 1 else ():
         if buffer.is_floating_point() and network.get_submodule(name.rpartition(".")[0]).training:
             buffer.copy_(crew.reduce(buffer) / crew.size)
+
+
+def check_reached(chosen: Sequence[Chosen]) -> None:
+    """After the first gradients: names what trains and does not enter the loss. Raises InputError where nothing does."""
+    idle = [item.part.name for item in chosen if all(p.grad is None for p in item.change.parameters())]
+    if idle and len(idle) == len(chosen):
+        raise InputError(f"nothing that trains enters the loss, '{idle[0]}' neither: train something else.")
+    if idle:
+        names = ", ".join(idle[:3]) + (" …" if len(idle) > 3 else "")
+        say(f"{len(idle)} tensors that train do not enter the loss, and stay as they are: {names}")
 
 
 class Called(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
-from ..compat import of_transformers
-from ..errors import InputError
-from ..layers import find_layers
-from ..tasks.text import wrap_model
-from .parts import DENSE, parts_of
+from ..errors import InputError, ModelError
+from ..layers import Slot, find_layers
+from ..tasks import make_task, task_of
+from .parts import DENSE
 from .shard import share
 
 
@@ -91,6 +90,23 @@ class HoldMasks(TrainerCallback):  # type: ignore[misc]
         self._stack.close()
 
 
+def _slots(network: nn.Module, wanted: Collection[str]) -> list[Slot]:
+    """The layers of a network, those of these names among them as far as there are any; of some networks they are known
+    only when it was seen how they run."""
+    slots = find_layers(network, "")
+    if {slot.name for slot in slots} >= set(wanted):
+        return slots
+    task = next(make_task(name, options) for name, options in task_of(network).items())
+    try:
+        model = task.wrap(network)
+    except ModelError:  # nothing is known of how it runs
+        return slots
+    try:
+        return [slot for block in model.blocks for slot in find_layers(model.module(block), block)]
+    finally:
+        model.give_back()
+
+
 def _found(network: nn.Module, masks: Mapping[str, Tensor] | None) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Parameters with their masks."""
     parameters = dict(network.named_parameters())
@@ -107,31 +123,17 @@ def _found(network: nn.Module, masks: Mapping[str, Tensor] | None) -> Iterator[t
         return
     if not parameters.keys() >= masks.keys():
         layers = {name: mask for name, mask in masks.items() if name not in parameters}
-        found, known = _of_layers(network, layers)
-        if strange := sorted(layers.keys() - known):
-            raise InputError(f"'{strange[0]}' is neither a layer nor a parameter of this network, but has a mask.")
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        found: dict[str, Tensor] = {}
+        for slot in _slots(network, layers):
+            if slot.name in layers:
+                parameter = getattr(slot.module, slot.parameter)
+                name = names[id(parameter)]
+                slot.write(layers.pop(slot.name), found.setdefault(name, torch.ones(parameter.shape, dtype=torch.bool)))
+        if layers:
+            raise InputError(f"'{min(layers)}' is neither a layer nor a parameter of this network, but has a mask.")
         masks = {**found, **{name: mask for name, mask in masks.items() if name in parameters}}
     for name, mask in masks.items():
         if mask.shape != parameters[name].shape:
             raise InputError(f"the mask of '{name}' is {tuple(mask.shape)}, not {tuple(parameters[name].shape)}.")
         yield parameters[name], mask.to(parameters[name].device)
-
-
-def _of_layers(network: nn.Module, masks: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
-    """Masks of parameters, of their shapes, from those of layers; and the layers that the network has."""
-    if not of_transformers(network):  # its layers have their names whatever its blocks are
-        slots = {slot.name: slot for slot in find_layers(network, "")}
-        found: dict[str, Tensor] = {}
-        for name in masks.keys() & slots.keys():
-            slot = slots[name]
-            if masks[name].shape != slot.shape:
-                raise InputError(f"the mask of '{name}' is {tuple(masks[name].shape)}, not {slot.shape}.")
-            slot.write(masks[name], found.setdefault(slot.key, torch.ones(slot.tensor.shape, dtype=torch.bool)))
-        return found, set(slots)
-    model = wrap_model(network)
-    try:
-        parts = {part.name: part.mask for part in parts_of(model, masks) if part.mask is not None}
-        known = {slot.name for block in model.blocks for slot in find_layers(model.module(block), block)}
-    finally:
-        model.give_back()
-    return parts, known

@@ -20,7 +20,7 @@ from ..progress import OnStep
 from ..samples import Batch, Samples, on, size_of
 from ..team import meet, team, told
 from . import checkpoints
-from .around import Called, remade, share_statistics, statistics_of
+from .around import Called, check_reached, remade, share_statistics, statistics_of
 from .checkpoints import State
 from .parts import Change, Chosen, trained
 from .schedule import Schedule
@@ -217,6 +217,8 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * schedule.rate(state.step)
         total = schedule.gradient(self._pass, self._parameters())
+        if state.step == 0 and self.unused:
+            check_reached(self.chosen)
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         share_statistics(self.network, self.team)

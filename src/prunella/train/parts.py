@@ -296,21 +296,39 @@ def parts_of(
                 whole = torch.ones(parameter.shape, dtype=torch.bool) if whole is None else whole
                 slot.write(mask, whole)
             found[id(parameter)] = (whole, slot.lens)
-    head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
+    head, embedding = _head(model), _weight(network, "get_input_embeddings")
     parts = []
     for name, parameter in tensors.items():
         mask, lens = found.get(id(parameter), (None, None))
         kinds = {"linear"} if id(parameter) in found else set(kinds_of(name, tensors))
-        if head is not None and parameter is head.weight:
+        if parameter is head and mask is None:
             kinds = {"head"}
-        if any(isinstance(module, nn.Embedding) for module, _ in places[id(parameter)]) or (
-            embedding is not None and parameter is embedding.weight
-        ):
+        if any(isinstance(module, nn.Embedding) for module, _ in places[id(parameter)]) or parameter is embedding:
             kinds = (kinds - {"other"}) | {"embedding"}
         mask = None if mask is None else mask.to(parameter.device)
         here = tuple(places[id(parameter)])
         parts.append(Part(name, frozenset(kinds), parameter.data, mask, lens, name in added, here))
     return parts
+
+
+def _weight(network: nn.Module, getter: str) -> Tensor | None:
+    """The weight of a module that networks of a library tell, if this one does and the module has one."""
+    try:
+        module = getattr(network, getter, lambda: None)()
+    except NotImplementedError:
+        return None
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, nn.Parameter) and weight.ndim > 1 else None
+
+
+def _head(model: Model) -> Tensor | None:
+    """The weight that puts out: as transformers or timm tell, or that of the last linear layer outside the blocks."""
+    for getter in ("get_output_embeddings", "get_classifier"):
+        if (weight := _weight(model.network, getter)) is not None:
+            return weight
+    linear = {name: m.weight for name, m in model.network.named_modules() if isinstance(m, nn.Linear)}
+    outside = [weight for name, weight in linear.items() if model.block_of(f"{name}.weight") is None]
+    return outside[-1] if outside and not model.task.language else None
 
 
 @dataclass(frozen=True)
