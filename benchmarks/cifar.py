@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import prunella
-from prunella import Task, register_task
 from prunella.compat import has_bfloat16_products
 from prunella.samples import Batch, Samples
 from prunella.train.loop import Training
@@ -110,25 +109,6 @@ def accuracy(network: nn.Module, samples: Samples) -> float:
     return 100 * right / count
 
 
-@register_task("cifar")
-class Cifar(Task):
-    """Pictures of ten classes."""
-
-    argument = "x"
-
-    def samples(self, model: prunella.Model, source: str, count: int | None = None, **options: Any) -> Samples:
-        raise prunella.InputError("the pictures are handed over.")
-
-    def example(self, network: nn.Module) -> Batch:
-        return {"x": torch.zeros(1, 3, 32, 32)}
-
-    def run(self, network: nn.Module, batch: Batch, **options: Any) -> Any:
-        return network(batch["x"])
-
-    def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
-        return F.cross_entropy(outputs, batch["y"], reduction="none")
-
-
 METHODS: dict[str, list[Any]] = {
     "magnitude": ["magnitude"],
     "wanda": ["wanda"],
@@ -143,14 +123,20 @@ NORMS = ("keep", "reset", "auto")
 def prune(network: nn.Module, steps: list[Any], share: float, allocate: str, norm: str, samples: Samples) -> Any:
     """Prune it in place; the report."""
     recipe = {
-        "task": "cifar",
+        "calibration": {"samples": len(samples)},
         "steps": steps,
         "sparsity": share,
         "allocate": allocate,
         "batch_norm": norm,
         "evaluate": {"source": None},
     }
-    return prunella.prune(network, recipe, calibration=samples)
+    (group,) = samples.groups
+    batches = list(zip(group["x"].split(100), group["y"].split(100), strict=True))
+    return prunella.prune(network, recipe, calibration=batches, loss=_loss)
+
+
+def _loss(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(outputs, batch[1], reduction="none")
 
 
 # ---------------------------------------------------------------------------------------------------------

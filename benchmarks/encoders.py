@@ -2,19 +2,18 @@
 
     python benchmarks/encoders.py --train sst2-train.jsonl --test sst2-test.jsonl --out runs
 
-The dense model is fine-tuned once (`--share` of the training rows, `--epochs` passes) and kept in OUT/dense; one that
-is given as `--dense` takes its place. Each way of pruning calibrates on the first `--samples` rows of the training
-data and is measured on all test rows. A row for each is printed and appended to OUT/encoders.jsonl at once; rows that
-are there are not made again.
+The dense model is fine-tuned once by `heal` (`--share` of the training rows, `--epochs` passes) and kept in OUT/dense;
+one that is given as `--dense` takes its place. Each way of pruning calibrates on the first `--samples` rows of the
+training data and is measured on all test rows. A row for each is printed and appended to OUT/encoders.jsonl at once;
+rows that are there are not made again.
 """
 
 import argparse
 import json
-import random
+import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -22,11 +21,7 @@ from safetensors.torch import load_file, save_file
 import prunella
 from prunella.evaluate.measure import measure
 from prunella.progress import no_track
-from prunella.samples import Samples
 from prunella.tasks import make_task
-from prunella.tasks.heads import label_names, with_head
-from prunella.train.loop import Training
-from prunella.train.schedule import make_schedule
 
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"steps": ["magnitude"]},
@@ -39,46 +34,24 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def trained(args: argparse.Namespace) -> Path:
     """The dense model: a new head, then all weights trained together, on texts as long as they are."""
-    folder = args.dense or args.out / "dense"
-    if (folder / "config.json").is_file():
-        return Path(folder)
-    task: Any = make_task("classify", {"length": args.length})
-    raw = with_head(args.model, args.out / "headed", label_names(task, [str(args.train)]), seed=args.seed)
-    model = task.open(str(raw), dtype="float32")
-    every = sum(1 for _ in args.train.open(encoding="utf-8"))
-    samples = task.samples(model, str(args.train), int(every * args.share))
-    batches: list[Any] = []
-    for epoch in range(args.epochs):
-        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
-        shapes: dict[Any, list[Any]] = {}
-        for one in samples.pick(order):
-            for row in Samples((one,)):
-                shapes.setdefault(row["input_ids"].shape, []).append(row)
-        groups = [some[i : i + args.batch] for some in shapes.values() for i in range(0, len(some), args.batch)]
-        random.Random(args.seed + epoch).shuffle(groups)
-        batches += [{key: torch.cat([one[key] for one in some]) for key in some[0]} for some in groups]
-    steps = sum(len(one["labels"]) for one in batches) // args.batch
-    with model.whole() as network:
-        network.requires_grad_(True)
-        training = Training(
-            network,
-            args.rate,
-            Samples.of(batches),
-            lambda outputs, batch: task.losses(outputs, batch).mean(),
-            make_schedule("constant", steps, {"warmup": 0.1}),
-            args.out / "training",
-            run=task.run,
-            batch=args.batch,
-            micro=args.batch,
-            every=steps,
-            seed=args.seed,
-            on_step=lambda step, steps, loss: print(f"{step}/{steps} {loss:.3f}", end="\r", flush=True),
-        )
-        with training:
-            training.advance()
-        network.save_pretrained(folder)
-        model.tokenizer.save_pretrained(folder)
-    return Path(folder)
+    folder: Path = args.dense or args.out / "dense"
+    if not (folder / "config.json").is_file():
+        rows = sum(1 for line in args.train.open(encoding="utf-8") if line.strip())
+        training = {
+            "train": {"all": {"rate": args.rate}},
+            "text": str(args.train),
+            "samples": int(rows * args.share),
+            "epochs": args.epochs,
+            "batch": args.batch,
+            "held_out": 0,
+        }
+        recipe = {"task": {"classify": {"length": args.length}}, "seed": args.seed, "evaluate": {"source": None}}
+        prunella.heal(args.model, {**recipe, "heal": training}, output=folder, resume=True, watch=shown)
+    return folder
+
+
+def shown(step: int, steps: int, loss: float) -> None:
+    print(f"{step}/{steps} {loss:.3f}", end="\r", file=sys.stderr, flush=True)
 
 
 def main() -> None:

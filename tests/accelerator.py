@@ -52,7 +52,7 @@ class Traffic:
     """What happened between the host and the device.
 
     waits:     how often the host waited for the device, by operator
-    places:    the same, by line of Prunella's sources (file:line)
+    places:    the same, by line of Prunella's sources (file:line): of what asks by way of waits.py, not that
     to_device: bytes copied there
     to_host:   bytes copied back
     """
@@ -65,9 +65,13 @@ class Traffic:
     def wait(self, name: str) -> None:
         self.waits[name] += 1
         frame = sys._getframe(1)
-        while frame.f_back is not None and "/prunella/" not in frame.f_code.co_filename:
+        while frame.f_back is not None and not _asks_itself(frame.f_code.co_filename):
             frame = frame.f_back
         self.places[f"{frame.f_code.co_filename.rpartition('/prunella/')[2]}:{frame.f_lineno}"] += 1
+
+
+def _asks_itself(file: str) -> bool:
+    return "/prunella/" in file and not file.endswith("/waits.py")
 
 
 _watching: list[Traffic] = []

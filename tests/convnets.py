@@ -11,6 +11,7 @@ from nets import shaken
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import prunella
 from prunella import InputError, Model, ModelError, Task, register_task
 from prunella.model.divergence import kl
 from prunella.model.open import open_plain
@@ -114,6 +115,19 @@ class Textures(Task):
         return {**batch, "pixels": pixels}
 
 
+def trained() -> ConvNet:
+    """A network that knows its task."""
+    torch.manual_seed(0)
+    network, data = ConvNet(), pictures(256, 3)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    for _ in range(40):
+        some = torch.randint(256, (32,))
+        nn.functional.cross_entropy(network(data["pixels"][some]), data["labels"][some]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return network.eval()
+
+
 def write(directory: Path, network: nn.Module | None = None) -> Path:
     """A directory with a random network, the same every time, or this one."""
     directory.mkdir()
@@ -124,3 +138,8 @@ def write(directory: Path, network: nn.Module | None = None) -> Path:
     )
     (directory / "config.json").write_text(json.dumps({"architecture": "textures"}))
     return directory
+
+
+def heal(directory: Path, recipe: dict[str, Any], output: Path) -> None:
+    """In a process that knows this task by having this function."""
+    prunella.heal(directory, recipe, output=output)

@@ -240,6 +240,9 @@ def test_tensors_of_torch_say_where_they_lie_and_when_they_changed() -> None:
     real, before = torch.zeros(1), compat.version_of(torch.zeros(1))
     assert compat.version_of(real.add_(1)) > before
     assert issubclass(torch.nn.Conv2d, compat.CONVOLUTIONS)
+    assert issubclass(torch.nn.SyncBatchNorm, compat.BATCH_NORM)
+    assert issubclass(torch.nn.InstanceNorm1d, compat.INSTANCE_NORM)
+    assert not issubclass(torch.nn.InstanceNorm1d, compat.BATCH_NORM)
     seen = []
     torch.func.vmap(lambda x: seen.append(compat.under_transform()) or x)(torch.zeros(2))
     assert seen == [True]

@@ -122,6 +122,19 @@ def test_a_classifier_of_transformers_is_pruned_from_the_command_line(
     assert not torch.equal(scores_of(network, x), scores_of(dense, x))
 
 
+def test_a_network_with_batch_norm_is_pruned_on_pictures_without_classes(
+    run: Callable[..., Any], convolutions: Path, tmp_path: Path
+) -> None:
+    """Which statistics its batch norms get is decided by how far it is from the dense network then."""
+    done = run("prune", convolutions, "-o", tmp_path / "out", "--step", "wanda")
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "out" / "prunella.json").read_text(encoding="utf-8"))
+    losses = report["batch_norm"]["loss"]
+    assert report["batch_norm"]["taken"] == min(losses, key=lambda way: losses[way])
+    assert len(set(losses.values())) > 1
+    assert 0 < report["pruned"]["divergence"] < 2
+
+
 # ---------------------------------------------------------------------------------------------------------
 # What is saved is what was measured
 
@@ -154,6 +167,19 @@ def test_a_pruned_directory_is_opened_again(convolutions: Path, photos: Path, tm
     again = prunella.prune(str(tmp_path / "out"), recipe(photos, sparsity=0.6), output=tmp_path / "again")
     assert again.recipe["task"] == {"images": {}}
     assert again.dense["top-1"] == prunella.Report.read(tmp_path / "out").pruned["top-1"]
+
+
+def test_a_packed_network_of_timm_is_opened_again(convolutions: Path, photos: Path, tmp_path: Path) -> None:
+    given = recipe(photos, steps=["wanda"], batch_norm="keep")
+    prunella.prune(str(convolutions), given, output=tmp_path / "plain")
+    prunella.prune(str(convolutions), given | {"format": "packed"}, output=tmp_path / "packed")
+    with pytest.raises(ModelError, match="is packed: prunella unpack"):
+        prunella.open_model(str(tmp_path / "packed"))
+    x = torch.randn(2, 3, drawn.SIZE, drawn.SIZE)
+    model = prunella.open_model(str(tmp_path / "packed"), packed=True)
+    assert model.task.name == "images"
+    plain = timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True)
+    torch.testing.assert_close(scores_of(model.network, x), scores_of(plain, x), rtol=1e-2, atol=1e-2)
 
 
 def test_a_network_that_timm_would_not_build_is_not_saved_as_its_own(tmp_path: Path, photos: Path) -> None:

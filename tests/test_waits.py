@@ -12,31 +12,66 @@ import accelerator
 import pytest
 import tiny
 import torch
-from healing import SETTINGS
-from torch import Tensor
+from healing import SETTINGS, settings
+from torch import Tensor, nn
 
 import prunella
 from prunella import NumericalError, keep, machine, waits
+from prunella.allocate import allocations
 from prunella.fast import _sums_in_float32, add_gram
+from prunella.heal import groups
+from prunella.layers import Slot
+from prunella.lenses import Chunks
+from prunella.lenses.product import Multiplied
 from prunella.linalg import inverse_factor
 from prunella.pattern import pack, unpack
+from prunella.registry import steps
+from prunella.steps import alps, swap
 from prunella.train.loss import next_token_loss
 from prunella.types import Pattern, Stats
+from prunella.watch import Watch
 
 pytestmark = pytest.mark.usefixtures("sim")
 
 # Before the first block and behind the last, by file: how the model calls its blocks is recorded and tried.
 BEGINNING = {"tasks/text.py", "examine.py", "trees.py", "calls.py", "standins.py"}
 BEST = ["admm", "update", "reconstruct"]
+LAYERS = 7  # of a block
 
 
 def traffic(steps: list[Any], blocks: int, **recipe: Any) -> accelerator.Traffic:
     """Of a run on a model in memory there, whose blocks are all alike."""
     network = tiny.build(num_hidden_layers=blocks).to("sim")
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            parameter.data[:, ::5] = 0  # some zeros, to keep
     ids = torch.randint(5, tiny.VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(1))
     with accelerator.count() as counted:
         prunella.prune(network, {"steps": steps, **recipe}, calibration=ids)
     return counted
+
+
+def of_a_block(steps: list[Any], **recipe: Any) -> Counter[str]:
+    """How often the host waits for one block more, by file."""
+    two, three = (traffic(steps, blocks, **recipe) for blocks in (2, 3))
+    more: Counter[str] = Counter()
+    for place, count in (Counter(three.places) - Counter(two.places)).items():
+        more[place.partition(":")[0]] += count
+    return Counter({place: count for place, count in more.items() if place not in BEGINNING})
+
+
+# Steps whose loops are over when nothing changes any more, which is looked at after every so many rounds.
+LOOKS = {"swap": "steps/swap.py", "alps": "steps/alps.py"}
+
+
+@pytest.mark.parametrize("name", sorted(steps))
+def test_every_step_waits_once_in_a_block_or_after_many_rounds(name: str) -> None:
+    own = [name] if steps[name].prunes else ["wanda", name]
+    found = of_a_block(own, order="layer" if steps[name].per_layer else "block")
+    assert found.pop("solver.py") == 1  # what became of its layers is told, see `tell`
+    if name in LOOKS:
+        assert found.pop(LOOKS[name]) <= LAYERS * {"swap": 100 // swap.LOOK, "alps": 300 // alps.LOOK}[name]
+    assert not found
 
 
 @pytest.mark.parametrize("order", ["layer", "block"])
@@ -60,25 +95,90 @@ def test_a_block_waits_once_for_all_that_is_asked_of_it(steps: list[Any], order:
     if steps == BEST and order == "layer":
         pytest.skip("it runs whole blocks")
     for pattern in ("unstructured", "2:4"):
-        two, three = (traffic(steps, blocks, order=order, pattern=pattern) for blocks in (2, 3))
-        more = Counter(three.places) - Counter(two.places)
-        inside = {place: count for place, count in more.items() if place.partition(":")[0] not in BEGINNING}
-        assert sum(inside.values()) == 1, inside
-        assert {place.partition(":")[0] for place in two.places} <= BEGINNING | {"waits.py"}
+        assert of_a_block(steps, order=order, pattern=pattern) == {"solver.py": 1}
 
 
-NAMED = {  # what else a block waits for, and why
-    "besa": {"steps/besa.py"},  # rates of rows are spent on the host, where their sum is looked at for each shift
-    "swap": {"steps/swap.py"},  # rows that are done leave
-    "alps": {"steps/alps.py"},  # the penalty follows from how much has changed
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4x1"])
+def test_zeros_that_stay_are_not_asked_about(pattern: str) -> None:
+    assert of_a_block(["wanda"], keep_zeros=True, pattern=pattern) == {"solver.py": 1}
+
+
+# Of a block more: once when it is pruned, and what an allocation asks before.
+ALLOCATIONS = {
+    "owl": {"solver.py": 2},  # its dense layers are looked at in a stream of its own
+    "dlp": {"solver.py": 2},
+    "probe": {"solver.py": 2, "evaluate/perplexity.py": 1},  # it is pruned in a trial, and what follows is measured
 }
 
 
-@pytest.mark.parametrize("step", NAMED)
-def test_what_else_a_block_waits_for_has_a_name(step: str) -> None:
-    two, three = (traffic([step], blocks, order="block") for blocks in (2, 3))
-    more = {place.partition(":")[0] for place in Counter(three.places) - Counter(two.places)}
-    assert more - BEGINNING == NAMED[step] | {"waits.py"}
+@pytest.mark.parametrize("name", sorted(allocations))
+def test_every_allocation_waits_a_few_times_in_a_block(name: str) -> None:
+    found = of_a_block(["wanda"], allocate=name, order="block")
+    if name == "ramp":  # up to eight trials of the whole model
+        assert 1 <= found.pop("solver.py") <= 9
+        assert not found
+    else:
+        assert found == ALLOCATIONS.get(name, {"solver.py": 1})
+
+
+def test_the_tokens_of_all_experts_are_counted_together(sim: torch.device) -> None:
+    """Where a batched product shows them, with zeros in place of those of others."""
+    x_ETI = torch.randn(3, 6, 8) * (torch.rand(3, 6, 1) > 0.5)
+    weight_EOI = torch.randn(3, 4, 8)
+    for device in (torch.device("cpu"), sim):
+        module = nn.Module()
+        module.weight = nn.Parameter(weight_EOI.to(device))
+        lens = Multiplied(4, 8)
+        slots = {str(e): Slot(str(e), module, "weight", lens, e) for e in range(3)}
+        seen: dict[str, list[Tensor]] = {}
+
+        def see(name: str, rows: Chunks, same: bool, seen: dict[str, list[Tensor]] = seen) -> None:
+            seen[name] = list(rows())
+
+        watch = Watch(slots, see)
+        with accelerator.count() as counted, watch:
+            there = x_ETI.to(device)
+            torch.bmm(there, module.weight.mT)
+        assert sum(count for place, count in counted.places.items() if place.startswith("watch.py")) <= 1
+        for e, x_TI in enumerate(x_ETI):
+            assert torch.equal(torch.cat(seen[str(e)]).cpu(), x_TI[x_TI.any(1)])
+
+
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Pruned models, one of them with biases. Read only."""
+    found = {}
+    for architecture in ("llama", "qwen2"):
+        path = tmp_path_factory.mktemp("waits") / architecture
+        tiny.build(architecture, max_position_embeddings=128).save_pretrained(path)
+        tiny.write_tokenizer(path)
+        found[architecture] = path.with_name(f"{architecture}-halved")
+        recipe = {**SETTINGS, "heal": {}, "steps": ["magnitude"]}
+        prunella.prune(path, recipe, output=found[architecture])
+    return found
+
+
+@pytest.mark.parametrize("way", ["retrain", "reconstruct"])
+@pytest.mark.parametrize("name", sorted(groups))
+def test_every_healing_method_waits_once_in_a_step(
+    name: str, way: str, halved: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of the whole network; blocks are fitted without a look."""
+    if way == "reconstruct" and name in ("embeddings", "head", "lora"):
+        pytest.skip("they are not in a block, or apart from it")
+    source = halved["qwen2" if name == "biases" else "llama"]
+    more = {"tokens": 512} if way == "retrain" else {"epochs": 2}
+    found = []
+    for extra in ({}, more):
+        recipe = settings(train=[name], way=way, **{"tokens": 256, "evaluations": 1, **extra})
+        with accelerator.count() as counted:
+            prunella.heal(source, {**recipe, "device": "sim"}, output=tmp_path / f"{len(found)}")
+        found.append(counted)
+    waits = Counter(place.partition(":")[0] for place in (found[1].places - found[0].places).elements())
+    # What else: the network itself asks, at each pass, whether its tokens are of several texts.
+    assert waits == ({"train/loop.py": 2, "train/retrain.py": 4} if way == "retrain" else {})
+    assert found[1].to_host - found[0].to_host < 64  # losses
+    assert found[1].to_device - found[0].to_device <= 2 * 4 * 32 * 8 + 64  # ids
 
 
 def test_what_leaves_the_device_is_masks_as_bits_and_little_else() -> None:
@@ -93,7 +193,7 @@ def test_what_leaves_the_device_is_masks_as_bits_and_little_else() -> None:
 
 def test_dense_layers_and_what_is_left_out_are_counted_together() -> None:
     counted = traffic(["wanda"], 3, skip=["q_proj", "model.layers.2", "model.layers.0"])
-    assert sum(n for place, n in counted.places.items() if place.startswith("waits.py")) == 3
+    assert sum(n for place, n in counted.places.items() if place.startswith(("solver.py", "outcome.py"))) == 3
 
 
 def test_from_file_to_file_weights_go_in_and_out_once(tmp_path: Path) -> None:

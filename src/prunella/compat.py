@@ -208,6 +208,26 @@ def forget_name(config: Any) -> None:
 
 
 @contextlib.contextmanager
+def computing_on(network: Any, device: torch.device) -> Iterator[None]:
+    """A network of which no block has its weights says that it is on this device: it asks itself, to bring there what
+    it makes. That is a property of its class, which finds the first parameter."""
+    kinds = {
+        type(module) for module in network.modules() if isinstance(getattr(type(module), "device", None), property)
+    }
+    own = {kind: vars(kind).get("device") for kind in kinds}
+    try:
+        for kind in kinds:
+            kind.device = property(lambda _: device)
+        yield
+    finally:
+        for kind, before in own.items():
+            if before is None:
+                del kind.device
+            else:
+                kind.device = before
+
+
+@contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No loading bars and no chatter from transformers inside."""
     from transformers.utils import logging

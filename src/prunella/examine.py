@@ -17,6 +17,7 @@ from .model.network import Model
 from .samples import Batch, Samples, rows_of, size_of
 from .standins import StandIns, not_one_by_one
 from .trees import items, tensors
+from .waits import demand, together
 
 TOLERANCE = 0.02  # of what a block adds to its input: how far its replay may be from the original
 
@@ -67,13 +68,13 @@ def _tried(model: Model, interface: Interface, batches: list[Batch], states: lis
             own.pass_through(batch)
             beside: dict[Key, Any] = {}
             for index, call in zip(span, found, strict=True):
-                with model.block(index) as block:
+                with model.block(index) as block, together():
                     hidden, beside = _compared(network, index, own, call, block, hidden, beside, twice=True)
             before.append(own.gave[span.stop - 1])
         return replace(interface, stateful=interface.stateful or travels)
     kinds: set[int] = set()  # of blocks that have run twice: one of each is enough
     for index in sorted({span.start, (span.start + span.stop - 1) // 2, span.stop - 1}):
-        with model.block(index) as block:
+        with model.block(index) as block, together():
             for batch, (_, found), before in zip(batches, entered, states, strict=True):
                 own = StandIns(model, interface, before, real={index})
                 own.pass_through(batch)
@@ -110,25 +111,30 @@ def _compared(
             again = tensors(call.run(block, hidden.clone(), beside)[0] if twice else replayed)
         except RuntimeError as error:
             raise not_one_by_one(network, f"block {index} does not run twice: {first_line(error)}") from error
-    if not torch.equal(before, hidden) and before.isfinite().all():
-        raise not_one_by_one(network, f"block {index} overwrites what it is given")
+
+    def hold(good: Tensor, what: str) -> None:
+        demand(good, lambda: not_one_by_one(network, f"block {index} {what}"))
+
     gave, gives = tensors(own.gave[index]), tensors(replayed)
-    same = len(gave) == len(gives) and all(_close(a, b, before) for a, b in zip(gave, gives, strict=True))
-    if not same:
-        raise not_one_by_one(network, f"block {index} gives something else on its own than inside the model")
-    if not all(_close(a, b, before) for a, b in zip(gives, again, strict=True)):
-        raise not_one_by_one(network, f"block {index} gives something else each time it is run (has it a cache?)")
+    hold(~((before != hidden).any() & before.isfinite().all()), "overwrites what it is given")
+    alone, each = "gives something else on its own than inside the model", "gives something else each time it is run"
+    hold(torch.tensor(len(gave) == len(gives)), alone)
+    for a, b in zip(gave, gives, strict=True):
+        hold(_close(a, b, before), alone)
+    for a, b in zip(gives, again, strict=True):
+        hold(_close(a, b, before), f"{each} (has it a cache?)")
     return replayed, after
 
 
-def _close(gave: Tensor, replayed: Tensor, before: Tensor) -> bool:
+def _close(gave: Tensor, replayed: Tensor, before: Tensor) -> Tensor:
     """Is what a block gives the same but for rounding, which is small beside what it adds to its input?"""
     if (gave.shape, gave.dtype) != (replayed.shape, replayed.dtype):
-        return False
-    if torch.equal(gave, replayed) or not gave.isfinite().all():
-        return True
+        return torch.tensor(False)
+    same = (gave == replayed).all()
+    if same.device.type == "cpu" and same:
+        return same
     added = apart(gave, before if before.shape == gave.shape else torch.zeros_like(gave))
-    return apart(gave, replayed) <= TOLERANCE * added
+    return same | ~gave.isfinite().all() | (apart(gave, replayed) <= TOLERANCE * added)
 
 
 def _taken(network: nn.Module, marked: StandIns, start: int) -> dict[Argument, int]:

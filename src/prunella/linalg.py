@@ -85,6 +85,7 @@ def cholesky(matrix_II: Tensor) -> Tensor:
     return lower_II
 
 
-def apart(one: Tensor, other: Tensor) -> float:
+def apart(one: Tensor, other: Tensor) -> Tensor:
     """How far two tensors are apart: the norm of their difference."""
-    return float((one.float() - other.float()).norm())
+    distance: Tensor = torch.linalg.vector_norm(one.float() - other.float())
+    return distance

@@ -72,6 +72,11 @@ def forget(device: torch.device) -> None:
         give()
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The most exact numbers that a device computes with."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 LARGER = 8  # times as much goes at a time on an accelerator
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,16 +25,19 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .compat import BATCH_NORM, INSTANCE_NORM
-from .errors import InputError, ModelError, NumericalError
-from .evaluate.perplexity import losses, through
+from .errors import InputError, ModelError, NumericalError, unknown
+from .evaluate.measure import measure
+from .evaluate.perplexity import answered
 from .foreign import call
 from .model.checkpoint import Source
 from .model.network import Model
+from .model.task import NO_ANSWERS, Answers
 from .progress import Track, no_track
 from .registry import Method, checked, lookup
 from .samples import Samples
 from .save import Output
 from .stream import Stream
+from .unlabelled import targeted
 from .waits import fetch
 from .watch import Stop
 
@@ -158,8 +160,9 @@ def correct(norm: Norm) -> Statistics:
 def make_way(name: str, options: Mapping[str, Any] | None = None) -> Way:
     """The registered way `name`, or the one that `path/to/file.py:name` registers, ready to use. Raises InputError for
     an unknown name, an unknown option or a wrong value."""
-    known = {**ways, **dict.fromkeys(("auto", "keep"), ways["reset"])}  # to be named among the others
-    method = lookup(KIND, known, name)
+    if ".py:" not in name and name not in ways:
+        raise InputError(unknown(KIND, name, ["auto", "keep", *ways]))
+    method = lookup(KIND, ways, name)
     chosen = checked(KIND, method, options or {})
 
     def estimate(norm: Norm) -> Statistics:
@@ -313,12 +316,17 @@ class BatchNorms:
         track: Track = no_track,
     ):
         self.model, self.ways, self.choose, self.track = model, ways, choose, track
+        self._higher = False
         self.norms = batch_norms(model.network)
         # Drawn: among samples in a regular order every fifth would be of one class.
         drawn = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
         apart = len(samples) // HELD_OUT
-        self.held_out = Samples(tuple(samples.pick(sorted(drawn[:apart]))))
+        self.held_out = targeted(model, Samples(tuple(samples.pick(sorted(drawn[:apart])))), track=track)
         self.samples = Samples(tuple(samples.pick(sorted(drawn[apart:]))))
+        self.answers: Answers = NO_ANSWERS
+        if self.held_out.groups:
+            self.held_out = targeted(model, self.held_out, track=track)
+            _, self.answers = answered(model, self.held_out, track=track)
         self.order: list[list[str]] = []
         self.before: dict[str, Tensor] = {}
         self.dense: dict[str, Moments] = {}
@@ -359,31 +367,39 @@ class BatchNorms:
 
         put(self.before)  # an interrupted run may have left others
         source = None if on_disk is None else on_disk.checkpoint
-        tried = {"keep": self.before}
-        loss = {"keep": self._loss(source)}
+        new = {"keep": self.before}
+        tried = {"keep": self._scores(source)}
         for name, way in self.ways.items():
             if self.choose and not self.held_out.groups:
                 break
             put(self.before)
-            tried[name] = self._estimate(way, source, put)
-            loss[name] = self._loss(source)
-        known = {name: value for name, value in loss.items() if value is not None}
-        best = min(known, key=lambda name: known[name], default="keep")
-        taken = best if self.choose else list(tried)[-1]
-        put(tried[taken])
-        about = {"taken": taken, "samples": len(self.samples), "held_out": len(self.held_out), "loss": loss}
-        found = {**about, "norms": len(self.dense), "kept": self.kept}
+            new[name] = self._estimate(way, source, put)
+            tried[name] = self._scores(source)
+        taken = self._best(tried) if self.choose else list(new)[-1]
+        put(new[taken])
+        about = {"samples": len(self.samples), "held_out": len(self.held_out), "norms": len(self.dense)}
+        found = {"taken": taken, **about, "tried": tried, "kept": self.kept}
         if out is not None:
             out.note(NOTE, found)
         return found
 
-    def _loss(self, source: Source | None) -> float | None:
-        """Of the samples that are held out, the mean; None where it is not finite, or nothing is held out."""
+    def _scores(self, source: Source | None) -> dict[str, float]:
+        """Of what is held out, the loss, if the task has one, and the task's own figure; nothing where they are not
+        finite, or nothing is held out."""
         if not self.held_out.groups:
-            return None
-        every = losses(through(self.model, self.held_out, checkpoint=source, track=self.track, what=NOTE), source)
-        mean = sum(every) / len(every)
-        return mean if math.isfinite(mean) else None
+            return {}
+        try:
+            scores, _ = measure(self.model, None, self.held_out, source, self.track, self.answers)
+        except NumericalError:  # a network that is broken: others may be better
+            return {}
+        self._higher = "loss" not in scores and bool(scores.get("higher"))
+        return {key: scores[key] for key in dict.fromkeys(("loss", scores.get("figure", "loss"))) if key in scores}
+
+    def _best(self, tried: Mapping[str, Mapping[str, float]]) -> str:
+        """What gives the lowest loss or, of a task without one, the best figure; of equal ones the first."""
+        first = {name: next(iter(scores.values())) for name, scores in tried.items() if scores}
+        sign = -1 if self._higher else 1
+        return min(first, key=lambda name: sign * first[name], default="keep")
 
     def _estimate(
         self, way: Way, source: Source | None, put: Callable[[Mapping[str, Tensor]], None]

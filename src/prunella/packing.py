@@ -20,6 +20,7 @@ from .layers import Slot, check_found, find_layers
 from .model.files import SINGLE, copy_companions, read_json
 from .model.names import find_directory
 from .outcome import BlockResult
+from .save import REPORT
 from .sparse.checkpoint import packed_config
 from .sparse.format import (
     PARTS,
@@ -110,7 +111,7 @@ def pack_model(
         PrunellaError: anything about the input that the user can mend.
     """
     check_options(bits, group)
-    directory, out = find_directory(model), Path(out)
+    directory, out = _directory(model), Path(out)
     if packed_config(directory) is not None:
         raise InputError(f"'{model}' is packed already.")
     if (directory / "adapter").is_dir():
@@ -141,6 +142,11 @@ def pack_model(
             (shop.model / MASKS).unlink(missing_ok=True)
     layers = sum(len(layer_names(name, about)) for name, about in found.modules.items() if not about.get("dense"))
     return PackResult(layers, found.dense, found.packed, tuple(found.stayed), tuple(found.expanded))
+
+
+def _directory(model: str | Path) -> Path:
+    """Where a model lies. One that Prunella wrote needs no config.json: its task knows how it is built."""
+    return Path(model) if (Path(model) / REPORT).is_file() else find_directory(str(model))
 
 
 def _mask(slot: Slot, known: dict[str, Tensor] | None) -> Tensor | None:
@@ -183,7 +189,7 @@ def load_packed(model: str | Path, **opening: Any) -> nn.Module:
     Args:
         opening: as for `open_model`: device, dtype, remote_code.
     """
-    if packed_config(find_directory(str(model))) is None:
+    if packed_config(_directory(model)) is None:
         raise InputError(f"'{model}' is not packed: prunella.open_model opens it, or the library that it is of.")
     network: nn.Module = open_model(str(model), packed=True, **opening).network
     return network

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from .errors import NumericalError
 from .types import Layer, Pattern
+from .waits import demand, either, fetch, number, together
 
 ROWS = 64  # so few are sorted on an accelerator, to select from them
 _watching: list[Tensor] | None = None  # what `ranked` collects
@@ -27,12 +28,13 @@ def ranked() -> Iterator[list[Tensor]]:
         _watching = before
 
 
-def keep(score_OI: Tensor, sparsity: float, pattern: Pattern = Pattern(), group: str = "layer") -> Tensor:
+def keep(score_OI: Tensor, sparsity: float | Tensor, pattern: Pattern = Pattern(), group: str = "layer") -> Tensor:
     """The mask (bool, True = kept) that prunes the lowest scores.
 
     Args:
         score_OI: importance of each weight; larger is kept. A block scores the sum over its weights.
-        sparsity: share to prune in each group; an `N:M` pattern fixes its own and ignores this one.
+        sparsity: share to prune in each group; an `N:M` pattern fixes its own and ignores this one. Where only a device
+            knows it, a tensor there.
         pattern: where zeros may stand. It must divide the shape (`Pattern.check`).
         group: what competes: the whole `layer`, or each output `row` (of blocks, for a block pattern).
 
@@ -53,7 +55,11 @@ def keep(score_OI: Tensor, sparsity: float, pattern: Pattern = Pattern(), group:
     if _watching is not None:
         _watching.append(score_OI)
     groups = score_OI if group == "row" else score_OI.reshape(1, -1)
-    count = min(round(groups.shape[1] * sparsity), groups.shape[1] - 1)
+    size = groups.shape[1]
+    if isinstance(sparsity, Tensor):
+        count: int | Tensor = (size * sparsity).round().clamp(max=size - 1)
+    else:
+        count = min(round(size * sparsity), size - 1)
     return ~_lowest(groups, count).view(rows, columns)
 
 
@@ -72,41 +78,69 @@ def cut(layers: Callable[[Callable[[str, Tensor], None]], None], count: int) -> 
     >>> cut(lambda see: [see("a", torch.tensor([3.0, 1.0])), see("b", torch.tensor([2.0, 1.0]))], 2)
     {'a': 1, 'b': 1}
     """
-    high_K = torch.zeros(1 << 16, dtype=torch.int64)
-    under: dict[str, int] = {}
+    high: list[Tensor] = []  # how many scores have each of the high bits
+    low: list[Tensor] = []  # and, of those at the edge, each of the low bits
+    under: dict[str, Tensor] = {}
+    level: dict[str, tuple[Tensor, Tensor]] = {}  # of the scores at the edge: low bits, and how many have them
 
     def first(name: str, score: Tensor) -> None:
-        if score.isnan().any():
-            raise NumericalError(f"the scores of layer '{name}' hold NaN.")
-        under[name] = 0
-        high_K.add_(torch.bincount(_bits_of(score) >> 16, minlength=1 << 16).cpu())
-
-    layers(first)
-    if count <= 0:
-        return under
-    below_K = high_K.cumsum(0) - high_K
-    edge = int(torch.searchsorted(below_K, count)) - 1  # the last of the high bits with fewer than `count` below
-    low_K = torch.zeros(1 << 16, dtype=torch.int64)
-    level: dict[str, tuple[Tensor, Tensor]] = {}  # of the scores at the edge: low bits, and how many have them
+        demand(~score.isnan().any(), lambda: NumericalError(f"the scores of layer '{name}' hold NaN."))
+        under[name] = torch.zeros((), dtype=torch.int64, device=score.device)
+        found_K = _counted(_bits_of(score) >> 16)
+        high[:] = [high[0] + found_K if high else found_K]
 
     def second(name: str, score: Tensor) -> None:
         bits = _bits_of(score)
-        high = bits >> 16
-        under[name] = int((high < edge).sum())
-        values, counts = torch.unique(bits[high == edge] & 0xFFFF, return_counts=True)
-        level[name] = values.cpu(), counts.cpu()
-        low_K[level[name][0]] += level[name][1]
+        at = bits >> 16
+        under[name] = (at < edge).sum()
+        level[name] = values, counts = _levels(bits & 0xFFFF, at == edge)
+        low[:] = [low[0] if low else torch.zeros(1 << 16, dtype=torch.int64, device=score.device)]
+        low[0].index_add_(0, values, counts)
 
-    layers(second)
-    missing = count - sum(under.values())
-    lower_K = low_K.cumsum(0) - low_K
-    last = int(torch.searchsorted(lower_K, missing)) - 1
-    ties = missing - int(lower_K[last])
+    with together():
+        layers(first)
+        if count <= 0 or not high:
+            return dict.fromkeys(under, 0)
+        edge = _edge(high[0], count)[0]
+        layers(second)
+    missing = count - torch.stack(list(under.values())).sum()
+    last, lower = _edge(low[0], missing)
+    ties = missing - lower
     for name, (values, counts) in level.items():
-        equal = min(int(counts[values == last].sum()), ties)
-        ties -= equal
-        under[name] += int(counts[values < last].sum()) + equal
-    return under
+        equal = torch.minimum((counts * (values == last)).sum(), ties)
+        ties = ties - equal
+        under[name] = under[name] + (counts * (values < last)).sum() + equal
+    return {name: int(found) for name, found in zip(under, fetch(list(under.values())), strict=True)}
+
+
+def _edge(count_K: Tensor, rank: int | Tensor) -> tuple[Tensor, Tensor]:
+    """The last bits below which fewer than `rank` scores are, and how many are."""
+    below_K = count_K.cumsum(0) - count_K
+    edge = torch.searchsorted(below_K, torch.as_tensor(rank, device=count_K.device)) - 1
+    return edge, below_K.gather(0, edge[None])[0]
+
+
+def _counted(bits: Tensor, among: Tensor | None = None) -> Tensor:
+    """How often each of 2^16 numbers is there, or is there `among` them."""
+    if bits.device.type == "cpu":
+        return torch.bincount(bits if among is None else bits[among], minlength=1 << 16)
+    found_K = torch.zeros(1 << 16, dtype=torch.int32, device=bits.device)  # bincount and unique would wait
+    return found_K.scatter_add_(
+        0, bits, torch.ones_like(bits, dtype=torch.int32) if among is None else among.int()
+    ).long()
+
+
+def _levels(bits: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers below 2^16 that are there `among` these, and how often; of a device all of them."""
+    if bits.device.type == "cpu":
+        values, counts = torch.unique(bits[among], return_counts=True)
+        return values, counts
+    return _numbers(bits.device), _counted(bits, among)
+
+
+@functools.cache
+def _numbers(device: torch.device) -> Tensor:
+    return torch.arange(1 << 16, device=device)
 
 
 def _bits_of(score: Tensor) -> Tensor:
@@ -125,7 +159,8 @@ def hold_zeros(layer: Layer) -> Layer:
     if layer.mask_OI is None:
         return layer
     zero_OI = layer.dense_OI == 0
-    if not (zero_OI & layer.mask_OI).any():
+    kept = (zero_OI & layer.mask_OI).any()
+    if kept.device.type == "cpu" and not kept:
         return layer
     first_OI = zero_OI
     if layer.pattern.kind == "block":  # only blocks that are zero all over can be pruned for their zeros
@@ -134,21 +169,24 @@ def hold_zeros(layer: Layer) -> Layer:
         first_OI = blocks.repeat_interleave(r, 0).repeat_interleave(c, 1)
     size_OI = layer.dense_OI.float().abs()
     score_OI = size_OI / size_OI.max().clamp_min(1e-30) + 2.0 * layer.mask_OI
-    share = 1 - layer.mask_OI.count_nonzero().item() / layer.mask_OI.numel()
+    share = 1 - number(layer.mask_OI.count_nonzero()) / layer.mask_OI.numel()
     mask_OI = keep(score_OI.masked_fill(first_OI, -1.0), share, layer.pattern)
     dense_OI = layer.dense_OI if layer.grid is None else layer.grid.round(layer.dense_OI)
     weight_OI = torch.where(layer.mask_OI, layer.weight_OI, dense_OI)
-    return layer.pruned(weight_OI, mask_OI & ~zero_OI, grid=layer.grid)
+    return layer.pruned(weight_OI, either(kept, mask_OI & ~zero_OI, layer.mask_OI), grid=layer.grid)
 
 
-def _lowest(score_GK: Tensor, count: int) -> Tensor:
+def _lowest(score_GK: Tensor, count: int | Tensor) -> Tensor:
     """True at the `count` lowest scores of each row; among equals the lower index counts as lower."""
-    if count <= 0:
+    if not isinstance(count, Tensor) and count <= 0:
         return torch.zeros_like(score_GK, dtype=torch.bool)
     here = score_GK.device.type == "cpu"
-    if not here and len(score_GK) < ROWS:  # where a row is selected from by a single block of threads
+    if isinstance(count, Tensor) or (
+        not here and len(score_GK) < ROWS
+    ):  # where a row is selected from by a single block of threads
         order_GK = (score_GK + 0.0).sort(dim=1, stable=True).indices  # + 0.0: there is one zero
-        return torch.zeros_like(score_GK, dtype=torch.bool).scatter_(1, order_GK[:, :count], True)
+        lowest_K = torch.arange(score_GK.shape[1], device=score_GK.device) < count
+        return torch.zeros_like(score_GK, dtype=torch.bool).scatter_(1, order_GK, lowest_K.expand_as(order_GK))
     if here and score_GK.dtype == torch.float32:  # numpy selects two to three times as fast
         part = np.partition(score_GK.detach().numpy(), count - 1, axis=1)
         threshold_G1 = torch.from_numpy(part[:, count - 1 : count])

@@ -15,7 +15,7 @@ from .histogram import counted, histograms
 from .layers import Slot
 from .machine import exact_products
 from .model.walk import LoadedBlock
-from .outcome import LayerResult, share_of
+from .outcome import LayerResult
 from .pattern import hold_zeros, pack
 from .registry import Step
 from .steps.magnitude import magnitude
@@ -31,12 +31,14 @@ class Settled:
     found:  how many of its weights are zero, and how many were; what was `counted`; the mask as bits
     lost:   what the error is the quotient of, if there is any
     grid:   if a step quantized it
+    holds:  zeros that it came with stay
     """
 
     result: LayerResult
     found: tuple[Tensor, ...]
     lost: Tensor | None
     grid: Grid | None
+    holds: bool
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -51,11 +53,15 @@ class Settled:
         """The result, the mask as bits, and the grid, all on the host."""
         gone, before, *counts, bits = here[: len(self.found)]
         rest = list(here[len(self.found) :])
-        size = self.result.size
+        size, target, notes = self.result.size, self.result.target, self.result.notes
+        zeros = before.item() / size
+        if self.holds and zeros > target:
+            notes = (f"came with {zeros:.1%} zeros, more than the {target:.1%} asked for: all stay", *notes)
         result = replace(
             self.result,
             sparsity=gone.item() / size,
-            before=before.item() / size,
+            before=zeros,
+            notes=notes,
             error=None if self.lost is None else quotient(rest.pop(0)),
             weights=histograms(counts),
         )
@@ -111,9 +117,6 @@ class Solver:
                     ),
                 )
         weight_OI = slot.read().contiguous()
-        notes: tuple[str, ...] = ()
-        if self.keep_zeros and (zeros := share_of(weight_OI == 0)) > slot.sparsity:
-            notes = (f"came with {zeros:.1%} zeros, more than the {slot.sparsity:.1%} asked for: all stay",)
         layer = Layer(
             slot.name,
             weight_OI,
@@ -122,7 +125,6 @@ class Solver:
             slot.sparsity,
             slot.pattern,
             bias_O=slot.bias(),
-            notes=notes,
         )
         if slot.name in self.masks:
             mask_OI = self.masks[slot.name].to(weight_OI.device)
@@ -157,8 +159,7 @@ class Solver:
         grid = fit(layer.weight_OI, *self.rounding)
         return layer.pruned(grid.round(layer.weight_OI), layer.mask_OI, grid=grid)
 
-    @staticmethod
-    def settle(layer: Layer, slot: Slot) -> Settled:
+    def settle(self, layer: Layer, slot: Slot) -> Settled:
         """Write the weight into the block; keep what the report needs, the mask as bits and the grid: nothing large."""
         if layer.mask_OI is None:
             raise StepError(
@@ -185,7 +186,7 @@ class Solver:
         )
         lost = layer.lost()  # before the dense weight is overwritten: the two share their memory
         slot.write(layer.weight_OI)
-        return Settled(result, found, lost, layer.grid)
+        return Settled(result, found, lost, layer.grid, self.keep_zeros)
 
 
 def tell(

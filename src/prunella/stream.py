@@ -373,6 +373,7 @@ class Stream(Batches):
         layers = tuple(solver.layer(slot, stats.get(leader.get(n, n), Stats())) for n, slot in active.items())
         weights = {id(getattr(slot.module, slot.parameter)) for slot in active.values()}
         own = {within(block.name, key): p.data for key, p in block.module.named_parameters() if id(p) not in weights}
+        kept = {within(block.name, key) for key, _ in block.module.named_buffers()}
         beside: Any = self.dense
         whole_block = Block(
             block.index,
@@ -383,6 +384,7 @@ class Stream(Batches):
             targets=(lambda n: self.window(n, outputs if same else beside)) if keep_outputs else None,
             dense=(lambda n: self.window(n, beside)) if "dense" in needs else None,
             others={key: solver.begin.get(key, value) for key, value in own.items()},
+            buffers={key: value for key, value in solver.begin.items() if key in kept},
             fixed=unpruned(block.module, block.name, {slot.key for slot in active.values()}),
         )
         with torch.no_grad(), phase("solve"):

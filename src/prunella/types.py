@@ -255,6 +255,8 @@ class Block:
     dense:      dense(n) is what the dense model puts out here on window n, its own inputs given. None unless a step
                 needs `dense`
     others:     the block's other parameters by name (norms, biases, …), which a step on blocks may replace
+    buffers:    where the model is pruned already: what it has in place of the dense block's statistics of norms, for
+                `run`
     fixed:      those of `others` that it should leave as they are: routers, and layers that stay dense
     """
 
@@ -266,4 +268,5 @@ class Block:
     targets: Callable[[int], Tensor] | None = None
     dense: Callable[[int], Tensor] | None = None
     others: Mapping[str, Tensor] = field(default_factory=dict)
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()

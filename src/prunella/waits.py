@@ -57,6 +57,19 @@ def holds(good: Tensor) -> bool:
     return bool(good)
 
 
+def seldom(values: Tensor, count: int, every: int) -> bool:
+    """Is it time to look at these? On a CPU always; at a device after each `every` times, `count` of which are over.
+    What is done in between has to change nothing then."""
+    return values.device.type == "cpu" or count % every == every - 1
+
+
+def either(where: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """One tensor or the other, as `where`, a single bool, says: `torch.where`, but that a CPU copies neither."""
+    if where.device.type == "cpu":
+        return one if where else other
+    return torch.where(where, one, other)
+
+
 def fetch(tensors: Sequence[Tensor]) -> list[Tensor]:
     """These tensors on the host, by one copy of all their bytes; what was demanded before goes with them, and raises
     if it does not hold."""
@@ -78,7 +91,6 @@ def fetch(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def number(value: Tensor) -> Tensor | float:
-    """A single value to compute with: on a CPU the number, on a device a tensor as exact, which nobody waits for."""
-    if value.device.type == "cpu":
-        return value.item()
-    return value if value.device.type == "mps" else value.double()  # which MPS has not
+    """A single value to compute with: on a CPU the number, on a device a tensor as exact, which nobody waits for. MPS
+    has no tensor as exact, and is waited for."""
+    return value.item() if value.device.type in ("cpu", "mps") else value.double()

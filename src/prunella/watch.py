@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from .layers import Slot
 from .lenses import Chunks, Inputs
 from .phases import phase
 from .types import Stats
+from .waits import fetch
 
 SAMPLE = 512  # calibration tokens on which the error of each layer is measured
 
@@ -50,9 +51,10 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in self.functions:
             for slot, names in self._within(args, kwargs):
-                for found in slot.lens.inputs(slot.tensor, function, args, kwargs):
-                    if found.part in names:
-                        self._show(names[found.part], slot, found)
+                met = [f for f in slot.lens.inputs(slot.tensor, function, args, kwargs) if f.part in names]
+                own = _own([found.chunks for found in met if found.batched])
+                for found in met:
+                    self._show(names[found.part], slot, found, own.pop(0) if found.batched else None)
         return function(*args, **kwargs)
 
     def _within(self, args: Any, kwargs: Any) -> list[tuple[Slot, dict[int, str]]]:
@@ -64,7 +66,7 @@ class Watch(TorchFunctionMode):
                     found[start] = held
         return list(found.values())
 
-    def _show(self, name: str, slot: Slot, found: Inputs) -> None:
+    def _show(self, name: str, slot: Slot, found: Inputs, own: Sequence[Tensor] | None) -> None:
         if found.taken is not None:
             raise DefectError(
                 f"layer '{name}' was taken for a matrix {slot.shape} (outputs, inputs), but the model multiplies by"
@@ -78,14 +80,28 @@ class Watch(TorchFunctionMode):
                     raise DefectError(f"what enters layer '{name}' is overwritten before it was seen: skip it")
                 yield x_TI.detach()
 
-        if found.batched:  # the tokens of other experts come as zeros
-            own = [x_TI[x_TI.any(1)] for x_TI in rows()]
-            rows = lambda: (x_TI for x_TI in own if len(x_TI))  # noqa: E731
-        if not source.numel() or (found.batched and not any(map(len, own))):
+        if own is not None:
+            rows = lambda: (x_TI.detach() for x_TI in own if len(x_TI))  # noqa: E731
+        if not source.numel() or (own is not None and not any(map(len, own))):
             return
         same = self.last is not None and source is self.last[0] and (version, found.how) == self.last[1:]
         self.last = (source, version, found.how)
         self.see(name, rows, same and found.how is not None and not found.batched)
+
+
+def _own(met: Sequence[Chunks]) -> list[list[Tensor]]:
+    """The tokens of each expert, where those of others come as zeros. How many these are a device is asked once."""
+    chunks = [list(rows()) for rows in met]
+    every = [x_TI for some in chunks for x_TI in some]
+    if every and every[0].device.type != "cpu":
+        filled = [x_TI.any(1) for x_TI in every]
+        counts = fetch([here_T.count_nonzero() for here_T in filled])
+        first = [(~here_T).byte().sort(stable=True).indices[: int(n)] for here_T, n in zip(filled, counts, strict=True)]
+        every = [x_TI[at] for x_TI, at in zip(every, first, strict=True)]
+    else:
+        every = [x_TI[x_TI.any(1)] for x_TI in every]
+    found = iter(every)
+    return [[next(found) for _ in some] for some in chunks]
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -25,4 +25,4 @@ def dlp(
 
     Chen et al., "DLP: Dynamic Layerwise Pruning in Large Language Models", 2025 (arXiv 2505.23807).
     """
-    return spread_by(budget, lambda score: -score.median().item(), spread, per)
+    return spread_by(budget, lambda score: -score.median(), spread, per)

@@ -84,7 +84,9 @@ def prune(
 @app.command(rich_help_panel=MAKING)
 @grouped
 def heal(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A pruned model.")],
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="A pruned model, or a dense one of another task than text.")
+    ],
     output: Out,
     *,
     given: Annotated[dict[str, Any], HEALING],
@@ -92,7 +94,7 @@ def heal(
     json_: Json = False,
     trust: Annotated[dict[str, Any], TRUST],
 ) -> None:
-    """Retrain a pruned model, the mask held, and save it exactly as sparse."""
+    """Retrain a pruned model, the mask held, and save it exactly as sparse; or train a dense one for its task."""
     from ..heal.report import calibrated
     from ..heal.run import heal as run
     from ..recipe import Recipe, override

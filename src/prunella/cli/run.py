@@ -77,6 +77,7 @@ def generate(
     from ..errors import InputError
     from ..tasks.text import load_model
 
+    _check_language(model, "generate continues text")
     opened = load_model(model, packed=True, **opening, **trust)
     reader = opened.tokenizer
     if reader is None:
@@ -102,6 +103,17 @@ def generate(
             pad_token_id=reader.pad_token_id or reader.eos_token_id or 0,
             **sampling,
         )
+
+
+def _check_language(model: str, what: str) -> None:
+    """Raises InputError, which says what a command does, for a model that is no causal language model."""
+    from ..errors import InputError
+    from ..tasks import find_task, task_of
+
+    for task in task_of(model):
+        kind: Any = find_task(task).function
+        if not kind.language:
+            raise InputError(f"'{model}' is of task '{task}': {what}, and takes causal language models only.")
 
 
 LOAD = (
@@ -134,6 +146,8 @@ def bench(
     """Measure prefill and decode speed on this machine, dense beside packed."""
     from ..sparse.bench import bench as measure
 
+    if model is not None:
+        _check_language(model, "bench measures how fast text is read and written")
     result = measure(model, random=random, sparsity=share_of(sparsity), **rounding, **load)
     if json_:
         print(json.dumps(result))

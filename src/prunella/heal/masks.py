@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from ..model.network import Model
 from ..pattern import pack, unpack
 from ..tensors import MASKS, mask_shapes, read_masks
 from ..train.parts import DENSE
+from ..waits import demand, together
 
 
 def slots_of(model: Model) -> list[Slot]:
@@ -72,7 +74,12 @@ def _zeros(model: Model) -> Iterator[tuple[str, Tensor]]:
 
 def verify(model: Model, masks: Mapping[str, Tensor]) -> None:
     """Raises NumericalError, naming the layer, if a pruned weight is not zero."""
-    for slot in slots_of(model):
-        mask_OI = masks.get(slot.name)
-        if mask_OI is not None and slot.read()[~mask_OI.to(slot.read().device)].any():
-            raise NumericalError(f"layer '{slot.name}' lost zeros while it was healed: this is a defect.")
+    with together():
+        for slot in slots_of(model):
+            if (mask_OI := masks.get(slot.name)) is not None:
+                weight_OI = slot.read()
+                demand(~((weight_OI != 0) & ~mask_OI.to(weight_OI.device)).any(), partial(_lost, slot.name))
+
+
+def _lost(name: str) -> NumericalError:
+    return NumericalError(f"layer '{name}' lost zeros while it was healed: this is a defect.")

@@ -18,7 +18,8 @@ from ..registry import Step, register
 from ..samples import Samples
 from ..steps.wanda import wanda
 from ..stream import Stream
-from ..train.parts import Chosen, Group, Part, check_idle, kinds_of, make_group, pick
+from ..train.kinds import kinds_of
+from ..train.parts import Chosen, Group, Part, check_idle, make_group, pick
 from ..trees import tensors
 from ..types import Block
 from ..waits import demand, fetch
@@ -111,7 +112,7 @@ def fit(
     elif part == "block":
         trained = _size(chosen)
         goal = block.dense if aim == "model" else _from_same_inputs(block)
-        now |= _train(block.run, now, chosen, goal, range(block.windows), epochs, warmup, None, losses)
+        now |= _train(block, now, chosen, goal, range(block.windows), epochs, warmup, None, losses)
     else:
         for at in sub_blocks(block):
             prefix = within(block.name, at)
@@ -125,7 +126,7 @@ def fit(
 
             trained += _size(inside)
             if inside:
-                now |= _train(block.run, now, inside, dense, range(block.windows), epochs, warmup, at, losses)
+                now |= _train(block, now, inside, dense, range(block.windows), epochs, warmup, at, losses)
         if not trained and strict:
             check_idle([], groups)  # all of it lies between the sub-blocks: says so
     notes = () if trained else ("reconstruct found nothing to train in its block",)
@@ -172,7 +173,7 @@ def _within(name: str, prefix: str) -> bool:
 
 
 def _train(
-    run: Callable[..., Tensor],
+    block: Block,
     now: Mapping[str, Tensor],
     chosen: Sequence[Chosen],
     target: Callable[[int], Any],
@@ -188,6 +189,7 @@ def _train(
             raise InputError(
                 f"'{item.group.name}' is kept apart from the model: reconstruct with lora-prune or mask-lora."
             )
+    assert block.run is not None
     with torch.enable_grad():
         settings = [{"params": list(item.change.parameters()), "lr": item.group.rate} for item in chosen]
         optimizer = torch.optim.AdamW(settings, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -200,7 +202,7 @@ def _train(
             n = windows[step % len(windows)]
             goal = target(n)
             changed = {item.part.name: item.change(item.part.value) for item in chosen}
-            out = run({**now, **changed}, n, **({} if at is None else {"at": at}))
+            out = block.run({**block.buffers, **now, **changed}, n, **({} if at is None else {"at": at}))
             loss = _error(out, goal)
             optimizer.zero_grad()
             # A mean over so many outputs sends back gradients that float16 rounds to zero: scaled, then taken back.

@@ -276,9 +276,12 @@ def _chosen(network: nn.Module, trace: _Trace, least: float) -> Stacks:
 
 
 def _weights(module: nn.Module) -> int:
-    """How many weights are in a module's matrices, embeddings left out."""
+    """How many weights are in a module's matrices, embeddings left out, and what is said to be tied to them."""
     rows = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    return sum(p.numel() for p in module.parameters() if p.ndim > 1 and id(p) not in rows)
+    said: Mapping[str, str] = getattr(module, "all_tied_weights_keys", {})
+    named = dict(module.named_parameters())  # where they are not loaded, tied ones are two
+    kept = (p for name, p in named.items() if id(named.get(said.get(name, name), p)) not in rows)
+    return sum(p.numel() for p in kept if p.ndim > 1 and id(p) not in rows)
 
 
 def _worth(chain: Sequence[_Seen]) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..compat import (
     attention_of,
     can_set_experts,
+    computing_on,
     conversions,
     experts_of,
     fill,
@@ -119,7 +120,9 @@ class Model:
 
     def run(self, batch: Batch, **options: Any) -> Any:
         """What the network makes of a batch, wherever that is. `options` go to its forward pass."""
-        return self.task.run(self.network, on(batch, self.device), **options)
+        streamed = self.checkpoint is not None
+        with computing_on(self.network, self.device) if streamed else contextlib.nullcontext():
+            return self.task.run(self.network, on(batch, self.device), **options)
 
     @property
     def parameters(self) -> int:
@@ -174,8 +177,7 @@ class Model:
         if key in self.plan():
             return self.plan()[key][0]
         renamings, _ = conversions(self.network)
-        prefix = getattr(self.network, "base_model_prefix", None)
-        return rename(key, renamings, [], prefix, self.network.state_dict())[0]
+        return rename(key, renamings, [], getattr(self.network, "base_model_prefix", None), self.network.state_dict())[0]
 
     def check_complete(self) -> None:
         """Raises ModelError, naming the tensor, for one that the network needs and the checkpoint lacks, or has in

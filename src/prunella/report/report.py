@@ -42,9 +42,9 @@ class Report:
               interrupted run had finished before; were the calibration samples handed over, in place of the recipe's?
     versions: of what the result depends on
     fingerprint: of the calibration text; by it `prunella eval` knows a text that the model was calibrated on
-    batch_norm: what became of the statistics of batch norms, if there are any: the way that was `taken`, the mean loss
-              of each that was tried on calibration samples that were not estimated on, how many norms, samples and
-              such samples, norms that stayed as they were and why
+    batch_norm: what became of the statistics of batch norms, if there are any: the way that was `taken`, for each that
+              was `tried` the loss and the task's figure on `held_out` calibration samples, which were not estimated on,
+              how many norms and samples, norms that stayed as they were and why
     healing:  what retraining did, if there was any: what trained and how, losses, tokens, seconds, perplexity before
               and after, fingerprint of the text; `apart`: what of it is in an adapter, and then `weights`: perplexity
               without that
@@ -154,11 +154,11 @@ class Report:
             return []
 
         def said(name: str) -> str:
-            value = did["loss"][name]
-            return ("not measured" if value is None else f"{value:.4g}") + (", taken" if name == did["taken"] else "")
+            figures = ", ".join(f"{figure} {value:.4g}" for figure, value in did["tried"][name].items())
+            return (figures or "not measured") + ("; taken" if name == did["taken"] else "")
 
-        what = f"loss on {did['held_out']} calibration samples, batch norm"
-        return [(f"{what} {'as it was' if name == 'keep' else name}", "", said(name)) for name in did["loss"]]
+        what = f"batch norm {{}}, on {did['held_out']} calibration samples"
+        return [(what.format("as it was" if name == "keep" else name), "", said(name)) for name in did["tried"]]
 
     def _healed_card(self) -> str:
         if not self.healing:

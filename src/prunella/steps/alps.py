@@ -7,10 +7,14 @@ import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from ..machine import widest
 from ..pattern import keep
 from ..registry import register
 from ..types import Layer
+from ..waits import either, seldom
 from .update import least_squares
+
+LOOK = 30  # iterations between two looks at a device: what is over before that stands still
 
 
 @register("alps", needs={"gram"})
@@ -94,39 +98,42 @@ def _support(
     b_OI = d_OI = w_OI
     v_OI = torch.zeros_like(w_OI)
     before_OI = choose(w_OI.square())
-    kept = int(before_OI.sum())
-    moved, inverse_II = False, _inverse(values_I, vectors_II, rho)
+    wide = widest(w_OI.device)
+    kept, penalty = before_OI.count_nonzero().to(wide), torch.full((), rho, dtype=wide, device=w_OI.device)
+    moved = over = torch.zeros((), dtype=torch.bool, device=w_OI.device)
+    inverse_II = _inverse(values_I, vectors_II, penalty)
     for t in range(1, iterations + 1):
-        b_OI = torch.add(goal_OI - v_OI, d_OI, alpha=rho) @ inverse_II
-        sum_OI = torch.add(b_OI, v_OI, alpha=1 / rho)
+        b_OI = either(over, b_OI, _plus(goal_OI - v_OI, d_OI, penalty) @ inverse_II)
+        sum_OI = _plus(b_OI, v_OI, 1 / penalty)
         mask_OI = choose(sum_OI.square())
         d_OI = sum_OI * mask_OI
-        v_OI = v_OI.add(b_OI - d_OI, alpha=rho)
+        v_OI = _plus(v_OI, b_OI - d_OI, penalty)
         if t % 3:
             continue
-        changed = int((mask_OI != before_OI).sum())
+        changed = (mask_OI != before_OI).count_nonzero().to(wide)
         before_OI = mask_OI
-        if t > 30 and changed < 3e-4 * kept:
+        much, some = changed > 0.1 * kept, changed > 0.005 * kept
+        over = over | ((t > 30) & (changed < 3e-4 * kept)) | (moved & (changed == 0))
+        if seldom(over, t - 1, LOOK) and over:
             break
-        if changed > 0.1 * kept:
-            moved, rho = True, rho * 1.3
-        elif changed > 0.005 * kept:
-            moved, rho = True, rho * 1.2
-        elif moved and not changed:
-            break
-        elif moved:
-            rho *= 1.1
-        else:
-            rho /= 5
-            if changed:
-                b_OI = d_OI = w_OI
-                v_OI = torch.zeros_like(w_OI)
-        rho = min(max(rho, 1e-6), 1e6)
-        inverse_II = _inverse(values_I, vectors_II, rho)
+        afresh = ~(over | some | moved) & (changed > 0)
+        moved = moved | some
+        slowly = torch.where(some, penalty * 1.2, torch.where(moved, penalty * 1.1, penalty / 5))
+        penalty = torch.where(much, penalty * 1.3, slowly).clamp(1e-6, 1e6)
+        inverse_II = _inverse(values_I, vectors_II, penalty)
+        b_OI, d_OI = either(afresh, w_OI, b_OI), either(afresh, w_OI, d_OI)
+        v_OI = either(afresh, torch.zeros_like(v_OI), v_OI)
     return b_OI
 
 
-def _inverse(values_I: Tensor, vectors_II: Tensor, rho: float) -> Tensor:
+def _plus(a_OI: Tensor, b_OI: Tensor, times: Tensor) -> Tensor:
+    """a + times b, where times is a single number."""
+    if a_OI.device.type == "cpu":
+        return torch.add(a_OI, b_OI, alpha=times.item())
+    return torch.addcmul(a_OI, b_OI, times.to(b_OI.dtype))
+
+
+def _inverse(values_I: Tensor, vectors_II: Tensor, rho: Tensor) -> Tensor:
     return (vectors_II / (values_I + rho)) @ vectors_II.T
 
 

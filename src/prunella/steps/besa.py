@@ -10,7 +10,9 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import Tensor
 
 from ..errors import InputError
+from ..machine import widest
 from ..registry import register
+from ..trees import tensors
 from ..types import Block, Layer
 
 
@@ -94,8 +96,7 @@ def besa(
     rows = [theta_L.expand(len(r)) for theta_L, r in zip(torch.split(theta_G.detach(), groups), ranks, strict=True)]
     inputs = torch.cat([torch.full((len(r),), r.shape[1]) for r in ranks])
     total = sum(round(la.weight_OI.numel() * la.sparsity) for la in layers)
-    # Where there is a device, it is asked for the rates, and not for their sum at every shift.
-    counts = torch.split(spend(torch.cat(rows).cpu(), inputs, total).to(device), [len(r) for r in ranks])
+    counts = torch.split(spend(torch.cat(rows), inputs.to(device), total), [len(r) for r in ranks])
     done = {
         la.name: la.pruned(la.weight_OI, rank_OI >= count_O[:, None])
         for la, rank_OI, count_O in zip(layers, ranks, counts, strict=True)
@@ -115,10 +116,12 @@ def _pulls(
     }
     with torch.enable_grad():
         leaves = [w.requires_grad_() for w in weights.values()]
-        target = block.targets(n)
-        lost = relative_error(block.run(weights, n), target)
+        # A network that is one block puts out a tree.
+        several = zip(tensors(block.run(weights, n)), tensors(block.targets(n)), strict=True)
+        pairs = [(out, target) for out, target in several if target.is_floating_point() and target.ndim > 1]
+        lost = torch.stack([relative_error(out, target) for out, target in pairs]).mean()
         # float16 cannot hold the gradient of a mean over so many outputs: it holds a multiple of it.
-        scale = target.shape[-1] * target[..., 0].numel() ** 0.5
+        scale = max(target.shape[-1] * target[..., 0].numel() ** 0.5 for _, target in pairs)
         gradients = torch.autograd.grad(lost * scale, leaves, allow_unused=True)
     pulls = []
     for la, rank_OI, alpha_O1, grad_OI in zip(layers, ranks, alphas, gradients, strict=True):
@@ -158,20 +161,21 @@ def _ranks(score_OI: Tensor) -> Tensor:
 def spend(theta_O: Tensor, inputs_O: Tensor, total: int) -> Tensor:
     """How many weights each row loses, `total` in all: inputs * sigmoid(theta + shift), the shift common to all
     rows, rounded by largest remainder. No row loses all its weights."""
-    theta_O, inputs_O = theta_O.double(), inputs_O.double()
-    total = min(total, int((inputs_O - 1).sum()))
+    wide = widest(theta_O.device)
+    theta_O, inputs_O = theta_O.to(wide), inputs_O.to(wide)
+    most = (inputs_O - 1).sum().clamp(max=total)
 
-    def want(shift: float) -> Tensor:
+    def want(shift: Tensor) -> Tensor:
         return torch.minimum(inputs_O * (theta_O + shift).sigmoid(), inputs_O - 1)
 
-    low, high = -100.0, 100.0
-    while high - low > 1e-12 * max(1.0, abs(low)):
+    low, high = torch.full_like(most, -100.0), torch.full_like(most, 100.0)
+    for _ in range(48):  # nothing is asked: after so many halvings low and high are less than 1e-12 apart
         middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        low, high = (middle, high) if want(middle).sum().item() < total else (low, middle)
+        apart = high - low > 1e-12 * low.abs().clamp(min=1)
+        under = want(middle).sum() < most
+        low, high = torch.where(apart & under, middle, low), torch.where(apart & ~under, middle, high)
     count_O = want(low).floor()
-    missing = total - int(count_O.sum())
     remainder_O = (want(high) - count_O).masked_fill(count_O >= inputs_O - 1, -math.inf)
-    count_O[remainder_O.argsort(descending=True, stable=True)[:missing]] += 1
-    return count_O.long()
+    order_O = remainder_O.argsort(descending=True, stable=True)
+    missing_O = torch.arange(len(order_O), device=order_O.device) < most - count_O.sum()
+    return (count_O + torch.zeros_like(missing_O).scatter_(0, order_O, missing_O)).long()

@@ -9,9 +9,11 @@ from torch import Tensor
 from ..machine import at_a_time
 from ..registry import register
 from ..types import Layer
+from ..waits import seldom
 from .wanda import wanda
 
 CHUNK = 1 << 24  # numbers held at once on a CPU, about
+LOOK = 32  # swaps between two looks at a device, where rows that are done stay that long and change no more
 
 
 @register("swap", needs={"gram"})
@@ -75,7 +77,7 @@ def swap_rows(
     # Rounding must not pass for a gain: changes smaller than this share of the loss are none.
     least_O = -1e-6 * (r_OI * c_OI).sum(1).abs()
     todo_O = torch.arange(len(weight_OI), device=weight_OI.device)
-    for _ in range(swaps):
+    for n in range(swaps):
         w, c, m, d = weight_OI[todo_O], c_OI[todo_O], mask_OI[todo_O], dense_OI[todo_O]
         a = (2 * w * c + w.square() * diagonal_I).masked_fill(~m, torch.inf)
         if blocks_GMM is not None:
@@ -84,16 +86,20 @@ def swap_rows(
             b = -c.square() / diagonal_I.clamp_min(1e-30) if fit else d.square() * diagonal_I - 2 * d * c
             b = b.masked_fill(m, torch.inf)
             change_O, u_O, p_O = _best_of_row(w, c, d, a, b, gram_II, width, fit)
-        good = change_O < least_O[todo_O]
-        todo_O, u_O, p_O = todo_O[good], u_O[good], p_O[good]
-        if not len(todo_O):
-            break
+        good_O = change_O < least_O[todo_O]
+        if seldom(good_O, n, LOOK):
+            todo_O, u_O, p_O = todo_O[good_O], u_O[good_O], p_O[good_O]
+            if not len(todo_O):
+                break
+            good_O = torch.ones_like(todo_O, dtype=torch.bool)
         out_O = weight_OI[todo_O, u_O]
         back_O = dense_OI[todo_O, p_O]
         if fit:
             back_O = (c_OI[todo_O, p_O] + out_O * gram_II[u_O, p_O]) / diagonal_I[p_O].clamp_min(1e-30)
-        weight_OI[todo_O, u_O], mask_OI[todo_O, u_O] = 0, False
-        weight_OI[todo_O, p_O], mask_OI[todo_O, p_O] = back_O, True
+        for at_O, value_O, kept in ((u_O, torch.zeros_like(out_O), False), (p_O, back_O, True)):
+            weight_OI[todo_O, at_O] = torch.where(good_O, value_O, weight_OI[todo_O, at_O])
+            mask_OI[todo_O, at_O] = torch.where(good_O, kept, mask_OI[todo_O, at_O])
+        out_O, back_O = out_O.masked_fill(~good_O, 0), back_O.masked_fill(~good_O, 0)
         c_OI[todo_O] += out_O[:, None] * gram_II[u_O] - back_O[:, None] * gram_II[p_O]
     return weight_OI, mask_OI
 

@@ -159,14 +159,16 @@ class Captions(Targets):
         }
 
     def _asked(self, processor: Any, written: str) -> tuple[str, str]:
-        """What is given and, with that, what is to be written: by the processor's chat template, if it has one."""
-        if getattr(processor, "chat_template", None) is None:
-            head = f"{processor.image_token}\n{self.prompt} "
-            return head, head + written
-        ask = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.prompt}]}
-        say = {"role": "assistant", "content": [{"type": "text", "text": written}]}
-        head = processor.apply_chat_template([ask], add_generation_prompt=True, tokenize=False)
-        return head, processor.apply_chat_template([ask, say], tokenize=False)
+        """What is given and, with that, what is to be written: by the processor's chat template, if it has one that
+        knows of pictures."""
+        if getattr(processor, "chat_template", None) is not None:
+            ask = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.prompt}]}
+            say = {"role": "assistant", "content": [{"type": "text", "text": written}]}
+            head = processor.apply_chat_template([ask], add_generation_prompt=True, tokenize=False)
+            if processor.image_token in head:
+                return head, processor.apply_chat_template([ask, say], tokenize=False)
+        head = f"{processor.image_token}\n{self.prompt} "
+        return head, head + written
 
     def example(self, network: nn.Module) -> Batch:
         from PIL import Image

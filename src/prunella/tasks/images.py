@@ -21,12 +21,14 @@ from ..model.divergence import kl
 from ..model.files import SINGLE, read_json
 from ..model.names import find_directory
 from ..model.network import Model
-from ..model.open import open_files, open_plain
+from ..model.open import open_files
 from ..model.task import NO_ANSWERS, Answers, Task
 from ..model.timm_models import PREFIX, build, is_timm, of_timm, pictures_of, save_timm, timm
 from ..photos import PHOTOS
 from ..pictures import find_pictures, read_pictures
 from ..samples import TARGET, Batch, Samples
+from ..sparse.checkpoint import packed_config
+from ..sparse.opening import open_network
 from .labels import labels_of, match
 from .registry import register_task
 from .scores import class_answers, class_scores
@@ -53,6 +55,7 @@ class Images(Task):
     figure = "top-1"
     higher = True
     unit = "%"
+    many = None
 
     def __init__(
         self,
@@ -91,7 +94,8 @@ class Images(Task):
         )
 
     def open(self, name: str, **options: Any) -> Model:
-        directory = find_directory(name, remote_code=bool(options.get("remote_code")))
+        trust: dict[str, Any] = {key: bool(options.get(key)) for key in ("remote_code", "pickles")}
+        directory = Path(name) if Path(name).is_dir() else find_directory(name, **trust)
         if not is_timm(read_json(directory / "config.json")):
             kind = "classifier of pictures"
             return open_files(
@@ -108,16 +112,12 @@ class Images(Task):
             raise InputError(
                 f"'{name}' is a network of timm, which says itself how pictures are prepared: no tokenizer."
             )
-        if not (directory / SINGLE).is_file():
-            raise ModelError(f"'{directory}' is no directory of timm's: {SINGLE} is missing.")
-        return open_plain(
-            lambda: build(directory),
-            directory,
-            self,
-            name=name,
-            dtype=options.get("dtype", "auto"),
-            device=options.get("device", "auto"),
-        )
+        if not (directory / SINGLE).is_file() and packed_config(directory) is None:
+            raise ModelError(
+                f"'{directory}' has no {SINGLE}: write it by timm.models.save_for_hf(…, safe_serialization=True)."
+            )
+        said = {key: options[key] for key in ("dtype", "device", "packed") if key in options}
+        return open_network(lambda: build(directory), directory, self, name=name, **said)
 
     def save(self, model: Model, folder: Path) -> None:
         if of_timm(model.network):

@@ -17,11 +17,13 @@ from ..foreign import blamed
 from ..machine import pick_device
 from ..model.files import read_json
 from ..model.network import Model
-from ..model.open import DTYPES, open_plain
+from ..model.open import DTYPES
 from ..model.state import load_state
 from ..model.task import NO_ANSWERS, Answers, Task
 from ..registry import import_file
 from ..samples import TARGET, Batch, Samples, on
+from ..sparse.checkpoint import packed_config
+from ..sparse.opening import open_network
 from ..trees import tensors
 from .handed import Form, read, same
 from .registry import register_task
@@ -52,6 +54,7 @@ class Module(Task):
 
     source = "own"
     argument = "x"
+    many = None
     figure = "loss"
     in_blocks = 0.8  # detectors have a chain here and there, and most of their weights beside them
 
@@ -101,10 +104,12 @@ class Module(Task):
             raise ModelError(f"'{name}' is neither a file, nor a directory, nor path/to/file.py:factory.")
         build = self._build(name)
         self.dense = build if _from_factory(stored) else None
-        if stored is not None and stored.is_dir() and not _packed(stored):
+        if stored is not None and stored.is_dir() and not _of_own_store(stored):
             try:
-                return open_plain(build, stored, self, name=name, dtype=dtype, device=device)
+                return open_network(build, stored, self, packed=packed, name=name, dtype=dtype, device=device)
             except ModelError as error:
+                if packed_config(stored) is not None:
+                    raise
                 cause = first_line(error.__cause__ or error)
                 say(f"'{name}' is read into memory as a whole: its factory does not build it without weights ({cause})")
         with blamed(build, f"factory '{self.factory}'"):
@@ -385,6 +390,6 @@ def _from_factory(directory: Path | None) -> bool:
     return False
 
 
-def _packed(directory: Path) -> bool:
+def _of_own_store(directory: Path) -> bool:
     recipe = read_json(directory / "prunella.json").get("recipe", {})
-    return bool(recipe.get("format", "dense") != "dense")
+    return bool(recipe.get("format", "dense") not in ("dense", "packed"))

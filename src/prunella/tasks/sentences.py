@@ -44,6 +44,7 @@ class Sentences(Task):
     """Networks of transformers on whole texts."""
 
     source = "pydoc"
+    many = None
     counts = Counts(128, 512)
 
     def __init__(self, *, length: int | None = None, text: str = "text", pair: str = "text_pair", label: str = "label"):

@@ -142,7 +142,7 @@ def _apart(one: Sequence[Tensor], other: Sequence[Tensor], row: int | None) -> b
 
 
 def _size(tensor: Tensor) -> float:
-    return apart(tensor, torch.zeros_like(tensor)) or 1.0
+    return float(apart(tensor, torch.zeros_like(tensor))) or 1.0
 
 
 def _another_way(one: Sequence[tuple[str, Any]], other: Sequence[tuple[str, Any]]) -> str | None:

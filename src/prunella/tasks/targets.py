@@ -38,6 +38,7 @@ class Targets(Task):
     """
 
     figure = "target perplexity"
+    many = None
     auto = ""
     kind = ""
 

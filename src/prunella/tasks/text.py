@@ -26,6 +26,7 @@ from ..model.task import Task
 from ..overlap import fingerprint, joined
 from ..samples import Batch, Samples
 from ..train.loss import next_token_loss
+from ..waits import demand, fetch
 from .registry import register_task
 
 ROWS = 256  # tokens at a time, on a CPU, whose logits are made
@@ -137,12 +138,9 @@ class Text(Task):
         changed = ids_BL.clone()
         changed[:, -1] = torch.where(ids_BL[:, -1] == ids_BL[:, 0], ids_BL[:, ids_BL.shape[1] // 2], ids_BL[:, 0])
         (entering, gave), (other, others) = (run({"input_ids": ids}) for ids in (ids_BL, changed))
-        inputs = (entering != other).nonzero()
-        places = [
-            (d, int(inputs[0, d]))
-            for d, size in enumerate(entering.shape)
-            if d != dimension and size > 1 and len(set(inputs[:, d].tolist())) == 1
-        ]
+        dimensions = [d for d, size in enumerate(entering.shape) if d != dimension and size > 1]
+        changes = fetch([(entering != other).movedim(d, 0).flatten(1).any(1) for d in dimensions])
+        places = [(d, int(at.nonzero())) for d, at in zip(dimensions, changes, strict=True) if at.sum() == 1]
         if len(places) != 1 or gave.shape != entering.shape:
             return  # the two tokens are one, or where tokens stand cannot be told
         tokens, place = places[0]
@@ -151,13 +149,15 @@ class Text(Task):
             return state.narrow(tokens, 0, place)
 
         before, after = early(gave), early(others)
-        share = (before != after).float().mean().item() if before.numel() else 0.0
         # Which tokens meet in an expert changes the rounding of some; attention to what comes later changes nearly all.
-        if share > 0.25 and apart(before, after) > 1e-3 * apart(before, early(entering)):
-            raise ModelError(
+        many = (before != after).float().mean() > 0.25  # of none, NaN
+        demand(
+            ~(many & (apart(before, after) > 1e-3 * apart(before, early(entering)))),
+            lambda: ModelError(
                 f"{type(network).__name__} reads a text from both sides: what its block {index} makes of a token"
                 " depends on the tokens that follow. Prunella prunes causal language models."
-            )
+            ),
+        )
 
     # --- what the network makes of them
 

@@ -51,7 +51,7 @@ def share_statistics(network: nn.Module, crew: Team) -> None:
 
 
 def check_reached(chosen: Sequence[Chosen]) -> None:
-    """After the first gradients: names what trains and is not in the loss. Raises InputError where nothing is."""
+    """After the first gradients: says what trains and does not enter the loss. Raises InputError if nothing does."""
     idle = [item.part.name for item in chosen if all(p.grad is None for p in item.change.parameters())]
     if idle and len(idle) == len(chosen):
         raise InputError(f"nothing that trains enters the loss, '{idle[0]}' neither: train something else.")

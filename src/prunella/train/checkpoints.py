@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..errors import NumericalError
 from ..pattern import pack, unpack
 from ..tensors import write_text
 
@@ -31,6 +32,14 @@ class State:
     best: dict[str, int] = field(default_factory=dict)  # {name of `Schedule.final`: step}
     waited: int = 0  # evaluations since the best one
     schedule: dict[str, Any] = field(default_factory=dict)
+
+
+class Diverged(NumericalError):
+    """The loss of a step is not finite; `best` is the best checkpoint, if there is one."""
+
+    def __init__(self, step: int, loss: float, best: Path | None):
+        super().__init__(f"the loss of step {step} is {loss}.")
+        self.best = best
 
 
 def at(folder: Path, step: int) -> Path:

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..compat import forget_accelerator
-from ..errors import InputError, NumericalError
+from ..errors import InputError
 from ..progress import OnStep
 from ..samples import Batch, Samples, on, size_of
 from ..team import meet, team, told
+from ..waits import demand, fetch, together
 from . import checkpoints
 from .around import Called, check_reached, remade, share_statistics, statistics_of
-from .checkpoints import State
+from .checkpoints import Diverged, State
 from .parts import Change, Chosen, trained
 from .schedule import Schedule
 from .shard import gather, is_sharded, scatter, share_optimizer
@@ -29,14 +31,6 @@ from .shard import gather, is_sharded, scatter, share_optimizer
 Run = Callable[[nn.Module, Batch], Any]  # what the network makes of a batch
 Loss = Callable[[Any, Batch], Tensor]  # of what it made, the mean over the batch
 Update = Callable[[float], Mapping[str, Tensor]]  # share of the wanted sparsity -> {part: its new mask, of its shape}
-
-
-class Diverged(NumericalError):
-    """The loss of a step is not finite; `best` is the best checkpoint, if there is one."""
-
-    def __init__(self, step: int, loss: float, best: Path | None):
-        super().__init__(f"the loss of step {step} is {loss}.")
-        self.best = best
 
 
 @dataclass(frozen=True)
@@ -216,7 +210,9 @@ class Training:
             self._move(share)
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * schedule.rate(state.step)
-        total = schedule.gradient(self._pass, self._parameters())
+        with together():
+            total = schedule.gradient(self._pass, self._parameters())
+            (loss,) = fetch([self.team.reduce(total) / self.team.size])  # the one look at the device in a step
         if state.step == 0 and self.unused:
             check_reached(self.chosen)
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
@@ -225,7 +221,7 @@ class Training:
         self._forget()
         self.model.zero_grad()
         state.step += 1
-        state.losses.append((self.team.reduce(total) / self.team.size).item())
+        state.losses.append(loss.item())
         if self.on_step is not None and self.team.main:
             self.on_step(state.step, schedule.steps, state.losses[-1])
         if state.step % self.every == 0 or state.step >= schedule.steps:
@@ -250,15 +246,15 @@ class Training:
             with contextlib.nullcontext() if together else self.accelerator.no_sync(self.model):
                 batch = on(piece if self.augment is None else self.augment(piece, self.state.step), self.device)
                 loss = self.loss(self.model(batch), batch)
-                if not torch.isfinite(loss):
-                    best = self.state.best.get("final", 0) if self.held_out is not None else 0
-                    raise Diverged(
-                        self.state.step + 1, loss.item(), checkpoints.at(self.folder, best) if best else None
-                    )
+                demand(torch.isfinite(loss), partial(self._diverged, loss.detach()))
                 part = loss / (self.batch / (size_of(piece) * self.team.size))
                 part.backward()  # type: ignore[no-untyped-call]
                 total += part.detach()
         return total
+
+    def _diverged(self, loss: Tensor) -> Diverged:
+        best = self.state.best.get("final", 0) if self.held_out is not None else 0
+        return Diverged(self.state.step + 1, loss.item(), checkpoints.at(self.folder, best) if best else None)
 
     def _number(self, place: int) -> int:
         """The sample that is taken at a place of all passes, one behind the other."""

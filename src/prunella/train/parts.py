@@ -23,6 +23,7 @@ from ..lenses import Lens, Stored
 from ..model.network import Model
 from ..pattern import pack, unpack
 from ..registry import Method, checked, lookup
+from .kinds import head_of, kinds_of, weight_of
 
 DENSE = 0.001  # fewer zeros than this do not make a tensor a pruned one
 
@@ -258,23 +259,6 @@ def make_group(name: str, options: Mapping[str, Any] | None = None) -> Group:
 # Parts of a network
 
 
-def kind_of(name: str, tensors: Mapping[str, Tensor]) -> str:
-    """What a tensor outside the linear layers is: a gain or shift of a norm is a vector called weight, or the bias
-    beside one."""
-    owner, _, key = name.rpartition(".")
-    weight = tensors.get(f"{owner}.weight")
-    if key == "weight" and tensors[name].ndim == 1:
-        return "norm"
-    if key.endswith("bias"):
-        return "norm bias" if weight is not None and weight.ndim == 1 else "bias"
-    return "other"
-
-
-def kinds_of(name: str, tensors: Mapping[str, Tensor]) -> frozenset[str]:
-    """As `kind_of`; a norm's bias is both."""
-    return frozenset(kind_of(name, tensors).split())
-
-
 def parts_of(
     model: Model, masks: Mapping[str, Tensor], new: Iterable[str] = (), only: Collection[str] | None = None
 ) -> list[Part]:
@@ -296,7 +280,7 @@ def parts_of(
                 whole = torch.ones(parameter.shape, dtype=torch.bool) if whole is None else whole
                 slot.write(mask, whole)
             found[id(parameter)] = (whole, slot.lens)
-    head, embedding = _head(model), _weight(network, "get_input_embeddings")
+    head, embedding = head_of(model), weight_of(network, "get_input_embeddings")
     parts = []
     for name, parameter in tensors.items():
         mask, lens = found.get(id(parameter), (None, None))
@@ -309,26 +293,6 @@ def parts_of(
         here = tuple(places[id(parameter)])
         parts.append(Part(name, frozenset(kinds), parameter.data, mask, lens, name in added, here))
     return parts
-
-
-def _weight(network: nn.Module, getter: str) -> Tensor | None:
-    """The weight of a module that networks of a library tell, if this one does and the module has one."""
-    try:
-        module = getattr(network, getter, lambda: None)()
-    except NotImplementedError:
-        return None
-    weight = getattr(module, "weight", None)
-    return weight if isinstance(weight, nn.Parameter) and weight.ndim > 1 else None
-
-
-def _head(model: Model) -> Tensor | None:
-    """The weight that puts out: as transformers or timm tell, or that of the last linear layer outside the blocks."""
-    for getter in ("get_output_embeddings", "get_classifier"):
-        if (weight := _weight(model.network, getter)) is not None:
-            return weight
-    linear = {name: m.weight for name, m in model.network.named_modules() if isinstance(m, nn.Linear)}
-    outside = [weight for name, weight in linear.items() if model.block_of(f"{name}.weight") is None]
-    return outside[-1] if outside and not model.task.language else None
 
 
 @dataclass(frozen=True)

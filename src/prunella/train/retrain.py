@@ -18,7 +18,8 @@ from ..progress import OnStep
 from ..samples import Batch, Samples, size_of
 from ..team import team
 from .around import asleep, keeps_statistics, no_dropout
-from .loop import Diverged, Outcome, Training
+from .checkpoints import Diverged
+from .loop import Outcome, Training
 from .parts import Chosen, Master
 from .schedule import make_schedule
 from .shard import is_sharded
