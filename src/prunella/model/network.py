@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,6 @@ from ..compat import (
     experts_of,
     fill,
     make_missing,
-    may_be_missing,
     quiet_transformers,
     rename,
     revert,
@@ -177,57 +175,8 @@ class Model:
         if key in self.plan():
             return self.plan()[key][0]
         renamings, _ = conversions(self.network)
-        return rename(key, renamings, [], getattr(self.network, "base_model_prefix", None), self.network.state_dict())[0]
-
-    def check_complete(self) -> None:
-        """Raises ModelError, naming the tensor, for one that the network needs and the checkpoint lacks, or has in
-        integers: before any weight is read."""
-        assert self.checkpoint is not None
-        state = self.network.state_dict()  # persistent buffers are weights too
-        found = {name for name, _ in self.plan().values()}
-        for key, (name, _) in self.plan().items():
-            code = self.checkpoint.files[self.checkpoint.where[key]][key][0]
-            if name in state and state[name].is_floating_point() and code not in ("F32", "BF16", "F16", "F64"):
-                raise ModelError(
-                    f"tensor '{key}' in '{self.checkpoint.directory}' is stored as {code}: only F32, BF16 and F16 can"
-                    " be pruned. Dequantize the model first."
-                )
-        for pair in self.tied.items():
-            if found & set(pair):
-                found |= set(pair)
-        self._check_groups()
-        _, converters = conversions(self.network)
-        split = [re.compile(p) for c in converters if len(c.target_patterns) > 1 for p in c.target_patterns]
-        free = [re.compile(p) for p in may_be_missing(self.network)]
-        for name in state:
-            if name not in found and not any(pattern.search(name) for pattern in (*split, *free)):
-                known = f"{name}_orig" in self.checkpoint.where
-                hint = " It was saved under torch.nn.utils.prune: call prune.remove first." if known else ""
-                raise ModelError(
-                    f"tensor '{name}' is missing from the checkpoint in '{self.checkpoint.directory}'.{hint}"
-                )
-
-    def _check_groups(self) -> None:
-        """Where a parameter is made of several tensors, each block has the same ones, and those of all experts."""
-        assert self.checkpoint is not None
-        groups: dict[str, dict[str, set[tuple[str, int]]]] = {}  # parameter in its block -> block -> tensor, expert
-        for key, (name, converted) in self.plan().items():
-            if converted and (block := self.block_of(name)) is not None:
-                short = key.replace(f".{block.rpartition('.')[2]}.", ".{}.", 1)
-                number = re.search(r"\.(\d+)\.", short)
-                found = (re.sub(r"\.\d+\.", ".{}.", short, count=1), int(number[1]) if number else 0)
-                groups.setdefault(name.removeprefix(block), {}).setdefault(block, set()).add(found)
-        for place, blocks in groups.items():
-            templates = {template for found in blocks.values() for template, _ in found}
-            for block, those in blocks.items():
-                whole = self.network.get_parameter_or_buffer(block + place)
-                experts = len(whole) if whole.ndim == 3 else 1
-                every = {(t, e) for t in templates for e in (range(experts) if t.count("{}") > 1 else range(1))}
-                if missing := sorted(every - those):
-                    name = missing[0][0].format(block.rpartition(".")[2], missing[0][1])
-                    raise ModelError(
-                        f"tensor '{name}' is missing from the checkpoint in '{self.checkpoint.directory}'."
-                    )
+        prefix = getattr(self.network, "base_model_prefix", None)
+        return rename(key, renamings, [], prefix, self.network.state_dict())[0]
 
     def _keys(self, wanted: Callable[[str], bool], checkpoint: Source) -> list[str]:
         """The tensors of a checkpoint that these parameters are made of."""

@@ -14,6 +14,7 @@ from ..compat import name_of, quiet_transformers
 from ..errors import InputError, ModelError, PrunellaError, command, first_line, unknown
 from ..machine import pick_device
 from .checkpoint import Checkpoint
+from .checks import check_complete
 from .names import at_revision, find_directory
 from .network import Model
 from .quantized import READ, foreign
@@ -165,7 +166,7 @@ def _streamed(
     network.requires_grad_(False)
     model = Model(network, processor, checkpoint, pick_device(device), name, task)
     check(model)
-    model.check_complete()
+    check_complete(model)
     for owner in network.modules():  # buffers are real from the start: bring them where the blocks compute
         for key, buffer in owner._buffers.items():
             if buffer is not None and not buffer.is_meta:
