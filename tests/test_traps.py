@@ -33,7 +33,7 @@ class Whatever(nets.Sum):
 
 
 def model_of(network: nn.Module, *groups: Tensor) -> tuple[Model, Samples]:
-    register_task("any")(Any_)
+    register_task("any")(Whatever)
     samples = Samples.of([{"x": x} for x in groups])
     task = Whatever()
     task.batch = samples.groups[0]
