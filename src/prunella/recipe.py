@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from .allocate import Allocation, allocations, find_allocation, make_allocation
 from .errors import InputError, unknown
-from .norms import Way, make_ways
+from .norm_ways import Way, make_ways
 from .registry import Method, Step, find, lookup, make, steps
 from .store import MakeStore, find_store, make_store
 from .tasks import AUTO, Task, find_task, make_task, task_of, tasks
