@@ -167,7 +167,7 @@ def test_a_run_that_was_killed_and_resumed_ends_like_one_that_was_not(
     ).read_bytes()
 
 
-def test_two_processes_share_each_step(pruned: Path, tmp_path: Path) -> None:
+def test_two_processes_share_each_step(pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of samples of several shapes; the statistics of norms are the mean of what both have seen."""
     wanted = recipe(text=["sizes"], rate=3e-3, held_out=6, distill=0.3)
     one = prunella.heal(pruned, wanted, output=tmp_path / "one")
@@ -176,6 +176,9 @@ def test_two_processes_share_each_step(pruned: Path, tmp_path: Path) -> None:
     two = Report.read(tmp_path / "two")
     assert two.healing["losses"] == pytest.approx(one.healing["losses"], rel=1e-3)
     assert two.healing["processes"] == 2
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert together(log, convnets.heal, pruned, wanted, tmp_path / "sharded") != 0
+    assert "FSDP shards causal language models" in log.read_text()
     before, after = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "two")
     for name in before:
         if before[name].is_floating_point() and "running" not in name:
