@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import ModelError
 from ..layers import UNSEEN, LeftOut
@@ -293,6 +294,12 @@ _LOADERS = {  # what opens a directory, by the library that a network's class co
 def anatomy(model: Model) -> dict[str, Any]:
     """What a report says of a network beside its class: the library that this comes from, and its blocks."""
     return {"library": type(model.network).__module__.partition(".")[0], "blocks": list(model.blocks)}
+
+
+def buffer_bytes(model: Model) -> int:
+    """Of what a network that is no language model stores beside parameters: statistics of batch norms, say."""
+    named = {} if model.task.language else model.network.state_dict(keep_vars=True)
+    return sum(tensor.nbytes for tensor in named.values() if not isinstance(tensor, nn.Parameter))
 
 
 def seen(directory: str | Path) -> str:
