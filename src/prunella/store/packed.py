@@ -371,13 +371,15 @@ class PackedStore(Store):
         return {k: t.to(self.model.dtype) if cast and t.is_floating_point() else t for k, t in tensors.items()}
 
     def _order(self) -> dict[str, str] | None:
-        """What the last file says to those who make one file of all: the order of tensors in the model's own, and the
-        metadata there; nothing where transformers reads the files, which takes several."""
+        """What the last file says to those who make a plain directory again: the order of tensors in the model's own
+        file, the metadata there, its config.json; nothing where transformers reads the files, which takes several."""
         checkpoint = self.model.checkpoint
         if checkpoint is None or of_transformers(self.model.network) or list(checkpoint.files) != [SINGLE]:
             return None
         places = sorted(checkpoint.files[SINGLE].items(), key=lambda item: item[1][2])
-        return {**checkpoint.metadata[SINGLE], ORDER: json.dumps([name for name, _ in places])}
+        said = {**checkpoint.metadata[SINGLE], ORDER: json.dumps([name for name, _ in places])}
+        path = checkpoint.directory / "config.json"
+        return said | ({path.name: path.read_text(encoding="utf-8")} if path.is_file() else {})
 
     def _save(self, number: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
         save_tensors(self._file(number), tensors, metadata)
