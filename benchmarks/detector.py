@@ -286,9 +286,9 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.7])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--epochs", type=int, default=3, help="of each round, over the pictures and their mirror images"
+        "--epochs", type=int, default=2, help="of each round, over the pictures and their mirror images"
     )
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--size", type=int, default=SIZE)
     parser.add_argument("--limit", type=int, default=None, help="so many pictures of each kind")
     parser.add_argument("--json", type=Path, default=None)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -78,7 +78,7 @@ def test_each_round_reaches_its_share_of_all_weights_and_masks_are_nested(schedu
     for level, share in zip(levels, shares, strict=True):
         assert level.weights == WEIGHTS
         assert abs(level.zeros - 0.8 * share * WEIGHTS) <= 0.5
-    for before, after in itertools.pairwise(levels):
+    for before, after in pairwise(levels):
         for name, mask in after.masks.items():
             assert not (mask & ~before.masks[name]).any()  # nothing comes back
     for name, mask in levels[-1].masks.items():

@@ -18,7 +18,8 @@ import prunella
 from prunella import InputError, ModelError
 from prunella.errors import StepError
 from prunella.registry import steps
-from prunella.tasks.module import Module, diverged
+from prunella.samples import TARGET
+from prunella.tasks.module import Module
 
 WANDA: dict[str, Any] = {"steps": ["wanda"]}
 FILE = """
@@ -134,9 +135,15 @@ def test_without_a_loss_it_is_the_divergence_from_the_dense_network_that_is_meas
     expected = ((ours - theirs).square().sum(1) / theirs.square().sum(1)).mean().item()
     assert report.pruned["divergence"] == pytest.approx(expected, rel=1e-4)
     assert 0 < expected < 1
-    two = diverged([torch.tensor([[3.0, 0]]), torch.ones(1, 2)], [torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)])
-    assert two.tolist() == pytest.approx([18 / 25])  # over all tensors together
-    assert diverged([torch.tensor([[1, 2]])], [torch.tensor([[1, 3]])]).tolist() == [0.5]
+    task, batch = Module(), {"x": x}
+    outputs = {"a": torch.tensor([[[3.0], [0.0]]]), "b": [torch.ones(1, 2)], "c": torch.tensor([1])}
+    teacher = {"a": torch.tensor([[[3.0], [4.0]]]), "b": [torch.tensor([[1.0, 2.0]])], "c": torch.tensor([2])}
+    assert task.lacks(batch)
+    batch = {"x": x[:1], TARGET: task.target(teacher, batch)}
+    with torch.no_grad():
+        apart = task.losses(outputs, batch).tolist()
+    assert apart == pytest.approx([(16 / 25 + 1 / 5) / 2])
+    assert task.divergence(outputs, teacher, batch).item() == pytest.approx(apart[0])  # as healing has it
 
 
 @pytest.mark.parametrize("each", [False, True])

@@ -19,7 +19,7 @@ from prunella.stream import Stream
 from prunella.trees import tensors
 
 
-class Anything(nets.Sum):
+class Whatever(nets.Sum):
     name = "any"
 
     def __init__(self) -> None:
@@ -33,9 +33,9 @@ class Anything(nets.Sum):
 
 
 def model_of(network: nn.Module, *groups: Tensor) -> tuple[Model, Samples]:
-    register_task("any")(Anything)
+    register_task("any")(Whatever)
     samples = Samples.of([{"x": x} for x in groups])
-    task = Anything()
+    task = Whatever()
     task.batch = samples.groups[0]
     return Model(nets.shaken(network), None, None, torch.device("cpu"), "test", task), samples
 
