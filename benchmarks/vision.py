@@ -12,6 +12,7 @@ same pictures with its standard error. Rows that are done are in a file of JSON 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -48,9 +49,11 @@ METHODS: dict[str, dict[str, Any]] = {
 def answers(network: nn.Module, samples: Samples) -> Tensor:
     """Is the network right about each picture?"""
     found = []
+    network = copy.deepcopy(network).eval().to(memory_format=torch.channels_last)  # three times as fast on a CPU
     with torch.no_grad():
-        for batch in samples.batches(50):
-            found.append(network.eval()(batch["pixel_values"]).argmax(1) == batch["labels"])
+        for batch in samples.batches(4):
+            x_BCHW = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
+            found.append(network(x_BCHW).argmax(1) == batch["labels"])
     return torch.cat(found)
 
 

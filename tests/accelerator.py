@@ -128,6 +128,15 @@ class _Module:
         for traffic in _watching:
             traffic.wait("synchronize")
 
+    class Event:
+        """All work is done by then."""
+
+        def record(self) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            pass
+
     def empty_cache(self) -> None:
         pass
 
@@ -394,7 +403,8 @@ def _copy(self: Tensor, dst: Tensor, non_blocking: bool = False) -> Tensor:
             traffic.to_device += source.nbytes
         else:
             traffic.to_host += source.nbytes
-            traffic.wait("copy to the host")
+            if not (non_blocking and dst.is_pinned()):
+                traffic.wait("copy to the host")
     return dst
 
 

@@ -4,6 +4,8 @@ CPU's (accelerator.py)."""
 from __future__ import annotations
 
 import importlib
+import os
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -20,13 +22,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import prunella
-from prunella import InputError, ModelError, cells, make
+from prunella import InputError, ModelError, cells, machine, make, team
 from prunella.allocate import allocations
 from prunella.backward import gradients
+from prunella.heal.biases import bias_flags, mean_errors
 from prunella.hidden import Hidden, Shelf
-from prunella.machine import fork_random, free_memory, pick_device
+from prunella.machine import fork_random, free_memory, pick_device, ran_out
 from prunella.order import pick_order
 from prunella.registry import find
+from prunella.samples import Samples
 from prunella.save import Output
 from prunella.sparse.bench import bench
 from prunella.sparse.format import pack
@@ -189,6 +193,37 @@ def test_devices_are_taken_where_torch_sees_them(
     with pytest.raises(InputError, match=f"^device '{name}' cannot be used: .*{refused}") as error:
         pick_device(name)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("processes", "found"), [(1, "cuda:1"), (2, "cuda:0")])
+def test_one_process_trains_on_the_gpu_that_is_asked_for_and_several_each_on_their_own(
+    processes: int, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As accelerate gives them out: the first, unless it is told another."""
+    state = [torch.device("cuda:0")]  # of a run before
+
+    class State:
+        def __init__(self, cpu: bool, timeout: Any):
+            if not state:
+                state.append(torch.device(os.environ.get(team.DEVICE, "cuda:0")))
+            self.device = state[0]
+
+    monkeypatch.setattr("accelerate.PartialState", State)
+    monkeypatch.setattr(team, "forget_accelerator", state.clear)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    assert team.meet(torch.device("cuda:1")) == torch.device(found)
+    assert team.DEVICE not in os.environ
+    assert team.meet(torch.device("cuda:0")) == torch.device("cuda:0")
+
+
+def test_mps_is_given_no_float64() -> None:
+    """There is none here to try it: the folders of what computes on devices are read."""
+    assert machine.widest(torch.device("mps")) == torch.float32
+    assert machine.widest(torch.device("cuda:1")) == machine.widest(torch.device("cpu")) == torch.float64
+    source = Path(prunella.__file__).parent
+    said = re.compile(r"\.double\(\)|torch\.float64")
+    folders = ("steps", "statistics", "heal", "train", "lenses")
+    assert [p for folder in folders for p in (source / folder).rglob("*.py") if said.search(p.read_text())] == []
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -380,9 +415,11 @@ def test_pruning_in_bfloat16_leaves_weights_on_the_device(sim: torch.device, ids
 SHORT = 600_000  # bytes of one tensor: hidden states of all 2,048 tokens fit, wider ones of a quarter of them
 
 
-def in_full_batches(device: str | torch.device, recipe: dict[str, Any], architecture: str = "llama") -> Any:
+def in_full_batches(
+    device: str | torch.device, recipe: dict[str, Any], architecture: str = "llama", width: int = 256
+) -> Any:
     """Masks, weights and what is reported of the layers; 32 windows of 64 tokens go through a block at once."""
-    width = 128 if architecture == "mixtral" else 256
+    width = 128 if architecture == "mixtral" else width
     network = tiny.build(architecture, max_position_embeddings=128, intermediate_size=width).to(device)
     report = prunella.prune(network, {"order": "block", **recipe}, calibration=tiny.token_windows(32, 64))
     weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
@@ -433,10 +470,59 @@ def test_perplexities_do_not_depend_on_it(sim: torch.device, tmp_path: Path) -> 
         assert found.perplexity == pytest.approx(whole.perplexity)
 
 
+def test_what_enters_the_first_block_may_be_too_much_already(
+    sim: torch.device, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, _ = in_full_batches(sim, {"steps": ["wanda"]}, width=64)
+    capsys.readouterr()
+    with accelerator.largest(200_000):  # hidden states of 2,048 tokens are 262,144
+        short, _ = in_full_batches(sim, {"steps": ["wanda"]}, width=64)
+    assert capsys.readouterr().err.count("from here on 16 samples and not more") == 1
+    for name, weight in plain.items():
+        assert ((weight == 0) != (short[name] == 0)).float().mean() <= 2e-3, name
+
+
+def test_new_biases_are_the_same_where_memory_runs_out(sim: torch.device, tmp_path: Path) -> None:
+    network = tiny.build(max_position_embeddings=128, intermediate_size=256)
+    network.save_pretrained(tmp_path / "dense")
+    tiny.write_tokenizer(tmp_path / "dense")
+    prunella.prune(tmp_path / "dense", {**SETTINGS, "heal": {}, "steps": ["magnitude"]}, output=tmp_path / "out")
+
+    def found() -> dict[str, Tensor]:
+        model, dense = (load_model(str(tmp_path / name), device="sim") for name in ("out", "dense"))
+        names = frozenset(name for some in bias_flags(model).values() for name in some)
+        return mean_errors(model, dense, Samples.of(tiny.token_windows(32, 64)), names)
+
+    plain = found()
+    with accelerator.largest(SHORT):
+        short = found()
+    assert plain.keys() == short.keys() != set()
+    for name, value in plain.items():
+        torch.testing.assert_close(short[name].cpu(), value.cpu(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("error", "so"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("The size of tensor a (3) must match"), False),
+        (MemoryError(), False),
+    ],
+    ids=str,
+)
+def test_memory_that_ran_out_is_known_by_what_is_said(error: Exception, so: bool) -> None:
+    assert ran_out(error) == so
+
+
 def test_what_cannot_be_halved_is_told_as_it_is(sim: torch.device) -> None:
     network = tiny.build(max_position_embeddings=128).to(sim)
-    for order, windows_NL in (("layer", tiny.token_windows(32, 64)), ("block", tiny.token_windows(1, 64))):
-        with accelerator.largest(50_000 if order == "layer" else 10_000), pytest.raises(torch.OutOfMemoryError):
+    for order, windows_NL, said in (
+        ("layer", tiny.token_windows(32, 64), "^the memory of sim:0 ran out: in order 'layer' .* Use --order block"),
+        ("block", tiny.token_windows(1, 64), "^the memory of sim:0 ran out where no fewer samples can"),
+    ):
+        with accelerator.largest(50_000 if order == "layer" else 10_000), pytest.raises(InputError, match=said):
             prunella.prune(network, {"steps": ["wanda"], "order": order}, calibration=windows_NL)
 
 

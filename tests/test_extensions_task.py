@@ -101,8 +101,8 @@ def test_the_command_line_prunes_what_the_task_opens(toy: Path, tmp_path: Path, 
     assert again.layers == report.layers
     twice = prunella.prune(str(out), {**report.recipe, "sparsity": 0.75}, output=tmp_path / "twice")
     assert twice.sparsity == 0.75
-    for command in ("eval", "heal", "inspect"):
-        refused = run(command, out, *(("-o", tmp_path / "healed") if command == "heal" else ()))
+    for command in ("eval", "inspect"):
+        refused = run(command, out)
         assert refused.code == 2
         (line,) = refused.err.splitlines()
         assert f"is of task '{TASK}'" in line
@@ -112,6 +112,25 @@ def test_the_command_line_prunes_what_the_task_opens(toy: Path, tmp_path: Path, 
     assert "None" not in shown.out
     assert run("report", out).code == 0
     assert "loss (random, 8 samples)" in (out / "report.html").read_text()
+
+
+def test_a_toy_is_healed_in_memory_and_in_rounds(toy: Path, tmp_path: Path) -> None:
+    heal = {"train": ["all"], "samples": 200, "epochs": 8, "rate": 1e-2}
+    once = {"task": TASK, "steps": ["magnitude"], "sparsity": 0.5}
+    prunella.prune(str(toy), once, output=tmp_path / "pruned")
+    reports = [
+        prunella.heal(tmp_path / "pruned", {**once, "heal": heal}, output=tmp_path / "healed"),
+        prunella.prune(str(toy), {**once, "heal": {**heal, "rounds": 2, "distill": 0.1}}, output=tmp_path / "rounds"),
+    ]
+    for name, report in zip(("healed", "rounds"), reports, strict=True):
+        assert report.healing["after"]["loss"] < 0.8 * report.healing["before"]["loss"]
+        tensors, masks = load_file(tmp_path / name / "model.safetensors"), read_masks(tmp_path / name)
+        assert all((tensors[f"{key}.weight"] != 0).equal(mask) for key, mask in masks.items())
+        assert report.sparsity == 0.5
+    with pytest.raises(InputError, match="is opened by its task into memory as a whole"):
+        prunella.heal(
+            tmp_path / "pruned", {**once, "heal": {"train": ["all"], "way": "reconstruct"}}, output=tmp_path / "no"
+        )
 
 
 def test_samples_and_networks_are_handed_over_as_they_are(tmp_path: Path) -> None:
@@ -198,7 +217,7 @@ def test_what_does_not_fit_a_toy_is_refused_in_one_line(toy: Path, tmp_path: Pat
     refused(r"Net does not take the samples of task '.*toy', of shapes \{'x': \(7,\), 'y': \(7,\)\}", calibration=wrong)
     refused("Net does not take the samples", calibration=Samples.of({"z": torch.zeros(4, 8)}))
     refused("the defect is in the task", calibration=torch.zeros(4, 8), kind=prunella.PrunellaError)  # and what is y?
-    refused("healing trains causal language models only", {"heal": {"train": ["all"]}}, str(toy), output=out)
+    refused("random numbers have no end", {"heal": {"train": ["all"]}}, str(toy), output=out)
     refused("packed files are of transformers models, and a Net is none", {"format": "packed"}, output=out)
     refused("toys are run on 'random' numbers", {"calibration": {"source": "pydoc"}})
     refused("unknown option of task toy 'length'", {"calibration": {"length": 8}})

@@ -106,10 +106,10 @@ def test_a_classifier_of_transformers_is_pruned_from_the_command_line(
     done = run("prune", vit, "-o", tmp_path / "out", "--step", "wanda", "--calibration", photos)
     assert done.code == 0, done.err
     report = json.loads((tmp_path / "out" / "prunella.json").read_text(encoding="utf-8"))
-    assert report["recipe"]["evaluate"]["source"] == "photos"
-    assert report["pruned"]["figure"] == "agreement"  # nobody says what is on these
-    assert report["dense"]["agreement"] == 1.0
-    assert report["pruned"]["divergence"] >= 0
+    assert report["recipe"]["evaluate"]["source"] == report["recipe"]["calibration"]["source"]
+    assert report["recipe"]["calibration"]["samples"] == 24  # all that there are to calibrate on
+    assert report["pruned"]["samples"] == 30
+    assert report["dense"]["top-1"] > 0.5
     network = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
     weight = network.get_submodule("vit.layers.0" if hasattr(network.vit, "layers") else "vit.encoder.layer.0")
@@ -120,6 +120,19 @@ def test_a_classifier_of_transformers_is_pruned_from_the_command_line(
     x = processor(images=[drawn.draw("blue disc", 5)], return_tensors="pt")["pixel_values"]
     assert x.shape == (1, 3, drawn.SIZE, drawn.SIZE)
     assert not torch.equal(scores_of(network, x), scores_of(dense, x))
+
+
+def test_one_folder_serves_for_both_as_far_as_it_goes(
+    run: Callable[..., Any], vit: Path, photos: Path, tmp_path: Path
+) -> None:
+    pictures = photos / "test"
+    done = run("prune", vit, "-o", tmp_path / "out", "--step", "wanda", "--calibration", pictures, "--samples", 12)
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "out" / "prunella.json").read_text(encoding="utf-8"))
+    assert report["pruned"]["samples"] == 18  # the others
+    done = run("prune", vit, "-o", tmp_path / "more", "--step", "wanda", "--calibration", pictures)
+    assert done.code == 2
+    assert "has no pictures left to measure on" in done.err
 
 
 def test_a_network_with_batch_norm_is_pruned_on_pictures_without_classes(

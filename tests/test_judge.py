@@ -159,3 +159,61 @@ def test_samples_without_labels_are_measured_by_what_another_network_answers() -
     assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert (found["figure"], found["agreement"]) == ("agreement", same.item())
     assert found["beside"]["agreement"] == 1
+
+
+def test_a_sweep_compares_what_the_task_measures(
+    toys: tuple[Path, Path], tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    words = (
+        "--task",
+        f"{TOY}:toy",
+        "--step",
+        "magnitude",
+        "--step",
+        "sparsegpt",
+        "--sparsity",
+        0.5,
+        "--sparsity",
+        0.75,
+    )
+    asked = ("sweep", toys[0], "-o", tmp_path / "out", *words, "--windows", 16, "--samples", 8)
+    done = run(*asked)
+    assert done.code == 0, done.err
+    assert "loss on random, dense" in done.out
+    rows = [json.loads(line) for line in (tmp_path / "out" / "cells.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["dense", "magnitude", "sparsegpt", "magnitude", "sparsegpt"]
+    cell = next(row for row in rows if row["cell"] == "75%" and row["method"] == "sparsegpt")
+    recipe = {"task": f"{TOY}:toy", "steps": ["sparsegpt"], "sparsity": 0.75, "evaluate": {"windows": 16}}
+    report = prunella.prune(str(toys[0]), {**recipe, "calibration": {"samples": 8}}, output=tmp_path / "one")
+    assert cell["scores"]["random"]["loss"] == pytest.approx(report.pruned["loss"], rel=1e-5)
+    assert cell["scores"]["random"]["loss"] != rows[0]["scores"]["random"]["loss"]
+    page = (tmp_path / "out" / "sweep.html").read_text()
+    assert "Loss on random" in page
+    assert "erplexity" not in page
+    head = (tmp_path / "out" / "table.csv").read_text().splitlines()[0]
+    assert head.startswith("method,cell,loss random,sparsity")
+    before = (tmp_path / "out" / "cells.jsonl").read_bytes()
+    assert run(*asked).code == 0
+    assert (tmp_path / "out" / "cells.jsonl").read_bytes() == before
+    line = run(*asked, "--speed").err
+    assert "how fast text is decoded is of language models only" in line
+
+
+def test_more_is_better_where_the_figure_says_so() -> None:
+    from prunella.report.charts import Mark, front
+    from prunella.report.results import Results
+
+    marks = [Mark("a", "a", 1, 70.0), Mark("b", "b", 2, 80.0), Mark("c", "c", 3, 75.0)]
+    assert [mark.label for mark in front(marks, higher=True)] == ["a", "b"]
+    assert [mark.label for mark in front(marks)] == ["a"]
+    score = {"figure": "top-1", "higher": True, "unit": "%"}
+    rows = [
+        {"method": method, "cell": cell, "size": size, "scores": {"pictures": {**score, "top-1": value, "error": 0.01}}}
+        for method, cell, size, value in (("dense", "", 100, 0.9), ("wanda", "50%", 60, 0.8), ("ria", "50%", 60, 0.7))
+    ]
+    results = Results({"text": ["pictures"], "model": "x", "task": "images"}, tuple(rows))
+    assert results.matrix("pictures")[1] == [["wanda", "80.0 ± 1.0 %"], ["ria", "70.0 ± 1.0 %"]]
+    ((drawing, marks, best),) = results.plots()
+    assert drawing.title == "pictures: top-1 against MB of weights"
+    assert {mark.label for mark in best} == {"dense", "wanda, 50%"}
+    assert [mark.y for mark in marks] == [90.0, 80.0, 70.0]

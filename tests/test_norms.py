@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 import prunella
 from prunella import InputError, ModelError, Recipe, Report, norms, register_task, stream
-from prunella.norms import BatchNorms, Moments, Norm, make_way
+from prunella.norm_ways import AUTO, Moments, Norm, make_way
+from prunella.norms import BatchNorms
 from prunella.registry import steps
 from prunella.samples import Samples
 
@@ -217,7 +218,7 @@ def divergence(report: Report) -> dict[str, float]:
 def test_a_broken_network_takes_new_statistics_and_an_intact_one_keeps_its_own() -> None:
     broken = pruned(fitted(), 0.8)
     found = divergence(broken)
-    assert list(found) == ["keep", *norms.AUTO]
+    assert list(found) == ["keep", *AUTO]
     assert broken.batch_norm["taken"] == min(found, key=lambda name: found[name]) != "keep"
     network = fitted()
     before = {name: value.clone() for name, value in statistics(network).items()}
@@ -229,7 +230,7 @@ def test_a_broken_network_takes_new_statistics_and_an_intact_one_keeps_its_own()
         assert all(torch.equal(value, before[name]) for name, value in statistics(network).items())
     for report in (broken, intact):
         told = {what: after for what, _, after in report.rows() if what.startswith("batch norm")}
-        assert len(told) == len(norms.AUTO) + 1
+        assert len(told) == len(AUTO) + 1
         assert [what for what, after in told.items() if after.endswith("; taken")]
         assert report.plain()["batch_norm"]["norms"] == 5
 
@@ -340,7 +341,7 @@ def test_what_was_decided_is_not_done_again(stored: Path, tmp_path: Path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(BatchNorms, "_estimate", _interrupted)
         done = prunella.prune(str(stored), RECIPE, output=tmp_path / "out", resume=True)
-    assert done.batch_norm["taken"] in ("keep", *norms.AUTO)
+    assert done.batch_norm["taken"] in ("keep", *AUTO)
 
 
 def _interrupted(*args: Any, **kwargs: Any) -> Any:
@@ -404,7 +405,7 @@ def test_a_network_without_batch_norms_is_as_it_was() -> None:
 def test_a_way_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     lines = (
-        "from prunella.norms import Norm, Statistics, estimates",
+        "from prunella.norm_ways import Norm, Statistics, estimates",
         "@estimates('zero')",
         "def zero(norm: Norm, *, to: float = 0.0) -> Statistics:",
         "    return norm.mean_C * 0 + to, norm.variance_C",

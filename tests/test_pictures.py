@@ -172,7 +172,7 @@ def test_what_cannot_be_read_is_named_and_left_out(tmp_path: Path, capsys: pytes
 
 def test_nothing_left_to_measure_on_is_refused(tmp_path: Path) -> None:
     drawn.folder(tmp_path, 2)
-    with pytest.raises(InputError, match="after the 6 that are calibrated on"):
+    with pytest.raises(InputError, match=r"left to measure on: calibrate on fewer \(--samples\)"):
         read(tmp_path, used=6)
 
 

@@ -196,7 +196,22 @@ def test_dense_layers_and_what_is_left_out_are_counted_together() -> None:
     assert sum(n for place, n in counted.places.items() if place.startswith(("solver.py", "outcome.py"))) == 3
 
 
-def test_from_file_to_file_weights_go_in_and_out_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pinned", [False, True])
+def test_from_file_to_file_weights_go_in_and_out_once(
+    pinned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory can be pinned nothing waits for those that go out, but the thread that writes them."""
+    if pinned:
+        made: list[Tensor] = []
+
+        def room(like: Tensor) -> Tensor:
+            made.append(torch.empty(like.shape, dtype=like.dtype))
+            return made[-1]
+
+        monkeypatch.setattr("prunella.waits.pins", lambda device: True)
+        monkeypatch.setattr("prunella.waits.pinned", room)
+        monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: any(tensor is one for one in made))
+
     def run(blocks: int) -> accelerator.Traffic:
         source = tmp_path / f"{blocks}"
         tiny.build(max_position_embeddings=128, num_hidden_layers=blocks).save_pretrained(source)
@@ -210,6 +225,11 @@ def test_from_file_to_file_weights_go_in_and_out_once(tmp_path: Path) -> None:
     size = sum(p.numel() * 4 for p in tiny.build().model.layers[0].parameters())
     assert three.to_device - two.to_device < 4 * size  # evaluated twice, recorded, pruned
     assert three.to_host - two.to_host < 1.5 * size + 8192
+    more = Counter(place.partition(":")[0] for place in (three.places - two.places).elements())
+    assert {place: n for place, n in more.items() if place not in BEGINNING} == {
+        "solver.py": 1,
+        **({} if pinned else {"store/dense.py": 1}),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ if _typing.TYPE_CHECKING:
     from .model.names import find_directory
     from .model.network import Model
     from .model.state import load_state
+    from .packing import load_packed
     from .pattern import keep
     from .prune import prune
     from .recipe import Recipe
@@ -63,6 +64,7 @@ __all__ = [
     "heal",
     "keep",
     "load_model",
+    "load_packed",
     "load_state",
     "make",
     "open_model",
@@ -88,6 +90,7 @@ _HOMES = {
     "model.names": ("find_directory",),
     "model.network": ("Model",),
     "model.state": ("load_state",),
+    "packing": ("load_packed",),
     "pattern": ("keep",),
     "prune": ("prune",),
     "recipe": ("Recipe",),

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .calls import Calls
-from .errors import say
+from .errors import InputError, say
 from .hidden import Hidden
 from .layers import Slot, as_parameters
-from .machine import forget
+from .machine import forget, ran_out
 from .model.checkpoint import Source
 from .model.network import Model
 from .model.walk import LoadedBlock
@@ -47,15 +48,17 @@ class Batches:
         """Do this work with a batch, and say that it was done. If the memory of the device runs out, halve that batch
         and all that follow: the work is still to be done then, with each half.
 
-        Raises torch.OutOfMemoryError for what cannot be halved: a single sample, or all of them in `layer` order.
+        Raises InputError for what cannot be halved: a single sample, or all of them in `layer` order.
         """
         try:
             work()
             return True
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
             whole = self.order == "layer" or size_of(self.batches[batch]) == 1
             if whole or any(hidden.beside[batch] for hidden in self._streams):
-                raise
+                raise self.too_large() from error
         forget(self.model.device)  # here, where nothing holds on any more to what was begun
         if not self.halved:
             half = -(-size_of(self.batches[batch]) // 2)
@@ -66,9 +69,33 @@ class Batches:
         self._halve(batch)
         return False
 
+    @contextlib.contextmanager
+    def short(self, whole: bool = True) -> Iterator[None]:
+        """Where what is done inside takes samples as a whole, say so if memory runs out."""
+        try:
+            yield
+        except RuntimeError as error:
+            if whole and ran_out(error):
+                raise self.too_large() from error
+            raise
+
+    def too_large(self) -> InputError:
+        """What to say where memory runs out and nothing can be halved."""
+        what = f"the memory of {self.model.device} ran out"
+        if self.order == "layer":
+            return InputError(
+                f"{what}: in order 'layer' all samples go through a block at once. Use --order block, which takes a few"
+                " at a time."
+            )
+        return InputError(
+            f"{what} where no fewer samples can go through a block: use shorter ones (--length) or smaller ones, or"
+            " another --device."
+        )
+
     @property
     def _streams(self) -> list[Hidden]:
-        return [self.hidden] if self.dense is None else [self.hidden, self.dense]
+        found = (getattr(self, "hidden", None), getattr(self, "dense", None))
+        return [hidden for hidden in found if hidden is not None]
 
     def _halve(self, start: int) -> None:
         """Halve the batches from this one on. How blocks are called with the halves is recorded anew."""
@@ -79,8 +106,9 @@ class Batches:
                 halves = list(Samples((batches[index],)).batches(-(-size_of(batches[index]) // 2)))
                 batches[index : index + 1] = halves
                 for hidden in self._streams:
+                    entered = hidden.holds(index)
                     hidden.split(index, [size_of(half) for half in halves], self.calls.interface.batch)
-                    for number, half in enumerate(halves, index):
+                    for number, half in enumerate(halves if entered else (), index):
                         passed = hidden.states(number)
                         for stack in range(len(passed) + 1):
                             hidden.calls[number] += self.calls.enter(half, passed[:stack])[1]

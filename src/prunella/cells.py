@@ -1,9 +1,8 @@
 """A sweep: one model pruned in every combination of some choices.
 
-The cells of a sweep share all that does not depend on the cell: the process, the tokenized windows of calibration
-and of held-out text, the dense weights in memory, their perplexity, and the statistics of the dense model that
-allocations look at. Each finished cell is a line of a JSON Lines file; a sweep that was killed goes on after the
-last whole line.
+The cells of a sweep share all that does not depend on the cell: the process, the samples to calibrate and to measure
+on, the dense weights in memory, how good they are, and the statistics of the dense model that allocations look at.
+Each finished cell is a line of a JSON Lines file; a sweep that was killed goes on after the last whole line.
 """
 
 from __future__ import annotations
@@ -22,24 +21,28 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
 
-from .calibrate import window_length, windows, with_bos
+from .calibrate import with_bos
 from .errors import InputError, PrunellaError, unknown
-from .evaluate.perplexity import perplexity
+from .evaluate.measure import scored
+from .evaluate.perplexity import answered
+from .foreign import blamed
 from .machine import free_memory
 from .model.network import Model
+from .model.task import NO_ANSWERS, Answers
 from .outcome import LayerResult, mean
 from .progress import Track, no_track
 from .prune import prune
-from .pruning import held_out_windows
-from .recipe import Evaluation, Healing, Recipe, only_dense, override
-from .report.results import Results
+from .pruning import held_out
+from .recipe import Evaluation, Recipe, only_dense, override
+from .report.results import Results, figure_of
 from .rows import Key, Row, Rows
+from .samples import Samples
 from .sparse.bench import bench
 from .sparse.format import SPAN, expected
-from .tasks.text import load_model, wrap_model
+from .tasks import open_model
 from .texts import same_text
+from .unlabelled import targeted
 
 DENSE: Key = ("dense", "")
 # Recipe keys that all cells have in common
@@ -128,7 +131,7 @@ def _cell(recipe: Recipe, others: Sequence[str]) -> Cell:
     method = " + ".join(words(step) for step in plain["steps"])
     if plain["allocate"] != {"uniform": {}}:
         method = f"{words(plain['allocate'])}, {method}"
-    heal, usual = plain["heal"], Healing().model_dump(mode="json")
+    heal, usual = plain["heal"], Recipe.of({"task": plain["task"]}).plain()["heal"]
     if heal["train"]:
         chosen = [f"{key}={value}" for key, value in heal.items() if key != "train" and value != usual[key]]
         method += f", healed by {' + '.join(map(words, heal['train']))}" + (f" ({', '.join(chosen)})" if chosen else "")
@@ -149,24 +152,25 @@ def _cell(recipe: Recipe, others: Sequence[str]) -> Cell:
 
 @dataclass(eq=False)
 class Sweep:
-    """Runs of one model on the same windows.
+    """Runs of one model on the same samples.
 
-    model:          a model that was opened by name
-    calibration_NL: its calibration windows
-    held_out:       the windows to measure perplexity on, {text: (N, L)}
-    rows:           where finished cells are and go
-    speed:          measure how fast each cell decodes when it is packed, too
-    tokenizer, trust: as for `load_model`, where a cell has to open the model again; `trust` is remote_code and pickles
+    model:       a model that was opened by name
+    calibration: its calibration samples
+    held_out:    the samples to measure on, {source: samples}
+    rows:        where finished cells are and go
+    speed:       measure how fast each cell decodes when it is packed, too
+    tokenizer, trust: as for `open_model`, where a cell has to open the model again; `trust` is remote_code and pickles
     """
 
     model: Model
-    calibration_NL: Tensor
-    held_out: Mapping[str, Tensor]
+    calibration: Samples
+    held_out: dict[str, Samples]
     rows: Rows
     speed: bool = False
     tokenizer: str | None = None
     trust: Mapping[str, Any] = field(default_factory=dict)
     _shared: dict[Any, Any] = field(default_factory=dict)
+    _dense: dict[str, Answers] = field(default_factory=dict)  # what the dense network answers
 
     def run(
         self, cells: Sequence[Cell], *, say: Callable[[str], None] = lambda message: None, track: Track = no_track
@@ -181,14 +185,17 @@ class Sweep:
             if missing or DENSE not in self.rows.rows:
                 stack.enter_context(self.rows.open())
                 network = stack.enter_context(self._dense_weights())
-            if DENSE not in self.rows.rows:
+            if DENSE not in self.rows.rows or (missing and not self.model.task.language):  # cells are set beside it
                 model = self.model if network is None else self._wrapped(network)
                 size = model.parameters * model.dtype.itemsize
-                self.rows.add(DENSE, {"perplexity": self._perplexities(model, track), "size": size})
+                self.held_out = {name: targeted(model, some, track=track) for name, some in self.held_out.items()}
+                found_dense = self._measure(model, track, self._dense)
+                if DENSE not in self.rows.rows:
+                    self.rows.add(DENSE, {**found_dense, "size": size})
             for number, cell in enumerate(missing, 1):
                 try:
                     row = self._make(cell, network, track)
-                    found = ", ".join(f"{value:.2f}" for value in row["perplexity"].values())
+                    found = ", ".join(str(figure_of(row, name)) for name in self.held_out)
                 except Exception as error:  # of a method, maybe not ours: the rest goes on
                     reason = str(error) if isinstance(error, PrunellaError) else f"{type(error).__name__}: {error}"
                     row = {"failed": " ".join(reason.split())}
@@ -227,14 +234,14 @@ class Sweep:
             if network is not None:  # the open model holds the dense weights, for all cells
                 source = self._wrapped(copy.deepcopy(network)) if output is None else self.model.name
             cpu = time.process_time()
-            of_sweep: dict[str, Any] = {} if heals else {"calibration": self.calibration_NL, "shared": self._shared}
+            of_sweep: dict[str, Any] = {} if heals else {"calibration": self.calibration, "shared": self._shared}
             if isinstance(source, str):
                 of_sweep["tokenizer"] = self.tokenizer
             report = prune(source, recipe, output=output, track=track, **of_sweep, **self.trust)
             cpu = time.process_time() - cpu
             # A directory may hold more than the model's own tensors, or hold them packed: it is opened as it is.
             device = str(self.model.device)
-            model = source if output is None else load_model(str(output), device=device, packed=True, **self.trust)
+            model = source if output is None else self._opened(str(output), device)
             itemsize = self.model.dtype.itemsize
             healing, spent = report.healing, report.run["seconds"]
             size = (self.model.parameters - sum(layer.size for layer in report.layers)) * itemsize
@@ -242,7 +249,7 @@ class Sweep:
             row = {
                 "recipe": {**report.recipe, "heal": healing["recipe"]} if healing else report.recipe,
                 "sparsity": report.sparsity,
-                "perplexity": self._perplexities(model, track),
+                **self._measure(model, track),
                 "size": report.pruned["bytes"] if packs else size,
                 "seconds": spent["allocate"] + spent["prune"] + healing.get("seconds", 0),
                 "cpu_seconds": cpu,
@@ -253,10 +260,27 @@ class Sweep:
             return row
 
     def _wrapped(self, network: Any) -> Model:
-        return wrap_model(network, self.model.tokenizer, self.model.name)
+        return self.model.task.wrap(network, self.model.tokenizer, self.model.name)
 
-    def _perplexities(self, model: Model, track: Track) -> dict[str, float]:
-        return {text: perplexity(model, ids_NL, track=track).perplexity for text, ids_NL in self.held_out.items()}
+    def _opened(self, name: str, device: str) -> Model:
+        """The model in a directory of a cell, with the task of the sweep, which knows the samples."""
+        model = open_model(name, device=device, packed=True, **self.trust)
+        model.task = self.model.task
+        return model
+
+    def _measure(self, model: Model, track: Track, told: dict[str, Answers] | None = None) -> dict[str, Any]:
+        """What its row says of a model: perplexities, or the scores of another task; `told` takes what it answers."""
+        found: dict[str, dict[str, Any]] = {}
+        for name, samples in self.held_out.items():
+            losses, answers = answered(model, samples, track=track)
+            dense = self._dense.get(name, NO_ANSWERS)
+            scores = scored(model, samples, losses, answers, dense)
+            found[name] = {key: value for key, value in scores.items() if not isinstance(value, list)}
+            if told is not None:
+                told[name] = answers
+        if self.model.task.language:
+            return {"perplexity": {name: scores["perplexity"] for name, scores in found.items()}}
+        return {"scores": found}
 
 
 def packed_bytes(layer: LayerResult, itemsize: int) -> int:
@@ -291,54 +315,67 @@ def sweep(
             share; every combination is a cell.
         directory: for cells.jsonl, where finished cells are and new ones go, and what is made of it: table.csv,
             sweep.html and, with matplotlib, pareto.png and pareto.svg.
-        texts: to measure perplexity on, in place of the recipe's one.
+        texts: sources to measure on, in place of the recipe's one.
         speed: measure how fast each cell decodes packed, too.
         say: is told of each finished cell.
         tokenizer: a directory or hub id with a tokenizer, in place of the model's own.
-        trust: `remote_code` and `pickles`, as for `load_model`.
+        trust: `remote_code` and `pickles`, as for `open_model`.
     Raises:
         PrunellaError: anything about the input that the user can mend. Cells that fail do not raise.
     """
     base = {key: value for key, value in plan.items() if key != "grid"}
     recipe = Recipe.of({**base, "model": model}).resolved(model)
     cells = cells_of({**base, "task": recipe.task}, plan.get("grid") or {})
-    if not recipe.make_task().language:
-        raise InputError("a sweep compares causal language models only, yet: leave the task out.")
-    opened = load_model(model, dtype=recipe.dtype, device=recipe.device, tokenizer=tokenizer, **trust)
-    wanted = recipe.calibration
-    length = window_length(opened, wanted.length)
-    calibration_NL = windows(opened, wanted.source, wanted.samples, length, seed=recipe.seed, bos=recipe.bos)
-    held_out: dict[str, Tensor] = {}
+    task = recipe.make_task()
+    with blamed(type(task), f"task '{task.name}'"):
+        options = {"dtype": recipe.dtype, "device": recipe.device, "tokenizer": tokenizer, **trust}
+        opened = task.open(model, **options)
+        if speed and not task.language:
+            raise InputError(
+                f"'{model}' is of task '{task.name}': how fast text is decoded is of language models only."
+            )
+        wanted = recipe.calibration
+        own = recipe.make_task(wanted.length) if task.language else task
+        calibration = own.samples(opened, wanted.source, wanted.samples, seed=recipe.seed)
+        task.check(opened, calibration)
+    held: dict[str, Samples] = {}
     texts = texts or [text for text in [recipe.evaluate.source] if text]
     for text in texts:
-        if Path(text).name in held_out:
+        if Path(text).name in held:
             raise InputError(f"two texts are called '{Path(text).name}': rename one, the name is that of its column.")
         evaluation = recipe.evaluate.model_copy(update={"source": text})
-        found = held_out_windows(opened, recipe.model_copy(update={"evaluate": evaluation}), calibration_NL.numel())
+        found = held_out(opened, recipe.model_copy(update={"evaluate": evaluation}), task.size(calibration))
         if found is not None:
-            held_out[Path(text).name] = found
-    if not held_out:
-        raise InputError("a sweep compares perplexities: it needs a text (--text) and a model with a tokenizer.")
-    evaluation = recipe.evaluate.model_copy(update={"length": next(iter(held_out.values())).shape[1]})
+            held[Path(text).name or "own"] = found
+    if not held:
+        what = "perplexities: it needs a text (--text) and a model with a tokenizer" if task.language else "scores"
+        raise InputError(
+            f"a sweep compares {what}{'' if task.language else ': it needs samples to measure on (--text)'}."
+        )
+    about = task.about(next(iter(held.values())))
+    evaluation = recipe.evaluate.model_copy(update={"length": about["length"]} if task.language else {})
     cells = [_kept_apart(cell, evaluation, texts) for cell in cells]
-    tokens = hashlib.sha256(b"".join(ids.numpy().tobytes() for ids in (calibration_NL, *held_out.values())))
+    digest = hashlib.sha256(
+        b"".join(t.numpy().tobytes() for some in (calibration, *held.values()) for t in some.tensors)
+    )
     named = {*SHARED, *_NAMED, *(plan.get("grid") or {})}
+    windows = [some.groups[0].get("input_ids") for some in held.values()] if task.language else []
     settings = {
         "model": model,
         "calibration": Path(wanted.source).name,
         "samples": wanted.samples,
-        "length": length,
+        **({"length": task.about(calibration)["length"]} if task.language else {"task": task.name}),
         "windows": recipe.evaluate.windows,
         "dtype": str(opened.dtype).removeprefix("torch."),
-        "text": list(held_out),
-        "tokens": tokens.hexdigest()[:16],
-        **({"bos": True} if all(with_bos(opened, ids) for ids in held_out.values()) else {}),
+        "text": list(held),
+        "tokens": digest.hexdigest()[:16],
+        **({"bos": True} if windows and all(with_bos(opened, ids) for ids in windows if ids is not None) else {}),
         "recipe": {key: value for key, value in recipe.plain().items() if key not in named},
     }
     directory = Path(directory)
     opened.scratch = directory
     rows = Rows(directory / "cells.jsonl", settings)
-    sweep = Sweep(opened, calibration_NL, held_out, rows, speed, tokenizer, trust)
+    sweep = Sweep(opened, calibration, held, rows, speed, tokenizer, trust)
     found_rows = sweep.run(cells, say=say, track=track)
     results = Results(rows.settings, tuple(found_rows.values()))
     results.write(directory)

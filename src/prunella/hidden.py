@@ -85,6 +85,10 @@ class Hidden:
             other[index] = self[index]  # by way of the device, see `Shelf.put`
         return other
 
+    def holds(self, index: int) -> bool:
+        """Has this batch entered?"""
+        return self._items[index] is not None
+
     def split(self, index: int, sizes: Sequence[int], dimension: int) -> None:
         """Batches of so many samples in the place of one, beside which nothing travels; their calls are not known."""
 

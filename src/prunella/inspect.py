@@ -11,12 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import ModelError
-from .layers import find_layers, left_out
+from .layers import Slot, find_layers, left_out, within
 from .report import Report
 from .save import REPORT
+from .sparse.conv import SparseConv
 from .sparse.format import mask_of
 from .sparse.linear import SparseLinear
-from .tasks.text import load_model
+from .tasks import open_model
 
 _GROUPS = ((1, 2), (2, 4), (4, 8), (8, 16), (1, 4), (2, 8), (3, 4), (1, 8))  # the strictest of each sparsity first
 
@@ -26,7 +27,8 @@ DENSE = 0.001  # a smaller share of zeros is none
 
 @dataclass(frozen=True)
 class Inspected:
-    """One layer, or another matrix of a block, as it is stored; of the latter, `why` it is no layer to prune."""
+    """One layer, or another matrix of a block, as it is stored: (O, I), or (O, C, k…) of a convolution. Of one that
+    is no layer to prune, `why`."""
 
     name: str
     shape: tuple[int, ...]
@@ -65,14 +67,15 @@ def inspect(directory: str) -> list[Inspected]:
     said = {}
     if (Path(directory) / REPORT).is_file():
         said = {layer.name: layer for layer in Report.read(directory).layers}
-    model = load_model(directory, device="cpu", packed=True)
+    model = open_model(directory, device="cpu", packed=True)
     found = []
     for _, block in model.walk():
-        for layer, zero_OI, nbytes in _stored(block.module, block.name):
-            about = said.get(layer)
+        for layer in _stored(block.module, block.name):
+            about = said.get(layer.name)
             error, notes = (about.error, about.notes) if about else (None, ())
-            rows, columns = zero_OI.shape
-            found.append(Inspected(layer, (rows, columns), int(zero_OI.sum()), _pattern(zero_OI), nbytes, error, notes))
+            zeros, pattern = int(layer.zero_OI.sum()), _pattern(layer.zero_OI, layer.shape[1])
+            notes += ("packed, and expanded when it is loaded",) if layer.expanded else ()
+            found.append(Inspected(layer.name, layer.shape, zeros, pattern, layer.nbytes, error, notes))
         tensors = block.tensors()
         for item in left_out(block.module, block.name):
             pattern = "dense" if item.zeros < item.weights * DENSE else "unstructured"
@@ -81,24 +84,49 @@ def inspect(directory: str) -> list[Inspected]:
     return found
 
 
-def _stored(block: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, int]]:
-    """The block's layers: name, where zeros are stored or left out, bytes."""
+@dataclass(frozen=True)
+class _Layer:
+    """A layer of a block: its shape, as its module has it; where zeros are stored or left out; bytes; is it of a
+    convolution that is packed on disk alone?"""
+
+    name: str
+    shape: tuple[int, ...]
+    zero_OI: Tensor
+    nbytes: int
+    expanded: bool = False
+
+
+def _stored(block: nn.Module, prefix: str) -> Iterator[_Layer]:
+    """The block's layers."""
     for slot in find_layers(block, prefix):
         weight_OI = slot.read()
-        yield slot.name, weight_OI == 0, weight_OI.numel() * weight_OI.element_size()
+        kernel = slot.tensor.shape[2:] if slot.lens.packed == "kernel" else ()
+        shape = (slot.shape[0], slot.channels, *kernel) if kernel else slot.shape
+        if (stored := getattr(slot.module, "packed_as", None)) is None:
+            yield _Layer(slot.name, shape, weight_OI == 0, weight_OI.numel() * weight_OI.element_size())
+        else:
+            zero_OI = ~mask_of(stored.mask, slot.shape[1]).chunk(_parts(slot))[slot.part or 0]
+            nbytes = stored.pack(slot.name, slot.tensor).nbytes // _parts(slot)
+            yield _Layer(slot.name, shape, zero_OI, nbytes, expanded=True)
     for path, module in block.named_modules():
         if isinstance(module, SparseLinear):
             packed = module.packed()
-            yield f"{prefix}.{path}", ~mask_of(packed.mask, packed.columns), packed.nbytes
+            kernel = tuple(module.kernel_size) if isinstance(module, SparseConv) else ()
+            zero_OI = ~mask_of(packed.mask, packed.columns)
+            yield _Layer(within(prefix, path), (packed.rows, packed.columns, *kernel), zero_OI, packed.nbytes)
 
 
-def _pattern(zero_OI: Tensor) -> str:
-    """The N:M pattern that the zeros keep, `unstructured`, or `dense`."""
+def _parts(slot: Slot) -> int:
+    return slot.lens.shape(slot.tensor)[0]
+
+
+def _pattern(zero_OI: Tensor, channels: int) -> str:
+    """The N:M pattern that the zeros keep along inputs that stand side by side, `unstructured`, or `dense`."""
     zeros, total = int(zero_OI.sum()), zero_OI.numel()
     if zeros < total * DENSE:
         return "dense"
     for n, m in _GROUPS:
-        if zero_OI.shape[1] % m == 0 and abs(zeros / total - (m - n) / m) < 0.01:  # a kept weight may be zero
+        if channels % m == 0 and abs(zeros / total - (m - n) / m) < 0.01:  # a kept weight may be zero
             if (zero_OI.reshape(-1, m).sum(1) >= m - n).all():
                 return f"{n}:{m}"
     return "unstructured"

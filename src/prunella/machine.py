@@ -44,6 +44,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def in_double(tensor: Tensor) -> Tensor:
+    """A tensor in float64, on the host where its device has none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def free_memory(device: torch.device) -> int:
     """Free bytes on a device; of main memory where the device has none of its own or does not report them."""
     ask = getattr(torch.get_device_module(device), "mem_get_info", None)
@@ -64,6 +69,25 @@ def pins(device: torch.device) -> bool:
 def pinned(like: Tensor) -> Tensor:
     """Pinned main memory for a tensor of a device."""
     return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
+
+def queued(device: torch.device) -> Callable[[], None]:
+    """What waits until the device has done all that it was given up to now, in any thread."""
+    event: Any = torch.get_device_module(device).Event()
+    event.record()
+    wait: Callable[[], None] = event.synchronize
+    return wait
+
+
+def ran_out(error: BaseException) -> bool:
+    """Is an error that a device's memory ran out? MPS has no kind of its own for that, nor have NVIDIA's libraries."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError)
+        and (
+            "MPS backend out of memory" in said or "STATUS_ALLOC_FAILED" in said or "cudaErrorMemoryAllocation" in said
+        )
+    )
 
 
 def forget(device: torch.device) -> None:

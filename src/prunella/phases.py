@@ -4,7 +4,7 @@ load        reading weights and bringing them to the device, as far as it is wai
 forward     blocks at work
 statistics  what is made of the inputs of their layers
 solve       the steps
-write       the output, packed or not
+write       the output, packed or not, as far as it is waited for
 other       all else
 """
 

@@ -225,7 +225,7 @@ def read_pictures(
     if bad:
         say(f"{len(bad)} pictures of '{found.name}' cannot be read and are left out: {_some(bad)}")
     if not taken:
-        more = f" after the {used} that are calibrated on: give another source to measure on" if used else ""
+        more = " left to measure on: calibrate on fewer (--samples), or measure on others (--evaluate)" if used else ""
         raise InputError(f"'{found.name}' has no pictures{more}.")
 
 

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from .allocate import Allocation, allocations, find_allocation, make_allocation
 from .errors import InputError, unknown
-from .norms import Way, make_ways
+from .norm_ways import Way, make_ways
 from .registry import Method, Step, find, lookup, make, steps
 from .store import MakeStore, find_store, make_store
 from .tasks import AUTO, Task, find_task, make_task, task_of, tasks
@@ -271,7 +271,8 @@ class Recipe(_Part):
                 out[key] = dict(part)
                 kind: Any = None if name == AUTO else find_task(name).function
                 if kind is not None and part.get("source", AUTO) == AUTO:
-                    out[key]["source"] = kind.source
+                    follows = key == "evaluate" and kind.follows and isinstance(out["calibration"], Mapping)
+                    out[key]["source"] = out["calibration"]["source"] if follows else kind.source
                 if kind is not None:
                     out[key].setdefault(_COUNTS[key], getattr(kind.counts, key))
                 if out[key].get("length") is None and length is not None:

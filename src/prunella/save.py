@@ -17,7 +17,8 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,6 @@ class Output:
     make:     of the store that takes the weights; None: files like the model's own
     finished: results of blocks that an earlier, interrupted run left on disk (their masks and parameters are
               in the files)
-    blocks:   how many blocks are on disk now
     """
 
     def __init__(
@@ -80,9 +80,11 @@ class Output:
                 compare(identity, before, self.partial)
             self.weights.open()
             self._read_journal()
-            self.blocks = len(self.finished)
+            self._blocks = len(self.finished)
             # Not buffered: on a full disk what a buffer holds would be written again, in vain, when it is closed.
             self._journal = (self.partial / JOURNAL).open("ab", buffering=0)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prunella-write")
+        self._begun: Future[None] | None = None  # a block that is being written
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -122,6 +124,7 @@ class Output:
     def note(self, key: str, value: Any) -> None:
         """Keep a result of this run (the dense perplexity, say), so that a resumed run need not repeat it."""
         self.notes[key] = value
+        self._settle()
         with self._writing():
             self._log({"note": key, "value": value})
 
@@ -133,24 +136,46 @@ class Output:
     @property
     def checkpoint(self) -> Source:
         """The pruned weights written so far."""
+        self._settle()
         return self.weights.source
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks are on disk now."""
+        wait([] if self._begun is None else [self._begun])
+        return self._blocks
 
     @phase("write")
     def write(self, result: BlockResult) -> None:
-        """Put one finished block on disk, whole: a run that resumes reads it from here."""
+        """Put one finished block on disk, whole: a run that resumes reads it from here. A thread goes on with that
+        while the next block is computed; what fails there is raised by whatever comes next here."""
+        self._settle()
+        with self._writing():
+            put = self.weights.begin(result)
+        self._begun = self._thread.submit(self._put, result, put)
+
+    def _put(self, result: BlockResult, put: Callable[[], dict[str, Any]]) -> None:
         with self._writing():
             entry = {"block": result.index, "layers": [asdict(layer) for layer in result.layers]}
-            self._log({**entry, "weights": self.weights.write(result)})
-            self.blocks += 1
+            self._log({**entry, "weights": put()})
+        self._blocks += 1
+
+    def _settle(self) -> None:
+        """See to it that the block that is being written is on disk. Raises what went wrong."""
+        if self._begun is not None:
+            self._begun.result()
+            self._begun = None
 
     def write_outside(self, changed: Mapping[str, Tensor]) -> None:
         """Put parameters that no block holds on disk: embeddings, the head, the last norm."""
+        self._settle()
         with self._writing():
             self.weights.write_outside(changed)
 
     @phase("write")
     def complete(self) -> None:
         """Write what no block holds: after this `checkpoint` is a whole model."""
+        self._settle()
         with self._writing():
             self.weights.complete()
 
@@ -187,12 +212,14 @@ class Output:
 
     def close(self) -> None:
         """Let go of the files and of the workshop. What is on disk stays, for a run that resumes this one."""
+        self._thread.shutdown()
         self.weights.close()
         self._journal.close()
         self.shop.close()
 
     def discard(self) -> None:
         """Remove all traces of the run."""
+        self._thread.shutdown()
         self.shop.remove()
 
 

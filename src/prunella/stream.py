@@ -98,7 +98,8 @@ class Stream(Batches):
             )
         with torch.no_grad(), model.outside(head=False, checkpoint=checkpoint):
             if model.interface is None:
-                model.interface = examine(model, samples)
+                with self.short():
+                    model.interface = examine(model, samples)
             alone = alone or (model.interface.stateful and order == "block")  # what travels cannot be cut into samples
             most = 1 if alone else at_a_time(TOKENS, model.device)
             self.batches = tuple(
@@ -110,21 +111,23 @@ class Stream(Batches):
             )
             self._folder = model.scratch or cache_directory() / "hidden"
             self.calls = Calls(model, model.interface, self._shelf, len(samples))
-            streams: list[Hidden] = []
-            for index, batch in enumerate(self.batches):
-                state, calls = self.calls.enter(batch)
-                if not streams:
-                    size = max(call.shape.numel() for call in calls) // size_of(batch) * state.element_size()
-                    streams = [
-                        Hidden(len(self.batches), model.device, Shelf(size * len(samples), model.device, self._folder))
-                        for _ in range(1 + beside)
-                    ]
-                for hidden in streams:
-                    hidden[index], hidden.calls[index] = state, list(calls)
-        self.first = size_of(self.batches[0])  # samples in the first batch, before any was halved
-        self.hidden = streams[0]
-        self.dense = streams[1] if beside else None  # what the dense model has in place of `hidden`
+            self.first, index = size_of(self.batches[0]), 0  # samples in the first batch, before any was halved
+            while index < len(self.batches):
+                index += self.fits(index, partial(self._enter, index, beside))
         self.calls.batches = self.hidden.calls
+
+    def _enter(self, index: int, beside: bool) -> None:
+        """Let a batch enter the first block."""
+        batch = self.batches[index]
+        state, calls = self.calls.enter(batch)
+        if not index:
+            size = max(call.shape.numel() for call in calls) // size_of(batch) * state.element_size()
+            shelf = partial(Shelf, size * len(self.samples), self.model.device, self._folder)
+            self.hidden = Hidden(len(self.batches), self.model.device, shelf())
+            # What the dense model has in place of these.
+            self.dense = Hidden(len(self.batches), self.model.device, shelf()) if beside else None
+        for hidden in self._streams:
+            hidden[index], hidden.calls[index] = state, list(calls)
 
     def _shelf(self, nbytes: int) -> Callable[[Any], Any]:
         return Shelf(nbytes, self.model.device, self._folder).put
@@ -133,7 +136,6 @@ class Stream(Batches):
         """Run a block on all samples: its outputs become the hidden states (or those in `hidden`)."""
         hidden = self.hidden if hidden is None else hidden
         batch = 0
-
         with torch.no_grad():
             while batch < len(hidden):
                 batch += self.fits(batch, partial(self.forward, block, hidden, batch))
@@ -205,11 +207,11 @@ class Stream(Batches):
         again = known is None and self.dense is None
         restore = keep_random(self.model.device)
         try:
-            with together(again):
+            with self.short(self.order == "layer"), together(again):
                 return self._prune(block, slots, steps, min_tokens, last, known)
         except Again:
             restore()
-        with together():
+        with self.short(self.order == "layer"), together():
             return self._prune(block, slots, steps, min_tokens, last, known)
 
     def _prune(

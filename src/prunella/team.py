@@ -97,17 +97,23 @@ def meet(device: torch.device) -> torch.device:
         for _ in range(2):
             # Others wait while one measures.
             state: Any = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=1))
-            if state.device.type == device.type:
+            found: torch.device = state.device
+            if found.type == device.type and (_several() or device.index in (None, found.index)):
                 break
             forget_accelerator()  # a run before this one was on another device
-    found: torch.device = state.device
     return torch.device("cuda", torch.cuda.current_device()) if str(found) == "cuda" else found
+
+
+def _several() -> bool:
+    """Were several processes started? Each has its own GPU then, by its number."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextlib.contextmanager
 def told(device: torch.device) -> Iterator[None]:
     """Accelerate hears of this device meanwhile, unless it finds it by itself."""
-    if device.type in ("cpu", "cuda") or DEVICE in os.environ:
+    known = device.type == "cpu" or (device.type == "cuda" and (device.index is None or _several()))
+    if known or DEVICE in os.environ:
         yield
         return
     os.environ[DEVICE] = str(device)

@@ -103,12 +103,16 @@ class TensorFile:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor, cast to the dtype of its place. Raises ModelError if its shape is another."""
-        code, shape, start, _ = self.tensors[name]
+        data = self.cast(name, tensor).cpu().contiguous().flatten().view(torch.uint8).numpy()
+        _write_all(self._file, memoryview(data.data), self.tensors[name][2])
+        self.written.add(name)
+
+    def cast(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor in the dtype of its place. Raises ModelError if its shape is another."""
+        code, shape, *_ = self.tensors[name]
         if tuple(tensor.shape) != shape:
             raise ModelError(f"tensor '{name}' has shape {tuple(tensor.shape)}, but its place in the file {shape}.")
-        data = tensor.detach().to(DTYPES[code]).cpu().contiguous().flatten().view(torch.uint8).numpy()
-        _write_all(self._file, memoryview(data.data), start)
-        self.written.add(name)
+        return tensor.detach().to(DTYPES[code])
 
     def copy(self, name: str, source: Path, start: int, end: int) -> None:
         """Copy one tensor's bytes from another file."""

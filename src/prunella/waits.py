@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .machine import pinned, pins, queued
+
 Failure = Callable[[], Exception]
 
 
@@ -88,6 +90,23 @@ def fetch(tensors: Sequence[Tensor]) -> list[Tensor]:
         if not good:
             raise failure()
     return every[len(pending) :]
+
+
+def sent(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """Let these tensors come to the host; what returns them there, and waits for that where it is called, which may be
+    in another thread. Where the host's memory can be pinned nothing waits before."""
+    device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), None)
+    if device is None or not pins(device):
+        here = fetch(tensors)
+        return lambda: here
+    there = [t if t.device.type == "cpu" else pinned(t).copy_(t, non_blocking=True) for t in tensors]
+    wait = queued(device)
+
+    def arrived() -> list[Tensor]:
+        wait()
+        return there
+
+    return arrived
 
 
 def number(value: Tensor) -> Tensor | float:

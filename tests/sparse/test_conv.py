@@ -262,6 +262,28 @@ def test_it_is_evaluated_and_looked_at_packed(pruned: Path, tmp_path: Path, run:
     assert run("prune", tmp_path / "packed", "-o", tmp_path / "no").err.endswith("makes a plain model of it.\n")
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+def test_layers_are_shown_in_their_own_shapes(pruned: Path, tmp_path: Path, pattern: str) -> None:
+    from prunella.inspect import inspect
+
+    recipe = {"task": "pixels", **SHORT, "pattern": pattern, "skip": ["stem.0"]}
+    report = prunella.prune(str(pruned.parent / "dense"), recipe, output=tmp_path / "pruned")
+    pack_model(str(tmp_path / "pruned"), tmp_path / "packed")
+    plain, packed = ({row.name: row for row in inspect(str(tmp_path / name))} for name in ("pruned", "packed"))
+    assert plain.keys() == packed.keys() == {layer.name for layer in report.layers}
+    assert plain["stem.0"].shape == (32, 3, 3, 3)
+    assert plain["blocks.0.0"].shape == packed["blocks.0.0"].shape == (64, 32, 1, 1)
+    assert plain["blocks.0.3.weight.1"].shape == packed["blocks.0.3.weight.1"].shape == (32, 32, 3, 3)
+    for layer in report.layers:
+        one, other = plain[layer.name], packed[layer.name]
+        assert one.zeros == other.zeros == round(layer.sparsity * layer.size)
+        assert one.pattern == other.pattern == ("dense" if layer.name == "stem.0" else pattern)
+        if layer.target:
+            assert other.nbytes < one.nbytes
+    assert "expanded when it is loaded" in packed["blocks.0.3.weight.0"].cells()[-1]
+    assert "32x32x3x3" in packed["blocks.0.3.weight.0"].cells()
+
+
 def test_pruning_straight_into_the_packed_format_is_packing_afterwards(pruned: Path, tmp_path: Path) -> None:
     dense = pruned.parent / "dense"
     recipe = {"task": "pixels", **SHORT, "format": "packed"}

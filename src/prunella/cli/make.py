@@ -148,10 +148,11 @@ def sweep(
     if json_:
         print(json.dumps(results.rows))
     else:
-        for text, dense in results.rows[0]["perplexity"].items():
+        for text in results.settings["text"]:
             columns, rows = results.matrix(text)
-            begin = bos_words(results.settings.get("bos", False))
-            title = f"perplexity on {text}, windows {begin}, dense {dense:.2f}"
+            figure, words = results.figure(text), bos_words(results.settings.get("bos", False))
+            begin = "" if "task" in results.settings else f", windows {words}"
+            title = f"{figure.name} on {text}{begin}, dense {figure}"
             print_table(columns, rows, title, right=columns[1:])
         print(f"saved to {output}")
     if results.failed:

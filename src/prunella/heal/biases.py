@@ -21,6 +21,7 @@ from ..lenses import Chunks
 from ..model.checkpoint import Checkpoint
 from ..model.files import copy_companions
 from ..model.network import Model
+from ..model.walk import LoadedBlock
 from ..progress import Track, no_track
 from ..samples import Samples
 from ..stream import Stream
@@ -91,17 +92,29 @@ def mean_errors(
         sums: dict[str, Tensor] = {}
         counts: Counter[str] = Counter()
 
-        def see(
-            layer: str, rows: Chunks, same: bool, sums: dict[str, Tensor] = sums, counts: Counter[str] = counts
-        ) -> None:
+        some: dict[str, Tensor] = {}  # of one batch, which may not come to its end
+        few: Counter[str] = Counter()
+
+        def see(layer: str, rows: Chunks, same: bool, some: dict[str, Tensor] = some, few: Counter[str] = few) -> None:
             for x_TI in rows():
                 sum_I = x_TI.sum(0, dtype=torch.float32)
-                sums[layer] = sums[layer] + sum_I if layer in sums else sum_I
-                counts[layer] += len(x_TI)
+                some[layer] = some[layer] + sum_I if layer in some else sum_I
+                few[layer] += len(x_TI)
 
-        with torch.no_grad(), Watch(slots, see):
-            for batch in range(len(stream.hidden)):
-                stream.run(block, stream.hidden, batch)
+        batch = 0
+        with torch.no_grad():
+            while batch < len(stream.hidden):
+                some.clear()
+                few.clear()
+
+                def run(block: LoadedBlock = block, batch: int = batch, watch: Watch = Watch(slots, see)) -> None:
+                    with watch:
+                        stream.run(block, stream.hidden, batch)
+
+                if stream.fits(batch, run):
+                    sums |= {layer: sums[layer] + sum_I if layer in sums else sum_I for layer, sum_I in some.items()}
+                    counts += few
+                    batch += 1
         for key, slot in slots.items():
             mean_I = sums[key] / counts[key]
             dense_OI = slot.read(weights[slot.key])

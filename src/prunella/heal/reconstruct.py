@@ -268,6 +268,8 @@ def reconstruct_blocks(
     groups = settings.make_groups()
     stream = Stream(model, samples, start=model.checkpoint, masks=masks)
     stream.dense = Stream(dense, samples).hidden
+    if len(stream.dense) != len(stream.hidden):  # memory ran out for one of them
+        raise stream.too_large()
     done = out.checkpoint if out.finished else None
     losses: dict[str, list[float]] = out.notes.get("losses", {})
     trained: dict[str, int] = out.notes.get("trained", {})

@@ -21,7 +21,7 @@ from ..team import Team, team
 from ..tensors import write_text
 from ..train.schedule import make_schedule
 from ..train.shard import asked
-from ..workshop import MARK, RUN, Workshop, place, workshop
+from ..workshop import MARK, RUN, Workshop, partial_of, place, workshop
 from .line import adapt, check_dtype, check_way
 from .run import heal
 from .sources import Sources
@@ -137,7 +137,8 @@ def _rounds(
         if crew.main:
             if not pruned.exists():
                 own = tokenizer if source == model else None  # what was written has it
-                prune_once(source, plain, pruned, resume=True, tokenizer=own, **options)
+                begun = partial_of(pruned).exists()
+                prune_once(source, plain, pruned, resume=begun, tokenizer=own, **options)
             told = Report.read(pruned)
             if k:  # what was pruned is the model of the first round
                 first = Report.read(aside / "1-pruned")

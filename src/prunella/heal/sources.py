@@ -62,6 +62,11 @@ class Sources:
 
     def _training(self, model: Model) -> tuple[Samples, Samples | None]:
         settings, recipe = self._settings, self.recipe
+        if model.task.blind and settings.distill < 1:
+            raise InputError(
+                f"task '{model.task.name}' has no loss here to train by: follow the dense network's outputs alone, with"
+                " --distill 1 (--set heal.distill=1), or give a loss."
+            )
         sources = list(settings.text) or [recipe.calibration.source]
         task = recipe.make_task(recipe.calibration.length)
         found: list[Samples] = []
@@ -106,7 +111,7 @@ def without(samples: Samples, test: Samples, task: Task) -> Samples:
     if all(same):
         raise InputError(
             "every sample to train on is also one to evaluate on: train on others (--text …), or evaluate on others"
-            " (--evaluate …)."
+            " (--evaluate …, or `evaluate` beside a module's factory)."
         )
     say(f"{sum(same)} of {len(samples)} samples to train on are left out: they are among those to evaluate on")
     return samples.take(number for number, known in enumerate(same) if not known)

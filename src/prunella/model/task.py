@@ -45,6 +45,7 @@ class Task(ABC):
 
     name:     what users call it
     source:   where its samples come from if nobody says so
+    follows:  does it measure, if nobody says on what, on what is left of the source that it calibrates on?
     argument: what the network calls samples that are handed over as one tensor
     counts:   how many samples it calibrates and evaluates on if nobody says how many
     figure:   that of `scores` which says how good it is
@@ -60,6 +61,7 @@ class Task(ABC):
 
     name = ""
     source = ""
+    follows = False
     argument = "input_ids"
     figure = "loss"
     counts = Counts(32, 8)
@@ -227,6 +229,11 @@ class Task(ABC):
         return relative_error(outputs, teacher)
 
     # --- training
+
+    @property
+    def blind(self) -> bool:
+        """Is there no loss, so that a network can only be compared with what another one puts out?"""
+        return False
 
     def begun(self, name: str, folder: Path, sources: Sequence[str], *, seed: int = 0, **options: Any) -> str:
         """What the training of a dense network begins with: its name, or the new directory `folder`, where it was

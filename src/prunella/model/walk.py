@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..machine import free_memory
+from ..machine import free_memory, pins
 from .checkpoint import Source
 
 Weights = Source | Mapping[str, Tensor]  # of weights: files, or {parameter: tensor}
@@ -103,7 +103,7 @@ class ReadAhead:
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         with self._checkpoint.open(names) as slices:
             tensors = {name: slices[name][...] for name in names}
-        return {n: t.pin_memory() for n, t in tensors.items()} if self._device.type == "cuda" else tensors
+        return {n: t.pin_memory() for n, t in tensors.items()} if pins(self._device) else tensors
 
     @contextlib.contextmanager
     def open(self, names: Iterable[str]) -> Iterator[Mapping[str, Any]]:

@@ -249,12 +249,13 @@ def _color(k: int) -> str:
     return f'style="--c: var(--c{k % COLORS})"{dash}'
 
 
-def front(marks: Sequence[Mark], more_is_better: bool = False) -> list[Mark]:
-    """The marks that no other beats in both x and y: less y, and less x (or more of it), is better."""
-    sign = -1 if more_is_better else 1
+def front(marks: Sequence[Mark], more_is_better: bool = False, higher: bool = False) -> list[Mark]:
+    """The marks that no other beats in both x and y: less x (or more of it) is better, and less y (or, `higher`, more
+    of it)."""
+    sign, up = -1 if more_is_better else 1, -1 if higher else 1
     best, out = math.inf, []
-    for mark in sorted(marks, key=lambda m: (sign * m.x, m.y)):
-        if mark.y < best:
-            best = mark.y
+    for mark in sorted(marks, key=lambda m: (sign * m.x, up * m.y)):
+        if up * mark.y < best:
+            best = up * mark.y
             out.append(mark)
     return out

@@ -7,7 +7,7 @@ import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from ..machine import widest
+from ..machine import in_double, widest
 from ..pattern import keep
 from ..registry import register
 from ..types import Layer
@@ -144,5 +144,5 @@ def _decompose(hessian_II: Tensor, damping: float) -> tuple[Tensor, Tensor, Tens
     diagonal_I += damping * diagonal_I.mean()
     scale_I = diagonal_I.clamp_min(1e-30).sqrt()
     hessian_II = hessian_II / scale_I / scale_I[:, None]
-    values_I, vectors_II = torch.linalg.eigh(hessian_II.double())
-    return scale_I, hessian_II, values_I.clamp_min(0).float(), vectors_II.float()
+    values_I, vectors_II = (found.float().to(scale_I.device) for found in torch.linalg.eigh(in_double(hessian_II)))
+    return scale_I, hessian_II, values_I.clamp_min(0), vectors_II

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..model.cut import inside
 from ..model.files import SINGLE, files_in, read_json
 from ..outcome import BlockResult
 from ..tensors import CODES, FLOATS, GRIDS, INDEX, MASKS, TensorFile, write_grids, write_index, write_json
+from ..waits import sent
 from .registry import Store, register_store
 
 
@@ -50,15 +52,28 @@ class DenseStore(Store):
             file.close()
 
     def write(self, result: BlockResult) -> dict[str, Any]:
+        return self.begin(result)()
+
+    def begin(self, result: BlockResult) -> Callable[[], dict[str, Any]]:
+        if self.model.checkpoint is None:
+            return partial(self._put, result, frozenset(), [], list)
+        changed = self._stored(result.name, result.changed)
+        plan = self.model.plan().items()
+        held = frozenset(name for name, (parameter, _) in plan if inside(parameter, result.name))
+        return partial(self._put, result, held, list(changed), sent(list(changed.values())))
+
+    def _put(
+        self, result: BlockResult, held: frozenset[str], names: list[str], arrived: Callable[[], list[Tensor]]
+    ) -> dict[str, Any]:
+        """Write a block: what changed, under these names, and what else is `held` in its files."""
         tensors: dict[str, list[str]] = {}
-        if self.model.checkpoint is not None:
-            where, plan = self.model.checkpoint.where, self.model.plan()
-            changed = self._write(result.name, result.changed)
-            held = {name for name, (parameter, _) in plan.items() if inside(parameter, result.name)}
-            for name in sorted(held - changed):
-                self._copy(name)
-            for name in sorted(held | changed):
-                tensors.setdefault(where[name], []).append(name)
+        where = self.model.checkpoint.where if self.model.checkpoint is not None else {}
+        for name, tensor in zip(names, arrived(), strict=True):
+            self.files[where[name]].write(name, tensor)
+        for name in sorted(held.difference(names)):
+            self._copy(name)
+        for name in sorted(held.union(names)):
+            tensors.setdefault(where[name], []).append(name)
         for name, mask in result.masks.items():
             self.masks.write(name, mask)
         write_grids(self.aside / f"{GRIDS}-{result.index}", result.grids)
@@ -68,15 +83,16 @@ class DenseStore(Store):
         return {"tensors": tensors, "masks": list(result.masks)}
 
     def write_outside(self, changed: Mapping[str, Tensor]) -> None:
-        self._write("", changed)
-
-    def _write(self, block: str, changed: Mapping[str, Tensor]) -> set[str]:
-        """Write parameters of a block as the tensors that they are in the files, whose names are returned."""
         assert self.model.checkpoint is not None
-        stored = self.model.stored(block, dict(changed))
-        for name, tensor in stored.items():
+        for name, tensor in self._stored("", changed).items():
             self.files[self.model.checkpoint.where[name]].write(name, tensor)
-        return set(stored)
+
+    def _stored(self, block: str, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters of a block as the tensors that they are in the files."""
+        assert self.model.checkpoint is not None
+        where = self.model.checkpoint.where
+        found = self.model.stored(block, dict(changed))
+        return {name: self.files[where[name]].cast(name, tensor) for name, tensor in found.items()}
 
     def restore(self, index: int, entry: Mapping[str, Any]) -> None:
         for file, names in entry["tensors"].items():

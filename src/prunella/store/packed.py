@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ from ..tensors import (
     write_json,
     write_masks,
 )
+from ..waits import sent
 from .registry import Store, register_store
 
 
@@ -120,6 +121,9 @@ class PackedStore(Store):
             self.plan = {name: (name, False) for name in model.network.state_dict() if name not in same}
 
     def write(self, result: BlockResult) -> dict[str, Any]:
+        return self.begin(result)()
+
+    def begin(self, result: BlockResult) -> Callable[[], dict[str, Any]]:
         """As any store; layers are packed on their grids where they have some."""
         block, grids = result.name, result.grids
         found = Contents()
@@ -168,13 +172,18 @@ class PackedStore(Store):
         if changed and self.model.checkpoint is not None:
             stored = self.model.stored(block, changed)
             tensors |= {key: stored[key].to(tensors[key].dtype) for key in keys if key in stored}
-        self._save(result.index, tensors)
-        if shapes:
-            masks = {layer: result.masks[layer] for layer in shapes}
-            write_masks(self.aside / f"{MASKS}-{result.index}", masks, shapes)
-            write_grids(self.aside / f"{GRIDS}-{result.index}", {la: grids[la] for la in shapes if la in grids})
         self.restore(result.index, entry := asdict(found))
-        return entry
+        names, arrived = list(tensors), sent(list(tensors.values()))
+
+        def put() -> dict[str, Any]:
+            self._save(result.index, dict(zip(names, arrived(), strict=True)))
+            if shapes:
+                masks = {layer: result.masks[layer] for layer in shapes}
+                write_masks(self.aside / f"{MASKS}-{result.index}", masks, shapes)
+                write_grids(self.aside / f"{GRIDS}-{result.index}", {la: grids[la] for la in shapes if la in grids})
+            return entry
+
+        return put
 
     def restore(self, index: int, entry: Mapping[str, Any]) -> None:
         self.contents.add(Contents(**entry))

@@ -58,6 +58,12 @@ class Store:
         When this returns it is there even if the machine stops. Returns what `restore` takes, plain data."""
         raise NotImplementedError
 
+    def begin(self, result: BlockResult) -> Callable[[], dict[str, Any]]:
+        """`write` in two parts: what needs the block or a device, and, returned, what is left to do. A thread does that
+        while the next block is computed. A store that does not know better writes at once."""
+        entry = self.write(result)
+        return lambda: entry
+
     def write_outside(self, changed: Mapping[str, Tensor]) -> None:
         """Put parameters on disk that no block holds: embeddings, the head, the last norm."""
         raise InputError(f"the format '{type(self).__name__}' takes no healed weights: heal a dense model.")

@@ -22,7 +22,7 @@ from ..model.files import SINGLE, read_json
 from ..model.names import find_directory
 from ..model.network import Model
 from ..model.open import open_files
-from ..model.task import NO_ANSWERS, Answers, Task
+from ..model.task import NO_ANSWERS, Answers, Counts, Task
 from ..model.timm_models import PREFIX, build, is_timm, of_timm, pictures_of, save_timm, timm
 from ..photos import PHOTOS
 from ..pictures import find_pictures, read_pictures
@@ -51,7 +51,9 @@ class Images(Task):
     """Classifiers of pictures: a picture goes in, a score for each class comes out."""
 
     source = PHOTOS
+    follows = True
     argument = PIXELS
+    counts = Counts(128, 256)
     figure = "top-1"
     higher = True
     unit = "%"

@@ -272,6 +272,10 @@ class Module(Task):
         args, kwargs = self.form.call(batch)
         return network(*args, **kwargs, **options)
 
+    @property
+    def blind(self) -> bool:
+        return self.loss is None
+
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
         if self.loss is not None:
             return self._judged("loss", self.loss, outputs, batch)

@@ -285,8 +285,8 @@ def parts_of(
     for name, parameter in tensors.items():
         mask, lens = found.get(id(parameter), (None, None))
         kinds = {"linear"} if id(parameter) in found else set(kinds_of(name, tensors))
-        if parameter is head and mask is None:
-            kinds = {"head"}
+        if parameter is head:
+            kinds = {"head"} if mask is None else {"head", "linear"}
         if any(isinstance(module, nn.Embedding) for module, _ in places[id(parameter)]) or parameter is embedding:
             kinds = (kinds - {"other"}) | {"embedding"}
         mask = None if mask is None else mask.to(parameter.device)
