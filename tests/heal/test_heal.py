@@ -531,7 +531,7 @@ def test_a_run_that_had_stopped_early_does_not_train_on(
     assert whole.healing["steps"] < 32
     climb(monkeypatch, after=16)
     with monkeypatch.context() as patch:
-        patch.setattr(line, "write", _interrupt)
+        patch.setattr(retraining, "write", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             prunella.heal(pruned, recipe, output=tmp_path / "out")
     again = prunella.heal(pruned, recipe, output=tmp_path / "out", resume=True)
@@ -546,7 +546,7 @@ def test_an_interrupted_run_with_new_biases_can_still_be_resumed(
 ) -> None:
     recipe = settings(train=["new-biases"], tokens=256)
     with monkeypatch.context() as patch:
-        patch.setattr(line, "write", _interrupt)
+        patch.setattr(retraining, "write", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             prunella.heal(pruned, recipe, output=tmp_path / "out")
     with pytest.raises(InputError, match="--resume"):
@@ -620,7 +620,7 @@ def test_a_run_that_is_in_the_way_of_the_healing_is_said_before_the_pruning(
 ) -> None:
     recipe = settings(train=["norms"], tokens=256) | {"steps": ["magnitude"]}
     with monkeypatch.context() as patch:
-        patch.setattr(line, "write", _interrupt)
+        patch.setattr(retraining, "write", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             prunella.heal(pruned, recipe, output=tmp_path / "out")
     for resume in (False, True):
