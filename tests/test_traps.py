@@ -19,7 +19,7 @@ from prunella.stream import Stream
 from prunella.trees import tensors
 
 
-class Any_(nets.Sum):
+class Whatever(nets.Sum):
     name = "any"
 
     def __init__(self) -> None:
@@ -33,9 +33,9 @@ class Any_(nets.Sum):
 
 
 def model_of(network: nn.Module, *groups: Tensor) -> tuple[Model, Samples]:
-    register_task("any")(Any_)
+    register_task("any")(Whatever)
     samples = Samples.of([{"x": x} for x in groups])
-    task = Any_()
+    task = Whatever()
     task.batch = samples.groups[0]
     return Model(nets.shaken(network), None, None, torch.device("cpu"), "test", task), samples
 
@@ -286,6 +286,6 @@ def test_a_network_whose_way_depends_on_the_data_is_refused_with_the_place() -> 
     network = Depends()
     model, samples = model_of(network, x)
     before = [p.clone() for p in network.parameters()]
-    with pytest.raises(prunella.ModelError, match="Depends cannot be .* it calls block 3 in place of block 2"):
+    with pytest.raises(prunella.ModelError, match=r"Depends cannot be .* it calls block 3 in place of block 2"):
         prunella.prune(model, {"steps": ["wanda"], "evaluate": {"source": None}}, calibration=samples)
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
