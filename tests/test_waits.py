@@ -176,7 +176,7 @@ def test_every_healing_method_waits_once_in_a_step(
         found.append(counted)
     waits = Counter(place.partition(":")[0] for place in (found[1].places - found[0].places).elements())
     # What else: the network itself asks, at each pass, whether its tokens are of several texts.
-    assert waits == ({"train/loop.py": 2, "train/retrain.py": 4} if way == "retrain" else {})
+    assert waits == ({"train/loop.py": 2, "tasks/text.py": 4} if way == "retrain" else {})
     assert found[1].to_host - found[0].to_host < 64  # losses
     assert found[1].to_device - found[0].to_device <= 2 * 4 * 32 * 8 + 64  # ids
 
