@@ -19,8 +19,8 @@ Where to look first, if something fails that no test without a GPU can find, in 
     check     Triton: a kernel that does not compile says so at its first launch (gpu.py and columns_gpu.py, whose loads
               through pointers cast to 64-bit words and whose scans the interpreter takes more lightly). Masks unlike the
               CPU's by more than 0.5%: products in TF32 (`machine.exact_products`)
-    run       "statistics" ten times the estimate: torch.mm(…, out_dtype=…) was refused, and `fast._sums_in_float32` says
-              no; "solve": the sort of one long row in `pattern._lowest`, eigh and Cholesky of cuSOLVER, whose first
+    run       "statistics" ten times the estimate: torch.mm(…, out_dtype=…) was refused, and `fast._sums_in_float32`
+              says no; "solve": the sort of one long row in `pattern._lowest`, eigh and Cholesky of cuSOLVER, whose first
               call loads it (the first part pays for that); "load": memory that is not pinned (`walk.ReadAhead`);
               "write": the thread waits for the disk (`save.Output`); "forward": attention that is not flash
     heal      more than a step's 1.2: masked weights are put together anew for each micro batch (train/parts.py)
@@ -449,7 +449,7 @@ def time_prefill(report: Report, rows: int = 11008, columns: int = 4096) -> None
                 except RuntimeError as error:  # a library that no graph can hold; the others go on
                     torch.cuda.synchronize()
                     report.add(
-                        "prefill", f"{tokens} tokens, 2:4 on sparse tensor cores", "cannot be captured", str(error)[:80]
+                        "prefill", f"{tokens} tokens, 2:4 on sparse cores", "cannot be captured", str(error)[:80]
                     )
                     continue
             beside = f"{base / taken:.2f}x dense, {extra / dense_OI.nbytes:.2f} of its memory more"
