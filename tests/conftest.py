@@ -25,6 +25,7 @@ from prunella import cli, registry
 from prunella.allocate import allocations
 from prunella.heal import groups
 from prunella.lenses.registry import lenses
+from prunella.norm_ways import ways
 from prunella.statistics.registry import statistics
 from prunella.store.registry import stores
 from prunella.tasks import tasks
@@ -57,6 +58,7 @@ def registries() -> Iterator[None]:
         lenses,
         schedules,
         statistics,
+        ways,
         stores,
         tasks,
     )

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import encoders
 import pytest
 import torch
 
@@ -119,3 +120,20 @@ def test_heal(llama: Path, tmp_path: Path) -> None:
     assert all(f"{row['perplexity']:.2f}" in said for row in found)
     bench("heal.py", *short, *where, *chosen)
     assert rows(tmp_path / "rows.jsonl") == found
+
+
+@pytest.mark.slow
+def test_encoders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A dense classifier is made by heal, and pruned; what is done is not done again."""
+    texts = [{"text": f"{word} film number {n}", "label": n % 2} for n in range(24) for word in ("good", "bad")]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    dense = encoders.write(tmp_path / "bare", encoders.build("bert", ""))
+    data = ("--train", tmp_path / "x.jsonl", "--test", tmp_path / "x.jsonl", "--out", tmp_path, "--model", dense)
+    asked = (*data, "--length", 32, "--samples", 8, "--share", 1, "--sparsities", 0.5, "--methods", "wanda", "best")
+    called("encoders.py", *asked)
+    found = rows(tmp_path / "encoders.jsonl")
+    assert [row["method"] for row in found] == ["dense", "wanda", "best"]
+    said = capsys.readouterr().out
+    assert all(f"{row['accuracy']:.2%}" in said for row in found)
+    called("encoders.py", *asked)
+    assert rows(tmp_path / "encoders.jsonl") == found

@@ -234,6 +234,65 @@ def test_parameters_are_read_from_slices_and_written_back() -> None:
     assert network._weight_conversions, "what `fill` converted is no longer kept: `revert` needs it"
 
 
+def test_a_table_that_files_do_not_hold_is_made_as_the_network_makes_it() -> None:
+    sides = {f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in (("layers", 1), ("ffn_dim", 8))}
+    heads = {f"{side}_attention_heads": 2 for side in ("encoder", "decoder")}
+    config = transformers.MarianConfig(
+        vocab_size=9, d_model=8, max_position_embeddings=6, pad_token_id=0, **sides, **heads
+    )
+    network = transformers.MarianMTModel(config)
+    name = "model.encoder.embed_positions.weight"
+    assert any(re.search(pattern, name) for pattern in compat.may_be_missing(network))
+    expected, owner = network.get_parameter(name).clone(), network.model.encoder.embed_positions
+    owner.weight = torch.nn.Parameter(expected.to("meta"), requires_grad=False)
+    assert compat.make_missing(network, name, torch.float32, torch.device("cpu"))
+    assert torch.equal(owner.weight, expected), "PreTrainedModel._init_weights makes another table than the class does"
+    assert not compat.make_missing(network, "model.shared.weight", torch.float32, torch.device("cpu"))
+    drawn = "model.encoder.layers.0.fc1.weight"
+    network._keys_to_ignore_on_load_missing = {*compat.may_be_missing(network), drawn}
+    assert not compat.make_missing(network, drawn, torch.float32, torch.device("cpu"))  # other numbers each time
+
+
+def test_a_network_without_weights_says_where_it_is_computed() -> None:
+    network = tiny.build().to("meta")
+    assert network.device.type == "meta"
+    with compat.computing_on(network, torch.device("cpu")):
+        assert network.device.type == network.model.device.type == "cpu", (
+            "PreTrainedModel.device is no property any more"
+        )
+    assert network.device.type == "meta"
+
+
+def test_tables_that_networks_keep_are_made_anew_when_asked() -> None:
+    config = transformers.BeitConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    config.use_relative_position_bias = True
+    (bias,) = (m for m in transformers.BeitModel(config).modules() if type(m).__name__ == "BeitRelativePositionBias")
+    table = bias.generate_relative_position_index((4, 4))
+    with compat.uncached():
+        again = bias.generate_relative_position_index((4, 4))
+    assert again is not table, "transformers.pytorch_utils.is_torchdynamo_compiling no longer turns its caches off"
+    assert torch.equal(again, table)
+    assert bias.generate_relative_position_index((4, 4)) is table
+
+
+def test_torchs_attention_is_seen_as_the_products_that_it_makes() -> None:
+    seen = []
+
+    class Seeing(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function in compat.COMPOSED:
+                return compat.composed(self, function, args, kwargs or {})
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    attention, x = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval(), torch.randn(2, 3, 8)
+    expected = attention(x, x, x, need_weights=False)[0]
+    with torch.no_grad(), Seeing():
+        found = attention(x, x, x, need_weights=False)[0]
+    assert seen.count(torch.nn.functional.linear) == 2, "multi_head_attention_forward no longer asks has_torch_function"
+    torch.testing.assert_close(found, expected)
+
+
 def test_tensors_of_torch_say_where_they_lie_and_when_they_changed() -> None:
     tensor = torch.zeros(2, 2, device="meta")
     assert compat.storage_of(tensor) == compat.storage_of(tensor[0]) != compat.storage_of(torch.zeros(1, device="meta"))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -78,7 +78,7 @@ def test_each_round_reaches_its_share_of_all_weights_and_masks_are_nested(schedu
     for level, share in zip(levels, shares, strict=True):
         assert level.weights == WEIGHTS
         assert abs(level.zeros - 0.8 * share * WEIGHTS) <= 0.5
-    for before, after in itertools.pairwise(levels):
+    for before, after in pairwise(levels):
         for name, mask in after.masks.items():
             assert not (mask & ~before.masks[name]).any()  # nothing comes back
     for name, mask in levels[-1].masks.items():
@@ -94,7 +94,8 @@ def test_training_between_rounds_helps_and_statistics_of_batch_norm_follow_it() 
     score = closeness(net)
     mean = net.norm.running_mean.clone()  # type: ignore[union-attr]
     prunella.prune(shot, RECIPE, calibration=X)
-    levels = prune_in_rounds(net, RECIPE, 3, distil(net, X, epochs=8, rate=1e-2), score, calibration=X)
+    fit = distil(net, X, epochs=8, rate=1e-2, batch_norm="follow")
+    levels = prune_in_rounds(net, RECIPE, 3, fit, score, calibration=X)
     assert score(net) == pytest.approx(levels[-1].score, rel=1e-4)
     assert score(net) > score(shot) / 2  # both are below zero
     assert not torch.equal(net.norm.running_mean, mean)  # type: ignore[arg-type]

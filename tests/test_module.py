@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nets
 import pytest
 import torch
 from safetensors.torch import load_file, load_model
@@ -18,7 +19,8 @@ import prunella
 from prunella import InputError, ModelError
 from prunella.errors import StepError
 from prunella.registry import steps
-from prunella.tasks.module import Module, diverged
+from prunella.samples import TARGET, Samples
+from prunella.tasks.module import Module
 
 WANDA: dict[str, Any] = {"steps": ["wanda"]}
 FILE = """
@@ -134,9 +136,15 @@ def test_without_a_loss_it_is_the_divergence_from_the_dense_network_that_is_meas
     expected = ((ours - theirs).square().sum(1) / theirs.square().sum(1)).mean().item()
     assert report.pruned["divergence"] == pytest.approx(expected, rel=1e-4)
     assert 0 < expected < 1
-    two = diverged([torch.tensor([[3.0, 0]]), torch.ones(1, 2)], [torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)])
-    assert two.tolist() == pytest.approx([18 / 25])  # over all tensors together
-    assert diverged([torch.tensor([[1, 2]])], [torch.tensor([[1, 3]])]).tolist() == [0.5]
+    task, batch = Module(), {"x": x}
+    outputs = {"a": torch.tensor([[[3.0], [0.0]]]), "b": [torch.ones(1, 2)], "c": torch.tensor([1])}
+    teacher = {"a": torch.tensor([[[3.0], [4.0]]]), "b": [torch.tensor([[1.0, 2.0]])], "c": torch.tensor([2])}
+    assert task.lacks(batch)
+    batch = {"x": x[:1], TARGET: task.target(teacher, batch)}
+    with torch.no_grad():
+        apart = task.losses(outputs, batch).tolist()
+    assert apart == pytest.approx([(16 / 25 + 1 / 5) / 2])
+    assert task.divergence(outputs, teacher, batch).item() == pytest.approx(apart[0])  # as healing has it
 
 
 @pytest.mark.parametrize("each", [False, True])
@@ -500,3 +508,18 @@ def test_the_task_of_a_module_is_found_without_being_said() -> None:
     assert task_of(nn.Linear(3, 3)) == {"module": {}}
     assert task_of("somewhere/net.py:factory") == {"module": {}}
     assert not Module.claims("net.py", {})
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+@pytest.mark.parametrize("step", ["magnitude", "sparsegpt"])
+def test_a_classifier_gets_the_masks_that_it_gets_through_its_own_task(name: str, step: str) -> None:
+    pixels = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    recipe = {"steps": [step], "evaluate": {"source": None}, "batch_norm": "keep"}
+    found = []
+    for task, calibration in (("images", {"pixel_values": pixels}), ("module", {"pixel_values": pixels})):
+        network = nets.build(name)
+        given: Any = Samples.of(calibration) if task == "images" else calibration
+        report = prunella.prune(network, {**recipe, "task": task}, calibration=given)
+        found.append(([layer.name for layer in report.layers], network.state_dict()))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(tensor, found[1][1][key]) for key, tensor in found[0][1].items())

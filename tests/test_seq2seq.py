@@ -277,7 +277,7 @@ def test_a_directory_is_pruned_and_loads_where_the_original_loaded(
     words = ("--samples", 6, "--calibration", pairs, "--windows", 3, "--step", "sparsegpt", "--pattern", "2:4")
     done = run("prune", path, "-o", out, *words, "--evaluate", pairs)
     assert done.code == 0, done.err
-    assert "target perplexity (pairs.jsonl, 3 samples)" in done.out
+    assert "target perplexity" in done.out
     report = prunella.Report.read(out)
     assert report.recipe["task"] == {"seq2seq": {}}
     assert report.sparsity == pytest.approx(0.5)

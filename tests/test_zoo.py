@@ -29,6 +29,7 @@ def listed() -> dict[str, list[str]]:
     return {
         heading: [name for name in re.findall(r"`([^`]+)`", body) if name in zoo.KINDS]
         for heading, body in text.items()
+        if heading in ("Pruned", "Refused", "Not tried")  # of causal language models
     }
 
 

@@ -228,6 +228,20 @@ def computing_on(network: Any, device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Tables that networks make once and keep (of positions, say) are made anew inside: on the meta device they would
+    be kept without numbers, and one block would make what another uses."""
+    from transformers import pytorch_utils
+
+    before = pytorch_utils.is_torchdynamo_compiling  # nothing is kept while torch traces
+    pytorch_utils.is_torchdynamo_compiling = lambda: True
+    try:
+        yield
+    finally:
+        pytorch_utils.is_torchdynamo_compiling = before
+
+
+@contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No loading bars and no chatter from transformers inside."""
     from transformers.utils import logging
@@ -278,6 +292,22 @@ def version_of(tensor: Tensor) -> int:
 def under_transform() -> bool:
     """Is a function traced, or transformed by torch.func? Its tensors then have no memory that a kernel can read."""
     return bool(torch._C._get_tracing_state()) or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+COMPOSED = frozenset({nn.functional.multi_head_attention_forward})  # of torch's own calls, but seen as one
+
+
+def composed(mode: Any, function: Any, args: Any, kwargs: Any) -> Any:
+    """A function of `COMPOSED`, the calls of which the mode sees, that saw the function: torch's own attention hands
+    the weights of its projections to one function. It asks at its beginning whether anybody wants to see it."""
+    functional: Any = nn.functional
+    before = functional.has_torch_function
+    functional.has_torch_function = lambda _: False
+    try:
+        with mode:
+            return function(*args, **kwargs)
+    finally:
+        functional.has_torch_function = before
 
 
 def has_bfloat16_products() -> bool:

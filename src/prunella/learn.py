@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .compat import storage_of
+from .compat import COMPOSED, composed, storage_of, uncached
 from .layers import NO_PRODUCT, OWN_DTYPE, SHARED, UNSEEN, apart, assumed, routes
 from .lenses import Experts, Lens, Linear, Multiplied, Stored, fitting
 from .lenses.product import learned
@@ -52,7 +52,7 @@ def learn(network: Any, blocks: Sequence[str], base: nn.Module, given: Mapping[s
     look = _Look(places)
     complete = False
     # A forward pass that needs numbers ends where it needs them.
-    with contextlib.suppress(Exception), torch.no_grad(), _first_of_a_kind(modules, kinds), look:
+    with contextlib.suppress(Exception), torch.no_grad(), uncached(), _first_of_a_kind(modules, kinds), look:
         torch.func.functional_call(base, values, kwargs=map_tensors(given, lambda tensor: tensor.to("meta")))
         complete = True
     for module, key in places.values():
@@ -156,6 +156,8 @@ class _Look(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if function in COMPOSED:
+            return composed(self, function, args, kwargs)
         if function in _CASTS and self._known(args[0]):
             place = self.places[storage_of(args[0])]
             out = function(*args, **kwargs)

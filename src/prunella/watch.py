@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .compat import version_of
+from .compat import COMPOSED, composed, version_of
 from .errors import DefectError
 from .layers import Slot
 from .lenses import Chunks, Inputs
@@ -49,6 +49,8 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if function in COMPOSED:
+            return composed(self, function, args, kwargs)
         if function in self.functions:
             for slot, names in self._within(args, kwargs):
                 met = [f for f in slot.lens.inputs(slot.tensor, function, args, kwargs) if f.part in names]

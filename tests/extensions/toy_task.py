@@ -42,10 +42,12 @@ class Toy(Task):
         return self.wrap(network, name=name)
 
     def samples(
-        self, model: Model, source: str, count: int, *, used: int = 0, seed: int = 0, test: bool = False
+        self, model: Model, source: str, count: int | None, *, used: int = 0, seed: int = 0, test: bool = False
     ) -> Samples:
         if source != "random":
             raise InputError(f"toys are run on 'random' numbers, not on '{source}'.")
+        if count is None:
+            raise InputError("random numbers have no end: say how many, --set heal.samples=100.")
         x = torch.randn(used + count, 8, generator=torch.Generator().manual_seed(seed))[used:]
         return Samples.of({"x": x, "y": x.flip(1) + self.noise})
 

@@ -11,6 +11,7 @@ import test_seq2seq as two
 from safetensors.torch import load_file
 
 import prunella
+from prunella import InputError
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +93,6 @@ def test_a_module_of_ones_own_is_distilled_without_labels(tmp_path: Path) -> Non
     assert int((state["second.weight"] == 0).sum()) >= int((~masks["second"]).sum())
     model = prunella.open_model(str(tmp_path / "out"))
     assert model.task.name == "module"
+    with pytest.raises(InputError, match=r"has no loss here to train by: .* --distill 1"):
+        prunella.prune(name, {**recipe, "heal": {**heal, "distill": 0.5}}, output=tmp_path / "no")
+    assert not (tmp_path / "no.rounds").exists()

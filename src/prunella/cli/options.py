@@ -155,7 +155,10 @@ _KNOWN = {
 SOURCES = "pydoc, self, c4, wikitext2, hf:DATASET:CONFIG:SPLIT, or a file: .txt, .jsonl, .parquet …"
 
 ModelName = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Hub id, directory, .gguf file, or the built-in smollm2-135m.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Hub id, directory, .gguf file, or a built-in name: smollm2-135m, minilm-l6 …"
+    ),
 ]
 Out = Annotated[Path, of(MAIN, "--output -o DIR", "Directory for the result.")]
 Json = Annotated[bool, of(RUN, "--json", "Print JSON in place of tables.")]
@@ -191,7 +194,7 @@ PRUNING = table(f"""
 What to prune, and how
 steps: --step NAME …
     A step, or your own: file.py:name; repeat for several in a row. `prunella methods` lists them. [default: sparsegpt]
-task: --task NAME  What the network is for, or your own: file.py:name. [default: text, a causal language model]
+task: --task NAME  What the network is for, or your own: file.py:name. [default: as its files say]
 sparsity: --sparsity SHARE …  Share to prune, or LAYERS=SHARE for some layers; repeat. [default: 0.5]
 pattern: --pattern PATTERN  unstructured, N:M (N kept of M) or RxC blocks. [default: unstructured]
 skip: --skip LAYERS …  Layers that stay dense, by name pattern; repeat.

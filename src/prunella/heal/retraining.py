@@ -91,7 +91,9 @@ class Retraining:
             if dense is not None and settings.teacher == "memory":
                 teacher = stack.enter_context(teacher_in_memory(dense, self.sharded))
             elif dense is not None:
-                teacher = stack.enter_context(teacher_streamed(dense, samples, self.track))
+                scored = held.groups if held is not None and model.task.blind else ()
+                seen = Samples((*samples.groups, *scored))
+                teacher = stack.enter_context(teacher_streamed(dense, seen, self.track))
             still = {name: buffer.clone() for name, buffer in statistics_of(trainee.network).items()}
             did = retrain(
                 trainee,

@@ -21,8 +21,8 @@ from ..team import Team, team
 from ..tensors import write_text
 from ..train.schedule import make_schedule
 from ..train.shard import asked
-from ..workshop import MARK, RUN, Workshop, place, workshop
-from .line import adapt, check_dtype, check_way
+from ..workshop import MARK, RUN, Workshop, partial_of, place, workshop
+from .line import adapt, check_dtype, check_sharded, check_way
 from .run import heal
 from .sources import Sources
 from .text import Text
@@ -55,6 +55,8 @@ def prune_and_heal(
     for name in sorted(names & {"new-biases", "lora"} if rounds > 1 else ()):
         raise InputError(f"'{name}' is for one round: what it adds is not there when the next one prunes.")
     task = recipe.make_task()
+    with asked() as sharded:
+        check_sharded(task, sharded and crew.size > 1)
     with blamed(type(task), f"task '{task.name}'"):
         opened = task.open(
             model,
@@ -87,7 +89,7 @@ def prune_and_heal(
     crew.barrier()
     try:
         options |= {"tokenizer": tokenizer, "remote_code": remote_code, "pickles": pickles}
-        report = _rounds(model, recipe, path, dense, crew, opened.checkpoint is None, **options)
+        report = _rounds(model, recipe, path, dense, crew, **options)
         if shop:
             shop.remove(done=True)
         return report
@@ -106,14 +108,12 @@ def _rounds(
     path: Path,
     dense: str,
     crew: Team,
-    in_memory: bool,
     *,
     tokenizer: Any,
     watch: OnStep | None,
     **options: Any,
 ) -> Report:
-    """What `prune_and_heal` does in the directory beside the output; what is there already is not done again. A model
-    that its task opens `in_memory` is not pruned by halves."""
+    """What `prune_and_heal` does in the directory beside the output; what is there already is not done again."""
     aside, rounds = aside_of(path), recipe.heal.rounds
     schedule = make_schedule("imp", rounds, {"rounds": rounds})  # a round is its step
     shares = {"*": recipe.default_sparsity, **recipe.sparsity}
@@ -139,8 +139,8 @@ def _rounds(
         if crew.main:
             if not pruned.exists():
                 own = tokenizer if source == model else None  # what was written has it
-                resume = k > 0 or not in_memory
-                prune_once(source, plain, pruned, resume=resume, tokenizer=own, **options)
+                begun = partial_of(pruned).exists()
+                prune_once(source, plain, pruned, resume=begun, tokenizer=own, **options)
             told = Report.read(pruned)
             if k:  # what was pruned is the model of the first round
                 first = Report.read(aside / "1-pruned")

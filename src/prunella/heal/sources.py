@@ -62,6 +62,11 @@ class Sources:
 
     def _training(self, model: Model) -> tuple[Samples, Samples | None]:
         settings, recipe = self._settings, self.recipe
+        if model.task.blind and settings.distill < 1:
+            raise InputError(
+                f"task '{model.task.name}' has no loss here to train by: follow the dense network's outputs alone, with"
+                " --distill 1 (--set heal.distill=1), or give a loss."
+            )
         sources = list(settings.text) or [recipe.calibration.source]
         task = recipe.make_task(recipe.calibration.length)
         found: list[Samples] = []

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..compat import version_of
+from ..compat import uncached, version_of
 from ..errors import ModelError, first_line
 from ..learn import answered, replaced
 from ..samples import Batch
@@ -213,7 +213,7 @@ def _traced(network: nn.Module, task: Task, batch: Batch, *, zeros: bool = False
         return trace.watched([*named][number], [*named.values()][number], forward)
 
     places = {parameter.device for parameter in network.parameters()}
-    with torch.no_grad(), replaced([*named.values()], watched), trace:
+    with torch.no_grad(), uncached(), replaced([*named.values()], watched), trace:
         if torch.device("meta") in places:
             out = _without_weights(network, task, batch, zeros=zeros)
         else:
@@ -238,7 +238,7 @@ def refused(network: nn.Module, task: Task, batch: Batch) -> str | None:
     """Why the network does not take a batch of these shapes, as it says itself; None where it does. One that asks for
     numbers on its way refuses every batch."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), uncached():
             _without_weights(network, task, batch)
     except Exception as error:
         return first_line(error)

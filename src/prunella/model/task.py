@@ -230,6 +230,11 @@ class Task(ABC):
 
     # --- training
 
+    @property
+    def blind(self) -> bool:
+        """Is there no loss, so that a network can only be compared with what another one puts out?"""
+        return False
+
     def begun(self, name: str, folder: Path, sources: Sequence[str], *, seed: int = 0, **options: Any) -> str:
         """What the training of a dense network begins with: its name, or the new directory `folder`, where it was
         written with what it lacks for this task: a head for the classes in these sources, say, drawn by the seed.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import ModelError
 from ..layers import UNSEEN, LeftOut
@@ -140,6 +141,7 @@ class Report:
                 (f"stayed dense: {why}", "", f"{len(sizes)} matrices, {sum(sizes) / self.weights:.2%} of the weights")
                 for why, sizes in self._left().items()
             ),
+            *self._outside_row(),
             *self._batch_norm_rows(),
             ("size of the weights", size(self.dense), size(self.pruned)),
             ("seconds to prune", "", f"{self.run['seconds'].get('prune', 0):.1f}"),
@@ -159,6 +161,13 @@ class Report:
 
         what = f"batch norm {{}}, on {did['held_out']} calibration samples"
         return [(what.format("as it was" if name == "keep" else name), "", said(name)) for name in did["tried"]]
+
+    def _outside_row(self) -> Rows:
+        """What lies outside of the blocks, where the report says it: not so of language models."""
+        sizes = self.model.get("outside")
+        return (
+            [("outside of the blocks, dense", "", f"{len(sizes)} matrices, {sum(sizes.values()):,}")] if sizes else []
+        )
 
     def _healed_card(self) -> str:
         if not self.healing:
@@ -291,8 +300,19 @@ _LOADERS = {  # what opens a directory, by the library that a network's class co
 
 
 def anatomy(model: Model) -> dict[str, Any]:
-    """What a report says of a network beside its class: the library that this comes from, and its blocks."""
-    return {"library": type(model.network).__module__.partition(".")[0], "blocks": list(model.blocks)}
+    """What a report says of a network beside its class: the library that this comes from, its blocks, and the matrices
+    that are in none of them (stem, head, embeddings), {name: how many weights}."""
+    library = type(model.network).__module__.partition(".")[0]
+    matrices = {name: p for name, p in model.network.named_parameters() if p.ndim > 1}
+    outside = {name: p for name, p in matrices.items() if model.block_of(name) is None}
+    own = {name: p.numel() for name, p in outside.items() if model.tied.get(name) not in outside}
+    return {"library": library, "blocks": list(model.blocks), "outside": own}
+
+
+def buffer_bytes(model: Model) -> int:
+    """Of what a network that is no language model stores beside parameters: statistics of batch norms, say."""
+    named = {} if model.task.language else model.network.state_dict(keep_vars=True)
+    return sum(tensor.nbytes for tensor in named.values() if not isinstance(tensor, nn.Parameter))
 
 
 def seen(directory: str | Path) -> str:

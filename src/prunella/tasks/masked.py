@@ -236,13 +236,14 @@ class Masked(Sentences):
             return {"loss": None}
         if "embedding" not in answers:
             asked, found = (int(answers[key].sum()) for key in ("asked", "found"))
-            return {"samples": len(losses), **mean_score("loss", losses), "words": asked, "accuracy": found / asked}
+            said = {"samples": len(losses), **mean_score("loss", losses), "words": asked, "accuracy": found / asked}
+            return {**said, "more": {"words": "", "accuracy": "%"}}
         ours_ND, theirs_ND = answers["embedding"], (dense or answers)["embedding"]
         cosine = mean_score("cosine", cosine_similarity(ours_ND, theirs_ND, dim=1))
         said = {"figure": "cosine", "higher": True, "unit": "", "samples": len(losses), **cosine}
         if dense and len(losses) > 2:
             same = _nearest(ours_ND[:NEAREST]) == _nearest(theirs_ND[:NEAREST])
-            said["same nearest"] = same.double().mean().item()
+            said |= {"same nearest": same.double().mean().item(), "more": {"same nearest": "%"}}
         return said
 
 

@@ -21,7 +21,7 @@ from ..model.open import DTYPES
 from ..model.state import load_state
 from ..model.task import NO_ANSWERS, Answers, Task
 from ..registry import import_file
-from ..samples import Batch, Samples, on
+from ..samples import TARGET, Batch, Samples, on
 from ..sparse.checkpoint import packed_config
 from ..sparse.opening import open_network
 from ..trees import tensors
@@ -31,6 +31,7 @@ from .scores import mean_score
 from .steady import check_steady
 
 Judge = Callable[[Any, Any], Any]  # of outputs and the batch that they were made of
+NOTHING = 1e-8  # a divergence that is rounding
 AT_ONCE = 16  # samples that the dense network puts out together
 BESIDE = ("calibration", "evaluate", "loss", "score")  # what a factory's file may hold beside it
 
@@ -48,7 +49,7 @@ class Module(Task):
         score(outputs, batch) likewise, larger is better
 
     or variables of these names, for batches. Without a loss, what is measured is the divergence from the dense
-    network's outputs, sum |y - y'|^2 / sum |y'|^2 over all numbers that a sample's outputs hold.
+    network's outputs, |y - y'|^2 / |y'|^2 of each sample in each tensor that is put out, the mean over both.
     """
 
     source = "own"
@@ -69,8 +70,6 @@ class Module(Task):
         self.loss: Judge | None = None
         self.score: Judge | None = None
         self.dense: Callable[[], nn.Module] | None = None  # makes the dense network, of a directory that was pruned
-        self._pruned = False
-        self._compares = True  # its outputs with the dense network's
         self._steady = False
 
     @classmethod
@@ -104,8 +103,7 @@ class Module(Task):
         elif not stored.exists():
             raise ModelError(f"'{name}' is neither a file, nor a directory, nor path/to/file.py:factory.")
         build = self._build(name)
-        self._pruned = stored is not None and (stored / "prunella.json").is_file()
-        self.dense = build if self._pruned and _from_factory(stored) else None
+        self.dense = build if _from_factory(stored) else None
         if stored is not None and stored.is_dir() and not _of_own_store(stored):
             try:
                 return open_network(build, stored, self, packed=packed, name=name, dtype=dtype, device=device)
@@ -205,7 +203,23 @@ class Module(Task):
         if test and True not in own.held:
             say("no batches are given to evaluate on: what is measured is measured on the calibration's")
         found = own.held.get(test) or own._calibration()
-        return found.first(count) if own.factory and not test and count is not None else found
+        if test:
+            return own._compared(model, found)
+        return found.first(count) if own.factory and count is not None else found
+
+    def _compared(self, model: Model, samples: Samples) -> Samples:
+        """Samples with what the dense network puts out for them, where that is another one than the model and the
+        factory makes it."""
+        if self.dense is None or self.loss is not None:
+            return samples
+        network = self.dense().to(model.device, model.dtype).eval()
+        groups = []
+        with torch.no_grad():
+            for group in samples.groups:
+                parts = (on(batch, model.device) for batch in Samples((group,)).batches(AT_ONCE))
+                wanted = torch.cat([self.target(self.run(network, part), part).cpu() for part in parts])
+                groups.append({**group, TARGET: wanted})
+        return Samples(tuple(groups))
 
     def _calibration(self) -> Samples:
         if False not in self.held:
@@ -234,15 +248,22 @@ class Module(Task):
                     raise InputError(
                         f"{type(network).__name__} does not take these batches, of shapes {shapes}: {first_line(error)}"
                     ) from error
-                if not tensors(outputs):
-                    raise ModelError(f"{type(network).__name__} puts out no tensors, but a {type(outputs).__name__}.")
                 with torch.no_grad():
+                    if own.lacks(one):
+                        one[TARGET] = own.target(outputs, one)
                     own.losses(outputs, one)
                     own.answers(outputs, one)
             if not own._steady:
                 check_steady(network, lambda batch: own.run(network, batch), samples, model.device)
                 own._steady = True
-        own._compares = own._compares and len(samples.groups) == 1
+
+    # --- what they are compared with
+
+    def lacks(self, group: Batch) -> bool:
+        return self.loss is None and TARGET not in group
+
+    def target(self, outputs: Any, batch: Batch) -> Tensor:
+        return torch.cat(flat(outputs), 1)
 
     # --- what the network makes of them
 
@@ -251,15 +272,25 @@ class Module(Task):
         args, kwargs = self.form.call(batch)
         return network(*args, **kwargs, **options)
 
+    @property
+    def blind(self) -> bool:
+        return self.loss is None
+
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
         if self.loss is not None:
             return self._judged("loss", self.loss, outputs, batch)
-        if torch.is_grad_enabled():
+        ours = flat(outputs)
+        theirs = batch[TARGET].to(ours[0].device).split([one.shape[1] for one in ours], 1)  # type: ignore[no-untyped-call]
+        apart = [
+            (a - b).square().sum(1) / b.square().sum(1).clamp_min(1e-12) for a, b in zip(ours, theirs, strict=True)
+        ]
+        found = torch.stack(apart).mean(0)
+        if torch.is_grad_enabled() and found.max() < NOTHING:
             raise InputError(
                 "a step that reads gradients needs a loss (loss=…, or a function of this name in the factory's file):"
                 " the divergence from the dense network has no gradient there."
             )
-        return torch.zeros(_rows(batch), device=tensors(outputs)[0].device)
+        return found
 
     def _judged(self, what: str, judge: Judge, outputs: Any, batch: Batch) -> Tensor:
         """One number a sample, from a function that gives these, or their mean."""
@@ -277,18 +308,12 @@ class Module(Task):
         each = [self._judged(what, judge, _row(outputs, row, rows), part) for row, part in enumerate(parts)]
         return torch.cat(each)
 
-    def divergence(self, outputs: Any, teacher: Any, batch: Batch, *, temperature: float = 1.0) -> Tensor:
-        """sum |y - y'|^2 / sum |y'|^2 over the numbers of a sample's outputs, the mean over samples."""
-        return diverged(outputs, teacher).mean()
-
     # --- what a report says
 
     def answers(self, outputs: Any, batch: Batch) -> Answers:
         if self.score is not None:
             return {"score": self._judged("score", self.score, outputs, batch)}
-        if self.loss is not None or not self._compares:
-            return NO_ANSWERS
-        return {str(number): tensor for number, tensor in enumerate(tensors(outputs))}
+        return NO_ANSWERS
 
     def scores(
         self,
@@ -304,38 +329,20 @@ class Module(Task):
         if losses and self.score is not None:
             each = answers["score"].double()
             return {"figure": "score", "higher": True, "samples": len(losses), **found, **mean_score("score", each)}
-        if not losses or self.loss is not None or not answers:
-            return found or {"loss": None}
-        found = {"figure": "divergence", "samples": len(losses)}
-        other = self._dense_answers(model, samples) or dense
-        if not other and self._pruned:  # nobody knows from what
-            return {**found, "divergence": None}
-        each = diverged(list(answers.values()), list((other or answers).values()))
-        return {**found, **mean_score("divergence", each)}
-
-    def _dense_answers(self, model: Model, samples: Samples) -> Answers:
-        """What the network that the factory makes puts out for samples, where it is known to be the dense one."""
-        if self.dense is None:
-            return NO_ANSWERS
-        network = self.dense().to(model.device, model.dtype).eval()
-        found: dict[str, list[Tensor]] = {}
-        with torch.no_grad():
-            for batch in samples.batches(AT_ONCE):
-                for key, tensor in self.answers(self.run(network, on(batch, model.device)), batch).items():
-                    found.setdefault(key, []).append(tensor.cpu())
-        return {key: torch.cat(some) for key, some in found.items()}
+        if losses and self.loss is None:
+            return {"figure": "divergence", "samples": len(losses), **mean_score("divergence", losses)}
+        return found or {"loss": None}
 
 
-def diverged(outputs: Any, others: Any) -> Tensor:
-    """How far a network's outputs are from another's, of each sample (B,): sum |y - y'|^2 / sum |y'|^2 over all of its
-    numbers; of outputs that are no fractions, the share that differs."""
-    pairs = list(zip(tensors(outputs), tensors(others), strict=True))
-    floating = [(one.float().flatten(1), other.float().flatten(1)) for one, other in pairs if one.is_floating_point()]
-    if not floating:
-        return torch.stack([(one != other).flatten(1).float().mean(1) for one, other in pairs]).mean(0)
-    apart = sum(((one - other).square().sum(1) for one, other in floating), torch.zeros(()))
-    size = sum((other.square().sum(1) for _, other in floating), torch.zeros(()))
-    return apart / size.clamp_min(1e-30)
+def flat(outputs: Any) -> list[Tensor]:
+    """The numbers that a network puts out, a sample a row, of each of its tensors: fractions, or where there are none
+    whole ones. Raises ModelError where there are neither."""
+    found = [tensor for tensor in tensors(outputs) if tensor.ndim]
+    floating = [tensor.float() for tensor in found if tensor.is_floating_point()] or [t.float() for t in found]
+    if not floating or len({len(tensor) for tensor in floating}) != 1:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in floating) or f"a {type(outputs).__name__}"
+        raise ModelError(f"the network puts out {shapes}, no tensors with a sample a row: give a loss.")
+    return [tensor.reshape(len(tensor), -1) for tensor in floating]
 
 
 @contextlib.contextmanager

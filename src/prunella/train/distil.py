@@ -6,7 +6,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..samples import Batch
 from ..tasks.module import Module
+from .around import asleep
 from .loop import Training
 from .schedule import make_schedule
 
@@ -27,24 +28,27 @@ def distil(
     epochs: int = 5,
     batch: int = 16,
     micro: int | None = None,
-    rate: float = 1e-3,
+    rate: float = 1e-4,
     looks: int | None = None,
+    batch_norm: Literal["fixed", "follow"] = "fixed",
     warmup: float = 0.1,
     seed: int = 0,
 ) -> Fit:
     """What fine-tunes a network to the outputs of the dense one, all parameters of it, with AdamW: `fit(network)`. The
-    loss of a sample is sum |y - y'|^2 / sum |y'|^2 over all that is put out, y' being the dense network's outputs: the
-    raw maps of a detector, say, so that neither labels nor anchors are needed. Statistics of batch norm follow.
+    loss is |y - y'|^2 / |y'|^2, the mean over samples and over the tensors that are put out, y' being the dense
+    network's: the raw maps of a detector, say, so that neither labels nor anchors are needed. Nothing is dropped.
 
     Args:
         dense: the network as it is now; a copy is made.
-        batches: what it is called with, as `calibration` of `prunella.prune`. They are taken in this order.
+        batches: what it is called with, as `calibration` of `prunella.prune`.
         epochs: how often all of it is taken.
         batch: samples in a step.
         micro: samples that run at a time; None: all of a step.
         rate: learning rate, rising over the share `warmup` of all steps and then falling linearly to 0.
         looks: pauses, at which the network may be scored: one an epoch if nothing is said.
-        seed: of what is drawn at random.
+        batch_norm: its statistics stay as they are (`fixed`), and it normalizes by them in training as it does after;
+            or they `follow` what it sees, and it normalizes by that of each batch. Of few samples the former is better.
+        seed: of the order of the samples, a new one in each epoch.
 
     Raises:
         InputError: no batches, or none that the network takes.
@@ -75,6 +79,9 @@ def distil(
                 make_schedule("constant", steps, {"warmup": warmup}),
                 folder,
                 run=lambda module, one: task.run(module, one),
+                order=lambda number: samples.shuffled(seed * 2**20 + number, size),
+                still=asleep(network, follow=batch_norm == "follow", recompute=False),
+                unused=True,
                 batch=size,
                 micro=micro or size,
                 every=steps,

@@ -75,7 +75,8 @@ def retrain(
             in a new order each time, which the seed draws.
         held_out: what to find the best checkpoint on.
         folder: for checkpoints.
-        teacher: `distill` of the loss is the divergence from what it puts out.
+        teacher: `distill` of the loss is the divergence from what it puts out. It knows held-out samples, which
+            a task without a loss scores by it, by the numbers that follow those of `samples`.
         resume: continue from the last of them, if there is one.
     Raises:
         InputError: a step cannot be shared by the processes.
@@ -88,7 +89,7 @@ def retrain(
             f"a step of {batch} windows cannot be shared by {processes} processes, {micro} windows at a time each:"
             " choose a multiple (--set heal.batch=…, --set heal.micro=…)."
         )
-    follow = follows(network, chosen, batch_norm)
+    follow, recompute = follows(network, chosen, batch_norm), checkpointing or is_sharded(network)
 
     def bare(batch: Batch) -> Batch:
         return {key: value for key, value in batch.items() if key != NUMBER}
@@ -99,7 +100,7 @@ def retrain(
         return task.objective(outputs, own, theirs, share=distill, temperature=temperature)
 
     def score(outputs: Any, batch: Batch) -> Tensor:  # held-out samples are scored by the task
-        return task.objective(outputs, bare(batch))
+        return loss(outputs, batch) if task.blind else task.objective(outputs, bare(batch))
 
     def drawn(number: int) -> Sequence[int]:
         return samples.shuffled(seed * 2**20 + number, micro)
@@ -119,9 +120,9 @@ def retrain(
             run=lambda network, batch: task.run(network, bare(batch)),
             order=None if task.language else drawn,
             augment=changed if augment else None,
-            still=() if task.language else asleep(network, follow=follow, recompute=checkpointing),
+            still=() if task.language else asleep(network, follow=follow, recompute=recompute),
             unused=not task.language,
-            held_out=held_out,
+            held_out=None if held_out is None else numbered(held_out, len(samples)),
             score=score,
             batch=batch,
             micro=micro,
@@ -131,7 +132,7 @@ def retrain(
             patience=patience if held_out else None,
             seed=seed,
             bfloat16=model.dtype == torch.float32 and _fast_bfloat16(model.device),
-            recompute=checkpointing or is_sharded(network),
+            recompute=recompute,
             resume=resume,
             on_step=on_step,
         )
@@ -147,9 +148,9 @@ def retrain(
             ) from None
 
 
-def numbered(samples: Samples) -> Samples:
-    """Samples with their numbers beside them, from 0."""
-    groups, start = [], 0
+def numbered(samples: Samples, start: int = 0) -> Samples:
+    """Samples with their numbers beside them, from `start`."""
+    groups = []
     for group in samples.groups:
         groups.append({**group, NUMBER: torch.arange(start, start + size_of(group))})
         start += size_of(group)
