@@ -139,8 +139,8 @@ def estimated(size: Size, steps: str, windows: int, card: str, blocks: int, disk
     write, beside = (stored + masks) / disk, sum(found[phase][0] for phase in ("forward", "statistics", "solve"))
     found["write"] = (
         max(write - beside, write / blocks),
-        f"{(stored + masks) / 1e9:.3g} GB, masks too, at {disk / 1e9:.2g} GB/s are {write:.1f} s; a thread does that while"
-        " the next block is computed, and only what is left, or the last block, is waited for",
+        f"{(stored + masks) / 1e9:.3g} GB, masks too, at {disk / 1e9:.2g} GB/s are {write:.1f} s; a thread does that"
+        " while the next block is computed, and only what is left, or the last block, is waited for",
     )
     return found
 

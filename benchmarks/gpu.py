@@ -17,11 +17,11 @@
 Where to look first, if something fails that no test without a GPU can find, in this order:
 
     check     Triton: a kernel that does not compile says so at its first launch (gpu.py and columns_gpu.py, whose loads
-              through pointers cast to 64-bit words and whose scans the interpreter takes more lightly). Masks unlike the
-              CPU's by more than 0.5%: products in TF32 (`machine.exact_products`)
+              through pointers cast to 64-bit words and whose scans the interpreter takes more lightly). Masks unlike
+              the CPU's by more than 0.5%: products in TF32 (`machine.exact_products`)
     run       "statistics" ten times the estimate: torch.mm(…, out_dtype=…) was refused, and `fast._sums_in_float32`
-              says no; "solve": the sort of one long row in `pattern._lowest`, eigh and Cholesky of cuSOLVER, whose first
-              call loads it (the first part pays for that); "load": memory that is not pinned (`walk.ReadAhead`);
+              says no; "solve": the sort of one long row in `pattern._lowest`, eigh and Cholesky of cuSOLVER, whose
+              first call loads it (the first part pays for that); "load": memory that is not pinned (`walk.ReadAhead`);
               "write": the thread waits for the disk (`save.Output`); "forward": attention that is not flash
     heal      more than a step's 1.2: masked weights are put together anew for each micro batch (train/parts.py)
     decode    a CUDA graph that cannot be captured: something asks the device, see `accelerator.count` of the tests,
