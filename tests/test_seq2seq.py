@@ -280,7 +280,7 @@ def test_a_directory_is_pruned_and_loads_where_the_original_loaded(
     assert "target perplexity" in done.out
     report = prunella.Report.read(out)
     assert report.recipe["task"] == {"seq2seq": {}}
-    assert report.sparsity == pytest.approx(0.5)
+    assert report.sparsity == pytest.approx(0.5, abs=0.02)  # T5's table of relative positions is in a block
     assert report.pruned["target perplexity"] != report.dense["target perplexity"]
     loaded = t.AutoModelForSeq2SeqLM.from_pretrained(out)
     masks = prunella.read_masks(out)
@@ -307,7 +307,7 @@ def test_a_fresh_machine_needs_no_data(t5: Path, tmp_path: Path) -> None:
 def test_a_bfloat16_model_is_pruned_as_it_is(tmp_path: Path) -> None:
     net = network("t5").bfloat16()
     report = prunella.prune(net, {"steps": ["sparsegpt"], "evaluate": {"source": None}}, calibration=samples_of())
-    assert report.sparsity == pytest.approx(0.5)
+    assert report.sparsity == pytest.approx(0.5, abs=0.02)
     assert net.dtype == torch.bfloat16
 
 
