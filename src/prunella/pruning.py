@@ -29,7 +29,7 @@ from .outcome import BlockResult, LayerResult
 from .overlap import joined
 from .progress import Track, no_track
 from .recipe import Recipe
-from .report import Report, anatomy, peak_memory, seen
+from .report import Report, anatomy, buffer_bytes, peak_memory, seen
 from .samples import Samples, tokens_of
 from .save import Output, begun_as, identity
 from .store import check_store
@@ -197,7 +197,7 @@ def _prune(
         seconds["pruned evaluation"] = time.perf_counter() - clock
         seconds["all"] = time.perf_counter() - started
         if written:
-            dense |= {"bytes": opened.parameters * opened.dtype.itemsize}
+            dense |= {"bytes": opened.parameters * opened.dtype.itemsize + buffer_bytes(opened)}
             pruned |= {"bytes": written.nbytes}
         known = seen(opened.checkpoint.directory) if opened.checkpoint else ""
         report = Report(

@@ -23,6 +23,9 @@ PAD = 128  # zeros after the last value, so that a kernel may always read a whol
 SPAN = 128  # the groups of inputs with a scale of their own are multiples of this
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MARK = (0,)  # the shape of a tensor that says that a model is packed
+ORDER = (
+    "order"  # in the metadata of the last file: the names of the plain model's tensors, in the order of its one file
+)
 PARTS = ("weight_mask", "weight_offsets", "weight_values", "weight_scales")
 
 
