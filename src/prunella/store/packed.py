@@ -342,13 +342,15 @@ class PackedStore(Store):
         for grid in grids:
             if grid is not None:
                 bits, group = stored_bits(grid), grid.group
-        masks = [pattern.unpack(result.masks[slot.name], slot.shape) for slot in slots]
-        weights = [slot.read().cpu().contiguous() for slot in slots]
+        weights = [slot.read().contiguous() for slot in slots]  # which are packed where they lie
+        device = weights[0].device
+        masks = [pattern.unpack(result.masks[slot.name].to(device), slot.shape) for slot in slots]
+        grids = [grid and replace(grid, scale_OG=grid.scale_OG.to(device)) for grid in grids]
         if slots[0].lens.packed == "kernel":  # the groups of a convolution, one below the other
             if any(grids) and bits is not None:
                 each = zip(weights, masks, grids, strict=True)
                 known = [grid or fit(weight_OI * mask_OI, bits, group) for weight_OI, mask_OI, grid in each]
-                grids = [replace(known[0], scale_OG=torch.cat([grid.scale_OG.cpu() for grid in known]))]
+                grids = [replace(known[0], scale_OG=torch.cat([grid.scale_OG for grid in known]))]
             weights, masks, grids = [torch.cat(weights)], [torch.cat(masks)], grids[:1]
         return [
             pack(weight_OI, mask_OI, bits, group, grid=grid)
