@@ -187,10 +187,19 @@ def _check_grid(slot: Slot, grid: Grid) -> None:
 
 
 def load_packed(model: str | Path, **opening: Any) -> nn.Module:
-    """The network of a packed directory, whatever it is for, its weights packed as they are. Raises PrunellaError.
+    """The network of a packed directory, whatever it is for and whatever library it is of, ready to run: its weights
+    stay packed in memory.
 
     Args:
+        model: the directory, or a hub id.
         opening: as for `open_model`: device, dtype, remote_code.
+
+    Raises:
+        InputError: it is not packed.
+        ModelError: its files are damaged, or packed from another network.
+
+    >>> import prunella
+    >>> network = prunella.load_packed("packed")  # doctest: +SKIP
     """
     if packed_config(_directory(model)) is None:
         raise InputError(f"'{model}' is not packed: prunella.open_model opens it, or the library that it is of.")

@@ -82,12 +82,11 @@ def test_a_directory_of_timm_is_packed_and_opened_by_its_task(
     before, after = weights(pruned), weights(tmp_path / "plain")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert json.loads((pruned / "config.json").read_text()) == json.loads(
-        (tmp_path / "plain" / "config.json").read_text()
-    )
-    print(
-        "SAME", (pruned / "model.safetensors").read_bytes() == (tmp_path / "plain" / "model.safetensors").read_bytes()
-    )
+    for name in ("config.json", "model.safetensors", "prunella.json", "README.md"):
+        assert (pruned / name).read_bytes() == (tmp_path / "plain" / name).read_bytes(), name
+    masks, unpacked = prunella.read_masks(pruned), prunella.read_masks(tmp_path / "plain")
+    assert masks.keys() == unpacked.keys()
+    assert all(torch.equal(mask_OI, unpacked[name]) for name, mask_OI in masks.items())
     plain_rows, packed_rows = ({row.name: row for row in inspect(str(d))} for d in (pruned, tmp_path / "packed"))
     assert plain_rows.keys() == packed_rows.keys()
     assert all(packed_rows[name].zeros == row.zeros for name, row in plain_rows.items())
