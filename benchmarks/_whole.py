@@ -136,9 +136,11 @@ def estimated(size: Size, steps: str, windows: int, card: str, blocks: int, disk
             f"factors in float64, {factor / 1e12:.3g} TFLOP at 30% of {double / 1e12:.3g}; columns in float32,"
             f" {sweep / 1e12:.3g} TFLOP at half of {single / 1e12:.3g}",
         )
+    write, beside = (stored + masks) / disk, sum(found[phase][0] for phase in ("forward", "statistics", "solve"))
     found["write"] = (
-        (stored + masks) / disk,
-        f"{(stored + masks) / 1e9:.3g} GB, masks too, at {disk / 1e9:.2g} GB/s; it does not run beside the next block",
+        max(write - beside, write / blocks),
+        f"{(stored + masks) / 1e9:.3g} GB, masks too, at {disk / 1e9:.2g} GB/s are {write:.1f} s; a thread does that"
+        " while the next block is computed, and only what is left, or the last block, is waited for",
     )
     return found
 

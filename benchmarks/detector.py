@@ -288,6 +288,7 @@ def main() -> None:
     parser.add_argument(
         "--epochs", type=int, default=2, help="of each round, over the pictures and their mirror images"
     )
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--size", type=int, default=SIZE)
     parser.add_argument("--limit", type=int, default=None, help="so many pictures of each kind")
@@ -325,7 +326,7 @@ def main() -> None:
             aside = torch.arange(len(x_NCHW)) % 8 == 0  # of the training pictures: these choose, the others train
             both_NCHW = torch.cat([x_NCHW[~aside], x_NCHW[~aside].flip(3)])
             both_NCHW = both_NCHW[torch.randperm(len(both_NCHW), generator=torch.Generator().manual_seed(0))]
-            fit = prunella.distil(network, both_NCHW, epochs=asked.epochs, batch=16, rate=asked.rate, looks=1)
+            fit = prunella.distil(network, both_NCHW, epochs=asked.epochs, batch=asked.batch, rate=asked.rate, looks=1)
             apart = divergence(copy.deepcopy(network), x_NCHW[aside])
             levels = prunella.prune_in_rounds(
                 network,

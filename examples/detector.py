@@ -56,7 +56,7 @@ levels = prunella.prune_in_rounds(
     detector,
     {"steps": ["magnitude"], "allocate": "global", "sparsity": 0.7, "skip": ["stem", "heads"]},
     rounds=4,
-    fit=prunella.distil(detector, train, epochs=6, batch=8, rate=3e-3),
+    fit=prunella.distil(detector, train, epochs=6, batch=8, rate=1e-3),
     score=score,
     calibration=train,
     tolerance=0.2,

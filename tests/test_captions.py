@@ -220,7 +220,7 @@ def test_the_loss_is_of_the_text_alone(kind: str, models: dict[str, Path], pictu
         torch.testing.assert_close(losses, found / (own[:, 1:] != -100).sum(1))
 
 
-@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("kind", ["qwen2_vl", pytest.param("llava", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", sorted(steps))
 def test_every_step_prunes_both_stacks(name: str, kind: str, tmp_path: Path, pictures: Path) -> None:
     before = [] if steps[name].prunes else ["wanda"]

@@ -124,3 +124,17 @@ def test_samples_of_one_shape_are_batched_as_each_alone() -> None:
             alone = torch.cat([model.run({"input_ids": ids_L[None]}).logits for ids_L in group["input_ids"]])
         assert torch.allclose(together, alone, atol=1e-6)
     assert model.network.config.pad_token_id is None
+
+
+def test_a_network_that_several_processes_train_is_run_like_itself() -> None:
+    """What lies around it knows neither its config nor its arguments."""
+    model = opened("llama")
+    around = torch.nn.parallel.DistributedDataParallel.__new__(torch.nn.parallel.DistributedDataParallel)
+    torch.nn.Module.__init__(around)
+    around.module = model.network
+    around.forward = lambda *args, **kwargs: model.network(*args, **kwargs)
+    batch = token_samples().groups[0]
+    with torch.no_grad():
+        found = model.task.run(around, batch)
+        assert torch.equal(found.logits, model.task.run(model.network, batch).logits)
+    assert found.past_key_values is None

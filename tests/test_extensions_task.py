@@ -89,23 +89,26 @@ def test_the_command_line_prunes_what_the_task_opens(toy: Path, tmp_path: Path, 
     done = run("prune", toy, "-o", out, "--task", TASK, "--step", "wanda", "--set", f"{TASK}.noise=0.5")
     assert done.code == 0, done.err
     assert "loss (random, 8 samples)" in done.out
-    assert "prunella pack" not in done.out  # which takes models of transformers
+    assert "prunella pack" not in done.out  # the task opens its files by itself
     report = Report.read(out)
     assert report.recipe["task"] == {TASK: {"noise": 0.5}}
     tensors, masks = load_file(out / "model.safetensors"), read_masks(out)
     assert sorted(masks) == ["first.0", "second"]
     assert all((tensors[f"{name}.weight"][~mask] == 0).all() for name, mask in masks.items())
     assert report.pruned["bytes"] == sum(tensor.nbytes for tensor in tensors.values()) == report.dense["bytes"]
-    assert "It is of task `toy_task.py:toy`" in (out / "README.md").read_text()
+    assert "Load it with `prunella.open_model`" in (out / "README.md").read_text()
+    refused = run("pack", out, "-o", tmp_path / "packed")
+    assert refused.code == 2
+    assert "opened by task" in refused.err
     again = prunella.prune(str(toy), report.recipe, output=tmp_path / "again")
     assert again.layers == report.layers
     twice = prunella.prune(str(out), {**report.recipe, "sparsity": 0.75}, output=tmp_path / "twice")
     assert twice.sparsity == 0.75
-    for command in ("eval", "inspect"):
-        refused = run(command, out)
-        assert refused.code == 2
-        (line,) = refused.err.splitlines()
-        assert f"is of task '{TASK}'" in line
+    evaluated = run("eval", out, "--windows", 8)
+    assert evaluated.out.startswith("loss ")
+    looked = run("inspect", out)
+    assert looked.code == 0, looked.err
+    assert "2 layers, " in looked.out
     shown = run("compare", out, tmp_path / "twice")
     assert shown.code == 0, shown.err
     assert "loss (random" in shown.out
@@ -218,7 +221,6 @@ def test_what_does_not_fit_a_toy_is_refused_in_one_line(toy: Path, tmp_path: Pat
     refused("Net does not take the samples", calibration=Samples.of({"z": torch.zeros(4, 8)}))
     refused("the defect is in the task", calibration=torch.zeros(4, 8), kind=prunella.PrunellaError)  # and what is y?
     refused("random numbers have no end", {"heal": {"train": ["all"]}}, str(toy), output=out)
-    refused("packed files are of transformers models, and a Net is none", {"format": "packed"}, output=out)
     refused("toys are run on 'random' numbers", {"calibration": {"source": "pydoc"}})
     refused("unknown option of task toy 'length'", {"calibration": {"length": 8}})
     refused("cannot be resumed", net=str(toy), output=out, resume=True)

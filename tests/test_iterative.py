@@ -94,7 +94,8 @@ def test_training_between_rounds_helps_and_statistics_of_batch_norm_follow_it() 
     score = closeness(net)
     mean = net.norm.running_mean.clone()  # type: ignore[union-attr]
     prunella.prune(shot, RECIPE, calibration=X)
-    levels = prune_in_rounds(net, RECIPE, 3, distil(net, X, epochs=8, rate=1e-2), score, calibration=X)
+    fit = distil(net, X, epochs=8, rate=1e-2, batch_norm="follow")
+    levels = prune_in_rounds(net, RECIPE, 3, fit, score, calibration=X)
     assert score(net) == pytest.approx(levels[-1].score, rel=1e-4)
     assert score(net) > score(shot) / 2  # both are below zero
     assert not torch.equal(net.norm.running_mean, mean)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nets
 import pytest
 import torch
 from safetensors.torch import load_file, load_model
@@ -18,7 +19,7 @@ import prunella
 from prunella import InputError, ModelError
 from prunella.errors import StepError
 from prunella.registry import steps
-from prunella.samples import TARGET
+from prunella.samples import TARGET, Samples
 from prunella.tasks.module import Module
 
 WANDA: dict[str, Any] = {"steps": ["wanda"]}
@@ -507,3 +508,18 @@ def test_the_task_of_a_module_is_found_without_being_said() -> None:
     assert task_of(nn.Linear(3, 3)) == {"module": {}}
     assert task_of("somewhere/net.py:factory") == {"module": {}}
     assert not Module.claims("net.py", {})
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+@pytest.mark.parametrize("step", ["magnitude", "sparsegpt"])
+def test_a_classifier_gets_the_masks_that_it_gets_through_its_own_task(name: str, step: str) -> None:
+    pixels = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    recipe = {"steps": [step], "evaluate": {"source": None}, "batch_norm": "keep"}
+    found = []
+    for task, calibration in (("images", {"pixel_values": pixels}), ("module", {"pixel_values": pixels})):
+        network = nets.build(name)
+        given: Any = Samples.of(calibration) if task == "images" else calibration
+        report = prunella.prune(network, {**recipe, "task": task}, calibration=given)
+        found.append(([layer.name for layer in report.layers], network.state_dict()))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(tensor, found[1][1][key]) for key, tensor in found[0][1].items())

@@ -273,6 +273,61 @@ def test_held_out_samples_are_drawn_and_not_every_fifth() -> None:
     assert every.sort().values.tolist() == list(range(100))
 
 
+@pytest.mark.parametrize("way", ["auto", "reset"])
+def test_blocks_are_pruned_by_what_norms_are_going_to_make(way: str) -> None:
+    """In each block a layer's statistics are those of the pruned network with norms that fit it."""
+    network = fitted()
+    seen: dict[str, Tensor] = {}
+
+    @prunella.register("look", needs={"norm"})
+    def look(layer: prunella.Layer) -> prunella.Layer:
+        """Magnitude; its inputs are looked at."""
+        seen[layer.name] = layer.stats.norm_I.clone()
+        kept = prunella.keep(layer.weight_OI.abs(), layer.sparsity, layer.pattern)
+        return layer.pruned(layer.weight_OI, kept)
+
+    pruned(network, 0.8, steps=["look"], batch_norm={way: {}} if way == "reset" else "auto")
+    network.load_state_dict(
+        fitted().state_dict() | {k: v for k, v in network.state_dict().items() if "running" not in k}
+    )
+    found = given("outside", 60)
+    before = inputs(fitted(), found)
+    with torch.no_grad():
+        for name, module in norms.batch_norms(network).items():
+            x_CT = inputs(network, found)[name]
+            moments = [Moments(len(x[0]), x.sum(1), x.square().sum(1)) for x in (before[name], x_CT)]
+            mean, variance = module._buffers["running_mean"], module._buffers["running_var"]
+            assert mean is not None
+            assert variance is not None
+            norm = Norm(name, mean.double(), variance.double(), 1e-5, *moments)
+            for old, new in zip((mean, variance), make_way("correct" if way == "auto" else way)(norm), strict=True):
+                if "stem" not in name:
+                    old.copy_(new)
+    rows = inputs_of_convolutions(network, found)
+    for name in seen.keys() & rows.keys():
+        torch.testing.assert_close(seen[name] / seen[name].norm(), rows[name] / rows[name].norm(), rtol=1e-3, atol=1e-4)
+    assert len(seen) >= 3
+
+
+def inputs_of_convolutions(network: nn.Module, found: Samples) -> dict[str, Tensor]:
+    """The norm of each input of the blocks' convolutions."""
+    rows: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: Any) -> None:
+            rows[name] = F.unfold(args[0], 3).square().sum((0, 2)).sqrt().view(-1, 9).T.flatten()  # channels last
+
+        return see
+
+    convolutions = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d) and "blocks" in n]
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in convolutions]
+    with torch.no_grad():
+        network(**found.groups[0])
+    for handle in handles:
+        handle.remove()
+    return rows
+
+
 # ---------------------------------------------------------------------------------------------------------
 # On disk
 
@@ -291,15 +346,15 @@ RECIPE: dict[str, Any] = {"steps": ["wanda"], "calibration": {"samples": 20, "mi
 
 
 def test_files_hold_what_the_network_in_memory_has_and_nothing_else_changes(stored: Path, tmp_path: Path) -> None:
-    for way in ("keep", "reset"):
-        prunella.prune(str(stored), {**RECIPE, "batch_norm": way}, output=tmp_path / way)
+    for way in ("keep", "reset"):  # by a step that looks at no inputs
+        prunella.prune(str(stored), {**RECIPE, "steps": ["magnitude"], "batch_norm": way}, output=tmp_path / way)
     kept, new = (load_file(tmp_path / way / "model.safetensors") for way in ("keep", "reset"))
     original = load_file(stored / "model.safetensors")
     assert kept.keys() == new.keys() == original.keys()
     assert {name for name in kept if not torch.equal(kept[name], new[name])} == {n for n in kept if "running" in n}
     assert all(torch.equal(kept[name], original[name]) for name in kept if "running" in name)
     network = made("chain")
-    prunella.prune(network, {**RECIPE, "task": "squares", "batch_norm": "reset"})
+    prunella.prune(network, {**RECIPE, "steps": ["magnitude"], "task": "squares", "batch_norm": "reset"})
     for name, value in network.state_dict().items():
         torch.testing.assert_close(new[name], value, rtol=1e-5, atol=1e-6)
     report = Report.read(tmp_path / "reset")

@@ -38,6 +38,7 @@ PUBLIC = [
     "heal",
     "keep",
     "load_model",
+    "load_packed",
     "load_state",
     "make",
     "open_model",

@@ -57,6 +57,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "m2m": lambda: t.M2M100ForConditionalGeneration(t.M2M100Config(**BART)),
     "blenderbot": lambda: t.BlenderbotForConditionalGeneration(t.BlenderbotConfig(**BART)),
 }
+ALL = [pytest.param(k, marks=() if k in ("t5", "umt5", "bart", "marian") else pytest.mark.slow) for k in KINDS]
 PAIRS = [("Prune roses in spring.", "roses"), ("Cut it back.", "back"), ("Apples want pruning.", "apples")] * 4
 
 
@@ -178,7 +179,7 @@ def test_a_table_without_targets_is_text(t5: Path, tmp_path: Path, capsys: pytes
 # The loss
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_the_loss_is_the_models_own(kind: str) -> None:
     net, task, (batch, _) = network(kind), Seq2Seq(), samples_of().groups
     with torch.no_grad():
@@ -231,7 +232,7 @@ def test_two_models_that_say_the_same_do_not_diverge() -> None:
 # Pruned
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_both_stacks_are_replayed_exactly_from_files_too(kind: str, tmp_path: Path) -> None:
     path = saved(kind, tmp_path / "model")
     loaded, samples = t.AutoModelForSeq2SeqLM.from_pretrained(path), samples_of()
@@ -246,7 +247,7 @@ def test_both_stacks_are_replayed_exactly_from_files_too(kind: str, tmp_path: Pa
                 assert torch.equal(found, Seq2Seq().run(whole, batch).logits)
 
 
-@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("kind", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", sorted(steps))
 def test_every_step_prunes_both_stacks(name: str, kind: str) -> None:
     before = [] if steps[name].prunes else ["wanda"]
@@ -269,7 +270,7 @@ def test_every_allocation_spreads_over_both(name: str) -> None:
     assert report.sparsity == pytest.approx(0.5, abs=0.05)
 
 
-@pytest.mark.parametrize("kind", ["t5", "bart", "marian"])
+@pytest.mark.parametrize("kind", ["t5", "bart", pytest.param("marian", marks=pytest.mark.slow)])
 def test_a_directory_is_pruned_and_loads_where_the_original_loaded(
     kind: str, tmp_path: Path, pairs: Path, run: Callable[..., Any]
 ) -> None:
@@ -280,7 +281,7 @@ def test_a_directory_is_pruned_and_loads_where_the_original_loaded(
     assert "target perplexity" in done.out
     report = prunella.Report.read(out)
     assert report.recipe["task"] == {"seq2seq": {}}
-    assert report.sparsity == pytest.approx(0.5)
+    assert report.sparsity == pytest.approx(0.5, abs=0.02)  # T5's table of relative positions is in a block
     assert report.pruned["target perplexity"] != report.dense["target perplexity"]
     loaded = t.AutoModelForSeq2SeqLM.from_pretrained(out)
     masks = prunella.read_masks(out)
@@ -307,7 +308,7 @@ def test_a_fresh_machine_needs_no_data(t5: Path, tmp_path: Path) -> None:
 def test_a_bfloat16_model_is_pruned_as_it_is(tmp_path: Path) -> None:
     net = network("t5").bfloat16()
     report = prunella.prune(net, {"steps": ["sparsegpt"], "evaluate": {"source": None}}, calibration=samples_of())
-    assert report.sparsity == pytest.approx(0.5)
+    assert report.sparsity == pytest.approx(0.5, abs=0.02)
     assert net.dtype == torch.bfloat16
 
 

@@ -22,6 +22,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from .crossings import Crossing
 from .errors import InputError, ModelError, NumericalError
 from .hidden import Hidden
 from .layers import Slot, find_layers
@@ -34,6 +35,7 @@ from .registry import Step
 from .samples import TARGET, Batch, Samples, on
 from .statistics.registry import concatenate, merged, of_gradients, taking, whole
 from .stream import Stream
+from .trees import tensors
 from .types import Stats
 from .unlabelled import targeted
 from .waits import demand, fetch, together
@@ -66,12 +68,13 @@ class Back:
         model.task.check(model, stream.samples)
         if len(stream.batches) != len(stream.samples):
             raise ValueError("gradients are of single windows: make the stream with alone=True")
-        if stream.calls.interface.stateful or len(model.stacks) > 1:
-            raise ModelError(
-                f"the blocks of {type(model.network).__name__} pass each other more than the hidden state: its"
-                " gradients cannot be made block by block."
-            )
+        if stream.calls.interface.stateful and model.task.language:
+            raise _more(model)
         self.model, self.stream, self.loss = model, stream, loss
+        self._checkpoint = checkpoint
+        self._crossings: list[Crossing] = []  # of each sample, into the stack in which the gradients are
+        # Of each sample, the gradients of what left each stack but the last, from all that comes behind.
+        self._left: list[list[Tensor]] = [[] for _ in range(len(stream.hidden))]
         self._entering: list[Hidden] = []  # what enters each block that is yet to come
         hidden = stream.hidden
         shelf = hidden.shelf_for(len(model.blocks))
@@ -97,18 +100,20 @@ class Back:
 
     def _begin(self, n: int) -> list[Tensor]:
         """The loss of window n, in parts; its gradient takes the place of the last block's output."""
-        output = self.stream.hidden[n].detach().requires_grad_()
-        parts, gradient = list[Tensor](), torch.zeros_like(output)
+        hidden = self.stream.hidden
+        outputs = [state.detach().requires_grad_() for state in (*hidden.states(n), hidden[n])]
+        parts, gradients = list[Tensor](), [torch.zeros_like(output) for output in outputs]
         with torch.enable_grad():
-            for part in self._losses(self.stream.batches[n], output):
-                gradient += torch.autograd.grad(part, output)[0]
+            for part in self._losses(self.stream.batches[n], outputs):
+                more = torch.autograd.grad(part, outputs, allow_unused=True, materialize_grads=True)
+                gradients = [gradient + found for gradient, found in zip(gradients, more, strict=True)]
                 parts.append(part.detach())
-        self.stream.hidden[n] = gradient
+        *self._left[n], hidden[n] = gradients
         return parts
 
-    def _losses(self, batch: Batch, output: Tensor) -> Iterator[Tensor]:
+    def _losses(self, batch: Batch, outputs: list[Tensor]) -> Iterator[Tensor]:
         """The loss of a window, or parts that add up to it, one at a time in memory."""
-        batch, run = on(batch, self.model.device), partial(self.stream.calls.outputs, batch, [output])
+        batch, run = on(batch, self.model.device), partial(self.stream.calls.outputs, batch, outputs)
         if self.loss is not None:
             yield self.loss(run().logits[0], batch["input_ids"][0])
         else:
@@ -120,9 +125,24 @@ class Back:
         """Take the gradient of each window back through a block: the window, and the gradients of the block's layers,
         or of those in `slots`. Blocks are taken from the last to the first, each with all windows."""
         slots = find_layers(block.module, block.name) if slots is None else slots
-        entering = self._entering.pop()
+        entering, stack = self._entering.pop(), self.model.stack_of(block.index)
+        span = self.model.spans[stack]
+        if stack and block.index == span.stop - 1:
+            with self.model.outside(head=False, checkpoint=self._checkpoint):
+                batches = [on(batch, self.model.device) for batch in self.stream.batches]
+                states = [self.stream.hidden.states(n)[:stack] for n in range(len(entering))]
+                self._crossings = [Crossing(self.stream.calls, *some) for some in zip(batches, states, strict=True)]
         for n in range(len(entering)):
-            yield n, self._through(block, slots, entering[n], n, watch)
+            found = self._through(block, slots, entering, n, watch)
+            if stack and block.index == span.start:
+                self._cross(n)
+            yield n, found
+
+    def _cross(self, n: int) -> None:
+        """The gradient of what left the stack before takes the place of that of what entered this one."""
+        through = self._crossings[n].back(self.stream.hidden[n])
+        sums = [one + other for one, other in zip(self._left[n], through, strict=True)]
+        *self._left[n], self.stream.hidden[n] = sums
 
     def skip(self, block: LoadedBlock) -> None:
         """Take the gradients back through a block none of whose layers is of interest."""
@@ -130,23 +150,30 @@ class Back:
             pass
 
     def _through(
-        self, block: LoadedBlock, slots: Collection[Slot], entering: Tensor, n: int, watch: Watch | None
+        self, block: LoadedBlock, slots: Collection[Slot], entering: Hidden, n: int, watch: Watch | None
     ) -> dict[str, Tensor]:
         """The gradients of a block's layers on window n; that of its input takes the place of that of its output."""
-        state = entering.detach().requires_grad_()
+        state = entering[n].detach().requires_grad_()
+        call, pairs = self.stream.calls.batches[n][block.index], list[tuple[Tensor, Tensor]]()
+        if self.model.stack_of(block.index):
+            call, pairs = self._crossings[n].call(block.index)
         weights = {slot.key: getattr(slot.module, slot.parameter) for slot in slots}
         with torch.enable_grad(), _asked(weights.values()):
             with watch or contextlib.nullcontext():
-                output, _ = self.stream.calls.batches[n][block.index].run(block.module, state, {})
+                output, beside = call.run(block.module, state, entering.beside[n])
+            if _hangs_on([state, *weights.values()], tensors(tuple(beside.values()))):
+                raise _more(self.model)
             found = torch.autograd.grad(
                 output,
-                (state, *weights.values()),
+                (state, *weights.values(), *(leaf for _, leaf in pairs)),
                 self.stream.hidden[n],
                 allow_unused=True,  # experts that no token reached
                 materialize_grads=True,
             )
         self.stream.hidden[n] = found[0]
-        by_key = dict(zip(weights, found[1:], strict=True))
+        for (argument, _), gradient in zip(pairs, found[1 + len(weights) :], strict=True):
+            self._crossings[n].gather(argument, gradient)
+        by_key = dict(zip(weights, found[1:], strict=False))
         return {slot.name: slot.read(by_key[slot.key]) for slot in slots}
 
     def prune(
@@ -224,6 +251,21 @@ def gradients(
     for index, block in model.walk(checkpoint, back=True, track=track, what="gradients"):
         for window, found in back.advance(block):
             yield index, window, found
+
+
+def _hangs_on(inputs: Sequence[Tensor], made: Sequence[Tensor]) -> bool:
+    """Has what was made a gradient in one of these inputs?"""
+    made = [tensor for tensor in made if tensor.requires_grad]
+    zeros = [torch.zeros_like(tensor) for tensor in made]
+    found = torch.autograd.grad(made, inputs, zeros, retain_graph=True, allow_unused=True) if made else ()
+    return any(gradient is not None for gradient in found)
+
+
+def _more(model: Model) -> ModelError:
+    return ModelError(
+        f"the blocks of {type(model.network).__name__} pass each other more than the hidden state: its gradients cannot"
+        " be made block by block."
+    )
 
 
 def _not_finite(name: str) -> NumericalError:

@@ -145,7 +145,7 @@ class Calls:
         stack, with the states that left the stacks before it."""
         stand_ins = StandIns(self.model, self.interface, states)
         stand_ins.pass_through(batch)
-        calls = _marked(stand_ins)
+        calls = marked(stand_ins)
         known = self._firsts.setdefault((len(states), *((k, v.shape) for k, v in batch.items())), calls)
         if known is not calls:
             shared = Shared()
@@ -198,7 +198,7 @@ class Calls:
             return self.model.run(batch, **options)
 
 
-def _marked(stand_ins: StandIns) -> list[Call]:
+def marked(stand_ins: StandIns) -> list[Call]:
     """Calls, with places where the arguments hold what travels from block to block."""
     interface, model = stand_ins.interface, stand_ins.model
     takes = interface.takes.get(stand_ins.stack, {})

@@ -64,10 +64,11 @@ def inspect(directory: str) -> list[Inspected]:
     prunella.json where there is one. Raises ModelError for a directory that is no model."""
     if not Path(directory).is_dir():
         raise ModelError(f"'{directory}' is not a directory.")
-    said = {}
-    if (Path(directory) / REPORT).is_file():
-        said = {layer.name: layer for layer in Report.read(directory).layers}
+    report = Report.read(directory) if (Path(directory) / REPORT).is_file() else None
+    said = {layer.name: layer for layer in report.layers} if report else {}
     model = open_model(directory, device="cpu", packed=True)
+    if report and "blocks" in report.model and model.checkpoint is None:  # packed, it shows others
+        model.blocks = [str(name) for name in report.model["blocks"]]
     found = []
     for _, block in model.walk():
         for layer in _stored(block.module, block.name):

@@ -81,6 +81,7 @@ def prune_in_rounds(
         score: how good a network is; larger is better.
         calibration: batches that the network is called with, as of `prunella.prune`.
         tolerance: stop when the score of a level is lower than the dense network's by more; None: never.
+        schedule: `linear` or `cubic`, see above.
         on_level: called after each round.
 
     Returns:

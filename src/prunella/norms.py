@@ -24,6 +24,7 @@ from .evaluate.perplexity import answered
 from .model.checkpoint import Source
 from .model.network import Model
 from .model.task import NO_ANSWERS, Answers
+from .model.walk import LoadedBlock, Weights
 from .norm_ways import Moments, Norm, Way
 from .progress import Track, no_track
 from .samples import Samples
@@ -110,23 +111,26 @@ class _Gather:
 Run = Callable[[_Gather], None]
 
 
+def _every(stream: Stream, work: Callable[[int], Any], gather: _Gather) -> None:
+    """Do this with each batch of a stream, and let what norms are given count where it was done."""
+
+    def one() -> None:
+        gather.forget()
+        with contextlib.suppress(Stop):
+            work(batch)
+        gather.done()
+
+    batch = 0
+    with torch.no_grad():
+        while batch < len(stream.batches):
+            batch += stream.fits(batch, one)
+
+
 def _runs(model: Model, samples: Samples, source: Source | None, track: Track) -> Iterator[tuple[str | None, Run]]:
     """The parts of a network in the order in which samples pass them: the block, or None for what lies before a
     stack of blocks or behind them all, and what runs all samples through that part alone. Its weights are loaded; those
     that a norm has when the next part is asked for are what the samples pass."""
     stream = Stream(model, samples, checkpoint=source)
-
-    def every(work: Callable[[int], Any], gather: _Gather) -> None:
-        def one() -> None:
-            gather.forget()
-            with contextlib.suppress(Stop):
-                work(batch)
-            gather.done()
-
-        batch = 0
-        with torch.no_grad():
-            while batch < len(stream.batches):
-                batch += stream.fits(batch, one)
 
     def enter(batch: int) -> tuple[Tensor, list[Any]]:
         return stream.calls.enter(stream.batches[batch], stream.hidden.states(batch))
@@ -134,15 +138,15 @@ def _runs(model: Model, samples: Samples, source: Source | None, track: Track) -
     for index, block in model.walk(source, track=track, what=NOTE):
         if index == model.spans[model.stack_of(index)].start:
             with model.outside(head=False, checkpoint=source):
-                yield None, partial(every, enter)
+                yield None, partial(_every, stream, enter)
                 with torch.no_grad():
                     for batch in range(len(stream.batches)):
                         stream.hidden[batch], calls = enter(batch)
                         stream.hidden.calls[batch][-len(calls) :] = calls
-        yield block.name, partial(every, partial(stream.run, block, stream.hidden))
+        yield block.name, partial(_every, stream, partial(stream.run, block, stream.hidden))
         stream.advance(block)
     with model.outside(checkpoint=source):
-        yield None, partial(every, stream.outputs)
+        yield None, partial(_every, stream, stream.outputs)
 
 
 class BatchNorms:
@@ -158,7 +162,7 @@ class BatchNorms:
     norms:    by name
     order:    for each part of the network the norms that it runs, in order
     before:   their statistics, {tensor: value}
-    dense:    what enters each
+    dense:    what enters each, of these samples, and of `every` one
     kept:     those that stay as they are, and why
     """
 
@@ -178,7 +182,7 @@ class BatchNorms:
         # Drawn: among samples in a regular order every fifth would be of one class.
         drawn = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
         apart = len(samples) // HELD_OUT
-        self.held_out = targeted(model, Samples(tuple(samples.pick(sorted(drawn[:apart])))), track=track)
+        self.held_out = Samples(tuple(samples.pick(sorted(drawn[:apart]))))
         self.samples = Samples(tuple(samples.pick(sorted(drawn[apart:]))))
         self.answers: Answers = NO_ANSWERS
         if self.held_out.groups:
@@ -206,7 +210,28 @@ class BatchNorms:
                 for name in self.order[-1]
                 for key in (MEAN, VARIANCE)
             }
+        self.every = dict(self.dense)
+        others = _runs(model, self.held_out, None, track) if self.held_out.groups else ()
+        for names, (_, run) in zip(self.order, others, strict=False):
+            with _Gather({name: self.norms[name] for name in names}, stop=False) as gather:
+                run(gather)
+            self.every |= {name: self.dense[name] + gather.moments[name] for name in names}
         self.kept |= {name: "is not called" for name in self.norms if name not in self.dense and name not in self.kept}
+
+    def advance(self, stream: Stream, block: LoadedBlock, weights: Weights) -> None:
+        """Take a stream of all samples through a block that is pruned and has these weights. Meanwhile its norms have
+        statistics that fit what enters them, so that the blocks after it see inputs of the size that they are going to
+        have: else what they lose is chosen, and made up for, in a network that is broken. Where nobody chose a way it
+        is `correct`, which leaves alone what is not broken."""
+        way = self.ways["correct"] if self.choose else list(self.ways.values())[-1]
+        names = [name for part in self.order for name in part if self.model.block_of(f"{name}.{MEAN}") == block.name]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(block.use(weights))
+            for name in names:
+                with _Gather({name: self.norms[name]}, stop=True) as gather:
+                    _every(stream, partial(stream.run, block, stream.hidden), gather)
+                stack.enter_context(block.use(self._estimated(name, way, self.every[name], gather.moments[name])))
+            stream.advance(block)
 
     def settle(self, out: Output | None) -> dict[str, Any]:
         """Estimate the statistics of the pruned network, which is on disk, or in memory; keep those that the recipe
@@ -269,12 +294,12 @@ class BatchNorms:
             for name in names:
                 with _Gather({name: self.norms[name]}, stop=block is not None) as gather:
                     run(gather)
-                found = self._estimated(name, way, gather.moments[name])
+                found = self._estimated(name, way, self.dense[name], gather.moments[name])
                 put(found)
                 new |= found
         return new
 
-    def _estimated(self, name: str, way: Way, pruned: Moments) -> dict[str, Tensor]:
+    def _estimated(self, name: str, way: Way, dense: Moments, pruned: Moments) -> dict[str, Tensor]:
         mean, variance = (self.before[f"{name}.{key}"] for key in (MEAN, VARIANCE))
         epsilon = float(getattr(self.norms[name], "eps", 1e-5))
         if not (pruned.sum_C.isfinite().all() and pruned.sumsq_C.isfinite().all()):
@@ -282,7 +307,7 @@ class BatchNorms:
                 f"the inputs of batch norm '{name}' hold NaN or infinity: the pruned network overflows; use"
                 " --dtype float32 or bfloat16, or keep the statistics (--set batch_norm=keep)."
             )
-        norm = Norm(name, mean.cpu().double(), variance.cpu().double(), epsilon, self.dense[name], pruned)
+        norm = Norm(name, mean.cpu().double(), variance.cpu().double(), epsilon, dense, pruned)
         found = dict(zip((MEAN, VARIANCE), way(norm), strict=True))
         new = {f"{name}.{key}": value.to(mean.dtype) for key, value in found.items()}
         for key, value in new.items():

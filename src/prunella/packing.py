@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from .outcome import BlockResult
 from .save import REPORT
 from .sparse.checkpoint import packed_config
 from .sparse.format import (
+    ORDER,
     PARTS,
     SPAN,
     Packed,
@@ -47,6 +49,7 @@ from .tensors import (
     write_index,
     write_json,
     write_masks,
+    write_text,
 )
 from .workshop import Workshop, finished, workshop
 
@@ -184,10 +187,19 @@ def _check_grid(slot: Slot, grid: Grid) -> None:
 
 
 def load_packed(model: str | Path, **opening: Any) -> nn.Module:
-    """The network of a packed directory, whatever it is for, its weights packed as they are. Raises PrunellaError.
+    """The network of a packed directory, whatever it is for and whatever library it is of, ready to run: its weights
+    stay packed in memory.
 
     Args:
+        model: the directory, or a hub id.
         opening: as for `open_model`: device, dtype, remote_code.
+
+    Raises:
+        InputError: it is not packed.
+        ModelError: its files are damaged, or packed from another network.
+
+    >>> import prunella
+    >>> network = prunella.load_packed("packed")  # doctest: +SKIP
     """
     if packed_config(_directory(model)) is None:
         raise InputError(f"'{model}' is not packed: prunella.open_model opens it, or the library that it is of.")
@@ -242,11 +254,17 @@ def unpack_model(model: str, out: str | Path) -> int:
         if sharded:
             write_index(shop.model)
         else:
-            save_tensors(shop.model / SINGLE, dict(sorted(every.items())))
+            metadata = {key: value for about in checkpoint.metadata.values() for key, value in about.items()}
+            text = metadata.pop("config.json", "")
+            known = json.loads(metadata.pop(ORDER, "[]"))
+            order = [*(name for name in known if name in every), *sorted(every.keys() - set(known))]
+            save_tensors(shop.model / SINGLE, {name: every[name] for name in order}, metadata)
         write_masks(shop.model / MASKS, masks, shapes)
         write_grids(shop.model / GRIDS, grids)
         _copy_companions(directory, shop.model)
-        if config:
+        if not sharded and text and json.loads(text) == config:  # its own spelling
+            write_text(shop.model / "config.json", text)
+        elif config:
             write_json(shop.model / "config.json", config)
         else:  # it had none before it was packed
             (shop.model / "config.json").unlink()

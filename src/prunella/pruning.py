@@ -29,7 +29,7 @@ from .outcome import BlockResult, LayerResult
 from .overlap import joined
 from .progress import Track, no_track
 from .recipe import Recipe
-from .report import Report, anatomy, peak_memory, seen
+from .report import Report, anatomy, buffer_bytes, peak_memory, seen
 from .samples import Samples, tokens_of
 from .save import Output, begun_as, identity
 from .store import check_store
@@ -181,7 +181,7 @@ def _prune(
         seconds["allocate"] = time.perf_counter() - clock
         clock = time.perf_counter()
         norms = _norms(opened, recipe, samples, track) if normed and not blind else None
-        layers, left = _blocks(opened, recipe, slots, samples, out, track, on_block)
+        layers, left = _blocks(opened, recipe, slots, samples, norms, out, track, on_block)
         if blind:
             layers = [replace(layer, error=None, tokens=0) for layer in layers]
         seconds["prune"] = time.perf_counter() - clock
@@ -197,7 +197,7 @@ def _prune(
         seconds["pruned evaluation"] = time.perf_counter() - clock
         seconds["all"] = time.perf_counter() - started
         if written:
-            dense |= {"bytes": opened.parameters * opened.dtype.itemsize}
+            dense |= {"bytes": opened.parameters * opened.dtype.itemsize + buffer_bytes(opened)}
             pruned |= {"bytes": written.nbytes}
         known = seen(opened.checkpoint.directory) if opened.checkpoint else ""
         report = Report(
@@ -332,6 +332,7 @@ def _blocks(
     recipe: Recipe,
     slots: list[list[Slot]],
     samples: Samples,
+    norms: BatchNorms | None,
     out: Output | None,
     track: Track,
     on_block: OnBlock | None,
@@ -359,6 +360,8 @@ def _blocks(
     done = out.finished if out else []
     written = out.checkpoint if out and done else None
     last = max(n for n, block in enumerate(slots[::-1] if back else slots) if any(slot.sparsity > 0 for slot in block))
+    if recipe.order != "block" or stream.dense is not None or not any(step.needs for step in steps):
+        norms = None  # no block is pruned by what those before it make, or they are fitted to the dense network's
     layers: dict[int, Sequence[LayerResult]] = {}
     left: dict[int, list[LeftOut]] = {}
     for n, (index, block) in enumerate(model.walk(back=goes_back, track=track, what="pruning")):
@@ -370,6 +373,8 @@ def _blocks(
             layers[index] = done[n]
             if back:
                 back.skip(block)
+            elif written is not None and n < last and norms:
+                norms.advance(stream, block, written)
             elif written is not None and n < last:
                 stream.skip(block, written)
             continue
@@ -378,7 +383,9 @@ def _blocks(
         if back:
             result = back.prune(block, slots[index], steps, min_tokens=least)
         else:
-            result = stream.prune(block, slots[index], steps, min_tokens=least, last=n == last)
+            result = stream.prune(block, slots[index], steps, min_tokens=least, last=n == last or norms is not None)
+            if norms and n < last:
+                norms.advance(stream, block, result.changed)
         if out:
             with block.use(result.changed):
                 out.write(result)

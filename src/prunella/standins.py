@@ -62,9 +62,9 @@ class StandIns:
         self._end: int | None = None
         self._last: Tensor | None = None
 
-    def pass_through(self, batch: Batch, *, on: bool = False) -> None:
-        """Run the network until the last block of the stack was called, or `on` to its output layer. Raises ModelError
-        if its blocks are no chain."""
+    def pass_through(self, batch: Batch, *, on: bool = False, gradient: bool = False) -> None:
+        """Run the network until the last block of the stack was called, or `on` to its output layer; `gradient`: what
+        is kept can be differentiated in the states. Raises ModelError if its blocks are no chain."""
         network, span = self.model.network, self.model.spans[self.stack]
         head = getattr(network, "get_output_embeddings", lambda: None)() if on else None
 
@@ -75,7 +75,7 @@ class StandIns:
         watched = head.register_forward_pre_hook(stop) if isinstance(head, nn.Module) else contextlib.nullcontext()
         self._end = None if on else span.stop
         try:
-            with torch.no_grad(), self.installed(), contextlib.suppress(Stop), watched:
+            with torch.set_grad_enabled(gradient), self.installed(), contextlib.suppress(Stop), watched:
                 self.reached = self.model.run(batch)
         except (PrunellaError, MemoryError, torch.OutOfMemoryError):
             raise

@@ -14,7 +14,15 @@ from torch import Tensor
 
 import prunella
 from prunella import InputError, Report
+from prunella.heal.masks import full
+from prunella.layers import find_layers
+from prunella.moving import updates
+from prunella.tasks import make_task
 from prunella.tensors import MASKS
+from prunella.train.callback import hold
+from prunella.train.loop import Training
+from prunella.train.parts import attach, choose, detach, make_group, parts_of
+from prunella.train.schedule import make_schedule
 
 BASE: dict[str, Any] = {
     "task": "textures",
@@ -159,7 +167,7 @@ def test_a_run_that_was_killed_and_resumed_ends_like_one_that_was_not(
     ).read_bytes()
 
 
-def test_two_processes_share_each_step(pruned: Path, tmp_path: Path) -> None:
+def test_two_processes_share_each_step(pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of samples of several shapes; the statistics of norms are the mean of what both have seen."""
     wanted = recipe(text=["sizes"], rate=3e-3, held_out=6, distill=0.3)
     one = prunella.heal(pruned, wanted, output=tmp_path / "one")
@@ -168,6 +176,9 @@ def test_two_processes_share_each_step(pruned: Path, tmp_path: Path) -> None:
     two = Report.read(tmp_path / "two")
     assert two.healing["losses"] == pytest.approx(one.healing["losses"], rel=1e-3)
     assert two.healing["processes"] == 2
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert together(log, convnets.heal, pruned, wanted, tmp_path / "sharded") != 0
+    assert "FSDP shards causal language models" in log.read_text()
     before, after = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "two")
     for name in before:
         if before[name].is_floating_point() and "running" not in name:
@@ -262,3 +273,53 @@ def test_what_cannot_be_healed_is_refused(heal: dict[str, Any], message: str, pr
     with pytest.raises(InputError, match=message):
         prunella.heal(pruned, recipe(**heal), output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_masks_are_held_in_a_training_of_ones_own(pruned: Path) -> None:
+    """Of grouped convolutions too, whose layers are parts of a weight."""
+    network = convnets.ConvNet()
+    network.load_state_dict(tensors_of(pruned))
+    before = {name: value == 0 for name, value in network.named_parameters() if value.ndim > 1}
+    data = convnets.pictures(8, 5)
+    with hold(network, prunella.read_masks(pruned)):
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(2):
+            torch.nn.functional.cross_entropy(network(data["pixels"]), data["labels"]).backward()
+            optimizer.step()
+    for name, value in network.named_parameters():
+        if value.ndim > 1:
+            assert (value == 0).equal(before[name]), name
+    with (
+        pytest.raises(InputError, match="'nowhere' is neither a layer nor a parameter"),
+        hold(network, {"nowhere": torch.ones(2, 2, dtype=torch.bool)}),
+    ):
+        pass
+
+
+def test_masks_that_move_are_chosen_by_the_recipe_s_steps(pruned: Path, tmp_path: Path) -> None:
+    """Of a convolutional network: dense at first, as sparse as it is to be at the end."""
+    task = make_task("textures")
+    model = task.wrap(convnets.trained())
+    samples = task.samples(model, "drawn", 64)
+    chosen = choose(parts_of(model, full(model)), [make_group("all")])
+    attach(chosen)
+    wanted = prunella.Recipe.of({**BASE, "steps": ["wanda"], "batch_norm": "keep"})
+    training = Training(
+        model.network,
+        chosen,
+        samples,
+        lambda outputs, batch: task.losses(outputs, batch).mean(),
+        make_schedule("imp", 6, {"rounds": 2}),
+        tmp_path / "training",
+        run=task.run,
+        update=updates(model, chosen, wanted, samples.first(16)),
+        batch=16,
+        micro=16,
+        every=6,
+    )
+    with training:
+        training.advance()
+    detach(chosen)
+    for name in model.blocks:
+        for slot in find_layers(model.module(name), name):
+            assert (slot.read() == 0).float().mean().item() == pytest.approx(0.8, abs=0.02), slot.name

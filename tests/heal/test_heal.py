@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 import prunella
 from prunella import InputError, ModelError, NumericalError, Report
 from prunella.evaluate.measure import digest
-from prunella.heal import line
+from prunella.heal import line, retraining
 from prunella.heal import rounds as in_rounds
 from prunella.heal.report import calibrated
 from prunella.samples import Samples
@@ -476,7 +476,7 @@ def test_each_round_trains_on_text_of_its_own(pruned: Path, tmp_path: Path, monk
         seen.append({tuple(ids.tolist()) for ids in held.groups[0]["input_ids"]})
         return real(model, chosen, samples, held, *rest, **options)
 
-    monkeypatch.setattr(line, "retrain", spy)
+    monkeypatch.setattr(retraining, "retrain", spy)
     for k in range(2):
         prunella.heal(pruned, settings(train=["norms"], tokens=256), output=tmp_path / str(k), portion=(k, 2))
     first, held, second, again = seen
@@ -531,7 +531,7 @@ def test_a_run_that_had_stopped_early_does_not_train_on(
     assert whole.healing["steps"] < 32
     climb(monkeypatch, after=16)
     with monkeypatch.context() as patch:
-        patch.setattr(line, "write", _interrupt)
+        patch.setattr(retraining, "write", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             prunella.heal(pruned, recipe, output=tmp_path / "out")
     again = prunella.heal(pruned, recipe, output=tmp_path / "out", resume=True)
@@ -546,7 +546,7 @@ def test_an_interrupted_run_with_new_biases_can_still_be_resumed(
 ) -> None:
     recipe = settings(train=["new-biases"], tokens=256)
     with monkeypatch.context() as patch:
-        patch.setattr(line, "write", _interrupt)
+        patch.setattr(retraining, "write", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             prunella.heal(pruned, recipe, output=tmp_path / "out")
     with pytest.raises(InputError, match="--resume"):
@@ -620,7 +620,7 @@ def test_a_run_that_is_in_the_way_of_the_healing_is_said_before_the_pruning(
 ) -> None:
     recipe = settings(train=["norms"], tokens=256) | {"steps": ["magnitude"]}
     with monkeypatch.context() as patch:
-        patch.setattr(line, "write", _interrupt)
+        patch.setattr(retraining, "write", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             prunella.heal(pruned, recipe, output=tmp_path / "out")
     for resume in (False, True):
@@ -781,15 +781,15 @@ def test_a_dense_model_that_is_trained_first_teaches(
         seen.append({tuple(ids.tolist()) for some in (samples, held) for ids in some.groups[0]["input_ids"]})
         return real(model, chosen, samples, held, *rest, **options)
 
-    monkeypatch.setattr(line, "retrain", spy)
+    monkeypatch.setattr(retraining, "retrain", spy)
     kept: dict[str, Path] = {}
-    teach = line.teacher_in_memory
+    teach = retraining.teacher_in_memory
 
     def look(model: Any, *more: Any) -> Any:
         kept["teacher"] = Path(shutil.copytree(model.checkpoint.directory, tmp_path / "teacher"))
         return teach(model, *more)
 
-    monkeypatch.setattr(line, "teacher_in_memory", look)
+    monkeypatch.setattr(retraining, "teacher_in_memory", look)
     recipe = settings(train=["norms"], distill=0.5, adapt=512)
     prunella.heal(pruned, recipe, output=tmp_path / "out")
     first, then = seen
@@ -841,7 +841,7 @@ def test_every_window_to_train_on_begins_with_bos(
         seen.extend(some.groups[0]["input_ids"] for some in (samples, held))
         return real(model, chosen, samples, held, *rest, **options)
 
-    monkeypatch.setattr(line, "retrain", spy)
+    monkeypatch.setattr(retraining, "retrain", spy)
     recipe = settings(train=["norms"], tokens=128) | {"evaluate": {"windows": 2, "length": 48}}
     report = prunella.heal(source, recipe, output=tmp_path / "out")
     assert all((ids_NL[:, 0] == 1).all() for ids_NL in seen)

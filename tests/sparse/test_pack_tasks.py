@@ -15,10 +15,12 @@ from torch import Tensor
 
 import prunella
 from prunella import ModelError
+from prunella.inspect import inspect
 from prunella.model.timm_models import save_timm
 from prunella.packing import load_packed, pack_model, unpack_model
 from prunella.sparse.conv import SparseConv
 from prunella.sparse.linear import SparseLinear
+from prunella.tensors import save_tensors
 
 FACTORY = """
 import torch
@@ -54,6 +56,8 @@ def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     torch.manual_seed(0)
     (root / "dense").mkdir()
     save_timm(timm.create_model(request.param, num_classes=10).eval(), root / "dense")
+    file = root / "dense" / "model.safetensors"  # not sorted, as timm's own files are not
+    save_tensors(file, dict(reversed(load_file(file).items())))
     recipe = {"steps": ["magnitude"], "calibration": {"samples": 2}, "evaluate": {"windows": 3}}
     prunella.prune(str(root / "dense"), recipe, output=root / "pruned")
     return root / "pruned"
@@ -78,12 +82,14 @@ def test_a_directory_of_timm_is_packed_and_opened_by_its_task(
     before, after = weights(pruned), weights(tmp_path / "plain")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert json.loads((pruned / "config.json").read_text()) == json.loads(
-        (tmp_path / "plain" / "config.json").read_text()
-    )
-    print(
-        "SAME", (pruned / "model.safetensors").read_bytes() == (tmp_path / "plain" / "model.safetensors").read_bytes()
-    )
+    for name in ("config.json", "model.safetensors", "prunella.json", "README.md"):
+        assert (pruned / name).read_bytes() == (tmp_path / "plain" / name).read_bytes(), name
+    masks, unpacked = prunella.read_masks(pruned), prunella.read_masks(tmp_path / "plain")
+    assert masks.keys() == unpacked.keys()
+    assert all(torch.equal(mask_OI, unpacked[name]) for name, mask_OI in masks.items())
+    plain_rows, packed_rows = ({row.name: row for row in inspect(str(d))} for d in (pruned, tmp_path / "packed"))
+    assert plain_rows.keys() == packed_rows.keys()
+    assert all(packed_rows[name].zeros == row.zeros for name, row in plain_rows.items())
     again: Any = timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True).eval()
     assert torch.equal(outputs(again, x), outputs(plain, x))
     with pytest.raises(RuntimeError):  # timm does not know the format, and says so in place of random weights

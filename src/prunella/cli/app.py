@@ -33,4 +33,4 @@ def _global(
         typer.Option("--version", "-V", metavar="", callback=_print_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    """Prune a language model, and see what is left of it."""
+    """Prune a language model, or any other network, and see what is left of it."""

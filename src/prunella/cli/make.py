@@ -176,5 +176,5 @@ def _print_saved(output: Path, report: Report) -> None:
     print(f"saved to {output}")
     if report.apart:  # which does not fit on packed weights
         print(f"the adapter lies in {output / 'adapter'}: PeftModel.from_pretrained(model, …) puts it on that model")
-    elif report.recipe.get("format", "dense") == "dense":
+    elif report.recipe.get("format", "dense") == "dense" and not any(":" in task for task in report.recipe["task"]):
         print(f"its zeros still take room and time: {command('pack', output)} -o DIR leaves them out")

@@ -206,17 +206,18 @@ order: --order block|layer|back
 batch_norm: --batch-norm WAY
     Statistics of batch norms: keep, or estimate by reset, momentum, correct, or your own. [default: what is best]
 Calibration
-calibration.source: --calibration TEXT  Where statistics come from: {SOURCES}. [default: pydoc]
-calibration.samples: --samples N  Windows of calibration text. [default: 32]
-calibration.length: --length TOKENS  Tokens in a window. [default: 2048, or the model's context]
+calibration.source: --calibration TEXT  Where statistics come from: {SOURCES}; what the task reads. [default: pydoc]
+calibration.samples: --samples N
+    Windows of calibration text; of another task samples, whose default is its own. [default: 32]
+calibration.length: --length TOKENS  Of text: tokens in a window. [default: 2048, or the model's context]
 Healing
 heal.train: --heal NAME …  Retrain afterwards: what trains; repeat. `prunella methods` lists them. [default: nothing]
 Measuring
 evaluate.source: --evaluate TEXT
-    Text for the perplexities before and after, as for --calibration; or none. [default: pydoc]
-evaluate.windows: --windows N  Windows of that text. [default: 8]
+    What to measure on before and after, as for --calibration; or none. [default: pydoc]
+evaluate.windows: --windows N  Windows of that text, or samples likewise. [default: 8]
 bos: --bos/--no-bos
-    Whether each window begins with a BOS where the tokenizer puts one before a text. [default: it does]
+    Of text: whether each window begins with a BOS where the tokenizer puts one before a text. [default: it does]
 What is saved
 format: --format dense|packed  packed: saved without the zeros; or a store of your own, FILE.py:NAME. [default: dense]
 bits: --bits 8|4  With packed: round weights to so many bits.
@@ -241,7 +242,8 @@ pattern: --pattern PATTERN …
 allocate: --allocate NAME …  How sparsity is spread over layers; repeat for more cells. [default: uniform]
 grid: --grid KEY=[VALUE, …] …  Values for any other recipe key; repeat.
 Measuring
-evaluate.source: --text --evaluate TEXT …  Text to measure perplexity on, as for --calibration; repeat. [default: pydoc]
+evaluate.source: --text --evaluate TEXT …
+    What to measure on, as for --calibration; repeat. [default: pydoc, or the task's own]
 The run
 recipe: --recipe FILE  A YAML file: a recipe, and under `grid` lists of values for its keys.
 set: --set KEY=VALUE …  A recipe key, for all cells; repeat.
@@ -263,8 +265,8 @@ heal.rate: --rate RATE  Learning rate. [default: each method's own]
 heal.distill: --distill SHARE  Share of the loss that follows the dense model's predictions. [default: 0]
 heal.dense: --dense MODEL  The dense model. [default: the one that was pruned]
 Calibration
-calibration.source: --calibration TEXT  Text for reconstruct and new-biases. [default: the pruning's]
-calibration.samples: --samples N  Windows of that text. [default: the pruning's]
+calibration.source: --calibration TEXT  Samples for reconstruct and new-biases. [default: the pruning's]
+calibration.samples: --samples N  How many: windows of text, or samples. [default: the pruning's]
 """),
     *instead(
         [option for option in PRUNING if option.key in _SHARED],

@@ -23,7 +23,13 @@ MEASURING = (
         f"What to measure on: {SOURCES}, or what else the task reads; repeat. [default: pydoc, or the task's own; with"
         " tasks none]",
     ),
-    ask(MEASURE, "--length TOKENS", "length", "Tokens in a window. [default: 2048, or the model's context]", min=2),
+    ask(
+        MEASURE,
+        "--length TOKENS",
+        "length",
+        "Of text: tokens in a window. [default: 2048, or the model's context]",
+        min=2,
+    ),
     ask(
         MEASURE,
         "--windows N",

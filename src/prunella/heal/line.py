@@ -86,6 +86,15 @@ def check_way(way: str, crew: Team) -> None:
         raise InputError("reconstruction runs in one process: start it without accelerate launch or torchrun.")
 
 
+def check_sharded(task: Task, sharded: bool) -> None:
+    """Raises InputError where other networks than causal language models are to be sharded."""
+    if sharded and not task.language:
+        raise InputError(
+            f"FSDP shards causal language models, and no networks of task '{task.name}': start the processes without"
+            " it, and each has the whole network."
+        )
+
+
 @dataclass
 class Line:
     """One healing, from directory to directory; the fields are the arguments of `heal`, and what `adapt` sets."""
@@ -128,6 +137,7 @@ class Line:
         crew = team(pick_device(self.recipe.device))
         self.sharded = self.sharded and crew.size > 1
         check_way(self.settings.way, crew)
+        check_sharded(self.task, self.sharded)
         self.shop = workshop(self.path, self.resume) if crew.main else None
         try:
             return self._all()

@@ -22,7 +22,7 @@ from ..tensors import write_text
 from ..train.schedule import make_schedule
 from ..train.shard import asked
 from ..workshop import MARK, RUN, Workshop, partial_of, place, workshop
-from .line import adapt, check_dtype, check_way
+from .line import adapt, check_dtype, check_sharded, check_way
 from .run import heal
 from .sources import Sources
 from .text import Text
@@ -55,6 +55,8 @@ def prune_and_heal(
     for name in sorted(names & {"new-biases", "lora"} if rounds > 1 else ()):
         raise InputError(f"'{name}' is for one round: what it adds is not there when the next one prunes.")
     task = recipe.make_task()
+    with asked() as sharded:
+        check_sharded(task, sharded and crew.size > 1)
     with blamed(type(task), f"task '{task.name}'"):
         opened = task.open(
             model,

@@ -11,6 +11,6 @@ results.py    a sweep: tables, plots, a page
 """
 
 from .figure import Figure, bos_words
-from .report import Report, anatomy, layer_table, peak_memory, seen, versions
+from .report import Report, anatomy, buffer_bytes, layer_table, peak_memory, seen, versions
 
-__all__ = ["Figure", "Report", "anatomy", "bos_words", "layer_table", "peak_memory", "seen", "versions"]
+__all__ = ["Figure", "Report", "anatomy", "bos_words", "buffer_bytes", "layer_table", "peak_memory", "seen", "versions"]

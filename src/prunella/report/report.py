@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import ModelError
 from ..layers import UNSEEN, LeftOut
@@ -306,6 +307,12 @@ def anatomy(model: Model) -> dict[str, Any]:
     outside = {name: p for name, p in matrices.items() if model.block_of(name) is None}
     own = {name: p.numel() for name, p in outside.items() if model.tied.get(name) not in outside}
     return {"library": library, "blocks": list(model.blocks), "outside": own}
+
+
+def buffer_bytes(model: Model) -> int:
+    """Of what a network that is no language model stores beside parameters: statistics of batch norms, say."""
+    named = {} if model.task.language else model.network.state_dict(keep_vars=True)
+    return sum(tensor.nbytes for tensor in named.values() if not isinstance(tensor, nn.Parameter))
 
 
 def seen(directory: str | Path) -> str:

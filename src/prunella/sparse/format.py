@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..errors import InputError, ModelError
 from ..grid import Grid, fit
@@ -23,6 +24,9 @@ PAD = 128  # zeros after the last value, so that a kernel may always read a whol
 SPAN = 128  # the groups of inputs with a scale of their own are multiples of this
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MARK = (0,)  # the shape of a tensor that says that a model is packed
+ORDER = (
+    "order"  # in the metadata of the last file: the names of the plain model's tensors, in the order of its one file
+)
 PARTS = ("weight_mask", "weight_offsets", "weight_values", "weight_scales")
 
 
@@ -197,9 +201,7 @@ def pack(
         raise InputError(
             f"a weight of {rows}x{columns} keeps {int(offsets[-1])} values: at most 2^31 - 1 can be packed."
         )
-    padded_OI = np.zeros((rows, words(columns) * 64), dtype=bool)
-    padded_OI[:, :columns] = mask_OI.cpu().numpy()
-    mask = torch.from_numpy(np.packbits(padded_OI, axis=1, bitorder="little"))
+    mask = _as_bits(mask_OI)
     if grid is None and bits is not None:
         grid = fit(weight_OI * mask_OI, bits, group)
     values_K = weight_OI[mask_OI] if grid is None else grid.codes(weight_OI)[mask_OI].to(torch.int8)
@@ -209,6 +211,19 @@ def pack(
         values = values[::2] | values[1::2] << 4
     scales, group = (None, 0) if grid is None else (grid.scale_OG.cpu(), grid.group)
     return Packed(mask, offsets.to(torch.int32), values, scales, columns, group)
+
+
+def _as_bits(mask_OI: Tensor) -> Tensor:
+    """A mask as bytes on the host, a row in whole words of 64 columns, the first in the lowest bit of the first."""
+    rows, columns = mask_OI.shape
+    width = words(columns) * 64
+    if mask_OI.device.type == "cpu":
+        padded_OI = np.zeros((rows, width), dtype=bool)
+        padded_OI[:, :columns] = mask_OI.numpy()
+        return torch.from_numpy(np.packbits(padded_OI, axis=1, bitorder="little"))
+    worth = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask_OI.device)
+    bytes_OB8 = functional.pad(mask_OI.contiguous().view(torch.uint8), (0, width - columns)).view(rows, -1, 8)
+    return (bytes_OB8 * worth).sum(2, dtype=torch.uint8).cpu()
 
 
 # ---------------------------------------------------------------------------------------------------------

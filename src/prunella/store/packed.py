@@ -4,6 +4,7 @@ blocks. What is written is read back block by block, as any other weights are.""
 from __future__ import annotations
 
 import itertools
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,13 +20,14 @@ from ..compat import of_transformers
 from ..errors import ModelError, say
 from ..grid import fit
 from ..layers import Slot, find_layers
-from ..model.files import copy_companions, files_in, read_json
+from ..model.files import SINGLE, copy_companions, files_in, read_json
 from ..model.network import Model
 from ..outcome import BlockResult
 from ..sparse.checkpoint import PackedCheckpoint, packed_config
 from ..sparse.conv import has_only_a_weight, runs_packed
 from ..sparse.format import (
     MARK,
+    ORDER,
     SPAN,
     VERSION,
     Packed,
@@ -228,7 +230,7 @@ class PackedStore(Store):
         if self.others and self.model.checkpoint is not None:
             changed = self.model.stored("", self.others)
             plain |= {key: changed[key].to(tensor.dtype) for key, tensor in plain.items() if key in changed}
-        self._save(len(self.model.blocks), {**tensors, **plain})
+        self._save(len(self.model.blocks), {**tensors, **plain}, self._order())
 
     def finish(self) -> None:
         network, path = self.model.network, self.folder / "config.json"
@@ -256,10 +258,8 @@ class PackedStore(Store):
         }
         write_json(path, config)
         if expanded := self.contents.expanded:
-            say(
-                f"{len(expanded)} convolutions are expanded when the model is loaded, {expanded[0]} the first of them:"
-                " of convolutions only those with a kernel of one place run packed"
-            )
+            first = f"the convolution '{expanded[0]}' is" if len(expanded) == 1 else f"{len(expanded)} convolutions are"
+            say(f"{first} expanded when the model is loaded: those run packed whose kernel has one place")
         write_index(self.folder)
         masks: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, int]] = {}
@@ -342,13 +342,15 @@ class PackedStore(Store):
         for grid in grids:
             if grid is not None:
                 bits, group = stored_bits(grid), grid.group
-        masks = [pattern.unpack(result.masks[slot.name], slot.shape) for slot in slots]
-        weights = [slot.read().cpu().contiguous() for slot in slots]
+        weights = [slot.read().contiguous() for slot in slots]  # which are packed where they lie
+        device = weights[0].device
+        masks = [pattern.unpack(result.masks[slot.name].to(device), slot.shape) for slot in slots]
+        grids = [grid and replace(grid, scale_OG=grid.scale_OG.to(device)) for grid in grids]
         if slots[0].lens.packed == "kernel":  # the groups of a convolution, one below the other
             if any(grids) and bits is not None:
                 each = zip(weights, masks, grids, strict=True)
                 known = [grid or fit(weight_OI * mask_OI, bits, group) for weight_OI, mask_OI, grid in each]
-                grids = [replace(known[0], scale_OG=torch.cat([grid.scale_OG.cpu() for grid in known]))]
+                grids = [replace(known[0], scale_OG=torch.cat([grid.scale_OG for grid in known]))]
             weights, masks, grids = [torch.cat(weights)], [torch.cat(masks)], grids[:1]
         return [
             pack(weight_OI, mask_OI, bits, group, grid=grid)
@@ -370,8 +372,19 @@ class PackedStore(Store):
             tensors: dict[str, Tensor] = {key: slices[key][...] for key in keys}
         return {k: t.to(self.model.dtype) if cast and t.is_floating_point() else t for k, t in tensors.items()}
 
-    def _save(self, number: int, tensors: Mapping[str, Tensor]) -> None:
-        save_tensors(self._file(number), tensors)
+    def _order(self) -> dict[str, str] | None:
+        """What the last file says to those who make a plain directory again: the order of tensors in the model's own
+        file, the metadata there, its config.json; nothing where transformers reads the files, which takes several."""
+        checkpoint = self.model.checkpoint
+        if checkpoint is None or of_transformers(self.model.network) or list(checkpoint.files) != [SINGLE]:
+            return None
+        places = sorted(checkpoint.files[SINGLE].items(), key=lambda item: item[1][2])
+        said = {**checkpoint.metadata[SINGLE], ORDER: json.dumps([name for name, _ in places])}
+        path = checkpoint.directory / "config.json"
+        return said | ({path.name: path.read_text(encoding="utf-8")} if path.is_file() else {})
+
+    def _save(self, number: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+        save_tensors(self._file(number), tensors, metadata)
 
     def _file(self, number: int) -> Path:
         """That of a block, or the last one."""

@@ -24,7 +24,7 @@ from ..texts import ClassName
 from .heads import HEAD, label_names, with_head
 from .registry import register_task
 from .scores import class_answers, class_scores
-from .sentences import LABELS, Row, Sentences, right_of, tensors
+from .sentences import LABELS, Row, Sentences, bare, right_of, tensors
 
 _HIDDEN = -1  # the label of rows whose label a data set of the hub keeps to itself
 
@@ -246,7 +246,7 @@ def matched(labels: Sequence[Any], names: Mapping[int, str], places: Sequence[st
 @contextlib.contextmanager
 def _no_padding(network: Any) -> Iterator[None]:
     """Let a decoder's head look at the last token, also where no token is known for padding: nothing is padded."""
-    config = network.config.get_text_config()
+    config = bare(network).config.get_text_config()
     if getattr(config, "pad_token_id", None) is not None:
         yield
         return

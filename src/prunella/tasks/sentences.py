@@ -148,7 +148,7 @@ class Sentences(Task):
     def encode(self, model: Model, rows: Sequence[Row]) -> list[dict[str, list[int]]]:
         """The tokens of each row, with segment ids where the network takes them; cut to `longest`, which is said."""
         longest, kept = self.longest(model), ["input_ids"]
-        if "token_type_ids" in inspect.signature(model.network.forward).parameters:
+        if "token_type_ids" in arguments(model.network):
             kept.append("token_type_ids")
         found, cut = list[dict[str, list[int]]](), 0
         for row in rows:
@@ -167,7 +167,7 @@ class Sentences(Task):
         return found
 
     def check(self, model: Model, samples: Samples) -> None:
-        takes = inspect.signature(model.network.forward).parameters
+        takes = arguments(model.network)
         for group in samples.groups:
             if "input_ids" not in group:
                 raise InputError(f"samples of texts are token ids, `input_ids`; these are {', '.join(group)}.")
@@ -196,9 +196,19 @@ class Sentences(Task):
     # --- what the network makes of them
 
     def run(self, network: nn.Module, batch: Batch, **options: Any) -> Any:
-        if "use_cache" in inspect.signature(network.forward).parameters:
+        if "use_cache" in arguments(network):
             options = {"use_cache": False, **options}
         return network(**{key: value for key, value in batch.items() if key not in (LABELS, TARGET)}, **options)
+
+
+def bare(network: Any) -> Any:
+    """A network without what several processes put around it."""
+    return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+
+
+def arguments(network: nn.Module) -> Mapping[str, Any]:
+    """What a network is called with, by its class: its own `forward` may be a stand-in's."""
+    return inspect.signature(type(bare(network)).forward).parameters
 
 
 def right_of(batch: Batch) -> Tensor:

@@ -31,6 +31,7 @@ from .registry import register_task
 from .targets import AT, Shapes, Targets, enough, field, of_network, say_cut, written
 
 READ = 512  # tokens that a sample reads where nobody says how many
+WRITTEN = 128  # and writes
 PROMPT = "The most important thing about a garden is the soil, since all that grows there lives on it."
 
 
@@ -46,7 +47,7 @@ class Seq2Seq(Targets):
         self,
         *,
         length: int | None = None,
-        target_length: int = 128,
+        target_length: int | None = None,
         prefix: str = "",
         text: str = "",
         target: str = "target",
@@ -56,7 +57,7 @@ class Seq2Seq(Targets):
         """
         Args:
             length: tokens that are read, at most; None: 512, or the model's context if that is shorter.
-            target_length: tokens that are written, at most.
+            target_length: tokens that are written, at most; None: 128, or the context if that is shorter.
             prefix: what is put before each text, `summarize: ` say.
             text: the column of a table that is read; by default `text`, or `source` where there is none.
             target: the column that is to be written.
@@ -95,9 +96,10 @@ class Seq2Seq(Targets):
         if model.tokenizer is None:
             raise InputError(f"model '{model.name}' has no tokenizer, so the text of '{source}' cannot be used.")
         length = min(READ, context(model)) if self.length is None else self.length
-        if min(length, self.target_length) < 4 or max(length, self.target_length) > context(model):
+        write = min(WRITTEN, context(model)) if self.target_length is None else self.target_length
+        if min(length, write) < 4 or max(length, write) > context(model):
             raise InputError(
-                f"{length} tokens to read and {self.target_length} to write: both are between 4 and the model's context"
+                f"{length} tokens to read and {write} to write: both are between 4 and the model's context"
                 f" of {context(model)}."
             )
         if not is_prose(source):
@@ -105,9 +107,9 @@ class Seq2Seq(Targets):
             rows = records(source, _row, (*self.columns[0], self.columns[1]), split)
             first = next(rows, None)
             if first is not None and self.columns[1] in first[1]:
-                return self._pairs(model, source, itertools.chain([first], rows), count, used, length)
+                return self._pairs(model, source, itertools.chain([first], rows), count, used, (length, write))
             say(f"'{source}' has no '{self.columns[1]}': the beginning of each text is read, the rest is to be written")
-        return self._continued(model, source, count, used, length, test)
+        return self._continued(model, source, count, used, (length, write), test)
 
     def _pairs(
         self,
@@ -116,7 +118,7 @@ class Seq2Seq(Targets):
         rows: Iterable[tuple[str, Mapping[str, Any]]],
         count: int | None,
         used: int,
-        length: int,
+        lengths: tuple[int, int],
     ) -> Samples:
         """Rows of a table, counted as such."""
         found, cut = Shapes(), [0, 0]
@@ -126,27 +128,29 @@ class Seq2Seq(Targets):
                 continue
             key = next((key for key in texts if key in row), texts[0])
             with self._speaking(model.tokenizer):
-                read = _ids(model.tokenizer, length, text=self.prefix + field(row, key, place))
-                wrote = _ids(model.tokenizer, self.target_length, text_target=field(row, target, place))
+                read = _ids(model.tokenizer, lengths[0], text=self.prefix + field(row, key, place))
+                wrote = _ids(model.tokenizer, lengths[1], text_target=field(row, target, place))
             cut = [cut[0] + read[1], cut[1] + wrote[1]]
             found.add({"input_ids": torch.tensor([read[0]]), "labels": torch.tensor([wrote[0]])}, number)
             if len(found) == count:
                 break
         enough(len(found), count, used, source, "pairs")
-        say_cut(cut[0], len(found), "texts", length)
-        say_cut(cut[1], len(found), "targets", self.target_length)
+        say_cut(cut[0], len(found), "texts", lengths[0])
+        say_cut(cut[1], len(found), "targets", lengths[1])
         return found.samples()
 
-    def _continued(self, model: Model, source: str, count: int | None, used: int, length: int, test: bool) -> Samples:
+    def _continued(
+        self, model: Model, source: str, count: int | None, used: int, lengths: tuple[int, int], test: bool
+    ) -> Samples:
         """Runs of a text's tokens, counted in these."""
         tokenizer = model.tokenizer
         with self._speaking(tokenizer):
             (start, end), (begin, stop) = _frame(tokenizer, target=False), _frame(tokenizer, target=True)
         prefix = tokenizer(self.prefix, add_special_tokens=False)["input_ids"] if self.prefix else []
         start = [*start, *prefix]
-        read, write = length - len(start) - len(end), self.target_length - len(begin) - len(stop)
+        read, write = lengths[0] - len(start) - len(end), lengths[1] - len(begin) - len(stop)
         if min(read, write) < 1:
-            raise InputError(f"{length} tokens to read have no room for text beside the prefix '{self.prefix}'.")
+            raise InputError(f"{lengths[0]} tokens to read have no room for text beside the prefix '{self.prefix}'.")
         text = documents(source, tokenizer, "test" if test else "train")
         needed = None if count is None else used + count * (read + write)
         ids = tokenized(tokenizer, text, needed)[used:]

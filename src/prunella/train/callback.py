@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
-from ..errors import InputError, ModelError
+from ..errors import InputError, PrunellaError
 from ..layers import Slot, find_layers
 from ..tasks import make_task, task_of
 from .parts import DENSE
@@ -99,7 +99,7 @@ def _slots(network: nn.Module, wanted: Collection[str]) -> list[Slot]:
     task = next(make_task(name, options) for name, options in task_of(network).items())
     try:
         model = task.wrap(network)
-    except ModelError:  # nothing is known of how it runs
+    except PrunellaError:  # nothing is known of how it runs
         return slots
     try:
         return [slot for block in model.blocks for slot in find_layers(model.module(block), block)]

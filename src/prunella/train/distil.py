@@ -44,7 +44,8 @@ def distil(
         epochs: how often all of it is taken.
         batch: samples in a step.
         micro: samples that run at a time; None: all of a step.
-        rate: learning rate, rising over the share `warmup` of all steps and then falling linearly to 0.
+        rate: learning rate.
+        warmup: share of all steps over which it rises; then it falls linearly to 0.
         looks: pauses, at which the network may be scored: one an epoch if nothing is said.
         batch_norm: its statistics stay as they are (`fixed`), and it normalizes by them in training as it does after;
             or they `follow` what it sees, and it normalizes by that of each batch. Of few samples the former is better.

@@ -89,7 +89,7 @@ def retrain(
             f"a step of {batch} windows cannot be shared by {processes} processes, {micro} windows at a time each:"
             " choose a multiple (--set heal.batch=…, --set heal.micro=…)."
         )
-    follow = follows(network, chosen, batch_norm)
+    follow, recompute = follows(network, chosen, batch_norm), checkpointing or is_sharded(network)
 
     def bare(batch: Batch) -> Batch:
         return {key: value for key, value in batch.items() if key != NUMBER}
@@ -120,7 +120,7 @@ def retrain(
             run=lambda network, batch: task.run(network, bare(batch)),
             order=None if task.language else drawn,
             augment=changed if augment else None,
-            still=() if task.language else asleep(network, follow=follow, recompute=checkpointing),
+            still=() if task.language else asleep(network, follow=follow, recompute=recompute),
             unused=not task.language,
             held_out=None if held_out is None else numbered(held_out, len(samples)),
             score=score,
@@ -132,7 +132,7 @@ def retrain(
             patience=patience if held_out else None,
             seed=seed,
             bfloat16=model.dtype == torch.float32 and _fast_bfloat16(model.device),
-            recompute=checkpointing or is_sharded(network),
+            recompute=recompute,
             resume=resume,
             on_step=on_step,
         )
