@@ -129,10 +129,12 @@ def test_encoders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     dense = encoders.write(tmp_path / "bare", encoders.build("bert", ""))
     data = ("--train", tmp_path / "x.jsonl", "--test", tmp_path / "x.jsonl", "--out", tmp_path, "--model", dense)
-    asked = (*data, "--length", 32, "--samples", 8, "--share", 1, "--sparsities", 0.5, "--methods", "wanda", "best")
+    asked = (*data, "--length", 32, "--samples", 8, "--share", 1, "--sparsities", 0.5, "--healing", 16)
     called("encoders.py", *asked)
     found = rows(tmp_path / "encoders.jsonl")
-    assert [row["method"] for row in found] == ["dense", "wanda", "best"]
+    assert [row["method"] for row in found] == [
+        *("dense", "magnitude", "wanda", "sparsegpt", "admm + update", "best", "best, healed")
+    ]
     said = capsys.readouterr().out
     assert all(f"{row['accuracy']:.2%}" in said for row in found)
     called("encoders.py", *asked)
