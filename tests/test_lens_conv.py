@@ -344,7 +344,9 @@ def test_masks_are_laid_out_as_the_matrices(tmp_path: Path) -> None:
     assert kernels
 
 
-def test_a_grouped_one_of_a_language_model_is_packed_and_expanded_when_it_is_loaded(tmp_path: Path, ids: Tensor) -> None:
+def test_a_grouped_one_of_a_language_model_is_packed_and_expanded_when_it_is_loaded(
+    tmp_path: Path, ids: Tensor
+) -> None:
     """Zaya has grouped convolutions, of heads."""
     zoo.build("zaya").save_pretrained(tmp_path / "m")
     prunella.prune(tmp_path / "m", {"steps": ["magnitude"]}, output=tmp_path / "p", calibration=ids)
