@@ -324,4 +324,4 @@ class BatchNorms:
                     f"'{key}' would become {tuple(value.shape)} values from {value.min():g} to {value.max():g}, which"
                     f" {mean.dtype} or a norm cannot hold: use --dtype float32, or --set batch_norm=keep."
                 )
-        return new
+        return {key: value.to(mean.device) for key, value in new.items()}
