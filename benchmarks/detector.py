@@ -288,7 +288,7 @@ def main() -> None:
     parser.add_argument(
         "--epochs", type=int, default=2, help="of each round, over the pictures and their mirror images"
     )
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--size", type=int, default=SIZE)
     parser.add_argument("--limit", type=int, default=None, help="so many pictures of each kind")

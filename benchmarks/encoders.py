@@ -31,6 +31,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "best": {"allocate": "probe", "steps": ["admm", "update", {"reconstruct": {"epochs": 2}}]},
 }
 
+HEALED = "best, healed"  # that, then one pass over some training rows, distilled from the dense model
+
 
 def trained(args: argparse.Namespace) -> Path:
     """The dense model: a new head, then all weights trained together, on texts as long as they are."""
@@ -69,7 +71,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, HEALED], choices=[*METHODS, HEALED])
+    parser.add_argument("--healing", type=int, default=2048, help="training rows of the healed one")
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)
@@ -104,7 +107,15 @@ def main() -> None:
     for sparsity, method in ((sparsity, method) for method in args.methods for sparsity in args.sparsities):
         if not wanted(method, sparsity):
             continue
-        folder = args.out / f"{method.replace(' + ', '-')}-{sparsity:g}"
+        folder = args.out / f"{method.replace(' + ', '-').replace(', ', '-')}-{sparsity:g}"
+        if method == HEALED:
+            training = {"train": {"all": {"rate": args.rate / 2}}, "text": str(args.train), "samples": args.healing}
+            training |= {"distill": 0.9, "epochs": 1, "batch": args.batch, "held_out": 0, "dense": str(dense)}
+            recipe = {"task": {"classify": {"length": args.length}}, "seed": args.seed, "evaluate": {"source": None}}
+            healed = prunella.heal(args.out / f"best-{sparsity:g}", {**recipe, "heal": training}, output=folder)
+            found, _ = measured(folder, load_file(answers))
+            note(method, sparsity, found, reached=healed.sparsity, seconds=healed.healing["seconds"])
+            continue
         report = prunella.prune(
             str(dense),
             {

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import runpy
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import encoders
+import numpy as np
 import pytest
 import torch
 
@@ -129,11 +132,42 @@ def test_encoders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     dense = encoders.write(tmp_path / "bare", encoders.build("bert", ""))
     data = ("--train", tmp_path / "x.jsonl", "--test", tmp_path / "x.jsonl", "--out", tmp_path, "--model", dense)
-    asked = (*data, "--length", 32, "--samples", 8, "--share", 1, "--sparsities", 0.5, "--methods", "wanda", "best")
+    asked = (*data, "--length", 32, "--samples", 8, "--share", 1, "--sparsities", 0.5, "--healing", 16)
     called("encoders.py", *asked)
     found = rows(tmp_path / "encoders.jsonl")
-    assert [row["method"] for row in found] == ["dense", "wanda", "best"]
+    assert [row["method"] for row in found] == [
+        *("dense", "magnitude", "wanda", "sparsegpt", "admm + update", "best", "best, healed")
+    ]
     said = capsys.readouterr().out
     assert all(f"{row['accuracy']:.2%}" in said for row in found)
     called("encoders.py", *asked)
     assert rows(tmp_path / "encoders.jsonl") == found
+
+
+@pytest.mark.slow
+def test_detector(tmp_path: Path) -> None:
+    pytest.importorskip("pycocotools")
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        network = runpy.run_path(str(FOLDER / "detector.py"))["Yolo"]()
+    save_file(network.state_dict(), tmp_path / "w.safetensors")
+    draw = np.random.default_rng(0)
+    with zipfile.ZipFile(tmp_path / "coco.zip", "w") as archive:
+        for folder in ("train2017", "val2017"):
+            for number in range(9):
+                data = io.BytesIO()
+                Image.fromarray(draw.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(data, "JPEG")
+                archive.writestr(f"images/{folder}/{number}.jpg", data.getvalue())
+                if number:  # the first shows nothing
+                    archive.writestr(f"object_detection/labels/{folder}/{number}.txt", "3 0.5 0.5 0.4 0.4\n")
+    files = ("--weights", tmp_path / "w.safetensors", "--pictures", tmp_path / "coco.zip")
+    short = ("--size", 64, "--epochs", 1, "--rounds", 2, "--sparsity", 0.5, "--json", tmp_path / "rows.jsonl")
+    bench("detector.py", *files, *short)
+    found = rows(tmp_path / "rows.jsonl")
+    assert [row["what"] for row in found] == ["dense", "one shot 50%", "2 rounds 50%"]
+    assert found[1]["sparsity"] == pytest.approx(found[2]["sparsity"], abs=1e-3)
+    bench("detector.py", *files, *short)
+    assert rows(tmp_path / "rows.jsonl") == found

@@ -44,6 +44,7 @@ NOT_RUN = {
     "needs a machine that is too small": 1,
     "starts processes": 2,
     "needs data sets of the hub": 2,
+    "takes minutes": 1,
 }
 BLOCK = re.compile(r"(?:^<!-- not run: (.*) -->\n+)?^```(\S+).*\n((?:.*\n)*?)^```$", re.MULTILINE)
 
@@ -83,11 +84,16 @@ def built_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def room(built_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory to run a page in."""
+def room(built_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory to run a page in; what it imports of its own is forgotten."""
     monkeypatch.setenv("PRUNELLA_CACHE", str(built_in))
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").resolve().is_relative_to(tmp_path.resolve()):
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(True for _ in blocks(page))])

@@ -487,7 +487,6 @@ def adapted(network: Any) -> None:
     ("change", "said"),
     [
         (adapted, "carries an adapter: merge it first"),
-        (lambda n: torch.nn.utils.prune.random_unstructured(n.lm_head, "weight", 0.5), "call prune.remove first"),
         (lambda n: torch.nn.utils.parametrizations.weight_norm(n.lm_head), "call parametrize.remove_parametrizations"),
     ],
 )

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
+from torch import Tensor, nn
 
 import prunella
 from prunella import InputError, Recipe
@@ -54,7 +56,7 @@ def test_healed_50_trains_the_dense_model_prunes_it_and_heals(
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"unknown recipe 'bets'\. Did you mean 'best'") as error:
         Recipe.read("bets")
-    assert "Available: balanced, best, fast, healed-50. Or give a YAML file." in str(error.value)
+    assert "Available: balanced, best, best-images, fast, healed-50. Or give a YAML file." in str(error.value)
     with pytest.raises(InputError, match=r"recipe 'missing\.yaml' cannot be read"):
         Recipe.read("missing.yaml")
 
@@ -65,3 +67,16 @@ def test_options_of_an_allocation_can_be_set() -> None:
     assert override({}, ["allocate=owl", "owl.spread=0.1"])["allocate"] == {"owl": {"spread": 0.1}}
     with pytest.raises(InputError, match=r"unknown option of allocation ramp 'rice'\. Did you mean 'rise'"):
         override({"allocate": "ramp"}, ["ramp.rice=1"])
+
+
+def test_best_images_prunes_a_network_with_batch_norms() -> None:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Conv2d(n, 8, 3), nn.BatchNorm2d(8), nn.ReLU()) for n in (3, 8, 8)]
+    network, pictures = nn.Sequential(*blocks).eval(), torch.randn(20, 3, 10, 10)
+    report = prunella.prune(network, Recipe.read("best-images"), calibration=[pictures], loss=_loss)
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+    assert list(report.batch_norm["tried"]) == ["keep", "reset", "correct"]
+
+
+def _loss(outputs: Tensor, batch: Any) -> Tensor:
+    return outputs.square().flatten(1).mean(1)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import prunella
 from prunella import InputError, ModelError, Recipe, Report, norms, register_task, stream
+from prunella.model.open import open_plain
 from prunella.norm_ways import AUTO, Moments, Norm, make_way
 from prunella.norms import BatchNorms
 from prunella.registry import steps
@@ -397,6 +398,43 @@ def test_what_was_decided_is_not_done_again(stored: Path, tmp_path: Path, monkey
         patch.setattr(BatchNorms, "_estimate", _interrupted)
         done = prunella.prune(str(stored), RECIPE, output=tmp_path / "out", resume=True)
     assert done.batch_norm["taken"] in ("keep", *AUTO)
+
+
+@pytest.mark.parametrize("format", ["dense", "packed"])
+def test_norms_outside_of_the_blocks_survive_a_kill(
+    tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch, registries: None
+) -> None:
+    class Stemmed(Squares):
+        def open(self, name: str, **options: Any) -> prunella.Model:
+            return open_plain(Outside, Path(name), self, name=name)
+
+        def samples(self, model: prunella.Model, source: str, count: int | None, **options: Any) -> Samples:
+            return given("outside")
+
+        def example(self, network: nn.Module) -> Any:
+            return given("outside", 1).groups[0]
+
+    register_task("squares")(Stemmed)
+    folder = tmp_path / "dense"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"squares": 1}', encoding="utf-8")
+    save_file(made("outside").state_dict(), folder / "model.safetensors")
+    recipe = {**RECIPE, "batch_norm": "reset", "format": format}
+    prunella.prune(str(folder), recipe, output=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("prunella.pruning.Report", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prunella.prune(str(folder), recipe, output=tmp_path / "out")
+    prunella.prune(str(folder), recipe, output=tmp_path / "out", resume=True)
+    files = sorted(path.name for path in (tmp_path / "whole").glob("*.safetensors"))
+    assert files == sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    for file in files:
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "out" / file).read_bytes(), file
+    if format == "dense":
+        tensors = load_file(tmp_path / "out/model.safetensors")
+        assert not torch.equal(
+            tensors["stem_norm.running_mean"], load_file(folder / "model.safetensors")["stem_norm.running_mean"]
+        )
 
 
 def _interrupted(*args: Any, **kwargs: Any) -> Any:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -275,8 +275,8 @@ def test_a_file_that_cannot_be_read_costs_no_finished_block(
 def test_an_evaluation_that_fails_costs_nothing_and_is_all_that_is_done_again(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, measure = tmp_path / "out", sys.modules["prunella.evaluate.measure"]
-    real: Any = vars(measure)["measured"]
+    out, measure = tmp_path / "out", importlib.import_module("prunella.evaluate.measure")
+    real: Any = vars(measure)["answered"]
 
     def fails(model: Any, samples: Any, *, checkpoint: Any = None, track: Any = None) -> Any:
         if checkpoint is not None:
@@ -284,7 +284,7 @@ def test_an_evaluation_that_fails_costs_nothing_and_is_all_that_is_done_again(
         return real(model, samples)
 
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "measured", fails)
+        patch.setattr(measure, "answered", fails)
         with pytest.raises(NumericalError, match=r"not finite\. What is done is kept"):
             prunella.prune(llama, recipe_of("layer"), output=out)
     monkeypatch.setattr(Stream, "prune", None)

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .compat import BATCH_NORM, INSTANCE_NORM
@@ -37,6 +38,7 @@ from .watch import Stop
 MEAN, VARIANCE = "running_mean", "running_var"  # torch's names
 HELD_OUT = 5  # of so many samples one is not estimated on
 NOTE = "batch norm"  # in the journal, and in front of progress
+FILE = "batch_norm.safetensors"  # beside the model in the making: the statistics that were taken
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -238,8 +240,6 @@ class BatchNorms:
         asks for or, if it leaves that open, those with the lowest loss on what is held out. Returns what happened, for
         the report. A run that resumes does not do it again."""
         on_disk = out if self.model.checkpoint is not None else None
-        if out is not None and (found := out.notes.get(NOTE)) is not None:
-            return dict(found)
 
         def put(statistics: Mapping[str, Tensor]) -> None:
             for name, value in statistics.items():
@@ -247,6 +247,9 @@ class BatchNorms:
             if on_disk is not None:
                 on_disk.write_outside(statistics)
 
+        if out is not None and (found := out.notes.get(NOTE)) is not None:
+            put(load_file(out.partial / FILE))  # those outside of the blocks are the source's again
+            return dict(found)
         put(self.before)  # an interrupted run may have left others
         source = None if on_disk is None else on_disk.checkpoint
         new = {"keep": self.before}
@@ -262,6 +265,7 @@ class BatchNorms:
         about = {"samples": len(self.samples), "held_out": len(self.held_out), "norms": len(self.dense)}
         found = {"taken": taken, **about, "tried": tried, "kept": self.kept}
         if out is not None:
+            out.put_aside(FILE, new[taken])
             out.note(NOTE, found)
         return found
 

@@ -265,6 +265,7 @@ def _norms(model: Model, recipe: Recipe, samples: Samples, track: Track) -> Batc
 
 def held_out(model: Model, recipe: Recipe, used: int) -> Samples | None:
     """The samples to evaluate on: none of the calibration's, which took at most `used` of its source (`Task.size`)."""
+    recipe = recipe.resolved(model)
     wanted = recipe.evaluate
     if wanted.source is None or not model.task.reads(model):
         return None

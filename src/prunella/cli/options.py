@@ -225,7 +225,7 @@ group: --group INPUTS  Inputs that share a scale; 0: whole rows. [default: 128]
 round_head: --round-head  With packed: embedding and output head in 8 bits.
 dtype: --dtype DTYPE  Compute and save in float32, bfloat16 or float16. [default: as stored]
 The run
-recipe: --recipe RECIPE  fast, balanced, best, healed-50, or a YAML file; flags go before it.
+recipe: --recipe RECIPE  fast, balanced, best, best-images, healed-50, or a YAML file; flags go before it.
 set: --set KEY=VALUE …  Any recipe key, or an option of a step; repeat.
 device: --device DEVICE  cpu, cuda, cuda:1 … [default: cuda where there is one]
 seed: --seed N  Seed of everything random. [default: 0]
