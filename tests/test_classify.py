@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 import prunella
 from prunella import InputError, Model, ModelError
+from prunella.evaluate.task import judge
 from prunella.samples import TARGET, Samples
 from prunella.tasks import make_task, open_model, task_of
 from prunella.tasks.classify import matched
@@ -354,3 +355,12 @@ def test_the_usual_numbers_of_samples_are_taken_as_far_as_they_are_there(
     recipe = {"steps": ["magnitude"], "evaluate": {**part, "windows": 17}}
     with pytest.raises(InputError, match="holds 16 texts, but 17 are asked for"):
         prunella.prune(str(source), recipe, output=tmp_path / "other")
+
+
+def test_a_wrong_label_far_down_a_file_is_refused_and_not_left_out(model: Model, tmp_path: Path) -> None:
+    rows = [
+        *({"text": f"good {n}", "label": "positive"} for n in range(300)),
+        {"text": "bad", "label": "no such class"},
+    ]
+    with pytest.raises(InputError, match="line 301: label 'no such class'"):
+        judge(model, [str(lines(tmp_path / "late.jsonl", rows))])

@@ -228,7 +228,7 @@ def matched(labels: Sequence[Any], names: Mapping[int, str], places: Sequence[st
     good = [way for way in ways if None not in way.values()]
     shown = ", ".join(f"{number} {name}" for number, name in sorted(names.items())[:6])
     if not good:
-        label = next(label for label in first if None in [way[label] for way in ways])
+        label = max(first, key=lambda label: [way[label] for way in ways].count(None))  # the first that fits least
         raise InputError(
             f"{first[label]}: label '{label}' is none of the model's {len(names)} classes ({shown}"
             f"{' …' if len(names) > 6 else ''}): give their names or numbers, or put the right names into id2label in"

@@ -88,7 +88,9 @@ class Sentences(Task):
         """How many tokens a sample has at most. Raises InputError for more than the model takes."""
         most = min(context(model), positions(model) or context(model))
         if self.length is not None and self.length > most:
-            raise InputError(f"texts of {self.length} tokens are longer than the model's {most} positions: use fewer.")
+            raise InputError(
+                f"texts of {self.length} tokens are longer than the model's {most} positions: use fewer (--length)."
+            )
         if self.length is not None:
             return self.length
         said = read_json(model.checkpoint.directory / _SENTENCES).get("max_seq_length") if model.checkpoint else None
