@@ -37,6 +37,16 @@ class Classify(Sentences):
     higher = True
     unit = "%"
 
+    def __init__(self, *, length: int | None = None, text: str = "text", pair: str = "text_pair", label: str = "label"):
+        """
+        Args:
+            length: tokens of a sample, at most: what is longer is cut, and counted; None: 512, or what the model takes.
+            text: the column with the text.
+            pair: the column with the second text of a pair, if there is one.
+            label: the column with the label, if there is one.
+        """
+        super().__init__(length=length, text=text, pair=pair, label=label)
+
     @classmethod
     def claims(cls, name: str, config: Mapping[str, Any]) -> bool:
         return any(str(one).endswith(HEAD) for one in config.get("architectures") or ())

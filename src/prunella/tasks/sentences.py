@@ -47,13 +47,11 @@ class Sentences(Task):
     many = None
     counts = Counts(128, 512)
 
-    def __init__(self, *, length: int | None = None, text: str = "text", pair: str = "text_pair", label: str = "label"):
+    def __init__(self, *, length: int | None, text: str, pair: str, label: str = "label"):
         """
         Args:
-            length: tokens of a sample, at most: what is longer is cut, and counted; None: 512, or what the model takes.
-            text: the column with the text.
-            pair: the column with the second text of a pair, if there is one.
-            label: the column with the label, if there is one.
+            length: tokens of a sample, at most; None: 512, or what the model takes.
+            text, pair, label: the columns.
         """
         self.length = length
         self.columns = {"text": text, "pair": pair, "label": label}
