@@ -19,6 +19,7 @@ from prunella.cells import Cell, Sweep
 from prunella.heap import keep_freed_memory
 from prunella.recipe import Recipe
 from prunella.rows import Key, Rows
+from prunella.samples import Samples
 from prunella.tasks.text import load_model
 from prunella.texts import same_text
 
@@ -102,8 +103,10 @@ def main() -> None:
     opened = load_model(args.model, dtype=args.dtype, device=args.device)
     calibration = windows(opened, args.calibration, args.samples, args.length)
     held_out = {
-        name: windows(
-            opened, text, count, args.length, skip=args.samples * same_text(args.calibration, text), split="test"
+        name: Samples.of(
+            windows(
+                opened, text, count, args.length, skip=args.samples * same_text(args.calibration, text), split="test"
+            )
         )
         for name, text, count in zip(names, texts, counts, strict=True)
     }
@@ -120,7 +123,7 @@ def main() -> None:
     tokens, rows = calibration.flatten(), dict[Key, Any]()
     for length, same in groups.items():
         windows_NL = tokens[: len(tokens) // length * length].view(-1, length)
-        sweep = Sweep(opened, windows_NL, held_out, Rows(args.json, settings))
+        sweep = Sweep(opened, Samples.of(windows_NL), held_out, Rows(args.json, settings))
         rows |= sweep.run(same, say=lambda message: log.print(message, markup=False))
     done = {key: row for key, row in rows.items() if "failed" not in row}
     for name in names:
