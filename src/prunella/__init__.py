@@ -1,4 +1,4 @@
-"""Prune a language model in one shot.
+"""Prune a neural network in one shot.
 
 >>> import prunella
 >>> report = prunella.prune("smollm2-135m", {"steps": ["wanda"]}, output="pruned")  # doctest: +SKIP
