@@ -88,7 +88,7 @@ def room(built_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     """A directory to run a page in; what it imports of its own is forgotten."""
     monkeypatch.setenv("PRUNELLA_CACHE", str(built_in))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])  # as of a program that runs there
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:
