@@ -12,7 +12,7 @@ from torch import Tensor
 import prunella
 from prunella import InputError, Model, load_model, read_masks
 from prunella.calibrate import all_windows, check_windows, positions, sample_self, up_to, windows, with_bos
-from prunella.pruning import held_out_windows
+from prunella.pruning import held_out
 from prunella.recipe import Recipe
 from prunella.tasks.text import wrap_model
 
@@ -22,6 +22,11 @@ TEXTS = [f"Document {n} tells of {n} pruned branches.\nThey grew back." for n in
 @pytest.fixture(scope="module")
 def model(llama: Path) -> Model:
     return load_model(str(llama))
+
+
+def held_out_windows(model: Model, recipe: Recipe, used: int) -> Tensor | None:
+    found = held_out(model, recipe, used)
+    return None if found is None else found.groups[0]["input_ids"]
 
 
 def ids_of(model: Model, text: str) -> list[int]:

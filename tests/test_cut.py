@@ -15,7 +15,6 @@ from test_zoo import LISTED
 from torch import Tensor, nn
 
 import prunella
-from prunella.evaluate.perplexity import through
 from prunella.model.checkpoint import Checkpoint
 from prunella.model.cut import WHOLE, find_stacks
 from prunella.model.network import Model
@@ -23,6 +22,7 @@ from prunella.samples import Batch, Samples
 from prunella.stream import Stream
 from prunella.tasks.text import Text
 from prunella.trees import tensors
+from prunella.unlabelled import through
 
 # Of each stack: how many blocks, the first and the last.
 STACKS = {

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 import prunella
 from prunella import InputError, Layer, NumericalError, keep, make, register
-from prunella.evaluate.perplexity import through
 from prunella.layers import Slot, find_layers, matches
 from prunella.order import pick_order
 from prunella.pattern import unpack
 from prunella.registry import steps
 from prunella.stream import Stream
 from prunella.tasks.text import wrap_model
+from prunella.unlabelled import through
 
 
 def slots_of(model: prunella.Model, index: int, sparsity: float = 0.5) -> list[Slot]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
@@ -239,6 +240,18 @@ def uncached() -> Iterator[None]:
         yield
     finally:
         pytorch_utils.is_torchdynamo_compiling = before
+
+
+@contextlib.contextmanager
+def quiet(library: str) -> Iterator[None]:
+    """No chatter from a library's logger inside."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

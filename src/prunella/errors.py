@@ -17,6 +17,10 @@ class InputError(PrunellaError):
     """A name, a number, a file or a text that cannot be used as given."""
 
 
+class EndlessError(InputError):
+    """All of a source was asked for, which has no end."""
+
+
 class ModelError(PrunellaError):
     """A model that cannot be found, read or taken apart into blocks."""
 

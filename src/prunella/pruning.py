@@ -276,12 +276,6 @@ def held_out(model: Model, recipe: Recipe, used: int) -> Samples | None:
     return found
 
 
-def held_out_windows(model: Model, recipe: Recipe, used: int) -> Tensor | None:
-    """As `held_out`, of text: the windows of token ids."""
-    found = held_out(model, recipe, used)
-    return None if found is None else found.groups[0]["input_ids"]
-
-
 def choose_slots(model: Model, recipe: Recipe) -> list[list[Slot]]:
     """For each block its layers with their sparsities, before any allocation. Raises InputError for a pattern
     that does not divide a layer's shape and for name patterns that match no layer."""

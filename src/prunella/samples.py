@@ -159,6 +159,11 @@ def given(batch: Batch) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in batch.items() if key != TARGET}
 
 
+def in_dtype(batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A batch whose fractions are of this dtype."""
+    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in batch.items()}
+
+
 def on(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """A batch on a device."""
     return {key: tensor.to(device) for key, tensor in batch.items()}

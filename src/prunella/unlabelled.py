@@ -15,6 +15,16 @@ from .samples import TARGET, Samples, on, size_of
 from .stream import Stream
 
 
+def through(
+    model: Model, samples: Samples | Tensor, *, checkpoint: Source | None = None, track: Track = no_track, what: str
+) -> Stream:
+    """A stream with no steps: all samples through all blocks, one block in memory at a time."""
+    stream = Stream(model, samples, checkpoint=checkpoint)
+    for _, block in model.walk(checkpoint, track=track, what=what):
+        stream.advance(block)
+    return stream
+
+
 def each_output(stream: Stream, work: Callable[[int], None], checkpoint: Source | None = None) -> None:
     """Do this work with each batch of samples that has passed all blocks; smaller batches follow where the memory of
     the device runs out. What lies outside of the blocks is loaded meanwhile."""
@@ -35,9 +45,7 @@ def targeted(model: Model, samples: Samples, *, checkpoint: Source | None = None
     if not lacking:
         return samples
     say(f"{sum(map(size_of, lacking))} samples come without a target: their loss is of what the dense network answers")
-    stream = Stream(model, Samples(lacking), checkpoint=checkpoint)
-    for _, block in model.walk(checkpoint, track=track, what="targets"):
-        stream.advance(block)
+    stream = through(model, Samples(lacking), checkpoint=checkpoint, track=track, what="targets")
     rows: list[Tensor] = []
 
     def take(number: int) -> None:

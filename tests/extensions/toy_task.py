@@ -10,6 +10,7 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from prunella import InputError, Model, ModelError, Task, register_task
+from prunella.errors import EndlessError
 from prunella.samples import Batch, Samples
 
 
@@ -47,7 +48,7 @@ class Toy(Task):
         if source != "random":
             raise InputError(f"toys are run on 'random' numbers, not on '{source}'.")
         if count is None:
-            raise InputError("random numbers have no end: say how many, --set heal.samples=100.")
+            raise EndlessError("random numbers have no end: say how many, --set heal.samples=100.")
         x = torch.randn(used + count, 8, generator=torch.Generator().manual_seed(seed))[used:]
         return Samples.of({"x": x, "y": x.flip(1) + self.noise})
 

@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from ..calibrate import check_tokens
+from ..compat import quiet
 from ..errors import InputError, first_line, unknown
 from ..model.network import Model
 from ..tasks.text import load_model
@@ -56,7 +55,7 @@ class PrunellaLM(HFLM):  # type: ignore[misc]
             raise InputError(f"model '{opened.name}' has no tokenizer, so it cannot read questions.")
         self._opened = opened
         opened.load(lambda name: True)
-        with _quiet():
+        with quiet("lm_eval"):
             super().__init__(
                 pretrained=opened.network, tokenizer=opened.tokenizer, batch_size=batch_size or 16, **options
             )
@@ -119,7 +118,7 @@ def accuracies(
     Raises:
         InputError: unknown tasks, tasks whose data cannot be had, damaged files.
     """
-    with _quiet():
+    with quiet("lm_eval"):
         names = [*tasks, *(Path(file).stem for file in files)]
         for name in names:
             if names.count(name) > 1:
@@ -224,15 +223,3 @@ def _questions(path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise InputError(f"tasks file '{path}' is empty.")
     return rows
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No chatter from the harness inside."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

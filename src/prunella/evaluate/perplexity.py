@@ -16,7 +16,7 @@ from ..progress import Track, no_track
 from ..samples import Samples, on
 from ..stream import Stream
 from ..tasks.text import Perplexity
-from ..unlabelled import each_output
+from ..unlabelled import each_output, through
 from ..waits import fetch
 
 
@@ -65,16 +65,6 @@ def answered(
                 f"task '{model.task.name}': answers '{what}' are not of one shape and dtype for all samples."
             )
     return every, {what: torch.cat(some) for what, some in answers.items()}
-
-
-def through(
-    model: Model, samples: Samples | Tensor, *, checkpoint: Source | None = None, track: Track = no_track, what: str
-) -> Stream:
-    """A stream with no steps: all samples through all blocks, one block in memory at a time."""
-    stream = Stream(model, samples, checkpoint=checkpoint)
-    for _, block in model.walk(checkpoint, track=track, what=what):
-        stream.advance(block)
-    return stream
 
 
 def losses(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import EndlessError, InputError
 from ..foreign import blamed
 from ..model.network import Model
 from ..model.task import NO_ANSWERS, Task
@@ -65,10 +64,8 @@ def _samples(model: Model, task: Task, source: str, count: int | None) -> Sample
     with blamed(type(task), f"task '{task.name}'"):
         try:
             samples = task.samples(model, source, count or task.many, test=True)
-        except InputError:
-            if count or task.many or Path(source).exists():  # files have an end: what is wrong is in them
-                raise
-            samples = task.samples(model, source, SOME, test=True)  # it has no end
+        except EndlessError:
+            samples = task.samples(model, source, SOME, test=True)
         task.check(model, samples)
     return samples
 

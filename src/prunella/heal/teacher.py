@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..evaluate.perplexity import through
 from ..model.network import Model
 from ..progress import Track, no_track
 from ..report import Report
 from ..samples import Batch, Samples
 from ..train.retrain import Teacher
 from ..train.shard import shard
+from ..unlabelled import through
 
 
 @contextlib.contextmanager

@@ -37,6 +37,12 @@ def check_plain(network: Any) -> None:
         )
 
 
+def check_config(network: Any) -> None:
+    """Raises ModelError for a network in memory that is none of transformers, where its task takes no other."""
+    if not hasattr(network, "config"):
+        raise ModelError(f"this {type(network).__name__} is no model of transformers: say what it is for (task).")
+
+
 def check_saveable(network: Any) -> None:
     """Raises ModelError for a network in memory that transformers would not save: its generation config is invalid."""
     if hasattr(network, "can_generate") and network.can_generate():

@@ -21,6 +21,12 @@ def kl(logits_TV: Tensor, teacher_TV: Tensor, temperature: float = 1.0) -> Tenso
     return kl_div(ours_TV, theirs_TV, reduction="batchmean", log_target=True) * temperature**2
 
 
+def each_relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
+    """||y - y'||^2 / ||y'||^2 of each sample, (B,), from two tensors (B, …) of what is put out."""
+    error_B, size_B = (t.float().reshape(len(t), -1).square().sum(1) for t in (ours - theirs, theirs))
+    return error_B / size_B.clamp_min(1e-12)
+
+
 def relative_error(outputs: Any, teacher: Any) -> Tensor:
     """||Y - Y_teacher||^2 / ||Y_teacher||^2 of each sample in each tensor of a tree, the mean over both: of hidden
     states, or of maps. Raises ValueError for trees of other shapes, or without such a tensor."""
@@ -30,8 +36,7 @@ def relative_error(outputs: Any, teacher: Any) -> Tensor:
         if ours.shape != theirs.shape:
             raise ValueError(f"outputs of shape {tuple(ours.shape)} beside a teacher's {tuple(theirs.shape)}")
         if ours.is_floating_point() and ours.ndim:
-            error_B, size_B = (t.float().reshape(len(t), -1).square().sum(1) for t in (ours - theirs, theirs))
-            found.append((error_B / size_B.clamp_min(1e-12)).mean())
+            found.append(each_relative_error(ours, theirs).mean())
     if not found:
         raise ValueError("no tensor of numbers among the outputs")
     return torch.stack(found).mean()

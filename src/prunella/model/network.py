@@ -33,6 +33,7 @@ from ..compat import (
 from ..errors import ModelError, ReadError
 from ..fast import use_fast_attention
 from ..learn import learn
+from ..machine import free_memory
 from ..phases import phase
 from ..progress import Track, no_track
 from ..samples import Batch, on
@@ -127,6 +128,10 @@ class Model:
         """How many parameters the network has. Tied ones count once, whether they are loaded or not."""
         named = dict(self.network.named_parameters())
         return sum(p.numel() for name, p in named.items() if self.tied.get(name) not in named)
+
+    def fits(self) -> bool:
+        """Does the whole of it fit comfortably into memory? What is there already does."""
+        return self.checkpoint is None or self.parameters * self.dtype.itemsize <= free_memory(self.device) // 3
 
     def give_back(self) -> None:
         """Let a wrapped model compute as it did before it was wrapped."""

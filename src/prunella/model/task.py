@@ -124,7 +124,7 @@ class Task(ABC):
         """`count` samples of a source, which the task knows how to read. Raises InputError.
 
         Args:
-            count: None: all that the source has, to train on; refused where it has no end.
+            count: None: all that the source has, to train on or to measure on; EndlessError where it has no end.
             used: so many at the beginning of the source are left out, as `size` counts them.
             seed: of what is drawn at random.
             test: they are to measure on, not to calibrate on.

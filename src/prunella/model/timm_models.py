@@ -3,17 +3,16 @@ and the weights in safetensors."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..compat import quiet
 from ..errors import ModelError, first_line, unknown
 from .files import SINGLE
 
@@ -60,7 +59,7 @@ def build(directory: Path) -> nn.Module:
     """The network of a directory, its weights random. Raises ModelError for a config that timm cannot build."""
     package = timm()
     try:
-        with _quiet():
+        with quiet("timm"):
             network: nn.Module = package.create_model(f"local-dir:{directory}", pretrained=False)
     except Exception as error:
         raise ModelError(
@@ -74,7 +73,7 @@ def save_timm(network: Any, folder: Path) -> None:
     whose layers were changed since it was made."""
     import accelerate
 
-    with _quiet():
+    with quiet("timm"):
         timm().models.save_for_hf(network, str(folder), safe_serialization=True)
     with accelerate.init_empty_weights(include_buffers=False):
         made = {name: tensor.shape for name, tensor in build(folder).state_dict().items()}
@@ -98,7 +97,7 @@ def write_efficientnet(pickle: Path, folder: Path) -> None:
 
     package = timm()
     state = torch.load(pickle, map_location="cpu", weights_only=True)
-    with _quiet():
+    with quiet("timm"):
         network = package.create_model("tf_efficientnet_lite0", pretrained=False)
     wanted = network.state_dict()
     if [tensor.shape for tensor in state.values()] != [tensor.shape for tensor in wanted.values()]:
@@ -175,15 +174,3 @@ def named_classes(network: Any) -> tuple[list[str], list[str]]:
         return [], []
     words = [str(said.get(name, name)) for name in names] if isinstance(said, Mapping) else list(map(str, said))
     return (words if len(words) == count else names), names
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No chatter from timm inside."""
-    logger = logging.getLogger("timm")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

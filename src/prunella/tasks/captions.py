@@ -7,7 +7,6 @@ what the dense network says at each of their places. The vision tower is pruned 
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -18,17 +17,30 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, ModelError, first_line
-from ..linalg import apart
 from ..model.network import Model
 from ..photos import PHOTOS
 from ..pictures import Found, Picture, find_pictures, read_pictures, stored
-from ..samples import Batch, Samples
+from ..samples import Batch, Samples, in_dtype
 from ..texts import is_prose, records
 from .registry import register_task
-from .targets import IGNORED, UNKNOWN, Shapes, Targets, enough, has_end, load_processor, of_network, sentences
+from .targets import (
+    IGNORED,
+    UNKNOWN,
+    Targets,
+    built_for,
+    enough,
+    has_end,
+    load_processor,
+    of_network,
+    reaching,
+    sentences,
+    taken,
+)
+from .text import demand_causal
 
 WORDS = 12  # of a sentence that a decoder is given where nobody says what a picture shows
 ROWS = "@rows"  # behind the name of an argument of which a picture has several rows, which the network gets in one list
+_WRITERS = "models that write one token after the other"
 _SUFFIX = ("paligemma",)  # whose processors are told apart what is given and what is to be written
 
 
@@ -51,10 +63,11 @@ class Captions(Targets):
     @classmethod
     def claims(cls, name: str, config: Mapping[str, Any]) -> bool:
         """What has pictures and is no causal language model besides, which `text` prunes the decoder of."""
-        from transformers.models.auto import modeling_auto as known
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
-        built = {*(config.get("architectures") or ())} & {*known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
-        return bool(built) and config.get("model_type") not in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        return (
+            built_for("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", config) and config.get("model_type") not in CAUSAL
+        )
 
     def admit(self, name: str, config: Any) -> None:
         if not hasattr(config, "vision_config"):
@@ -98,14 +111,15 @@ class Captions(Targets):
             make = partial(self._of_row, folder=Path(source).parent)
             rows = records(source, make, ("image", "text"), "test" if test else "train")
             numbered = self._numbered(rows, texts)
-        made, otherwise = Shapes(), sentences(WORDS)
+        made, otherwise = list[Batch](), sentences(WORDS)
         kept = Found(source, numbered, None, None)
         skip = 0 if source == PHOTOS else used  # of which test pictures are others
         for number, (picture, at) in enumerate(read_pictures(kept, lambda image: image, count, skip), skip + 1):
             said = texts.get(at or 0)
-            made.add(self._sample(model.network, model.tokenizer, picture, said, next(otherwise)), number)
+            one = self._sample(model.network, model.tokenizer, picture, said, next(otherwise))
+            made.append(reaching(one, number))
         enough(len(made), count, skip, source, "pictures")
-        return made.samples()
+        return Samples.gathered(made)
 
     @staticmethod
     def _numbered(rows: Iterator[tuple[Picture, str | None]], texts: dict[int, str | None]) -> Iterator[Picture]:
@@ -151,9 +165,7 @@ class Captions(Targets):
         ids_1L = made["input_ids"]
         labels = torch.full_like(ids_1L, IGNORED)
         labels[:, start - 1 : -1] = ids_1L[:, start:] if text is not None else UNKNOWN
-        takes = inspect.signature(network.forward).parameters
-        kept = {k: t for k, t in made.items() if k in takes and not (k == "attention_mask" and bool(t.all()))}
-        rows = {key if len(tensor) == 1 else key + ROWS: tensor for key, tensor in kept.items()}
+        rows = {key if len(tensor) == 1 else key + ROWS: tensor for key, tensor in taken(network, made).items()}
         return {key: tensor[None] if key.endswith(ROWS) else tensor for key, tensor in rows.items()} | {
             "labels": labels
         }
@@ -198,18 +210,11 @@ class Captions(Targets):
         (entering, gave), (_, others) = (run({**batch, "input_ids": ids}) for ids in (batch["input_ids"], changed))
         if gave.shape != entering.shape or gave.ndim != 3 or gave.shape[1] != changed.shape[1]:
             return  # where its tokens stand cannot be told
-        before, after = gave[:, :-1], others[:, :-1]
-        share = (before != after).float().mean().item()
-        if share > 0.25 and apart(before, after) > 1e-3 * apart(before, entering[:, :-1]):
-            raise ModelError(
-                f"{type(network).__name__} reads a text from both sides: what its block {index} makes of a token"
-                " depends on the tokens that follow. Prunella prunes models that write one token after the other."
-            )
+        demand_causal(network, index, entering[:, :-1], gave[:, :-1], others[:, :-1], _WRITERS)
 
     # --- what the network makes of them
 
     def run(self, network: nn.Module, batch: Batch, **options: Any) -> Any:
-        dtype = getattr(network, "dtype", torch.float32)
-        given = {key: t.to(dtype) if t.is_floating_point() else t for key, t in of_network(batch).items()}
+        given = in_dtype(of_network(batch), getattr(network, "dtype", torch.float32))
         given = {key.removesuffix(ROWS): t.flatten(0, 1) if key.endswith(ROWS) else t for key, t in given.items()}
         return network(**given, use_cache=False, **options)

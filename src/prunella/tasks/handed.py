@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..samples import Batch, Samples
+from ..samples import Batch, Samples, size_of
 
 TARGET = "target:"  # what the names of targets begin with: no argument of a network is called so
-DENSE = "dense:"  # and those of the dense network's outputs
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,8 @@ def flat(tree: Any, name: str, found: dict[str, Tensor]) -> Any:
     return tree
 
 
-def read(given: Any, network: nn.Module, what: str = "calibration", count: int | None = None) -> tuple[Samples, Form]:
-    """Samples, the first `count` of them, and how the network is called with them.
+def read(given: Any, network: nn.Module, what: str = "calibration") -> tuple[Samples, Form]:
+    """Samples, and how the network is called with them.
 
     Args:
         given: a batch, a list of batches, or anything else that yields some. A batch is a tensor, a tuple of positional
@@ -88,7 +87,6 @@ def read(given: Any, network: nn.Module, what: str = "calibration", count: int |
     """
     groups: dict[Any, list[dict[str, Tensor]]] = {}
     form: Form | None = None
-    taken = 0
     for number, batch in enumerate(_batches(given)):
         tensors, found = _read(batch, network, _is_loader(given), f"batch {number} of {what}")
         if form is None:
@@ -98,16 +96,9 @@ def read(given: Any, network: nn.Module, what: str = "calibration", count: int |
                 f"batch {number} of {what} calls the network in another way than the one before: arguments that are no"
                 " tensors, and the names of all, must be the same in each batch."
             )
-        rows = len(next(iter(tensors.values())))
-        if count is not None and taken + rows > count:
-            rows = count - taken
-            tensors = {name: tensor[:rows] for name, tensor in tensors.items()}
-        taken += rows
-        if rows:
+        if size_of(tensors):
             shape = tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in tensors.items())
             groups.setdefault(shape, []).append(tensors)
-        if taken == count:
-            break
     if form is None or not groups:
         raise InputError(
             f"{what} holds no batch: give tensors, tuples or dictionaries that the network is called with."

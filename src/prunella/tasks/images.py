@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, pad
 
 from ..compat import quiet_transformers
-from ..errors import InputError, ModelError, first_line, say
+from ..errors import EndlessError, InputError, ModelError, first_line, say
 from ..machine import free_memory
 from ..model.cut import refused
 from ..model.divergence import kl
@@ -26,7 +26,7 @@ from ..model.task import NO_ANSWERS, Answers, Counts, Task
 from ..model.timm_models import PREFIX, build, is_timm, of_timm, pictures_of, save_timm, timm
 from ..photos import PHOTOS
 from ..pictures import find_pictures, read_pictures
-from ..samples import TARGET, Batch, Samples
+from ..samples import TARGET, Batch, Samples, in_dtype
 from ..sparse.checkpoint import packed_config
 from ..sparse.opening import open_network
 from .labels import labels_of, match
@@ -135,7 +135,7 @@ class Images(Task):
         prepare, channels = self.prepared(model)
         found = find_pictures(source, seed, test)
         if count is None and found.count is None:
-            raise InputError(f"'{source}' has no end in sight: say how many pictures (--set heal.samples=…).")
+            raise EndlessError(f"'{source}' has no end in sight: say how many pictures (--set heal.samples=…).")
         used = 0 if test and found.apart else used
         labels, numbers, told = labels_of(model.network), list[int](), dict[str, Any]()
         if found.classes:
@@ -235,11 +235,7 @@ class Images(Task):
     def run(self, network: nn.Module, batch: Batch, **options: Any) -> Any:
         """It is called with pictures in the dtype of its weights, and with no labels."""
         dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-        taken = {
-            key: tensor.to(dtype) if tensor.is_floating_point() else tensor
-            for key, tensor in batch.items()
-            if key not in (LABELS, TARGET)
-        }
+        taken = in_dtype({key: t for key, t in batch.items() if key not in (LABELS, TARGET)}, dtype)
         if hasattr(network, "config"):
             return network(**taken, **options)
         return network(taken.pop(PIXELS), **taken, **options)

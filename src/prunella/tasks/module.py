@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from ..errors import InputError, ModelError, PrunellaError, first_line, say, unknown
 from ..foreign import blamed
 from ..machine import pick_device
+from ..model.divergence import each_relative_error
 from ..model.files import read_json
 from ..model.network import Model
 from ..model.open import DTYPES
 from ..model.state import load_state
 from ..model.task import NO_ANSWERS, Answers, Task
 from ..registry import import_file
-from ..samples import TARGET, Batch, Samples, on
+from ..samples import TARGET, Batch, Samples, on, size_of
 from ..sparse.checkpoint import packed_config
 from ..sparse.opening import open_network
 from ..trees import tensors
@@ -281,10 +282,7 @@ class Module(Task):
             return self._judged("loss", self.loss, outputs, batch)
         ours = flat(outputs)
         theirs = batch[TARGET].to(ours[0].device).split([one.shape[1] for one in ours], 1)  # type: ignore[no-untyped-call]
-        apart = [
-            (a - b).square().sum(1) / b.square().sum(1).clamp_min(1e-12) for a, b in zip(ours, theirs, strict=True)
-        ]
-        found = torch.stack(apart).mean(0)
+        found = torch.stack([each_relative_error(a, b) for a, b in zip(ours, theirs, strict=True)]).mean(0)
         if torch.is_grad_enabled() and found.max() < NOTHING:
             raise InputError(
                 "a step that reads gradients needs a loss (loss=…, or a function of this name in the factory's file):"
@@ -297,7 +295,7 @@ class Module(Task):
         assert self.form is not None
         with blamed(judge, f"{what} '{getattr(judge, '__name__', what)}'"):
             found = torch.as_tensor(judge(outputs, self.form.batch(batch)))
-        rows = _rows(batch)
+        rows = size_of(batch)
         if found.shape == (rows,):
             return found
         if found.numel() != 1:
@@ -361,10 +359,6 @@ def _of(model: Model) -> Module:
     if not isinstance(model.task, Module):
         raise InputError(f"the model is opened for task '{model.task.name}', not for 'module'.")
     return model.task
-
-
-def _rows(batch: Batch) -> int:
-    return len(next(iter(batch.values())))
 
 
 def _row(outputs: Any, row: int, rows: int) -> Any:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..calibrate import check_tokens, context, positions
-from ..errors import InputError, ModelError, say
+from ..errors import EndlessError, InputError, ModelError, say
+from ..model.checks import check_config
 from ..model.files import read_json
 from ..model.network import Model
 from ..model.task import Counts, Task
@@ -57,8 +58,7 @@ class Sentences(Task):
         self.columns = {"text": text, "pair": pair, "label": label}
 
     def wrap(self, network: Any, tokenizer: Any = None, name: str = "") -> Model:
-        if not hasattr(network, "config"):
-            raise ModelError(f"this {type(network).__name__} is no model of transformers: say what it is for (task).")
+        check_config(network)
         self.admit(name or "in memory", network.config)
         model = super().wrap(network, tokenizer, name)
         try:
@@ -99,7 +99,7 @@ class Sentences(Task):
         """So many rows of a source, or all, after those that are used. Raises InputError where there are too few of
         them, or no end."""
         if count is None and endless(source):
-            raise InputError(f"'{source}' has no end in sight: say how many samples.")
+            raise EndlessError(f"'{source}' has no end in sight: say how many samples.")
         if model.tokenizer is None:
             raise InputError(f"model '{model.name}' has no tokenizer, so the texts of '{source}' cannot be used.")
         empty = 0

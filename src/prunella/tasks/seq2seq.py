@@ -21,14 +21,13 @@ from torch import Tensor, nn
 
 from ..calibrate import check_tokens, context, tokenized
 from ..errors import InputError, ModelError, say
-from ..machine import free_memory
 from ..model.checkpoint import Source
 from ..model.network import Model
 from ..model.tokenizer import load_tokenizer
 from ..samples import Batch, Samples
 from ..texts import documents, is_prose, records
 from .registry import register_task
-from .targets import AT, Shapes, Targets, enough, field, of_network, say_cut, written
+from .targets import AT, Targets, built_for, enough, field, of_network, reaching, say_cut, written
 
 READ = 512  # tokens that a sample reads where nobody says how many
 WRITTEN = 128  # and writes
@@ -72,11 +71,9 @@ class Seq2Seq(Targets):
 
     @classmethod
     def claims(cls, name: str, config: Mapping[str, Any]) -> bool:
-        if not config.get("is_encoder_decoder"):
-            return False
-        from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as KNOWN
-
-        return bool({*KNOWN.values()} & {*(config.get("architectures") or ())})
+        return bool(config.get("is_encoder_decoder")) and built_for(
+            "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", config
+        )
 
     def admit(self, name: str, config: Any) -> None:
         if not config.is_encoder_decoder:
@@ -121,7 +118,7 @@ class Seq2Seq(Targets):
         lengths: tuple[int, int],
     ) -> Samples:
         """Rows of a table, counted as such."""
-        found, cut = Shapes(), [0, 0]
+        found, cut = list[Batch](), [0, 0]
         texts, target = self.columns
         for number, (place, row) in enumerate(rows, 1):
             if number <= used:
@@ -131,13 +128,14 @@ class Seq2Seq(Targets):
                 read = _ids(model.tokenizer, lengths[0], text=self.prefix + field(row, key, place))
                 wrote = _ids(model.tokenizer, lengths[1], text_target=field(row, target, place))
             cut = [cut[0] + read[1], cut[1] + wrote[1]]
-            found.add({"input_ids": torch.tensor([read[0]]), "labels": torch.tensor([wrote[0]])}, number)
+            one = {"input_ids": torch.tensor([read[0]]), "labels": torch.tensor([wrote[0]])}
+            found.append(reaching(one, number))
             if len(found) == count:
                 break
         enough(len(found), count, used, source, "pairs")
         say_cut(cut[0], len(found), "texts", lengths[0])
         say_cut(cut[1], len(found), "targets", lengths[1])
-        return found.samples()
+        return Samples.gathered(found)
 
     def _continued(
         self, model: Model, source: str, count: int | None, used: int, lengths: tuple[int, int], test: bool
@@ -217,8 +215,7 @@ class Seq2Seq(Targets):
 
     def specimen(self, model: Model, checkpoint: Source | None = None, tokens: int = 24) -> str | None:
         """What it writes, greedily, of a fixed text, where the whole model fits comfortably in memory."""
-        size = model.parameters * model.dtype.itemsize
-        if model.checkpoint is not None and size > free_memory(model.device) // 3:
+        if not model.fits():
             return None
         with self._speaking(model.tokenizer):
             inputs = model.tokenizer(self.prefix + PROMPT, return_tensors="pt").to(model.device)

@@ -7,7 +7,6 @@ is what the dense network says at each of their places.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,22 @@ from torch import Tensor, nn
 
 from ..errors import InputError, ModelError, say
 from ..model.network import Model
-from ..samples import Batch, Samples
+from ..samples import Batch, Samples, in_dtype
 from ..sounds import TONES, Reader, find_sounds
 from .registry import register_task
 from .targets import (
     IGNORED,
     UNKNOWN,
-    Shapes,
     Targets,
+    built_for,
     check_labels,
     enough,
     has_end,
     load_processor,
     of_network,
+    reaching,
     sentences,
+    taken,
 )
 
 WORDS = 12  # of a sentence that a decoder is given where nobody says what a sound says
@@ -54,11 +55,7 @@ class Speech(Targets):
 
     @classmethod
     def claims(cls, name: str, config: Mapping[str, Any]) -> bool:
-        if not config.get("is_encoder_decoder"):
-            return False
-        from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES as KNOWN
-
-        return bool({*KNOWN.values()} & {*(config.get("architectures") or ())})
+        return bool(config.get("is_encoder_decoder")) and built_for("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", config)
 
     def admit(self, name: str, config: Any) -> None:
         if not config.is_encoder_decoder:
@@ -83,7 +80,7 @@ class Speech(Targets):
                 " take them from the model that it was trained from."
             )
         has_end(source, count, TONES)
-        read, found = Reader(source, features.sampling_rate), Shapes()
+        read, found = Reader(source, features.sampling_rate), list[Batch]()
         longest = getattr(features, "n_samples", None)  # numbers in a sound that the model hears, as Whisper's 30 s
         long, texts = 0, sentences(WORDS)
         for number, sound in enumerate(find_sounds(source, seed, "test" if test else "train"), 1):
@@ -97,24 +94,19 @@ class Speech(Targets):
                 long += 1  # its text says more than is heard
             elif heard is not None:
                 one = self._heard(model, features, heard)
-                found.add(one | self._said(model, tokenizer, sound.text, sound.name, next(texts)), number)
+                said = self._said(model, tokenizer, sound.text, sound.name, next(texts))
+                found.append(reaching(one | said, number))
             if len(found) == count:
                 break
         read.tell()
         if long and longest is not None:
             say(f"{long} sounds are longer than the {longest / read.rate:g} s that the model hears, and are left out")
         enough(len(found), count, used, source, "sounds")
-        return found.samples()
+        return Samples.gathered(found)
 
     def _heard(self, model: Model, features: Any, sound: Any) -> dict[str, Tensor]:
         """What the network is called with for a sound, but for the decoder."""
-        made = features(sound, sampling_rate=features.sampling_rate, return_tensors="pt")
-        takes = inspect.signature(model.network.forward).parameters
-        return {
-            key: tensor
-            for key, tensor in made.items()
-            if key in takes and not (key == "attention_mask" and bool(tensor.all()))
-        }
+        return taken(model.network, features(sound, sampling_rate=features.sampling_rate, return_tensors="pt"))
 
     def _said(self, model: Model, tokenizer: Any, text: str | None, name: str, otherwise: str) -> dict[str, Tensor]:
         """What the decoder is given, and what it is to write; of no text, what it is given."""
@@ -168,6 +160,5 @@ class Speech(Targets):
     # --- what the network makes of them
 
     def run(self, network: nn.Module, batch: Batch, **options: Any) -> Any:
-        dtype = getattr(network, "dtype", torch.float32)
-        given = {k: t.to(dtype) if t.is_floating_point() else t for k, t in of_network(batch).items()}
+        given = in_dtype(of_network(batch), getattr(network, "dtype", torch.float32))
         return network(**given, use_cache=False, **options)

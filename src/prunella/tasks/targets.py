@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from abc import abstractmethod
@@ -10,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..calibrate import check_tokens
 from ..compat import quiet_transformers
-from ..errors import InputError, ModelError, first_line, say
+from ..errors import EndlessError, InputError, ModelError, first_line, say
+from ..model.checks import check_config
 from ..model.divergence import kl
 from ..model.network import Model
 from ..model.open import open_files
 from ..model.task import NO_ANSWERS, Answers, Task
 from ..overlap import fingerprint, joined
-from ..samples import TARGET, Batch, Samples, size_of
+from ..samples import TARGET, Batch, Samples
 from ..texts import documents, passages
 
 IGNORED = -100  # a label that is none, as transformers writes it
@@ -47,8 +49,7 @@ class Targets(Task):
         return open_files(name, self, self.auto, self.kind, admit=self.admit, check=lambda model: None, **opening)
 
     def wrap(self, network: Any, tokenizer: Any = None, name: str = "") -> Model:
-        if not hasattr(network, "config"):
-            raise ModelError(f"this {type(network).__name__} is no model of transformers: say what it is for (task).")
+        check_config(network)
         self.admit(name or "in memory", network.config)
         return super().wrap(network, tokenizer, name)
 
@@ -142,25 +143,22 @@ def _asked(batch: Batch) -> Tensor:
     return batch[TARGET] if TARGET in batch else batch["labels"]
 
 
-class Shapes:
-    """Samples as they are read, gathered into groups of one shape."""
+def built_for(table: str, config: Mapping[str, Any]) -> bool:
+    """Does a config name a class that stands in this table of transformers' auto classes?"""
+    from transformers.models.auto import modeling_auto
 
-    def __init__(self) -> None:
-        self._groups: dict[tuple[Any, ...], list[Batch]] = {}
-        self._count = 0
+    return not {*getattr(modeling_auto, table).values()}.isdisjoint(config.get("architectures") or ())
 
-    def __len__(self) -> int:
-        return self._count
 
-    def add(self, one: Batch, at: int) -> None:
-        """One more sample, {argument: (1, …)}, which reaches to this place of its source."""
-        shapes = tuple((key, tensor.shape[1:]) for key, tensor in one.items())
-        self._groups.setdefault(shapes, []).append({**one, AT: torch.tensor([at])})
-        self._count += 1
+def reaching(one: Batch, at: int) -> Batch:
+    """A sample, {argument: (1, …)}, which reaches to this place of its source."""
+    return {**one, AT: torch.tensor([at])}
 
-    def samples(self) -> Samples:
-        groups = [{key: torch.cat([one[key] for one in group]) for key in group[0]} for group in self._groups.values()]
-        return Samples.of(sorted(groups, key=size_of, reverse=True))
+
+def taken(network: nn.Module, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a processor made, as far as the network takes it; a mask that hides nothing is left out."""
+    takes = inspect.signature(network.forward).parameters
+    return {k: t for k, t in made.items() if k in takes and not (k == "attention_mask" and bool(t.all()))}
 
 
 def load_processor(directory: Path, name: str, remote_code: bool) -> Any:
@@ -204,9 +202,9 @@ def enough(found: int, count: int | None, used: int, source: str, what: str) -> 
 
 
 def has_end(source: str, count: int | None, endless: str) -> None:
-    """Raises InputError where all of a source is asked for that has no end."""
+    """Raises EndlessError where all of a source is asked for that has no end."""
     if count is None and source == endless:
-        raise InputError(f"'{source}' has no end: say how many samples of it, or give another source.")
+        raise EndlessError(f"'{source}' has no end: say how many samples of it, or give another source.")
 
 
 def say_cut(cut: int, count: int, what: str, length: int) -> None:

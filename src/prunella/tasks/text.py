@@ -16,8 +16,9 @@ from torch.nn.functional import cross_entropy
 from ..calibrate import check_windows, room, text_tokens, window_length, windows, with_bos
 from ..errors import InputError, ModelError
 from ..linalg import apart
-from ..machine import at_a_time, free_memory
+from ..machine import at_a_time
 from ..model.checkpoint import Source
+from ..model.checks import check_config
 from ..model.divergence import kl
 from ..model.files import read_json
 from ..model.network import Model
@@ -61,8 +62,7 @@ class Text(Task):
         return model
 
     def wrap(self, network: Any, tokenizer: Any = None, name: str = "") -> Model:
-        if not hasattr(network, "config"):
-            raise ModelError(f"this {type(network).__name__} is no model of transformers: say what it is for (task).")
+        check_config(network)
         _admit(name or "in memory", network.config)
         model = super().wrap(network, tokenizer, name)
         try:
@@ -148,16 +148,7 @@ class Text(Task):
         def early(state: Tensor) -> Tensor:
             return state.narrow(tokens, 0, place)
 
-        before, after = early(gave), early(others)
-        # Which tokens meet in an expert changes the rounding of some; attention to what comes later changes nearly all.
-        many = (before != after).float().mean() > 0.25  # of none, NaN
-        demand(
-            ~(many & (apart(before, after) > 1e-3 * apart(before, early(entering)))),
-            lambda: ModelError(
-                f"{type(network).__name__} reads a text from both sides: what its block {index} makes of a token"
-                " depends on the tokens that follow. Prunella prunes causal language models."
-            ),
-        )
+        demand_causal(network, index, early(entering), early(gave), early(others), "causal language models")
 
     # --- what the network makes of them
 
@@ -209,8 +200,7 @@ class Text(Task):
 
     def specimen(self, model: Model, checkpoint: Source | None = None, tokens: int = 24) -> str | None:
         """A greedy continuation of a fixed prompt, where the whole model fits comfortably in memory."""
-        size = model.parameters * model.dtype.itemsize
-        if model.checkpoint is not None and size > free_memory(model.device) // 3:
+        if not model.fits():
             return None
         inputs = model.tokenizer(PROMPT, return_tensors="pt").to(model.device)
         try:
@@ -260,6 +250,24 @@ class Perplexity:
             "length": self.length,
             "nll": list(self.nll),
         }
+
+
+def demand_causal(network: nn.Module, index: int, entering: Tensor, before: Tensor, after: Tensor, kind: str) -> None:
+    """ModelError for a block that makes something else of tokens, `before` and `after` a later one was changed.
+
+    Args:
+        entering: what the block is given of these tokens.
+        kind: what is pruned in place of such a network.
+    """
+    # Which tokens meet in an expert changes the rounding of some; attention to what comes later changes nearly all.
+    many = (before != after).float().mean() > 0.25  # of none, NaN
+    demand(
+        ~(many & (apart(before, after) > 1e-3 * apart(before, entering))),
+        lambda: ModelError(
+            f"{type(network).__name__} reads a text from both sides: what its block {index} makes of a token"
+            f" depends on the tokens that follow. Prunella prunes {kind}."
+        ),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
