@@ -41,6 +41,7 @@ from .samples import Samples
 from .sparse.bench import bench
 from .sparse.format import SPAN, expected
 from .tasks import open_model
+from .tasks import opened as open_for
 from .texts import same_text
 from .unlabelled import targeted
 
@@ -329,7 +330,7 @@ def sweep(
     task = recipe.make_task()
     with blamed(type(task), f"task '{task.name}'"):
         options = {"dtype": recipe.dtype, "device": recipe.device, "tokenizer": tokenizer, **trust}
-        opened = task.open(model, **options)
+        opened = open_for(task, model, **options)
         if speed and not task.language:
             raise InputError(
                 f"'{model}' is of task '{task.name}': how fast text is decoded is of language models only."

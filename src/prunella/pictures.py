@@ -20,6 +20,7 @@ named.
 from __future__ import annotations
 
 import io
+import itertools
 import random
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import InputError, PrunellaError, first_line, say, unknown
+from .errors import InputError, PrunellaError, first_line, say, some, unknown
 from .photos import PHOTOS, photo
 
 # Of the files that Pillow reads.
@@ -78,7 +79,7 @@ def find_pictures(source: str, seed: int = 0, test: bool = False) -> Found:
         test: they are to measure on, not to calibrate on.
     """
     if source == PHOTOS:
-        drawn = (Picture(f"{PHOTOS}, number {n}", None, partial(photo, n, seed, test)) for n in _naturals())
+        drawn = (Picture(f"{PHOTOS}, number {n}", None, partial(photo, n, seed, test)) for n in itertools.count())
         return Found(source, drawn, None, None, apart=True)
     if source.startswith("hf:"):
         return _dataset(source, seed, test)
@@ -94,13 +95,6 @@ def find_pictures(source: str, seed: int = 0, test: bool = False) -> Found:
         unknown("source of pictures", source, [PHOTOS])
         + " Or give a folder with a folder of pictures for each class, a .zip of it, or hf:DATASET[:CONFIG[:SPLIT]]."
     )
-
-
-def _naturals() -> Iterator[int]:
-    n = 0
-    while True:
-        yield n
-        n += 1
 
 
 def _is_picture(name: str) -> bool:
@@ -220,17 +214,13 @@ def read_pictures(
         yield prepare(image), picture.label
     if len(bad) > UNREADABLE * (taken + skipped + len(bad)):
         raise InputError(
-            f"{len(bad)} of {taken + skipped + len(bad)} pictures of '{found.name}' cannot be read: {_some(bad)}."
+            f"{len(bad)} of {taken + skipped + len(bad)} pictures of '{found.name}' cannot be read: {some(bad)}."
         )
     if bad:
-        say(f"{len(bad)} pictures of '{found.name}' cannot be read and are left out: {_some(bad)}")
+        say(f"{len(bad)} pictures of '{found.name}' cannot be read and are left out: {some(bad)}")
     if not taken:
         more = " left to measure on: calibrate on fewer (--samples), or measure on others (--evaluate)" if used else ""
         raise InputError(f"'{found.name}' has no pictures{more}.")
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 # ---------------------------------------------------------------------------------------------------------

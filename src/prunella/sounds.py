@@ -15,6 +15,7 @@ filter. What cannot be read is left out and named.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InputError, first_line, say, unknown
-from .texts import Split, is_prose, records
+from .errors import InputError, first_line, say, some, unknown
+from .texts import Split, is_prose, not_empty, records
 
 TONES = "tones"
 ENDINGS = frozenset([".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64"])  # what libsndfile reads
@@ -52,7 +53,7 @@ def find_sounds(source: str, seed: int = 0, split: Split = "train") -> Iterator[
     """The sounds of a source, none of which is read yet, in order. Raises InputError."""
     path = Path(source)
     if source == TONES:
-        return (Sound(f"{TONES}, number {n}", None, partial(_tone, seed, n)) for n in _naturals())
+        return (Sound(f"{TONES}, number {n}", None, partial(_tone, seed, n)) for n in itertools.count())
     if path.is_dir():
         return _folder(path)
     if source.startswith("hf:") or (path.is_file() and not is_prose(source) and path.suffix.lower() not in ENDINGS):
@@ -92,17 +93,9 @@ class Reader:
         """Say what could not be read. Raises InputError where that is too much."""
         if not self.bad:
             return
-        some = ", ".join(self.bad[:3]) + (f" and {len(self.bad) - 3} more" if len(self.bad) > 3 else "")
         if len(self.bad) > UNREADABLE * (self.read + len(self.bad)):
-            raise InputError(f"{len(self.bad)} sounds of '{self.source}' cannot be read: {some}")
-        say(f"{len(self.bad)} sounds of '{self.source}' cannot be read and are left out: {some}")
-
-
-def _naturals() -> Iterator[int]:
-    n = 0
-    while True:
-        yield n
-        n += 1
+            raise InputError(f"{len(self.bad)} sounds of '{self.source}' cannot be read: {some(self.bad)}")
+        say(f"{len(self.bad)} sounds of '{self.source}' cannot be read and are left out: {some(self.bad)}")
 
 
 def _folder(folder: Path) -> Iterator[Sound]:
@@ -130,8 +123,7 @@ def _of_row(row: Any, place: str, *, folder: Path) -> Sound:
     if not isinstance(row, Mapping) or not row.get("audio"):
         raise InputError(f"{place}: not an object with 'audio', the path of a sound.")
     text, audio = row.get("text"), row["audio"]
-    if text is not None and (not isinstance(text, str) or not text.strip()):
-        raise InputError(f"{place}: 'text' is no text that says something.")
+    text = None if text is None else not_empty(text, "text", place)
     if isinstance(audio, Mapping) and audio.get("array") is not None:
         array, own = np.asarray(audio["array"], np.float32), int(audio["sampling_rate"])
         return Sound(place, text, lambda rate: resampled(array[:, None] if array.ndim == 1 else array.T, own, rate))

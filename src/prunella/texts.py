@@ -165,6 +165,13 @@ def checked_text(text: Any, place: str, column: str = "text") -> str:
     return text
 
 
+def not_empty(text: Any, column: str, place: str) -> str:
+    """A text that is to be written, or that was said: not empty. Raises InputError."""
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"{place}: '{column}' is no text that says something.")
+    return text
+
+
 def _conversation(messages: Any, place: str, tokenizer: Any) -> str:
     if getattr(tokenizer, "chat_template", None) is None:
         raise InputError(

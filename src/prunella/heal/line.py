@@ -36,7 +36,7 @@ from ..recipe import Healing, Recipe
 from ..report import Report, peak_memory
 from ..samples import Samples
 from ..save import Output, identity
-from ..tasks import Task
+from ..tasks import Task, opened
 from ..team import Team, team
 from ..tensors import MASKS
 from ..unlabelled import targeted
@@ -270,15 +270,15 @@ class Line:
         return report
 
     def _open(self, name: Path | str, device: str | None = None, dtype: str = "auto") -> Model:
-        with blamed(type(self.task), f"task '{self.task.name}'"):
-            model = self.task.open(
-                str(name),
-                dtype=dtype,
-                device=device or self.recipe.device,
-                tokenizer=None,
-                remote_code=self.remote_code,
-                pickles=self.pickles,
-            )
+        model = opened(
+            self.task,
+            str(name),
+            dtype=dtype,
+            device=device or self.recipe.device,
+            tokenizer=None,
+            remote_code=self.remote_code,
+            pickles=self.pickles,
+        )
         model.scratch = partial_of(self.path)
         wear(map(model.module, model.blocks), self.recipe.lenses)
         return model

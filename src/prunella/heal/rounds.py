@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, PrunellaError
-from ..foreign import blamed
 from ..machine import pick_device
 from ..model.names import find_directory, named
 from ..progress import OnStep
@@ -17,6 +16,7 @@ from ..pruning import prune_once
 from ..recipe import Recipe
 from ..report import Report
 from ..save import REPORT, begun_as, compare, model_files
+from ..tasks import opened
 from ..team import Team, team
 from ..tensors import write_text
 from ..train.schedule import make_schedule
@@ -57,19 +57,12 @@ def prune_and_heal(
     task = recipe.make_task()
     with asked() as sharded:
         check_sharded(task, sharded and crew.size > 1)
-    with blamed(type(task), f"task '{task.name}'"):
-        opened = task.open(
-            model,
-            dtype=recipe.dtype,
-            device=recipe.device,
-            tokenizer=tokenizer,
-            remote_code=remote_code,
-            pickles=pickles,
-        )
+    trust = {"remote_code": remote_code, "pickles": pickles}
+    dense_model = opened(task, model, dtype=recipe.dtype, device=recipe.device, tokenizer=tokenizer, **trust)
     part = recipe.model_copy(update={"heal": recipe.heal.model_copy(update=_part(recipe))})
-    check_dtype(opened.dtype, recipe.heal.way)  # now, not when the model has been pruned
+    check_dtype(dense_model.dtype, recipe.heal.way)  # now, not when the model has been pruned
     given = Text(part, portion=(0, rounds)) if task.language else Sources(part)
-    given.check(opened)
+    given.check(dense_model)
     dense = recipe.heal.dense or model
     dense = str(Path(dense).resolve()) if Path(dense).exists() else dense
     if task.language:
@@ -79,7 +72,7 @@ def prune_and_heal(
         shop = Workshop(aside_of(path), resume)
         try:
             workshop(path, shop.resumed).close()  # now, not when the model has been pruned
-            said = {**_identity(recipe), "model files": model_files(opened.checkpoint)}
+            said = {**_identity(recipe), "model files": model_files(dense_model.checkpoint)}
             if (before := begun_as(shop)) is not None:
                 compare(said, before, shop.directory)
             write_text(shop.directory / RUN, json.dumps(said, indent=1) + "\n")

@@ -21,7 +21,7 @@ from ..model.network import Model
 from ..photos import PHOTOS
 from ..pictures import Found, Picture, find_pictures, read_pictures, stored
 from ..samples import Batch, Samples, in_dtype
-from ..texts import is_prose, records
+from ..texts import is_prose, not_empty, records
 from .registry import register_task
 from .targets import (
     IGNORED,
@@ -115,8 +115,8 @@ class Captions(Targets):
         kept = Found(source, numbered, None, None)
         skip = 0 if source == PHOTOS else used  # of which test pictures are others
         for number, (picture, at) in enumerate(read_pictures(kept, lambda image: image, count, skip), skip + 1):
-            said = texts.get(at or 0)
-            one = self._sample(model.network, model.tokenizer, picture, said, next(otherwise))
+            text = texts.get(at or 0)
+            one = self._sample(model.network, model.tokenizer, picture, text, next(otherwise))
             made.append(reaching(one, number))
         enough(len(made), count, skip, source, "pictures")
         return Samples.gathered(made)
@@ -133,8 +133,7 @@ class Captions(Targets):
         if not isinstance(row, Mapping) or not row.get("image"):
             raise InputError(f"{place}: not an object with 'image', the path of a picture.")
         text, image = row.get("text"), row["image"]
-        if text is not None and (not isinstance(text, str) or not text.strip()):
-            raise InputError(f"{place}: 'text' is no text that says something.")
+        text = None if text is None else not_empty(text, "text", place)
         if isinstance(image, str) and not (folder / image).is_file():
             raise InputError(f"{place}: there is no '{folder / image}'.")
         if isinstance(image, str):

@@ -25,9 +25,9 @@ from ..model.checkpoint import Source
 from ..model.network import Model
 from ..model.tokenizer import load_tokenizer
 from ..samples import Batch, Samples
-from ..texts import documents, is_prose, records
+from ..texts import documents, is_prose, not_empty, records
 from .registry import register_task
-from .targets import AT, Targets, built_for, enough, field, of_network, reaching, say_cut, written
+from .targets import AT, Targets, built_for, enough, of_network, reaching, say_cut, written
 
 READ = 512  # tokens that a sample reads where nobody says how many
 WRITTEN = 128  # and writes
@@ -125,8 +125,8 @@ class Seq2Seq(Targets):
                 continue
             key = next((key for key in texts if key in row), texts[0])
             with self._speaking(model.tokenizer):
-                read = _ids(model.tokenizer, lengths[0], text=self.prefix + field(row, key, place))
-                wrote = _ids(model.tokenizer, lengths[1], text_target=field(row, target, place))
+                read = _ids(model.tokenizer, lengths[0], text=self.prefix + not_empty(row.get(key), key, place))
+                wrote = _ids(model.tokenizer, lengths[1], text_target=not_empty(row.get(target), target, place))
             cut = [cut[0] + read[1], cut[1] + wrote[1]]
             one = {"input_ids": torch.tensor([read[0]]), "labels": torch.tensor([wrote[0]])}
             found.append(reaching(one, number))

@@ -185,14 +185,6 @@ def of_network(batch: Batch) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in batch.items() if key not in ("labels", AT, TARGET)}
 
 
-def field(row: Mapping[str, Any], key: str, place: str) -> str:
-    """A field of a row that is a text. Raises InputError."""
-    value = row.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{place}: '{key}' is no text that says something.")
-    return value
-
-
 def enough(found: int, count: int | None, used: int, source: str, what: str) -> None:
     """Raises InputError where a source has too few samples, or none."""
     if found < (count or 1):
