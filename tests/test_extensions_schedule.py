@@ -18,8 +18,8 @@ from prunella.moving import updates
 from prunella.recipe import Recipe
 from prunella.registry import steps as known
 from prunella.samples import Samples
+from prunella.tasks.loss import next_token_loss
 from prunella.train.loop import Training
-from prunella.train.loss import next_token_loss
 from prunella.train.parts import Chosen, attach, choose, detach, make_group, parts_of
 from prunella.train.schedule import Schedule, make_schedule
 

@@ -27,7 +27,7 @@ from prunella.linalg import inverse_factor
 from prunella.pattern import pack, unpack
 from prunella.registry import steps
 from prunella.steps import alps, swap
-from prunella.train.loss import next_token_loss
+from prunella.tasks.loss import next_token_loss
 from prunella.types import Pattern, Stats
 from prunella.watch import Watch
 

@@ -49,7 +49,7 @@ from prunella.heal import make_group
 from prunella.heal.masks import masks_of
 from prunella.train.parts import attach, choose, parts_of, trained
 from prunella.train.shard import gather, is_sharded, shard, whole
-from prunella.train.loss import next_token_loss
+from prunella.tasks.loss import next_token_loss
 
 where, names, ids = sys.argv[1], sys.argv[2:], tiny.token_windows(2, 24)
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

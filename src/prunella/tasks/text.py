@@ -26,8 +26,8 @@ from ..model.open import open_files
 from ..model.task import Task
 from ..overlap import fingerprint, joined
 from ..samples import Batch, Samples
-from ..train.loss import next_token_loss
 from ..waits import demand, fetch
+from .loss import next_token_loss
 from .registry import register_task
 
 ROWS = 256  # tokens at a time, on a CPU, whose logits are made

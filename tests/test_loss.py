@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from prunella.train.loss import next_token_loss
+from prunella.tasks.loss import next_token_loss
 
 
 @pytest.fixture
