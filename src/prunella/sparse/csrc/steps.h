@@ -55,7 +55,16 @@ typedef struct {
     const float *values;
     const uint8_t *index;
     const int32_t *starts; /* (rows, strips + 1) */
+    const struct code *code; /* of each block of CODE_ROWS rows of a group, and strip; NULL: as above */
 } striped_t;
+
+/* Instructions made for one weight: see generate.c. They add to `sums` (CODE_ROWS, CODE_SUMS), 16 of each row, the products
+ * of the weights of a block of rows and a strip of columns with x (columns, 16). */
+enum { CODE_ROWS = 28, CODE_SUMS = 128 };
+typedef struct code {
+    void (*run)(const float *x, float *sums, const float *values);
+    const float *values;
+} code_t;
 
 /* y (rows, positions) = W x (columns, positions). */
 typedef struct {
