@@ -29,7 +29,8 @@ _PAIR, _FOUR = _LONG * 2, _LONG * 4
 # numbers, `4n` four; `.n` a double; all others are numbers.
 _FIELDS = {
     "product": "&weight &scale &bias *x *y *residual residual_last act positions",
-    "conv": "&weight &scale &bias *x *y *residual residual_last x_batch y_batch residual_batch act batch channels height width rows out_height out_width"
+    "conv": "&weight &scale &bias *x *y *residual residual_last x_batch y_batch residual_batch act batch channels"
+    " height width rows out_height out_width"
     " 2kernel 2stride 2pad 2dilation groups",
     "depthwise": "&weight &bias *x *y *residual residual_last act batch channels height width rows out_height"
     " out_width 2kernel 2stride 2pad 2dilation",
