@@ -144,7 +144,8 @@ INLINE void NAME(fetch_columns)(
     const float *x, int64_t x_ld, int64_t columns, int64_t rest, float *panel, const int64_t count, lanes_t *watch) {
     for (int64_t i = 0; i < columns; i++, x += x_ld, panel += count)
         _Pragma("GCC unroll 8") for (int64_t v = 0; v < count; v += LANES) {
-            const lanes_t here = v + LANES <= rest ? load(x + v) : load_first(x + v, rest - v);
+            const lanes_t here =
+                v + LANES <= rest ? load(x + v) : v < rest ? load_first(x + v, rest - v) : all(0);
             store(panel + v, here);
             watch[v / LANES % WATCHES] = muladd(all(0), here, watch[v / LANES % WATCHES]);
         }
