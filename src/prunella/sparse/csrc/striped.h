@@ -73,6 +73,13 @@ INLINE void NAME(striped_strip)(
     for (int64_t row = first; row < last; row++, starts += w->strips + 1, sums += V * LANES) {
         lanes_t sum[STRIPED_VECTORS];
         const int32_t stop = starts[1];
+        if (row + 1 < last) { /* the next row's sums and values, which the processor does not foresee */
+            const int32_t next = starts[w->strips + 1];
+            _Pragma("GCC unroll 8") for (int v = 0; v < V; v++)
+                __builtin_prefetch(sums + V * LANES + v * LANES, 1);
+            __builtin_prefetch(w->values + next);
+            __builtin_prefetch(w->index + next);
+        }
         if (strip) {
             _Pragma("GCC unroll 8") for (int v = 0; v < V; v++) sum[v] = load(sums + v * LANES);
         } else {
