@@ -28,9 +28,9 @@ _PAIR, _FOUR = _LONG * 2, _LONG * 4
 # Of each kind, in the order of their numbers: its fields. `*x` is a value, x and x_ld; `&w` an address; `2n` two
 # numbers, `4n` four; `.n` a double; all others are numbers.
 _FIELDS = {
-    "product": "&weight &bias *x *y *residual residual_last act positions",
-    "conv": "&weight &bias *x *y *residual residual_last act batch channels height width rows out_height out_width"
-    " 2kernel 2stride 2pad 2dilation groups",
+    "product": "&weight &scale &bias *x *y *residual residual_last act positions",
+    "conv": "&weight &scale &bias *x *y *residual residual_last x_batch y_batch residual_batch act batch channels"
+    " height width rows out_height out_width 2kernel 2stride 2pad 2dilation groups",
     "depthwise": "&weight &bias *x *y *residual residual_last act batch channels height width rows out_height"
     " out_width 2kernel 2stride 2pad 2dilation",
     "pool": "*x *y act batch channels height width out_height out_width 2kernel 2stride 2pad 2dilation mean count_pad",
