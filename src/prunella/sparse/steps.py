@@ -30,8 +30,7 @@ _PAIR, _FOUR = _LONG * 2, _LONG * 4
 _FIELDS = {
     "product": "&weight &scale &bias *x *y *residual residual_last act positions",
     "conv": "&weight &scale &bias *x *y *residual residual_last x_batch y_batch residual_batch act batch channels"
-    " height width rows out_height out_width"
-    " 2kernel 2stride 2pad 2dilation groups",
+    " height width rows out_height out_width 2kernel 2stride 2pad 2dilation groups",
     "depthwise": "&weight &bias *x *y *residual residual_last act batch channels height width rows out_height"
     " out_width 2kernel 2stride 2pad 2dilation",
     "pool": "*x *y act batch channels height width out_height out_width 2kernel 2stride 2pad 2dilation mean count_pad",
