@@ -238,14 +238,14 @@ def _print_network(result: dict[str, Any], as_json: bool) -> None:
             str(row["threads"]),
             row["side"],
             f"{1e3 * row['median']:,.2f}",
-            f"{1e3 * row['low']:,.2f} to {1e3 * row['high']:,.2f}",
+            *(f"{1e3 * row[end]:,.2f}" for end in ("low", "high")),
             f"{row['throughput']:,.1f}",
             f"{row['speedup']:.2f}",
             f"{row['difference']:.1e}" if row["side"] != "dense" else "",
         )
         for row in result["rows"]
     )
-    columns = ("batch", "threads", "", "ms", "quartiles", "a second", "× dense", "apart")
+    columns = ("batch", "threads", "", "ms", "25%", "75%", "a second", "× dense", "apart")
     title = f"{result['model']}: {result['dtype']}, {result['sparsity']:.1%} of the weights in layers zero"
     print_table(columns, rows, title, right=[name for name in columns if name])
     dense, packed = result["bytes"]["dense"], result["bytes"]["packed"]
