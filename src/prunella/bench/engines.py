@@ -23,9 +23,12 @@ from torch import Tensor, nn
 
 from ..compat import of_transformers
 from ..errors import InputError, first_line, unknown
+from ..model.network import Model
+from ..model.task import Task
 from ..samples import Batch, in_dtype
 from ..trees import tensors
-from .sides import Sides
+
+Run = Callable[[], list[Any]]  # one call of a network; the tensors or arrays that it puts out
 
 OPSET = 17
 _SEEN = 4  # batches that the ranges of activations are observed on
@@ -34,22 +37,23 @@ _SEEN = 4  # batches that the ranges of activations are observed on
 class _Called(nn.Module):
     """A network called with tensors alone, in the order of the names, and giving its tensors alone."""
 
-    def __init__(self, sides: Sides, network: nn.Module, names: Sequence[str]):
+    def __init__(self, task: Task, network: nn.Module, names: Sequence[str]):
         super().__init__()
-        self.network, self.names, self.run = network, names, sides.run
+        self.task, self.network, self.names = task, network, names
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensors(self.run(self.network, dict(zip(self.names, given, strict=True)))))
+        return tuple(tensors(self.task.run(self.network, dict(zip(self.names, given, strict=True)))))
 
 
 @dataclass(frozen=True)
 class Case:
     """A network on one batch, and files that are made of it when they are first asked for.
 
+    model:  all of its weights are in memory
     folder: a new one, which is the caller's
     """
 
-    sides: Sides
+    model: Model
     batch: Batch
     folder: Path
 
@@ -64,10 +68,10 @@ class Case:
         if path.exists():
             return path
         names: list[str] = [*self.batch]
-        network: Any = copy.deepcopy(self.sides.dense).float()
+        network: Any = copy.deepcopy(self.model.network).float()
         if of_transformers(network):
             network.set_attn_implementation("eager")  # in single steps, which every engine knows
-        called = _Called(self.sides, network, names)
+        called = _Called(self.model.task, network, names)
         given = tuple(in_dtype(self.batch, torch.float32).values())
         with torch.no_grad(), _quiet():
             try:
@@ -104,6 +108,16 @@ class Case:
             quantization.quantize_dynamic(prepared, path, per_channel=True)
         return path
 
+    def call(self, network: nn.Module, dtype: torch.dtype | None = None) -> Run:
+        """What runs a network of torch on the batch, its fractions in this dtype, else the model's."""
+        batch = in_dtype(self.batch, dtype or self.model.dtype)
+
+        @torch.inference_mode()
+        def run() -> list[Any]:
+            return tensors(self.model.task.run(network, batch))
+
+        return run
+
     @property
     def of_tokens(self) -> bool:
         return "input_ids" in self.batch
@@ -120,9 +134,6 @@ def _reader(batches: Iterable[Mapping[str, Any]]) -> Any:
             return next(self.left, None)
 
     return Reader()
-
-
-Run = Callable[[], list[Any]]  # one call of a network; what it puts out
 
 
 def _onnxruntime(path: Path, case: Case, threads: int) -> Run:
@@ -153,9 +164,7 @@ def _openvino(path: Path, case: Case, threads: int) -> Run:
 
 
 def _bfloat16(case: Case, threads: int) -> Run:
-    network = copy.deepcopy(case.sides.dense).bfloat16()
-    batch = in_dtype(case.batch, torch.bfloat16)
-    return lambda: tensors(case.sides.run(network, batch))
+    return case.call(copy.deepcopy(case.model.network).bfloat16(), torch.bfloat16)
 
 
 @dataclass(frozen=True)

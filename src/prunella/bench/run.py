@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, say, unknown
-from ..samples import in_dtype, size_of
+from ..samples import size_of
 from ..sparse.bench import held_bytes
 from ..sparse.format import SPAN
 from ..sparse.kernels import instructions
-from ..trees import tensors
 from .engines import Case, check_engines, open_engines
 from .shapes import SHAPES
-from .sides import open_sides, random_batch
+from .sides import Sides, open_sides, random_batch
 from .turns import in_turns
 
 
@@ -66,7 +65,8 @@ def bench_network(
         raise InputError(unknown("shape", random, SHAPES))
     if not 0 <= sparsity < 1:
         raise InputError(f"sparsity {sparsity:g} is out of range: 0 up to, not including, 1.")
-    numbers = {"batch": batch, "threads": threads or [1], "rounds": [rounds], "length": [length or 1]}
+    numbers = {"batch": batch, "threads": threads or [1], "rounds": [rounds]}
+    numbers |= {} if length is None else {"length": [length]}
     for name, values in numbers.items():
         if not values or min(values) < 1:
             raise InputError(f"{name} is at least 1.")
@@ -82,19 +82,19 @@ def bench_network(
         for number, samples in enumerate(batches):
             folder = Path(scratch) / str(number)
             folder.mkdir()
-            case = Case(sides, samples, folder)
+            case = Case(sides.model, samples, folder)
             for count in threads or [before]:
                 with threaded(count):
-                    rows += measured(
-                        case, count, [name for name in beside if name not in refused], refused, rounds, seconds
-                    )
+                    names = [name for name in beside if name not in refused]
+                    found, failed = measured(sides, case, count, names, rounds, seconds)
+                rows, refused = rows + found, refused | failed
         return {
             "model": model or random,
             "task": sides.model.task.name,
             "dtype": str(sides.model.dtype)[6:],
             "sparsity": sides.sparsity,
             "instructions": (instructions() or ["none"])[0],
-            "bytes": {"dense": held_bytes(sides.dense), "packed": held_bytes(sides.packed)},
+            "bytes": {"dense": held_bytes(sides.model.network), "packed": held_bytes(sides.packed)},
             "rows": rows,
             "refused": refused,
         }
@@ -112,26 +112,19 @@ def threaded(count: int) -> Iterator[None]:
 
 
 def measured(
-    case: Case, threads: int, beside: Sequence[str], refused: dict[str, str], rounds: int, seconds: float
-) -> list[dict[str, Any]]:
-    """A row for each side; engines that cannot run the network are said, and noted in `refused`."""
-    sides, samples = case.sides, in_dtype(case.batch, case.sides.model.dtype)
-    with torch.inference_mode():
-        wanted = outputs(sides.run(sides.dense, samples))
-    runs: dict[str, Callable[[], Any]] = {
-        "dense": lambda: sides.run(sides.dense, samples),
-        "packed": lambda: sides.run(sides.packed, samples),
-    }
-    with torch.inference_mode():
-        more, failed = open_engines(beside, case, threads)
-        for name, why in failed.items():
-            say(f"{name} cannot run this network, and is left out: {why}")
-        refused |= failed
-        runs |= more
-        apart = {name: difference(outputs(run()), wanted) for name, run in runs.items()}
-        times = in_turns(runs, rounds, seconds)
+    sides: Sides, case: Case, threads: int, beside: Sequence[str], rounds: int, seconds: float
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """A row for each side, and why some engines cannot run the network, which is said."""
+    runs = {"dense": case.call(sides.model.network), "packed": case.call(sides.packed)}
+    more, failed = open_engines(beside, case, threads)
+    for name, why in failed.items():
+        say(f"{name} cannot run this network, and is left out: {why}")
+    runs |= more
+    wanted = fractions(runs["dense"]())
+    apart = {name: difference(fractions(call()), wanted) for name, call in runs.items()}
+    times = in_turns(runs, rounds, seconds)
     base, size = times["dense"].quantile(0.5), size_of(case.batch)
-    return [
+    rows = [
         {
             "batch": size,
             "threads": threads,
@@ -143,11 +136,12 @@ def measured(
         }
         for name, found in times.items()
     ]
+    return rows, failed
 
 
-def outputs(found: Any) -> list[Tensor]:
-    """The tensors of fractions among outputs, or arrays, in float32."""
-    every = [torch.as_tensor(one) for one in found] if isinstance(found, list) else tensors(found)
+def fractions(found: Sequence[Any]) -> list[Tensor]:
+    """The tensors of fractions among what a call puts out, in float32."""
+    every = [torch.as_tensor(one) for one in found]
     return [tensor.float() for tensor in every if tensor.is_floating_point()]
 
 

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -38,20 +37,11 @@ class Sides:
     packed: nn.Module
 
     @property
-    def dense(self) -> nn.Module:
-        network: nn.Module = self.model.network
-        return network
-
-    @property
     def sparsity(self) -> float:
         """Of the weights in layers, the share that is zero."""
         slots = [slot for name in self.model.blocks for slot in find_layers(self.model.module(name), name)]
         kept = sum(int(slot.read().count_nonzero()) for slot in slots)
         return 1 - kept / sum(slot.read().numel() for slot in slots)
-
-    def run(self, network: nn.Module, batch: Batch) -> Any:
-        """What one of the two makes of a batch."""
-        return self.model.task.run(network, batch)
 
 
 @contextlib.contextmanager
