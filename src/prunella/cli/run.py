@@ -237,15 +237,14 @@ def _print_network(result: dict[str, Any], as_json: bool) -> None:
             str(row["batch"]),
             str(row["threads"]),
             row["side"],
-            f"{1e3 * row['median']:,.2f}",
-            *(f"{1e3 * row[end]:,.2f}" for end in ("low", "high")),
+            f"{1e3 * row['median']:,.2f} ±{(row['high'] - row['low']) / 2 / row['median']:.0%}",
             f"{row['throughput']:,.1f}",
             f"{row['speedup']:.2f}",
             f"{row['difference']:.1e}" if row["side"] != "dense" else "",
         )
         for row in result["rows"]
     )
-    columns = ("batch", "threads", "", "ms", "25%", "75%", "a second", "× dense", "apart")
+    columns = ("batch", "threads", "", "ms", "a second", "×", "apart")
     title = f"{result['model']}: {result['dtype']}, {result['sparsity']:.1%} of the weights in layers zero"
     print_table(columns, rows, title, right=[name for name in columns if name])
     dense, packed = result["bytes"]["dense"], result["bytes"]["packed"]
