@@ -45,13 +45,22 @@ typedef struct {
     int64_t kind;
 } step_t;
 
-/* A weight prepared for many positions: see many.h. */
-typedef struct many many_t;
+/* A pruned weight (rows, columns), made for products with many positions: its columns in strips of at most 256, so that the
+ * inputs of a strip stay in the first cache while all rows use them. Row r keeps in strip s the values number
+ * starts[r * (strips + 1) + s] up to starts[r * (strips + 1) + s + 1], in the columns `index` counted from the first of the
+ * strip; the next row goes on where this one ends. The columns of a convolution's group are those of `strip / places`
+ * channels, one place in its kernel after the other, and then those of the next channels. */
+typedef struct {
+    int64_t rows, columns, strip, strips;
+    const float *values;
+    const uint8_t *index;
+    const int32_t *starts; /* (rows, strips + 1) */
+} striped_t;
 
 /* y (rows, positions) = W x (columns, positions). */
 typedef struct {
     int64_t kind;
-    const many_t *weight;
+    const striped_t *weight;
     const float *bias; /* (rows), or NULL */
     const float *x;
     int64_t x_ld;
@@ -62,10 +71,11 @@ typedef struct {
     int64_t act, positions;
 } product_step_t;
 
-/* y (rows, batch, out_height, out_width): a convolution of x (channels, batch, height, width). */
+/* y (rows, batch, out_height, out_width): a convolution of x (channels, batch, height, width). Here nothing beyond the
+ * positions is read or written. */
 typedef struct {
     int64_t kind;
-    const many_t *weight; /* one group after the other; its columns as many.h orders them */
+    const striped_t *weight; /* the rows of one group after those of the other; columns: of one group */
     const float *bias;
     const float *x;
     int64_t x_ld;
@@ -73,6 +83,7 @@ typedef struct {
     int64_t y_ld;
     const float *residual;
     int64_t residual_ld, residual_last;
+    int64_t x_batch, y_batch, residual_batch; /* from a picture to the next: height * width, or channels * ld in NCHW */
     int64_t act, batch, channels, height, width, rows, out_height, out_width;
     int64_t kernel[2], stride[2], pad[2], dilation[2], groups; /* pad: zeros above and to the left */
 } conv_step_t;

@@ -1,11 +1,19 @@
 /* The steps of a plan in the vectors of lanes_avx2.h. */
 #if defined(__x86_64__)
 
+#include <stdlib.h>
+
 #include "internal.h"
 #include "lanes_avx2.h"
 #include "parallel.h"
 #include "steps.h"
 
-const step_run_t avx2_steps[STEPS] = {0};
+#include "lanes_math.h"
+#include "striped.h"
+
+const step_run_t avx2_steps[STEPS] = {
+    [STEP_PRODUCT] = avx2_product,
+    [STEP_CONV] = avx2_conv,
+};
 
 #endif

@@ -1,11 +1,19 @@
 /* The steps of a plan in the vectors of lanes_avx512.h. */
 #if defined(__x86_64__)
 
+#include <stdlib.h>
+
 #include "internal.h"
 #include "lanes_avx512.h"
 #include "parallel.h"
 #include "steps.h"
 
-const step_run_t avx512_steps[STEPS] = {0};
+#include "lanes_math.h"
+#include "striped.h"
+
+const step_run_t avx512_steps[STEPS] = {
+    [STEP_PRODUCT] = avx512_product,
+    [STEP_CONV] = avx512_conv,
+};
 
 #endif

@@ -1,9 +1,17 @@
 /* The steps of a plan in the vectors of lanes_portable.h. */
 
+#include <stdlib.h>
+
 #include "internal.h"
 #include "lanes_portable.h"
 #include "parallel.h"
 #include "steps.h"
 
-const step_run_t portable_steps[STEPS] = {0};
+#include "lanes_math.h"
+#include "striped.h"
+
+const step_run_t portable_steps[STEPS] = {
+    [STEP_PRODUCT] = portable_product,
+    [STEP_CONV] = portable_conv,
+};
 
