@@ -14,8 +14,9 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from ..compat import quiet
+from .attention import join_attention
+from .nodes import aten, is_view, packet
 
-aten = torch.ops.aten
 FREE = {aten.clone, aten.contiguous, aten.detach, aten.alias, aten.lift_fresh_copy}  # which change no value
 DROPOUTS = {aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout}
 ASSERTIONS = {aten._assert_tensor_metadata, aten.sym_constrain_range, aten.sym_constrain_range_for_size}
@@ -58,6 +59,7 @@ def capture(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     if any(spec.kind is not OutputKind.USER_OUTPUT for spec in signature.output_specs):
         raise NoGraphError("its forward pass changes its buffers or inputs")
     _without_no_ops(graph)
+    join_attention(graph)
     graph.eliminate_dead_code()
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     known: dict[fx.Node, Any] = {}
@@ -101,19 +103,6 @@ def _tensor(network: nn.Module, program: torch.export.ExportedProgram, name: str
     if not isinstance(found, Tensor):
         raise NoGraphError(f"'{name}' is no tensor")
     return found.detach()
-
-
-def packet(node: fx.Node) -> Any:
-    """The operator of a node, whichever of its forms is called: `torch.ops.aten.add` for `add.Tensor`."""
-    return getattr(node.target, "overloadpacket", node.target)
-
-
-def is_view(node: fx.Node) -> bool:
-    """Does the operator give a view of its first argument?"""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(
-        argument.alias_info is not None and not argument.alias_info.is_write for argument in schema.arguments
-    )
 
 
 def _without_changes(graph: fx.Graph) -> bool:

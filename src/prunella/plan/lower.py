@@ -13,8 +13,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..compat import storage_of
-from .graph import Graph, aten, is_view, packet
-from .tails import Tail, Tails, find_tails, floats, shape_of
+from .graph import Graph
+from .nodes import aten, floats, is_view, packet, shape_of
+from .tails import Tail, Tails, find_tails
 from .values import Buffer, Live, Loose, Plane, channel_axis, find_views, new_value, plane_of
 
 VALUES = (Live, Loose)
@@ -55,7 +56,7 @@ class Torch:
 
 Action = Step | Torch
 Rule = Callable[["Lowering", fx.Node, Tail], Any]
-RULES: dict[Any, Rule] = {}
+RULES: dict[Any, Rule] = {}  # filled by the files with rules
 
 
 def rule(*kinds: Any) -> Callable[[Rule], Rule]:
@@ -90,6 +91,8 @@ class Lowering:
             if node not in self.tails.inner:
                 self._run(node)
         self.outputs = [self.env[one] if isinstance(one, fx.Node) else one for one in graph.outputs]
+        made = [one.meta.get("val") if isinstance(one, fx.Node) else None for one in graph.outputs]
+        self.dtypes = [one.dtype if isinstance(one, Tensor) else None for one in made]
         for value in self.outputs:
             self._reads(value, len(self.actions))
 
@@ -268,6 +271,8 @@ def out_form(target: Any) -> Any:
     for name in target.overloadpacket.overloads():
         form = getattr(target.overloadpacket, name)
         arguments = form._schema.arguments
-        if sum(a.is_out for a in arguments) == 1 and wanted == [(a.name, str(a.type)) for a in arguments if not a.is_out]:
+        if sum(a.is_out for a in arguments) == 1 and wanted == [
+            (a.name, str(a.type)) for a in arguments if not a.is_out
+        ]:
             return form
     return None

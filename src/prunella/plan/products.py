@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .graph import aten
 from .lower import Lowering, Torch, rule
-from .tails import NORMS, Tail, prunella, shape_of
+from .nodes import aten, shape_of
+from .tails import NORMS, Tail, prunella
 from .values import Live, Plane
 
 
@@ -66,13 +66,17 @@ def product(
     many = lower.weights.packed(weight, tail.scale)
     fields = {"weight": many, "bias": lower.weights.vector(tail.bias), "act": tail.act}
     return lower.step(
-        "product", y, tail.axis, {"x": x_plane, **others}, **fields, residual_last=tail.last, positions=x_plane.positions
+        "product",
+        y,
+        tail.axis,
+        {"x": x_plane, **others},
+        **fields,
+        residual_last=tail.last,
+        positions=x_plane.positions,
     )
 
 
-def _dense(
-    lower: Lowering, x: Plane, weight: Tensor, y: Live, tail: Tail, others: dict[str, Plane | None]
-) -> Live:
+def _dense(lower: Lowering, x: Plane, weight: Tensor, y: Live, tail: Tail, others: dict[str, Plane | None]) -> Live:
     """The same by torch's product, and steps for what follows it."""
     dense_OI = lower.weights.dense(weight.flatten(1), tail.scale)
     bias = lower.weights.vector(tail.bias)
@@ -122,9 +126,17 @@ def conv2d(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
             x = subsample(lower, x, shape, made, stride)
         return product(lower, node, tail, x, 1, weight, bias)
     sizes = {
-        **{"batch": batch, "channels": channels, "height": height, "width": width, "rows": made[1]},
-        **{"out_height": made[2], "out_width": made[3]},
-        **{"kernel": kernel, "stride": stride, "pad": padding, "dilation": dilation},
+        "batch": batch,
+        "channels": channels,
+        "height": height,
+        "width": width,
+        "rows": made[1],
+        "out_height": made[2],
+        "out_width": made[3],
+        "kernel": kernel,
+        "stride": stride,
+        "pad": padding,
+        "dilation": dilation,
     }
     if groups == channels:
         others, x_plane = beside(lower, tail), lower.plane(x, 1)
@@ -146,9 +158,7 @@ def subsample(lower: Lowering, x: Any, shape: Any, made: tuple[int, ...], stride
     names = ("batch", "channels", "height", "width")
     sizes: dict[str, Any] = dict(zip(names, shape, strict=True))
     sizes |= {"out_height": made[2], "out_width": made[3], "kernel": [1, 1], "stride": stride, "pad": [0, 0]}
-    return lower.step(
-        "pool", y, 1, {"x": lower.plane(x, 1)}, act="none", dilation=[1, 1], mean=0, count_pad=0, **sizes
-    )
+    return lower.step("pool", y, 1, {"x": lower.plane(x, 1)}, act="none", dilation=[1, 1], mean=0, count_pad=0, **sizes)
 
 
 def by_torch(lower: Lowering, node: fx.Node, tail: Tail, x: Any, weight: Tensor, how: tuple[Any, ...]) -> Live:

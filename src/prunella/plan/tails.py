@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import operator
-
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from .graph import Graph, aten, packet
+from .graph import Graph
+from .nodes import aten, floats, packet, shape_of
 
 prunella = torch.ops.prunella
 NORMS = {aten.batch_norm, aten._native_batch_norm_legit_no_training}
@@ -130,7 +130,11 @@ def _with(tail: Tail, at: fx.Node, user: fx.Node, known: dict[fx.Node, Any]) -> 
     kind = packet(user)
     if kind in NORMS and tail.affine and user.args[0] is at:
         return _with_norm(tail, user, known)
-    if user.target is operator.getitem and user.args[1] == 0 and packet(at) is aten._native_batch_norm_legit_no_training:
+    if (
+        user.target is operator.getitem
+        and user.args[1] == 0
+        and packet(at) is aten._native_batch_norm_legit_no_training
+    ):
         return tail
     if kind in (aten.permute, aten.transpose, aten.movedim, aten.unsqueeze, aten.squeeze, aten.view, aten.reshape):
         return _moved(tail, at, user)
@@ -239,7 +243,7 @@ def _moved(tail: Tail, at: fx.Node, user: fx.Node) -> Tail | None:
         moved = user.target(probe, *user.args[1:], **user.kwargs)  # type: ignore[operator]
     except RuntimeError:
         return None
-    if not isinstance(moved, Tensor) or moved._base is None and moved is not probe:
+    if not isinstance(moved, Tensor) or (moved._base is None and moved is not probe):
         return None
     step, found = 1, None
     for axis in reversed(range(moved.ndim)):
@@ -253,19 +257,3 @@ def _moved(tail: Tail, at: fx.Node, user: fx.Node) -> Tail | None:
     if found is None:
         return None
     return replace(tail, axis=found)
-
-
-def shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    """The shape of what a node puts out, if that is a tensor."""
-    made = node.meta.get("val")
-    if isinstance(made, list | tuple) and made and packet(node) is aten._native_batch_norm_legit_no_training:
-        made = made[0]
-    return tuple(map(int, made.shape)) if isinstance(made, Tensor) else None
-
-
-def floats(node: fx.Node) -> bool:
-    made = node.meta.get("val")
-    return isinstance(made, Tensor) and made.is_floating_point()
-
-
-

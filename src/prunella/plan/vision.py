@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import fx
 
-from .graph import aten, packet
 from .lower import VALUES, Lowering, rule
+from .nodes import aten, floats, packet, shape_of
 from .products import end_of, pair
-from .tails import ACTS, Tail, act_of, floats, shape_of
+from .tails import ACTS, Tail, act_of
 from .values import Live, channel_axis
 
 
@@ -107,5 +107,3 @@ def activation(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
     plane = lower.plane(x, axis)
     y = lower.new(x.shape, axis)
     return lower.step("map", y, axis, {"x": plane}, act=act, channels=plane.channels, positions=plane.positions)
-
-

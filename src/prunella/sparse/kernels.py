@@ -44,6 +44,7 @@ _SIGNATURES = {
     "prunella_block_in": (*[POINTER] * 7, INT),
     "prunella_block_out": (*[POINTER] * 5, LONG, POINTER, POINTER, INT),
     "prunella_blocks": (POINTER, LONG, *[POINTER] * 4, LONG, POINTER, INT),
+    "prunella_plan": (POINTER, LONG, INT),
     "prunella_read": (POINTER, LONG, INT),
     "prunella_use": (ctypes.c_char_p,),
     "prunella_isa": (INT,),
