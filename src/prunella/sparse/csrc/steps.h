@@ -61,7 +61,7 @@ typedef struct {
 typedef struct {
     int64_t kind;
     const striped_t *weight;
-    const float *bias; /* (rows), or NULL */
+    const float *scale, *bias; /* (rows), or NULL: scale (W x) + bias */
     const float *x;
     int64_t x_ld;
     float *y;
@@ -76,7 +76,7 @@ typedef struct {
 typedef struct {
     int64_t kind;
     const striped_t *weight; /* the rows of one group after those of the other; columns: of one group */
-    const float *bias;
+    const float *scale, *bias;
     const float *x;
     int64_t x_ld;
     float *y;

@@ -13,7 +13,7 @@ enum { STRIPED_VECTORS = 8, POSITIONS = STRIPED_VECTORS * LANES, STRIPED_ROWS = 
 
 typedef struct {
     const striped_t *w;
-    const float *bias, *x, *residual;
+    const float *scale, *bias, *x, *residual;
     float *y;
     int64_t x_ld, y_ld, residual_ld, residual_last, act;
     int64_t positions; /* that are computed */
@@ -28,14 +28,18 @@ typedef struct {
 INLINE int64_t NAME(least)(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t NAME(most)(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* The last step of n results: y = act(y + residual). Out of line, since it is long and seldom much of the work. */
+/* The last step of n results of a row: y = act(scale sums + bias + residual). Out of line, since it is long and seldom much
+ * of the work. */
 static TARGET __attribute__((noinline)) void NAME(striped_finish)(
-    int64_t act, int64_t n, const float *sums, const float *residual, int residual_last, float *y) {
+    const NAME(striped_job_t) *job, int64_t row, int64_t n, const float *sums, const float *residual, float *y) {
+    const lanes_t scale = all(job->scale ? job->scale[row] : 1), bias = all(job->scale && job->bias ? job->bias[row] : 0);
+    const int64_t act = job->act;
     for (int64_t i = 0; i < n; i += LANES) {
         lanes_t x = load_first(sums + i, n - i);
-        if (residual && !residual_last) x = add(x, load_first(residual + i, n - i));
+        if (job->scale) x = muladd(x, scale, bias);
+        if (residual && !job->residual_last) x = add(x, load_first(residual + i, n - i));
         x = activated(act, x);
-        if (residual && residual_last) x = add(x, load_first(residual + i, n - i));
+        if (residual && job->residual_last) x = add(x, load_first(residual + i, n - i));
         store_first(y + i, x, n - i);
     }
 }
@@ -54,7 +58,7 @@ INLINE void NAME(striped_strip)(
         if (strip) {
             _Pragma("GCC unroll 8") for (int v = 0; v < V; v++) sum[v] = load(sums + v * LANES);
         } else {
-            const lanes_t bias = all(job->bias ? job->bias[row] : 0);
+            const lanes_t bias = all(job->bias && !job->scale ? job->bias[row] : 0);
             _Pragma("GCC unroll 8") for (int v = 0; v < V; v++) sum[v] = bias;
         }
         for (int32_t k = starts[0]; k < stop; k++) {
@@ -65,10 +69,9 @@ INLINE void NAME(striped_strip)(
         if (end && direct) {
             float *y = job->y + row * job->y_ld + at;
             _Pragma("GCC unroll 8") for (int v = 0; v < V; v++) store(y + v * LANES, sum[v]);
-            if (job->act || job->residual)
+            if (job->act || job->residual || job->scale)
                 NAME(striped_finish)(
-                    job->act, V * LANES, y, job->residual ? job->residual + row * job->residual_ld + at : NULL,
-                    (int)job->residual_last, y);
+                    job, row, V * LANES, y, job->residual ? job->residual + row * job->residual_ld + at : NULL, y);
         } else {
             _Pragma("GCC unroll 8") for (int v = 0; v < V; v++) store(sums + v * LANES, sum[v]);
         }
@@ -208,8 +211,9 @@ static TARGET void NAME(striped_item)(const void *data, int64_t item, int worker
                     const int64_t to = row * c->out_width + column;
                     const float *from = sums + (r - first) * count + e;
                     NAME(striped_finish)(
-                        job->act, piece, from, job->residual ? job->residual + r * job->residual_ld + picture * c->residual_batch + to : NULL,
-                        (int)job->residual_last, job->y + r * job->y_ld + picture * c->y_batch + to);
+                        job, r, piece, from,
+                        job->residual ? job->residual + r * job->residual_ld + picture * c->residual_batch + to : NULL,
+                        job->y + r * job->y_ld + picture * c->y_batch + to);
                 }
             e += run;
         }
@@ -241,7 +245,7 @@ static TARGET int NAME(striped_run)(NAME(striped_job_t) *job, int threads) {
 static TARGET int NAME(product)(const void *data, int threads) {
     const product_step_t *step = data;
     NAME(striped_job_t) job = {
-        .w = step->weight, .bias = step->bias, .x = step->x, .residual = step->residual, .y = step->y, .x_ld = step->x_ld,
+        .w = step->weight, .scale = step->scale, .bias = step->bias, .x = step->x, .residual = step->residual, .y = step->y, .x_ld = step->x_ld,
         .y_ld = step->y_ld, .residual_ld = step->residual_ld, .residual_last = step->residual_last, .act = step->act,
         .positions = step->positions, .groups = 1,
     };
@@ -264,7 +268,7 @@ static TARGET int64_t NAME(pitch)(int64_t in, int64_t out, int64_t kernel, int64
 static TARGET int NAME(conv)(const void *data, int threads) {
     const conv_step_t *step = data;
     NAME(striped_job_t) job = {
-        .w = step->weight, .bias = step->bias, .x = step->x, .residual = step->residual, .y = step->y, .x_ld = step->x_ld,
+        .w = step->weight, .scale = step->scale, .bias = step->bias, .x = step->x, .residual = step->residual, .y = step->y, .x_ld = step->x_ld,
         .y_ld = step->y_ld, .residual_ld = step->residual_ld, .residual_last = step->residual_last, .act = step->act,
         .groups = step->groups, .conv = step,
     };
