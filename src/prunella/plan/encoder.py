@@ -100,11 +100,14 @@ def _mask(lower: Lowering, mask: Any, shape: tuple[int, ...]) -> Tensor | Live |
     if isinstance(mask, Tensor):
         made = added(mask, keep)
         return None if not bool(made.any()) else made.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if (known := lower.masks.get(mask)) is not None:
+        return known
     sizes = (*[1] * (4 - rank), *keep)
     buffer = Buffer(max(16, sizes[0] * sizes[1] * sizes[2] * sizes[3]) + 64)
     whole = buffer.whole[: sizes[0] * sizes[1] * sizes[2] * sizes[3]]
     live = Live(buffer, whole.view(sizes[0], sizes[1], sizes[3], sizes[2]).transpose(2, 3))
     lower.act(Torch(added, (mask, keep), {}, live))
+    lower.masks[mask] = live
     return live
 
 

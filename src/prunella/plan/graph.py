@@ -117,12 +117,22 @@ def _without_changes(graph: fx.Graph) -> bool:
         x = node.args[0]
         if plain is None or not name.endswith("_") or not isinstance(x, fx.Node) or x.op != "call_function":
             return False
-        others = {user for user in x.users if user is not node}
-        if is_view(x) or x.target is operator.getitem or any(map(is_view, others)):
+        others = [user for user in x.users if order[user] < order[node]]
+        if any(map(is_view, others)) or not _alone(x):
             return False
         node.target = plain
         for user in [user for user in x.users if order[user] > order[node]]:
             user.replace_input_with(x, node)
+    return True
+
+
+def _alone(x: fx.Node) -> bool:
+    """Is nothing else read that lies in the same memory as x?"""
+    while is_view(x) or x.target is operator.getitem:
+        base = x.args[0]
+        if not isinstance(base, fx.Node) or base.op != "call_function" or len(base.users) > 1:
+            return False
+        x = base
     return True
 
 

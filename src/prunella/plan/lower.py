@@ -80,6 +80,7 @@ class Lowering:
         self.env: dict[fx.Node, Any] = dict(graph.known)
         self.slots = 0
         self.planes: dict[tuple[Any, int], Live] = {}  # loose values that were brought into the memory
+        self.masks: dict[Any, Live] = {}  # as attention takes them
         self.inputs: list[Loose | None] = []
         for node in graph.inputs:
             made = None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
+from ..sparse.striped import LARGEST
 from .lower import Lowering, Torch, rule
 from .nodes import aten, shape_of
 from .tails import NORMS, Tail, prunella
@@ -55,6 +56,12 @@ def linear(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
     return product(lower, node, with_bias(tail, bias), x, -1, weight, bias)
 
 
+def ends(lower: Lowering, tail: Tail) -> dict[str, Any]:
+    """What a step does at its end."""
+    vector = lower.weights.vector
+    return {"scale": vector(tail.scale), "bias": vector(tail.bias), "act": tail.act, "residual_last": tail.last}
+
+
 def product(
     lower: Lowering, node: fx.Node, tail: Tail, x: Any, axis: int, weight: Tensor | list[Any], bias: Any
 ) -> Live:
@@ -63,17 +70,8 @@ def product(
     y = lower.new(end_of(node, tail), tail.axis)
     if isinstance(weight, Tensor):
         return _dense(lower, x_plane, weight, y, tail, others)
-    many = lower.weights.packed(weight, tail.scale)
-    fields = {"weight": many, "bias": lower.weights.vector(tail.bias), "act": tail.act}
-    return lower.step(
-        "product",
-        y,
-        tail.axis,
-        {"x": x_plane, **others},
-        **fields,
-        residual_last=tail.last,
-        positions=x_plane.positions,
-    )
+    fields = {"weight": lower.weights.packed(weight), "positions": x_plane.positions, **ends(lower, tail)}
+    return lower.step("product", y, tail.axis, {"x": x_plane, **others}, **fields)
 
 
 def _dense(lower: Lowering, x: Plane, weight: Tensor, y: Live, tail: Tail, others: dict[str, Plane | None]) -> Live:
@@ -149,7 +147,14 @@ def conv2d(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
         return lower.step(
             "depthwise", y, tail.axis, {"x": x_plane, **others}, **fields, residual_last=tail.last, **sizes
         )
-    return by_torch(lower, node, tail, x, weight, (stride, padding, dilation, groups))
+    if math.prod(kernel) > LARGEST or made[1] % groups:
+        return None
+    others, x_plane = beside(lower, tail), lower.plane(x, 1)
+    y, places, out_places = lower.new(end_of(node, tail), tail.axis), height * width, made[2] * made[3]
+    flat_OI = weight.movedim(1, -1).flatten(1)
+    fields = {"weight": lower.weights.striped(flat_OI, math.prod(kernel)), "groups": groups, **ends(lower, tail)}
+    fields |= {"x_batch": places, "y_batch": out_places, "residual_batch": out_places}
+    return lower.step("conv", y, tail.axis, {"x": x_plane, **others}, **fields, **sizes)
 
 
 def subsample(lower: Lowering, x: Any, shape: Any, made: tuple[int, ...], stride: list[int]) -> Live:
@@ -159,20 +164,6 @@ def subsample(lower: Lowering, x: Any, shape: Any, made: tuple[int, ...], stride
     sizes: dict[str, Any] = dict(zip(names, shape, strict=True))
     sizes |= {"out_height": made[2], "out_width": made[3], "kernel": [1, 1], "stride": stride, "pad": [0, 0]}
     return lower.step("pool", y, 1, {"x": lower.plane(x, 1)}, act="none", dilation=[1, 1], mean=0, count_pad=0, **sizes)
-
-
-def by_torch(lower: Lowering, node: fx.Node, tail: Tail, x: Any, weight: Tensor, how: tuple[Any, ...]) -> Live:
-    """A dense convolution by torch, its result brought back."""
-    others = beside(lower, tail)
-    y = lower.new(end_of(node, tail), tail.axis)
-    folded, bias = lower.weights.dense(weight, tail.scale), lower.weights.vector(tail.bias)
-    made = shape_of(node)
-    assert made is not None
-    plane = lower.plane(y, tail.axis)
-    strides = [made[2] * made[3], plane.ld, made[3], 1]
-    into = Live(y.buffer, y.buffer.whole.as_strided(made, strides, plane.offset))
-    lower.act(Torch(torch.conv2d, (x, folded, bias, *how), {}, into, wide=True))
-    return finish(lower, y, tail, others)
 
 
 @rule(*NORMS)

@@ -12,9 +12,9 @@ _Y = ("*y", "y_ld")
 _RESIDUAL = ("*residual", "residual_ld", "residual_last")
 _PICTURE = ("act", "batch", "channels", "height", "width", "rows", "out_height", "out_width")
 _FIELDS: dict[str, tuple[str, ...]] = {
-    "product": ("*weight", "*bias", "*x", "x_ld", *_Y, *_RESIDUAL, "act", "positions"),
+    "product": ("*weight", "*scale", "*bias", "*x", "x_ld", *_Y, *_RESIDUAL, "act", "positions"),
     "conv": (
-        *("*weight", "*bias", "*x", "x_ld", *_Y, *_RESIDUAL, "x_batch", "y_batch", "residual_batch", *_PICTURE),
+        *("*weight", "*scale", "*bias", "*x", "x_ld", *_Y, *_RESIDUAL, "x_batch", "y_batch", "residual_batch", *_PICTURE),
         *(*_WINDOW, "groups"),
     ),
     "depthwise": ("*weight", "*bias", "*x", "x_ld", *_Y, *_RESIDUAL, *_PICTURE, *_WINDOW),

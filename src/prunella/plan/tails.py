@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..compat import storage_of
 from .graph import Graph
 from .nodes import aten, floats, packet, shape_of
 
@@ -232,11 +233,10 @@ def _moved(tail: Tail, at: fx.Node, user: fx.Node) -> Tail | None:
     before, after = shape_of(at), shape_of(user)
     if before is None or after is None:
         return None
-    probe = torch.empty(before, device="meta")
-    big = math.prod(before)
+    far = 2 * math.prod(before)  # from a channel to the next: as values lie, whatever their sizes
     strides, step = [0] * len(before), 1
-    for axis in reversed(range(len(before))):  # as values lie, whatever its size
-        strides[axis] = big * 2 if axis == tail.axis else step
+    for axis in reversed(range(len(before))):
+        strides[axis] = far if axis == tail.axis else step
         step *= 1 if axis == tail.axis else before[axis]
     probe = torch.empty_strided(before, strides, device="meta")
     try:
@@ -248,7 +248,7 @@ def _moved(tail: Tail, at: fx.Node, user: fx.Node) -> Tail | None:
     step, found = 1, None
     for axis in reversed(range(moved.ndim)):
         size, stride = moved.shape[axis], moved.stride(axis)
-        if stride >= big * 2 and size == before[tail.axis] and found is None:
+        if stride >= far and size == before[tail.axis] and found is None:
             found = axis
         elif size != 1:
             if stride != step:

@@ -3,7 +3,6 @@ norms folded into them. Made once for all plans of a network."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,32 +39,17 @@ class Weights:
 
         return self._once("dense", weight, scale, make)
 
-    def packed(self, parts: list[Any], scale: Tensor | None) -> Striped:
-        """A packed weight, by the parts that `sparse_linear` takes, times a scale of each output."""
+    def packed(self, parts: list[Any]) -> Striped:
+        """A packed weight, by the parts that `sparse_linear` takes."""
         mask, offsets, values, scales, columns, group = parts
         packed = Packed(mask, offsets, values, scales, columns, group)
-
-        def make(values: Tensor) -> Striped:
-            made = striped(packed)
-            return made if scale is None else self._scaled(made, scale)
-
-        found: Striped = self._once("packed", values, scale, make)
+        found: Striped = self._once("packed", values, None, lambda values: striped(packed))
         return found
 
-    def striped(self, weight: Tensor, scale: Tensor | None, places: int = 1) -> Striped:
-        """A dense weight (O, I), times a scale of each output, as a packed one."""
-
-        def make(weight_OI: Tensor) -> Striped:
-            made = striped_dense(weight_OI, places)
-            return made if scale is None else self._scaled(made, scale)
-
-        found: Striped = self._once("striped", weight, scale, make)
+    def striped(self, weight: Tensor, places: int = 1) -> Striped:
+        """A dense weight (O, I) as a packed one."""
+        found: Striped = self._once("striped", weight, None, lambda weight: striped_dense(weight, places))
         return found
-
-    def _scaled(self, weight: Striped, scale_O: Tensor) -> Striped:
-        counts_O = (weight.starts[:, -1] - weight.starts[:, 0]).long()
-        values = weight.values.double() * scale_O.repeat_interleave(counts_O)
-        return replace(weight, values=self._flush(values))
 
     def _flush(self, numbers: Tensor) -> Tensor:
         made = numbers.to(torch.float32).contiguous().clone()
