@@ -114,7 +114,8 @@ def _stored(block: nn.Module, prefix: str) -> Iterator[_Layer]:
             packed = module.packed()
             kernel = tuple(module.kernel_size) if isinstance(module, SparseConv) else ()
             zero_OI = ~mask_of(packed.mask, packed.columns)
-            yield _Layer(within(prefix, path), (packed.rows, packed.columns, *kernel), zero_OI, packed.nbytes)
+            shape = (packed.rows, packed.columns // math.prod(kernel), *kernel)
+            yield _Layer(within(prefix, path), shape, zero_OI, packed.nbytes)
 
 
 def _parts(slot: Slot) -> int:

@@ -1,5 +1,5 @@
-"""Convolutions in a packed model: those whose kernel has one place run packed, as the linear layers that they are; the
-others are expanded when they are loaded."""
+"""Convolutions in a packed model: in one and two dimensions they run packed, those whose kernel has one place as the
+linear layers that they are; the others are expanded when they are loaded."""
 
 from __future__ import annotations
 
@@ -10,59 +10,125 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..compat import CONVOLUTIONS
 from ..errors import ModelError
 from ..grid import Grid
 from .format import Packed, as_parameter, mask_of, pack, unpack
+from .kernels import library
 from .linear import PackedModule, SparseLinear
+from .measured import fastest
+from .striped import LARGEST, sparse_conv
 
 PLAIN = {kind: kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}  # which a class derived from it may change
 
 
 def runs_packed(module: nn.Module) -> bool:
-    """Is it a convolution that is a product with single pixels: a kernel of one place, one group, nothing around the
-    picture?"""
+    """Is it a convolution that our kernels know: in one or two dimensions with zeros around the picture, or in three
+    with a kernel of one place, one group and nothing around the picture?"""
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or type(module).forward not in PLAIN.values():
         return False
-    padding = module.padding if isinstance(module.padding, tuple) else ()  # "same" and "valid" add nothing to one place
-    return set(module.kernel_size) == {1} and module.groups == 1 and not any(padding)
+    if of_one_place(module):
+        return True
+    small = math.prod(module.kernel_size) <= LARGEST and module.padding_mode == "zeros"
+    return small and len(module.kernel_size) < 3 and library() is not None
+
+
+def of_one_place(conv: Any) -> bool:
+    """Is it a product with single pixels?"""
+    padding = conv.padding if isinstance(conv.padding, tuple) else ()  # "same" and "valid" add nothing to one place
+    return set(conv.kernel_size) == {1} and conv.groups == 1 and not any(padding)
 
 
 class SparseConv(SparseLinear):
-    """A convolution whose kernel has one place, its weight packed: a linear layer at every place of the picture, or at
-    every one that its stride meets.
+    """A convolution whose weight stays packed. One whose kernel has one place is a linear layer at every place of the
+    picture, or at every one that its stride meets.
 
     original: the dense convolution in whose place this stands, without a weight
     """
 
     def __init__(self, packed: Packed, conv: Any):
         super().__init__(packed, conv.bias)
-        self.in_channels, self.out_channels, self.groups = packed.columns, packed.rows, 1
         self.kernel_size, self.stride, self.padding = conv.kernel_size, conv.stride, conv.padding
-        self.dilation, self.padding_mode = conv.dilation, conv.padding_mode
+        self.dilation, self.padding_mode, self.groups = conv.dilation, conv.padding_mode, conv.groups
+        self.in_channels, self.out_channels = packed.columns // self.places * conv.groups, packed.rows
+        self.one_place = of_one_place(conv)
         conv.weight = None
         self.original = (conv,)  # not as a module of its own
+
+    def settle(self) -> None:
+        if not self.one_place and not self.weight_values.is_meta:
+            self.striped()
 
     @property
     def weight(self) -> Tensor:
         return as_parameter(unpack(self._packed), {"kernel": self.kernel_size})
 
+    @property
+    def places(self) -> int:
+        return math.prod(self.kernel_size)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, …) or (C, …) of any strides; what comes out lies in memory as the dense convolution's."""
         dims = len(self.kernel_size)
         channel = x.ndim - dims - 1
-        if channel not in (0, 1) or x.shape[channel] != self.in_features:
+        if channel not in (0, 1) or x.shape[channel] != self.in_channels:
             raise ValueError(
-                f"a convolution of {self.in_features} channels and {dims} dimensions got an input of shape"
+                f"a convolution of {self.in_channels} channels and {dims} dimensions got an input of shape"
                 f" {tuple(x.shape)}"
             )
         last = {2: torch.channels_last, 3: torch.channels_last_3d}.get(dims)
         inner = x.ndim == dims + 2 and last is not None and x.is_contiguous(memory_format=last)
+        if not self.one_place:
+            y = super().forward(x)
+        elif dims < 3 and self.for_many(x, x.numel() // max(1, self.in_channels)):
+            ways = {"striped": lambda: self._by_strips(x), "expanded": lambda: self._as_linear(x, channel)}
+            y = fastest((*self.measured, self.stride, 1 << x.numel().bit_length()), ways)
+        else:
+            y = self._as_linear(x, channel)
+        if inner and not x.is_contiguous():
+            assert last is not None
+            return y.contiguous(memory_format=last)
+        return y.contiguous()
+
+    def _as_linear(self, x: Tensor, channel: int) -> Tensor:
         where: tuple[Any, ...] = (..., *(slice(None, None, step) for step in self.stride))
-        met = x[where]
-        y = super().forward(met.movedim(channel, -1)).movedim(-1, channel)
-        return y if inner and not x.is_contiguous() else y.contiguous()
+        return super().forward(x[where].movedim(channel, -1)).movedim(-1, channel)
+
+    def product(self, x: Tensor) -> Tensor:
+        return super().product(x) if self.one_place else self._by_strips(x)
+
+    def _by_strips(self, x: Tensor) -> Tensor:
+        weight = self.striped()
+        dims = len(self.kernel_size)
+        batch = x if x.ndim == dims + 2 else x.unsqueeze(0)
+        if torch.is_autocast_enabled(x.device.type) and self.weight_values.is_floating_point():
+            batch = batch.to(self.weight_values.dtype)
+        before, after = self._around()
+        if before != after:  # "same" about a kernel of an even size
+            sides = [side for pair in zip(before[::-1], after[::-1], strict=True) for side in pair]
+            batch, before = functional.pad(batch, sides), [0] * dims
+        flat = [1] * (2 - dims)  # a convolution in one dimension is one of pictures of one row
+        how = (
+            [*flat, *self.kernel_size],
+            [*flat, *self.stride],
+            [*(0 for _ in flat), *before],
+            [*flat, *self.dilation],
+        )
+        parts = (weight.values, weight.index, weight.starts, self.bias, weight.strip)
+        y: Tensor = sparse_conv(batch.unsqueeze(2) if flat else batch, *parts, *how, self.groups)
+        y = y.squeeze(2) if flat else y
+        return y if x.ndim == dims + 2 else y.squeeze(0)
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """Zeros before and after a picture's sides."""
+        if isinstance(self.padding, tuple):
+            return list(self.padding), list(self.padding)
+        if self.padding == "valid":
+            return [0] * len(self.kernel_size), [0] * len(self.kernel_size)
+        reach = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        return [r // 2 for r in reach], [r - r // 2 for r in reach]
 
     def plain(self, dtype: torch.dtype) -> nn.Module:
         """The dense convolution."""

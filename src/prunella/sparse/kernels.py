@@ -257,13 +257,33 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Tensor], dict[str, Any]]] = {
     "dense_linear": ("Tensor x, Tensor weight", functional.linear, {"CPU": _dense_linear_cpu}),
 }
 _library: Any = torch.library.Library("prunella", "DEF")  # type: ignore[no-untyped-call]
-for _name, (_takes, _by_torch, _ways) in _OPERATORS.items():
-    _library.define(f"{_name}({_takes}) -> Tensor")
-    _library.impl(_name, _by_torch, "CompositeExplicitAutograd")
-    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # which sees what they are made of
-    for _device, _way in _ways.items():
-        _library.impl(_name, _way, _device)
-    torch.library.register_fake(f"prunella::{_name}", _shape, lib=_library)
+
+
+def define(
+    name: str,
+    takes: str,
+    by_torch: Callable[..., Tensor],
+    ways: dict[str, Callable[..., Tensor]],
+    like: Callable[..., Tensor] = _shape,
+) -> None:
+    """Define an operator.
+
+    Args:
+        takes:    its arguments, as torch's schemas write them
+        by_torch: torch's way, for any device
+        ways:     those of single devices
+        like:     an empty tensor of the result's shape
+    """
+    _library.define(f"{name}({takes}) -> Tensor")
+    _library.impl(name, by_torch, "CompositeExplicitAutograd")
+    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")  # which sees what they are made of
+    for device, way in ways.items():
+        _library.impl(name, way, device)
+    torch.library.register_fake(f"prunella::{name}", like, lib=_library)
+
+
+for _name, _about in _OPERATORS.items():
+    define(_name, *_about)
 
 sparse_linear = torch.ops.prunella.sparse_linear
 rounded_linear = torch.ops.prunella.rounded_linear

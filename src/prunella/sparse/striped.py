@@ -4,9 +4,9 @@
     sparse_conv     a convolution of pictures, of any kernel, stride, padding, dilation and groups
 
 For a few tokens a weight is read once and memory is what counts (`kernels.sparse_linear`); for many each kept weight is
-multiplied with all of them, and the processor's arithmetic is. Then columns are taken in strips whose inputs stay in the first
-cache. A `Striped` weight lists the kept values as the packed one does, and where in its strip each stands in one byte.
-Everything here is float32.
+multiplied with all of them, and the processor's arithmetic is. Then columns are taken in strips whose inputs stay in
+the first cache. A `Striped` weight lists the kept values as the packed one does, and where in its strip each stands in
+one byte. Everything here is float32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .format import Packed, mask_of, unpack
-from .kernels import library, succeed
+from .kernels import define, library, succeed
 
 STRIP = 96  # columns whose inputs, 128 positions of each, stay in the first or near the second cache
 LARGEST = 256  # columns of a strip are counted in a byte
@@ -30,8 +30,8 @@ LARGEST = 256  # columns of a strip are counted in a byte
 
 @dataclass(frozen=True)
 class Striped:
-    """A pruned weight (O, I) in strips of columns; a convolution's has one row to an output, and the inputs of its group as
-    columns.
+    """A pruned weight (O, I) in strips of columns; a convolution's has one row to an output, and the inputs of its
+    group as columns.
 
     values: float32 (K), row by row and in each by column
     index:  uint8 (K): the column of each, counted from the first of its strip
@@ -109,7 +109,7 @@ def _order(channels: int, places: int, together: int) -> np.ndarray[Any, Any]:
 def _striped(values: Tensor, mask_OI: Tensor, strip: int) -> Striped:
     rows, columns = mask_OI.shape
     strips = -(-columns // strip)
-    index = (torch.arange(columns) % strip).to(torch.uint8).expand(rows, -1)[mask_OI]
+    index = (torch.arange(columns, device=mask_OI.device) % strip).to(torch.uint8).expand(rows, -1)[mask_OI]
     kept = functional.pad(mask_OI, (0, strips * strip - columns)).view(rows, strips, strip).sum(2)
     ends = kept.flatten().cumsum(0).view(rows, strips)
     starts = torch.cat([ends[:, :1] - kept[:, :1], ends], 1).to(torch.int32)
@@ -123,9 +123,12 @@ def _striped(values: Tensor, mask_OI: Tensor, strip: int) -> Striped:
 def dense_weight(weight: Striped) -> Tensor:
     """The weight (O, I), its columns in the order of the strips."""
     counts = (weight.starts[:, 1:] - weight.starts[:, :-1]).flatten().long()
-    first = torch.arange(weight.starts.shape[1] - 1).repeat(weight.rows).repeat_interleave(counts) * weight.strip
-    row = torch.arange(weight.rows).repeat_interleave((weight.starts[:, -1] - weight.starts[:, 0]).long())
-    weight_OI = torch.zeros(weight.rows, weight.columns)
+    rows, device = weight.rows, weight.values.device
+    first = (
+        torch.arange(weight.starts.shape[1] - 1, device=device).repeat(rows).repeat_interleave(counts) * weight.strip
+    )
+    row = torch.arange(rows, device=device).repeat_interleave((weight.starts[:, -1] - weight.starts[:, 0]).long())
+    weight_OI = torch.zeros(rows, weight.columns, device=device)
     weight_OI[row, first + weight.index.long()] = weight.values
     return weight_OI
 
@@ -135,6 +138,196 @@ def kernel_weight(weight: Striped, kernel: Sequence[int]) -> Tensor:
     places = int(np.prod(kernel))
     channels = weight.columns // places
     order = torch.from_numpy(_order(channels, places, weight.strip // places))
-    weight_OI = torch.empty(weight.rows, weight.columns)
+    weight_OI = torch.empty(weight.rows, weight.columns, device=weight.values.device)
     weight_OI[:, order] = dense_weight(weight)
     return weight_OI.view(weight.rows, *kernel, channels).movedim(-1, 1).contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Operators
+
+
+class ProductStep(ctypes.Structure):
+    """product_step_t of csrc/steps.h."""
+
+    _fields_ = [
+        ("kind", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias", "x")),
+        ("x_ld", ctypes.c_int64),
+        ("y", ctypes.c_void_p),
+        ("y_ld", ctypes.c_int64),
+        ("residual", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("residual_ld", "residual_last", "act", "positions")),
+    ]
+
+
+class ConvStep(ctypes.Structure):
+    """conv_step_t of csrc/steps.h."""
+
+    _fields_ = [
+        *ProductStep._fields_[:-2],
+        *((name, ctypes.c_int64) for name in ("x_batch", "y_batch", "residual_batch")),
+        *((name, ctypes.c_int64) for name in ("act", "batch", "channels", "height", "width")),
+        *((name, ctypes.c_int64) for name in ("rows", "out_height", "out_width")),
+        *((name, ctypes.c_int64 * 2) for name in ("kernel", "stride", "pad", "dilation")),
+        ("groups", ctypes.c_int64),
+    ]
+
+
+PRODUCT, CONV = 0, 1  # their kinds
+
+
+def leading(positions: int) -> int:
+    """How far apart the channels of so many positions lie, in floats: an odd multiple of 16, so that they fall into
+    different sets of the caches."""
+    vectors = -(-positions // 16)
+    return (vectors + 1 - vectors % 2) * 16
+
+
+def _weight_of(values: Tensor, index: Tensor, starts: Tensor, columns: int, strip: int) -> StripedWeight:
+    """The parts as C takes them. Raises ValueError where they do not fit; what they hold is trusted: `striped` made
+    it."""
+    parts = ((values, torch.float32), (index, torch.uint8), (starts, torch.int32))
+    if (
+        any(part.dtype != dtype or not part.is_contiguous() for part, dtype in parts)
+        or values.shape != index.shape
+        or not 0 < strip <= LARGEST
+        or starts.shape[1] != -(-columns // strip) + 1
+    ):
+        raise ValueError(
+            f"the parts of a striped weight do not fit: values {tuple(values.shape)}, index {tuple(index.shape)}, starts"
+            f" {tuple(starts.shape)}, {columns} columns in strips of {strip}"
+        )
+    rows, strips = starts.shape[0], starts.shape[1] - 1
+    return StripedWeight(rows, columns, strip, strips, values.data_ptr(), index.data_ptr(), starts.data_ptr())
+
+
+def run_steps(*steps: ctypes.Structure) -> None:
+    """Run steps of a plan, one after the other. Raises MemoryError."""
+    kernels = library()
+    assert kernels is not None
+    addresses = (ctypes.c_void_p * len(steps))(*map(ctypes.addressof, steps))
+    succeed(kernels.prunella_plan(addresses, len(steps), torch.get_num_threads()))
+
+
+def _product(
+    x: Tensor, values: Tensor, index: Tensor, starts: Tensor, bias: Tensor | None, columns: int, strip: int
+) -> Tensor:
+    weight_OI = dense_weight(Striped(values, index, starts, columns, strip))
+    return functional.linear(x, weight_OI.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _product_cpu(
+    x: Tensor, values: Tensor, index: Tensor, starts: Tensor, bias: Tensor | None, columns: int, strip: int
+) -> Tensor:
+    weight = _weight_of(values, index, starts, columns, strip)
+    if x.shape[-1] != columns:
+        raise ValueError(f"a product with {columns} columns got an input of shape {tuple(x.shape)}")
+    positions, shape = x.numel() // columns, (*x.shape[:-1], weight.rows)
+    if library() is None or not x.is_floating_point() or x.dtype == torch.float64 or not positions:
+        return _product(x, values, index, starts, bias, columns, strip)
+    ld = leading(positions)
+    x_IT, y_OT = torch.empty(columns, ld), torch.empty(weight.rows, ld)
+    x_IT[:, :positions] = x.reshape(positions, columns).T
+    bias = None if bias is None else bias.float().contiguous()
+    step = ProductStep(
+        kind=PRODUCT,
+        weight=ctypes.addressof(weight),
+        bias=None if bias is None else bias.data_ptr(),
+        x=x_IT.data_ptr(),
+        x_ld=ld,
+        y=y_OT.data_ptr(),
+        y_ld=ld,
+        positions=positions,
+    )
+    run_steps(step)
+    return y_OT[:, :positions].T.to(x.dtype, memory_format=torch.contiguous_format, copy=True).view(shape)
+
+
+def _conv(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    starts: Tensor,
+    bias: Tensor | None,
+    strip: int,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    columns = x.shape[1] // groups * kernel[0] * kernel[1]
+    weight = kernel_weight(Striped(values, index, starts, columns, strip), kernel).to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    return functional.conv2d(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def _out(size: int, kernel: int, stride: int, pad: int, dilation: int) -> int:
+    return (size + 2 * pad - (kernel - 1) * dilation - 1) // stride + 1
+
+
+def _conv_cpu(x: Tensor, values: Tensor, index: Tensor, starts: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
+    strip, kernel, stride, padding, dilation, groups = how
+    if x.ndim != 4 or x.shape[1] % groups:
+        raise ValueError(f"a convolution of {groups} groups got an input of shape {tuple(x.shape)}")
+    batch, channels, *size = x.shape
+    weight = _weight_of(values, index, starts, channels // groups * kernel[0] * kernel[1], strip)
+    out = [_out(*one) for one in zip(size, kernel, stride, padding, dilation, strict=True)]
+    kernels = library()
+    if kernels is None or not x.is_floating_point() or x.dtype == torch.float64 or min(out) < 1 or not batch:
+        return _conv(x, values, index, starts, bias, *how)
+    x_NCHW = x.float().contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    y = torch.empty(batch, weight.rows, *out)
+    area, made = size[0] * size[1], out[0] * out[1]
+    pair = ctypes.c_int64 * 2
+    step = ConvStep(
+        kind=CONV,
+        weight=ctypes.addressof(weight),
+        bias=None if bias is None else bias.data_ptr(),
+        x=x_NCHW.data_ptr(),
+        x_ld=area,
+        y=y.data_ptr(),
+        y_ld=made,
+        x_batch=channels * area,
+        y_batch=weight.rows * made,
+        batch=batch,
+        channels=channels,
+        height=size[0],
+        width=size[1],
+        rows=weight.rows,
+        out_height=out[0],
+        out_width=out[1],
+        kernel=pair(*kernel),
+        stride=pair(*stride),
+        pad=pair(*padding),
+        dilation=pair(*dilation),
+        groups=groups,
+    )
+    run_steps(step)
+    return y.to(x.dtype)
+
+
+def _product_like(x: Tensor, values: Tensor, index: Tensor, starts: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], starts.shape[0]))
+
+
+def _conv_like(x: Tensor, values: Tensor, index: Tensor, starts: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
+    _, kernel, stride, padding, dilation, _ = how
+    out = [_out(*one) for one in zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)]
+    return x.new_empty((x.shape[0], starts.shape[0], *out))
+
+
+_STRIPED = "Tensor x, Tensor values, Tensor index, Tensor starts, Tensor? bias"
+define("sparse_product", f"{_STRIPED}, int columns, int strip", _product, {"CPU": _product_cpu}, _product_like)
+define(
+    "sparse_conv",
+    f"{_STRIPED}, int strip, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups",
+    _conv,
+    {"CPU": _conv_cpu},
+    _conv_like,
+)
+
+sparse_product = torch.ops.prunella.sparse_product
+sparse_conv = torch.ops.prunella.sparse_conv
