@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..compat import under_transform, version_of
 from ..errors import say
 from ..sparse.kernels import library
-from ..sparse.linear import PackedModule
+from ..sparse.linear import PackedModule, SparseLinear
 from .graph import NoGraphError, capture
 from .memory import memory
 from .run import Bound, Plan
@@ -42,7 +42,6 @@ class Planned:
     def _forget(self) -> None:
         self.plans: OrderedDict[Any, Plan | None] = OrderedDict()
         self.bound: list[_Room] = []
-        self.weights = Weights()
         self.lock = threading.Lock()
         self.seen: _Seen | None = None
         self.said: set[str] = set()
@@ -104,7 +103,7 @@ class Planned:
                 if self.seen is None or not self.seen.still():
                     self.plans.clear()
                     self.bound.clear()
-                    self.weights = Weights()
+                    self.weights = Weights(self.network)
                     self.seen = _Seen(self.network)
         return tuple(about) if self.seen.plannable else None
 
@@ -191,6 +190,9 @@ class _Seen:
 
     def __init__(self, network: nn.Module):
         modules = list(network.modules())
+        for module in modules:
+            if isinstance(module, SparseLinear):
+                module.striped()  # which it keeps
         self.now = [vars(module) for module in modules]
         self.then = [_copied(about) for about in self.now]
         config = getattr(network, "config", None)

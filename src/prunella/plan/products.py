@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, fx
 
-from ..sparse.striped import LARGEST
+from ..sparse.kernels import sparse_linear
+from ..sparse.striped import LARGEST, Striped, sparse_conv
 from .lower import Lowering, Torch, rule
 from .nodes import aten, shape_of
-from .tails import NORMS, Tail, prunella
+from .tails import NORMS, Tail
 from .values import Live, Plane
 
 
@@ -42,10 +44,10 @@ def with_bias(tail: Tail, bias: Any) -> Tail:
     return Tail(**{**tail.__dict__, "bias": own if tail.bias is None else own + tail.bias})
 
 
-@rule(prunella.sparse_linear)
-def sparse_linear(lower: Lowering, node: fx.Node, tail: Tail) -> Live:
+@rule(sparse_linear)
+def packed_linear(lower: Lowering, node: fx.Node, tail: Tail) -> Live:
     x, *parts = (lower.value(one) for one in node.args)
-    return product(lower, node, tail, x, -1, parts, None)
+    return product(lower, node, tail, x, -1, parts)
 
 
 @rule(aten.linear)
@@ -53,7 +55,7 @@ def linear(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
     x, weight, bias = (*map(lower.value, node.args), None)[:3]
     if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
         return None
-    return product(lower, node, with_bias(tail, bias), x, -1, weight, bias)
+    return product(lower, node, with_bias(tail, bias), x, -1, weight)
 
 
 def ends(lower: Lowering, tail: Tail) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def ends(lower: Lowering, tail: Tail) -> dict[str, Any]:
 
 
 def product(
-    lower: Lowering, node: fx.Node, tail: Tail, x: Any, axis: int, weight: Tensor | list[Any], bias: Any
+    lower: Lowering, node: fx.Node, tail: Tail, x: Any, axis: int, weight: Tensor | list[Any]
 ) -> Live:
     """act(scale * W x + bias + residual) of a packed weight, by its parts, or a dense one (O, I)."""
     x_plane, others = lower.plane(x, axis), beside(lower, tail)
@@ -111,59 +113,64 @@ def matrix(plane: Plane) -> Live:
 def conv2d(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
     args = [lower.value(one) for one in node.args]
     x, weight, bias, stride, padding, dilation, groups = (*args, *[None, [1, 1], [0, 0], [1, 1], 1][len(args) - 2 :])
-    shape, made = node.all_input_nodes[0].meta["val"].shape, shape_of(node)
-    if not isinstance(weight, Tensor) or made is None or len(made) != 4 or len(shape) != 4:
+    made = shape_of(node)
+    if not isinstance(weight, Tensor) or made is None or len(made) != 4 or len(x.shape) != 4:
         return None
     kernel, stride, dilation = list(weight.shape[2:]), pair(stride), pair(dilation)
     if isinstance(padding, str):
         padding = [d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)] if padding == "same" else [0, 0]
     padding, tail = pair(padding), with_bias(tail, bias)
-    batch, channels, height, width = shape
     if kernel == [1, 1] and groups == 1 and not any(padding):
-        if stride != [1, 1]:
-            x = subsample(lower, x, shape, made, stride)
-        return product(lower, node, tail, x, 1, weight, bias)
-    sizes = {
-        "batch": batch,
-        "channels": channels,
-        "height": height,
-        "width": width,
-        "rows": made[1],
-        "out_height": made[2],
-        "out_width": made[3],
-        "kernel": kernel,
-        "stride": stride,
-        "pad": padding,
-        "dilation": dilation,
-    }
-    if groups == channels:
-        others, x_plane = beside(lower, tail), lower.plane(x, 1)
-        y = lower.new(end_of(node, tail), tail.axis)
-        fields = {
-            "weight": lower.weights.dense(weight, tail.scale),
-            "bias": lower.weights.vector(tail.bias),
-            "act": tail.act,
-        }
-        return lower.step(
-            "depthwise", y, tail.axis, {"x": x_plane, **others}, **fields, residual_last=tail.last, **sizes
-        )
-    if math.prod(kernel) > LARGEST or made[1] % groups:
+        x = x if stride == [1, 1] else subsample(lower, x, made, stride)
+        return product(lower, node, tail, x, 1, weight)
+    sizes = window(x, made, kernel, stride, padding, dilation)
+    if groups == x.shape[1]:
+        fields = {"weight": lower.weights.dense(weight, tail.scale), **ends(lower, tail)}
+        del fields["scale"]
+        return picture(lower, "depthwise", node, tail, x, {**fields, **sizes})
+    if math.prod(kernel) > LARGEST:
         return None
-    others, x_plane = beside(lower, tail), lower.plane(x, 1)
-    y, places, out_places = lower.new(end_of(node, tail), tail.axis), height * width, made[2] * made[3]
     flat_OI = weight.movedim(1, -1).flatten(1)
     fields = {"weight": lower.weights.striped(flat_OI, math.prod(kernel)), "groups": groups, **ends(lower, tail)}
-    fields |= {"x_batch": places, "y_batch": out_places, "residual_batch": out_places}
-    return lower.step("conv", y, tail.axis, {"x": x_plane, **others}, **fields, **sizes)
+    return picture(lower, "conv", node, tail, x, {**fields, **sizes})
 
 
-def subsample(lower: Lowering, x: Any, shape: Any, made: tuple[int, ...], stride: list[int]) -> Live:
-    """The places of a picture that a stride meets."""
-    y = lower.new((shape[0], shape[1], *made[2:]), 1)
+@rule(sparse_conv)
+def packed_conv(lower: Lowering, node: fx.Node, tail: Tail) -> Live:
+    x, values, index, starts, bias, strip, kernel, stride, padding, dilation, groups = map(lower.value, node.args)
+    made, tail = shape_of(node), with_bias(tail, bias)
+    assert made is not None
+    weight = Striped(values, index, starts, x.shape[1] // groups * math.prod(kernel), strip)
+    sizes = window(x, made, kernel, stride, padding, dilation)
+    return picture(lower, "conv", node, tail, x, {"weight": weight, "groups": groups, **ends(lower, tail), **sizes})
+
+
+def window(x: Any, made: Sequence[int], kernel: Any, stride: Any, padding: Any, dilation: Any) -> dict[str, Any]:
+    """The sizes of a convolution or of pooling."""
     names = ("batch", "channels", "height", "width")
-    sizes: dict[str, Any] = dict(zip(names, shape, strict=True))
-    sizes |= {"out_height": made[2], "out_width": made[3], "kernel": [1, 1], "stride": stride, "pad": [0, 0]}
-    return lower.step("pool", y, 1, {"x": lower.plane(x, 1)}, act="none", dilation=[1, 1], mean=0, count_pad=0, **sizes)
+    return {
+        **dict(zip(names, x.shape, strict=True)),
+        **{"rows": made[1], "out_height": made[2], "out_width": made[3]},
+        **{"kernel": list(kernel), "stride": list(stride), "pad": list(padding), "dilation": list(dilation)},
+    }
+
+
+def picture(lower: Lowering, kind: str, node: fx.Node, tail: Tail, x: Any, fields: dict[str, Any]) -> Live:
+    """A convolution of x (B, C, H, W)."""
+    others, x_plane = beside(lower, tail), lower.plane(x, 1)
+    y = lower.new(end_of(node, tail), tail.axis)
+    if kind == "conv":
+        after = fields["out_height"] * fields["out_width"]
+        fields |= {"x_batch": fields["height"] * fields["width"], "y_batch": after, "residual_batch": after}
+    return lower.step(kind, y, tail.axis, {"x": x_plane, **others}, **fields)
+
+
+def subsample(lower: Lowering, x: Any, made: tuple[int, ...], stride: list[int]) -> Live:
+    """The places of a picture that a stride meets: the largest of each window of one."""
+    sizes = window(x, made, [1, 1], stride, [0, 0], [1, 1])
+    del sizes["rows"]
+    y = lower.new((*x.shape[:2], *made[2:]), 1)
+    return lower.step("pool", y, 1, {"x": lower.plane(x, 1)}, act="none", mean=0, count_pad=0, **sizes)
 
 
 @rule(*NORMS)
@@ -174,8 +181,9 @@ def norm(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
         return None
     others, x = beside(lower, tail), lower.plane(lower.value(node.args[0]), 1)
     y = lower.new(end_of(node, tail), tail.axis)
-    one: dict[str, Any] = {"kernel": [1, 1], "stride": [1, 1], "pad": [0, 0], "dilation": [1, 1], "batch": 1}
-    one |= {"channels": x.channels, "rows": x.channels, "height": 1, "out_height": 1}
-    one |= {"width": x.positions, "out_width": x.positions}
-    fields = {"weight": lower.weights.vector(tail.scale), "bias": lower.weights.vector(tail.bias), "act": tail.act}
-    return lower.step("depthwise", y, tail.axis, {"x": x, **others}, **fields, residual_last=tail.last, **one)
+    one: dict[str, Any] = dict.fromkeys(("batch", "height", "out_height"), 1)
+    one |= {"kernel": [1, 1], "stride": [1, 1], "pad": [0, 0], "dilation": [1, 1]}
+    one |= dict.fromkeys(("channels", "rows"), x.channels) | dict.fromkeys(("width", "out_width"), x.positions)
+    fields = {"weight": lower.weights.vector(tail.scale), **ends(lower, tail)}
+    del fields["scale"]
+    return lower.step("depthwise", y, tail.axis, {"x": x, **others}, **fields, **one)

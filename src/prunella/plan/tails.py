@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, fx
 
 from ..compat import storage_of
+from ..sparse.kernels import sparse_linear
+from ..sparse.striped import sparse_conv
 from .graph import Graph
 from .nodes import aten, floats, packet, shape_of
 
-prunella = torch.ops.prunella
 NORMS = {aten.batch_norm, aten._native_batch_norm_legit_no_training}
 ACTS = {
     aten.relu: "relu",
@@ -29,8 +30,8 @@ ACTS = {
     aten.hardsigmoid: "hardsigmoid",
     aten.tanh: "tanh",
 }
-LINEAR = {prunella.sparse_linear, aten.linear}  # whose channels are on the last axis of what they put out
-CONV = {aten.conv1d, aten.conv2d}  # on axis 1
+LINEAR = {sparse_linear, aten.linear}  # whose channels are on the last axis of what they put out
+CONV = {sparse_conv, aten.conv2d}  # on axis 1
 ACT_ONLY = {aten.add, aten.mul, aten.adaptive_avg_pool2d, aten.mean, aten.max_pool2d, aten.avg_pool2d}
 
 
@@ -85,7 +86,7 @@ def find_tails(graph: Graph) -> Tails:
         if kind in LINEAR:
             tail, folds = Tail(axis=len(shape) - 1), True
         elif kind in CONV:
-            tail, folds = Tail(axis=len(shape) - 2 if kind is aten.conv1d else len(shape) - 3), True
+            tail, folds = Tail(axis=len(shape) - 3), True
         elif kind in NORMS:
             normed = _with_norm(Tail(axis=1), node, graph.known)
             if normed is None:

@@ -9,7 +9,7 @@ from torch import fx
 
 from .lower import VALUES, Lowering, rule
 from .nodes import aten, floats, packet, shape_of
-from .products import end_of, pair
+from .products import end_of, pair, window
 from .tails import ACTS, Tail, act_of
 from .values import Live, channel_axis
 
@@ -20,13 +20,12 @@ def pool(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
     defaults: list[Any] = [None, None, [], 0, False, True, None] if mean else [None, None, [], 0, 1, False]
     args = [*map(lower.value, node.args), *defaults[len(node.args) :]]
     x, kernel, stride, padding = args[:4]
-    made, shape = shape_of(node), tuple(x.shape)
-    if made is None or len(shape) != 4 or node.kwargs or (mean and (args[4] or args[6] is not None)):
+    made = shape_of(node)
+    if made is None or len(x.shape) != 4 or node.kwargs or (mean and (args[4] or args[6] is not None)):
         return None
     y = lower.new(end_of(node, tail), 1)
-    sizes: dict[str, Any] = dict(zip(("batch", "channels", "height", "width"), shape, strict=True))
-    sizes |= {"out_height": made[2], "out_width": made[3], "kernel": pair(kernel), "stride": pair(stride or kernel)}
-    sizes |= {"pad": pair(padding), "dilation": pair(1 if mean else args[4])}
+    sizes = window(x, made, pair(kernel), pair(stride or kernel), pair(padding), pair(1 if mean else args[4]))
+    del sizes["rows"]
     counts = {"mean": int(mean), "count_pad": int(bool(mean and args[5]))}
     return lower.step("pool", y, 1, {"x": lower.plane(x, 1)}, act=tail.act, **counts, **sizes)
 

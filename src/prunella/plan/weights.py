@@ -6,9 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..sparse.format import Packed
+from ..sparse.linear import SparseLinear
 from ..sparse.striped import Striped, striped, striped_dense
 
 TINY = torch.finfo(torch.float32).tiny
@@ -21,7 +22,10 @@ class Weights:
         processors compute with slowly
     """
 
-    def __init__(self) -> None:
+    def __init__(self, network: nn.Module) -> None:
+        self.modules = {
+            module.weight_values.data_ptr(): module for module in network.modules() if isinstance(module, SparseLinear)
+        }
         self.made: dict[Any, Any] = {}
         self.flushed = 0
 
@@ -40,8 +44,11 @@ class Weights:
         return self._once("dense", weight, scale, make)
 
     def packed(self, parts: list[Any]) -> Striped:
-        """A packed weight, by the parts that `sparse_linear` takes."""
+        """A packed weight, by the parts that `sparse_linear` takes: that of the module that holds them."""
         mask, offsets, values, scales, columns, group = parts
+        module = self.modules.get(values.data_ptr())
+        if module is not None:
+            return module.striped()
         packed = Packed(mask, offsets, values, scales, columns, group)
         found: Striped = self._once("packed", values, None, lambda values: striped(packed))
         return found
