@@ -195,8 +195,8 @@ def _weight_of(values: Tensor, index: Tensor, starts: Tensor, columns: int, stri
         or starts.shape[1] != -(-columns // strip) + 1
     ):
         raise ValueError(
-            f"the parts of a striped weight do not fit: values {tuple(values.shape)}, index {tuple(index.shape)}, starts"
-            f" {tuple(starts.shape)}, {columns} columns in strips of {strip}"
+            f"the parts of a striped weight do not fit: values {tuple(values.shape)}, index {tuple(index.shape)},"
+            f" starts {tuple(starts.shape)}, {columns} columns in strips of {strip}"
         )
     rows, strips = starts.shape[0], starts.shape[1] - 1
     return StripedWeight(rows, columns, strip, strips, values.data_ptr(), index.data_ptr(), starts.data_ptr())
