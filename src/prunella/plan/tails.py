@@ -244,7 +244,7 @@ def _moved(tail: Tail, at: fx.Node, user: fx.Node) -> Tail | None:
         moved = user.target(probe, *user.args[1:], **user.kwargs)  # type: ignore[operator]
     except RuntimeError:
         return None
-    if not isinstance(moved, Tensor) or (moved._base is None and moved is not probe):
+    if not isinstance(moved, Tensor) or storage_of(moved) != storage_of(probe):
         return None
     step, found = 1, None
     for axis in reversed(range(moved.ndim)):
