@@ -45,6 +45,9 @@ _SIGNATURES = {
     "prunella_block_out": (*[POINTER] * 5, LONG, POINTER, POINTER, INT),
     "prunella_blocks": (POINTER, LONG, *[POINTER] * 4, LONG, POINTER, INT),
     "prunella_plan": (POINTER, LONG, INT),
+    "prunella_generate": (POINTER, *[LONG] * 4, POINTER, LONG, POINTER, POINTER),
+    "prunella_seal": (POINTER, LONG),
+    "prunella_unseal": (POINTER, LONG),
     "prunella_read": (POINTER, LONG, INT),
     "prunella_use": (ctypes.c_char_p,),
     "prunella_isa": (INT,),
@@ -62,6 +65,8 @@ def library() -> ctypes.CDLL | None:
         getattr(found, name).argtypes = types
     found.prunella_read.restype = ctypes.c_uint64
     found.prunella_isa.restype = ctypes.c_char_p
+    found.prunella_generate.restype = LONG
+    found.prunella_seal.restype = POINTER
     return found
 
 
