@@ -59,7 +59,7 @@ def attention(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
             del fields["mask"]
             fields["mask_stride"] = _strides(found.meta)
         elif found is not None:
-            fields |= {"mask": found, "mask_stride": _strides(found)}
+            fields |= {"mask": found, "mask_stride": _strides(found.transpose(2, 3))}
     wide = lower.new((batch, queries, heads * dim_v), 2)
     sizes = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "dim": dim, "dim_v": dim_v}
     sizes |= {"queries": queries, "keys": keys, "causal": int(causal)}
@@ -98,8 +98,8 @@ def _mask(lower: Lowering, mask: Any, shape: tuple[int, ...]) -> Tensor | Live |
     alike = mask.alike if isinstance(mask, Loose) else _constant(mask)
     keep = tuple(1 if axis in alike else size for axis, size in enumerate(mask.shape))
     if isinstance(mask, Tensor):
-        made = added(mask, keep)
-        return None if not bool(made.any()) else made.transpose(-1, -2).contiguous().transpose(-1, -2)
+        made = added(mask, keep).view(*[1] * (4 - rank), *keep)
+        return made.transpose(2, 3).contiguous() if bool(made.any()) else None
     if (known := lower.masks.get(mask)) is not None:
         return known
     sizes = (*[1] * (4 - rank), *keep)
@@ -128,5 +128,4 @@ def added(mask: Tensor, keep: tuple[int, ...]) -> Tensor:
 
 def _strides(mask: Tensor) -> list[int]:
     """Of batch, head, query and key; 0 where there is one for all."""
-    found = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
-    return [0] * (4 - len(found)) + found
+    return [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]

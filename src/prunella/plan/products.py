@@ -99,7 +99,7 @@ def finish(lower: Lowering, y: Live, tail: Tail, others: dict[str, Plane | None]
         lower.step("map", y, tail.axis, {"x": plane}, act=act, **sizes)
         act = "none"
     if residual is not None:
-        lower.step("add", y, tail.axis, {"a": plane, "b": residual}, act=act, **sizes)
+        lower.step("add", y, tail.axis, {"a": plane, "b": residual}, act=act, b_positions=plane.positions, **sizes)
     return y
 
 

@@ -10,16 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..sparse.kernels import library, succeed
-from ..sparse.striped import Striped, StripedWeight
-from . import encoder, products, vision  # noqa: F401  (their rules)
+from ..sparse.striped import Striped, weight_of
+from . import encoder, products, steps, vision  # noqa: F401  (their rules)
 from .graph import Graph
 from .lower import Lowering, Step, Torch
 from .memory import lay_out
-from .structs import ACTS, KINDS, STRUCTURES
 from .values import Live, Loose, Plane
 
-IN_C = {"product", "conv"}
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -58,19 +55,14 @@ class Bound:
         self.slots: list[Any] = [None] * plan.slots
         self.kept: list[Any] = []
         self.calls: list[Callable[[], None]] = []
-        steps: list[Step] = []
+        waiting: list[Step] = []
         for action in plan.actions:
-            if isinstance(action, Step) and action.kind in IN_C:
-                steps.append(action)
-                continue
-            self._flush(steps)
             if isinstance(action, Step):
-                from .reference import call
-
-                self.calls.append(call(action, memory))
+                waiting.append(action)
                 continue
+            self._flush(waiting)
             self.calls.append(self._torch(action))
-        self._flush(steps)
+        self._flush(waiting)
         self.inputs = [None if one is None else one.slot for one in plan.inputs]
         self.outputs = [self._output(*one) for one in zip(plan.outputs, plan.dtypes, strict=True)]
 
@@ -88,52 +80,25 @@ class Bound:
 
     # --- steps in C
 
-    def _flush(self, steps: list[Step]) -> None:
-        if not steps:
-            return
-        kernels = library()
-        assert kernels is not None
-        structures = [self._structure(step) for step in steps]
-        self.kept.append(structures)
-        count = len(structures)
-        array = (ctypes.c_void_p * count)(*map(ctypes.addressof, structures))
+    def _flush(self, waiting: list[Step]) -> None:
+        if waiting:
+            self.calls.append(steps.Run([self._made(step) for step in waiting]))
+            waiting.clear()
 
-        def call() -> None:
-            succeed(kernels.prunella_plan(array, count, torch.get_num_threads()))
-
-        self.calls.append(call)
-        steps.clear()
-
-    def _structure(self, step: Step) -> ctypes.Structure:
-        made = STRUCTURES[step.kind]()
-        made.kind = KINDS.index(step.kind)  # type: ignore[attr-defined]
-        for name, plane in step.planes.items():
-            setattr(made, name, self._address(plane))
-            if hasattr(made, f"{name}_ld"):
-                setattr(made, f"{name}_ld", plane.ld)
+    def _made(self, step: Step) -> steps.Step:
+        fields: dict[str, Any] = {name: self._value(plane) for name, plane in step.planes.items()}
         for name, value in step.fields.items():
-            setattr(made, name, self._field(name, value, getattr(made, name)))
-        return made
+            if isinstance(value, Striped):
+                weight = weight_of(value)
+                self.kept.append((weight, value))
+                fields[name] = ctypes.addressof(weight)
+            elif value is not None:
+                fields[name] = int(value) if isinstance(value, bool) else value
+        return steps.step(step.kind, **fields)
 
-    def _address(self, plane: Plane) -> int:
-        return self.memory.data_ptr() + 4 * (plane.buffer.start + plane.offset)
-
-    def _field(self, name: str, value: Any, was: Any) -> Any:
-        if isinstance(value, Tensor):
-            self.kept.append(value)
-            return value.data_ptr()
-        if isinstance(value, Striped):
-            tensors = (value.values, value.index, value.starts)
-            weight = StripedWeight(
-                value.rows, value.columns, value.strip, value.starts.shape[1] - 1, *(t.data_ptr() for t in tensors)
-            )
-            self.kept.append((weight, value))
-            return ctypes.addressof(weight)
-        if name == "act":
-            return ACTS.index(value)
-        if isinstance(value, list):
-            return type(was)(*value)
-        return int(value) if isinstance(value, bool) else value
+    def _value(self, plane: Plane) -> Any:
+        address = self.memory.data_ptr() + 4 * (plane.buffer.start + plane.offset)
+        return (address, plane.ld) if plane.ld else address
 
     # --- operators of torch
 

@@ -94,8 +94,9 @@ def add(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
     if axis is None:
         return None
     a, b = (lower.plane(one, axis) for one in terms)
+    sizes = {"channels": a.channels, "positions": a.positions, "b_positions": a.positions}
     y = lower.new(end_of(node, tail), axis)
-    return lower.step("add", y, axis, {"a": a, "b": b}, act=tail.act, channels=a.channels, positions=a.positions)
+    return lower.step("add", y, axis, {"a": a, "b": b}, act=tail.act, **sizes)
 
 
 @rule(*ACTS, aten.gelu, aten.hardtanh, aten.clamp)
