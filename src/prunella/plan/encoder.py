@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from .lower import VALUES, Lowering, Torch, rule
 from .nodes import aten, packet
-from .products import end_of
+from .products import end_of, given
 from .tails import Tail
 from .values import Buffer, Live, Loose, Plane, plane_of
 
@@ -18,7 +18,7 @@ from .values import Buffer, Live, Loose, Plane, plane_of
 def norm(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
     """Over the last axis."""
     rms = packet(node) is aten.rms_norm
-    args = [*map(lower.value, node.args), *[None, None, None, None, None][len(node.args) :]]
+    args = given(lower, node, [None] * 5)
     x, over, weight = args[:3]
     bias, eps = (None, args[3]) if rms else (args[3], 1e-5 if args[4] is None else args[4])
     if (
@@ -37,7 +37,7 @@ def norm(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
 
 @rule(aten.scaled_dot_product_attention)
 def attention(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
-    q, k, v, mask, dropout, causal = [*map(lower.value, node.args), *[None, 0.0, False][len(node.args) - 3 :]]
+    q, k, v, mask, dropout, causal = given(lower, node, [None, None, None, None, 0.0, False])
     options = {name: lower.value(value) for name, value in node.kwargs.items()}
     mask, dropout = options.pop("attn_mask", mask), options.pop("dropout_p", dropout)
     causal, scale = options.pop("is_causal", causal), options.pop("scale", None)

@@ -1,5 +1,5 @@
-"""The graph of a forward pass, captured by torch.export: torch's own operators (ATen) and ours, without changes in place,
-without what does nothing, and with all that does not depend on the inputs computed."""
+"""The graph of a forward pass, captured by torch.export: torch's own operators (ATen) and ours, without changes in
+place, without what does nothing, and with all that does not depend on the inputs computed."""
 
 from __future__ import annotations
 

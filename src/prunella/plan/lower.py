@@ -83,17 +83,17 @@ class Lowering:
         self.masks: dict[Any, Live] = {}  # as attention takes them
         self.inputs: list[Loose | None] = []
         for node in graph.inputs:
-            made = None
+            like = None if node is None else node.meta["val"]
+            self.inputs.append(None if like is None else self.loose(tuple(like.shape), like.dtype))
             if node is not None:
-                made = self.env[node] = self.loose(tuple(node.meta["val"].shape), node.meta["val"].dtype)
-            self.inputs.append(made)
+                self.env[node] = self.inputs[-1]
         self.tails: Tails = find_tails(graph)
         for node in graph.nodes:
             if node not in self.tails.inner:
                 self._run(node)
         self.outputs = [self.env[one] if isinstance(one, fx.Node) else one for one in graph.outputs]
-        made = [one.meta.get("val") if isinstance(one, fx.Node) else None for one in graph.outputs]
-        self.dtypes = [one.dtype if isinstance(one, Tensor) else None for one in made]
+        like = [one.meta.get("val") if isinstance(one, fx.Node) else None for one in graph.outputs]
+        self.dtypes = [one.dtype if isinstance(one, Tensor) else None for one in like]
         for value in self.outputs:
             self._reads(value, len(self.actions))
 
@@ -177,7 +177,7 @@ class Lowering:
         leaves = pytree.tree_leaves((args, kwargs))
         lives = [one for one in leaves if isinstance(one, Live)]
         if node.target is operator.getitem and isinstance(args[0], list | tuple):
-            return args[0][args[1]]
+            return args[0][args[1]]  # type: ignore[index]
         if not lives and not any(isinstance(one, Loose) for one in leaves):
             return self.slotted(node, args, kwargs, frozenset())
         if lives and is_view(node):
@@ -260,7 +260,7 @@ def _may_alias(node: fx.Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload) or is_view(node):
         return True
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return has(target.name(), "CompositeImplicitAutograd")
+    return bool(has(target.name(), "CompositeImplicitAutograd"))  # type: ignore[no-untyped-call]
 
 
 @functools.cache

@@ -30,9 +30,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32
 class Planned:
     """What stands in the place of a network's `forward`.
 
-    Each call of another shape is planned when it is first made, and the plan is compared with the network's modules then.
-    The modules do what a plan cannot: a network that cannot be exported, gradients, tracing and compiling, hooks on inner
-    modules, other devices than the CPU.
+    Each call of another shape is planned when it is first made, and the plan is compared with the network's modules
+    then. The modules do what a plan cannot: a network that cannot be exported, gradients, tracing and compiling, hooks
+    on inner modules, other devices than the CPU.
     """
 
     def __init__(self, network: nn.Module):
@@ -95,7 +95,8 @@ class Planned:
             return None
         if torch.is_grad_enabled() and self._differentiable((*args, *kwargs.values())):
             self._say(
-                "gradients are on, and the network runs module by module: call it under torch.inference_mode() to run it fast"
+                "gradients are on, and the packed network runs module by module: call it under torch.inference_mode() to"
+                " run it fast"
             )
             return None
         if self.seen is None or not self.seen.still():
@@ -244,19 +245,29 @@ def _apart(found: Any, wanted: Any) -> str | None:
             close = CLOSE if b.dtype is torch.float32 else CLOSE_HALF
             a, b = a.float(), b.float()
             same = torch.isfinite(b)
-            apart = float((a - b)[same].abs().max()) / max(float(b[same].abs().max()), 1e-30) if bool(same.any()) else 0.0
+            apart = (
+                float((a - b)[same].abs().max()) / max(float(b[same].abs().max()), 1e-30) if bool(same.any()) else 0.0
+            )
             if not apart <= close or not torch.equal(a[~same].isnan(), b[~same].isnan()):
                 return f"is {apart:.1e} of the largest output away from its modules"
     return None
 
 
 def speed_up(network: nn.Module) -> None:
-    """Let a packed network run by plans on the CPU."""
-    if "forward" not in network.__dict__ and any(isinstance(module, PackedModule) for module in network.modules()):
-        network.forward = Planned(network)  # type: ignore[method-assign]
+    """Let a packed network run by plans on the CPU. One that writes texts runs token by token, for which it has other
+    kernels; of those that read one first the encoder is planned."""
+    part: Any = network
+    if hasattr(part, "can_generate") and part.can_generate():
+        encodes = getattr(part.config, "is_encoder_decoder", False) and hasattr(part, "get_encoder")
+        part = part.get_encoder() if encodes else None
+    if part is None or "forward" in part.__dict__ or library() is None:
+        return
+    if any(isinstance(module, PackedModule) for module in part.modules()):
+        part.forward = Planned(part)
 
 
 def slow_down(network: nn.Module) -> None:
     """Take back what `speed_up` did."""
-    if isinstance(network.__dict__.get("forward"), Planned):
-        del network.forward  # type: ignore[method-assign]
+    for module in network.modules():
+        if isinstance(module.__dict__.get("forward"), Planned):
+            del module.forward  # type: ignore[method-assign]

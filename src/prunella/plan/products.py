@@ -44,6 +44,11 @@ def with_bias(tail: Tail, bias: Any) -> Tail:
     return Tail(**{**tail.__dict__, "bias": own if tail.bias is None else own + tail.bias})
 
 
+def given(lower: Lowering, node: fx.Node, defaults: list[Any]) -> list[Any]:
+    """The positional arguments of a node, with those that it leaves out."""
+    return [*map(lower.value, node.args), *defaults[len(node.args) :]]
+
+
 @rule(sparse_linear)
 def packed_linear(lower: Lowering, node: fx.Node, tail: Tail) -> Live:
     x, *parts = (lower.value(one) for one in node.args)
@@ -52,7 +57,7 @@ def packed_linear(lower: Lowering, node: fx.Node, tail: Tail) -> Live:
 
 @rule(aten.linear)
 def linear(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
-    x, weight, bias = (*map(lower.value, node.args), None)[:3]
+    x, weight, bias = given(lower, node, [None, None, None])
     if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
         return None
     return product(lower, node, with_bias(tail, bias), x, -1, weight)
@@ -64,9 +69,7 @@ def ends(lower: Lowering, tail: Tail) -> dict[str, Any]:
     return {"scale": vector(tail.scale), "bias": vector(tail.bias), "act": tail.act, "residual_last": tail.last}
 
 
-def product(
-    lower: Lowering, node: fx.Node, tail: Tail, x: Any, axis: int, weight: Tensor | list[Any]
-) -> Live:
+def product(lower: Lowering, node: fx.Node, tail: Tail, x: Any, axis: int, weight: Tensor | list[Any]) -> Live:
     """act(scale * W x + bias + residual) of a packed weight, by its parts, or a dense one (O, I)."""
     x_plane, others = lower.plane(x, axis), beside(lower, tail)
     y = lower.new(end_of(node, tail), tail.axis)
@@ -111,8 +114,8 @@ def matrix(plane: Plane) -> Live:
 
 @rule(aten.conv2d)
 def conv2d(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
-    args = [lower.value(one) for one in node.args]
-    x, weight, bias, stride, padding, dilation, groups = (*args, *[None, [1, 1], [0, 0], [1, 1], 1][len(args) - 2 :])
+    defaults: list[Any] = [None, None, None, [1, 1], [0, 0], [1, 1], 1]
+    x, weight, bias, stride, padding, dilation, groups = given(lower, node, defaults)
     made = shape_of(node)
     if not isinstance(weight, Tensor) or made is None or len(made) != 4 or len(x.shape) != 4:
         return None
@@ -148,11 +151,10 @@ def packed_conv(lower: Lowering, node: fx.Node, tail: Tail) -> Live:
 def window(x: Any, made: Sequence[int], kernel: Any, stride: Any, padding: Any, dilation: Any) -> dict[str, Any]:
     """The sizes of a convolution or of pooling."""
     names = ("batch", "channels", "height", "width")
-    return {
-        **dict(zip(names, x.shape, strict=True)),
-        **{"rows": made[1], "out_height": made[2], "out_width": made[3]},
-        **{"kernel": list(kernel), "stride": list(stride), "pad": list(padding), "dilation": list(dilation)},
-    }
+    sizes: dict[str, Any] = dict(zip(names, x.shape, strict=True))
+    sizes |= {"rows": made[1], "out_height": made[2], "out_width": made[3]}
+    sizes |= {"kernel": list(kernel), "stride": list(stride), "pad": list(padding), "dilation": list(dilation)}
+    return sizes
 
 
 def picture(lower: Lowering, kind: str, node: fx.Node, tail: Tail, x: Any, fields: dict[str, Any]) -> Live:

@@ -168,8 +168,9 @@ def act_of(node: fx.Node) -> str | None:
 
 def _with_norm(tail: Tail, user: fx.Node, known: dict[fx.Node, Any]) -> Tail | None:
     """y = (x - mean) / sqrt(variance + eps) * weight + bias, its channels on axis 1."""
-    weight, bias, mean, var = (known.get(one) if isinstance(one, fx.Node) else one for one in user.args[1:5])
-    training, eps = (user.args[5], user.args[7]) if packet(user) is aten.batch_norm else (False, user.args[6])
+    args: tuple[Any, ...] = user.args
+    weight, bias, mean, var = (known.get(one) if isinstance(one, fx.Node) else one for one in args[1:5])
+    training, eps = (args[5], args[7]) if packet(user) is aten.batch_norm else (False, args[6])
     if tail.axis != 1 or training or not isinstance(mean, Tensor) or not isinstance(var, Tensor):
         return None
     scale = (var.double() + eps).rsqrt()

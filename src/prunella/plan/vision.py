@@ -9,7 +9,7 @@ from torch import fx
 
 from .lower import VALUES, Lowering, rule
 from .nodes import aten, floats, packet, shape_of
-from .products import end_of, pair, window
+from .products import end_of, given, pair, window
 from .tails import ACTS, Tail, act_of
 from .values import Live, channel_axis
 
@@ -18,7 +18,7 @@ from .values import Live, channel_axis
 def pool(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
     mean = packet(node) is aten.avg_pool2d
     defaults: list[Any] = [None, None, [], 0, False, True, None] if mean else [None, None, [], 0, 1, False]
-    args = [*map(lower.value, node.args), *defaults[len(node.args) :]]
+    args = given(lower, node, defaults)
     x, kernel, stride, padding = args[:4]
     made = shape_of(node)
     if made is None or len(x.shape) != 4 or node.kwargs or (mean and (args[4] or args[6] is not None)):
@@ -41,8 +41,7 @@ def adaptive(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
 @rule(aten.mean)
 def mean(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
     """The mean over all places of each sample."""
-    args = [*map(lower.value, node.args), None, False][:3]
-    x, axes, keep = args
+    x, axes, keep = given(lower, node, [None, None, False])[:3]
     if not isinstance(x, Live) or node.kwargs or len(node.args) > 3 or not isinstance(axes, list | tuple):
         return None
     rank = len(x.shape)
@@ -93,10 +92,10 @@ def add(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
     axis = next((a for one in terms if isinstance(one, Live) and (a := channel_axis(one)) is not None), None)
     if axis is None:
         return None
-    a, b = (lower.plane(one, axis) for one in terms)
-    sizes = {"channels": a.channels, "positions": a.positions, "b_positions": a.positions}
+    first, second = (lower.plane(one, axis) for one in terms)
+    sizes = {"channels": first.channels, "positions": first.positions, "b_positions": first.positions}
     y = lower.new(end_of(node, tail), axis)
-    return lower.step("add", y, axis, {"a": a, "b": b}, act=tail.act, **sizes)
+    return lower.step("add", y, axis, {"a": first, "b": second}, act=tail.act, **sizes)
 
 
 @rule(*ACTS, aten.gelu, aten.hardtanh, aten.clamp)

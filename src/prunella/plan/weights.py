@@ -1,5 +1,5 @@
-"""Weights as steps take them: packed ones prepared for many positions, dense ones in float32, numbers of channels; batch
-norms folded into them. Made once for all plans of a network."""
+"""Weights as steps take them: packed ones prepared for many positions, dense ones in float32, numbers of channels;
+batch norms folded into them. Made once for all plans of a network."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class Weights:
                 return weight.float().contiguous()
             return self._flush(weight.double() * scale.view(-1, *[1] * (weight.ndim - 1)))
 
-        return self._once("dense", weight, scale, make)
+        made: Tensor = self._once("dense", weight, scale, make)
+        return made
 
     def packed(self, parts: list[Any]) -> Striped:
         """A packed weight, by the parts that `sparse_linear` takes: that of the module that holds them."""
