@@ -153,7 +153,7 @@ def _compute(nodes: list[fx.Node], known: dict[fx.Node, Any]) -> set[fx.Node]:
     all along an axis, as masks often are, is kept once."""
     done = set()
     for node in nodes:
-        target = node.target
+        target: Any = node.target
         if not all(one in known for one in node.all_input_nodes) or not isinstance(
             target, torch._ops.OpOverload | type(operator.getitem)
         ):

@@ -36,7 +36,7 @@ class Planned:
     """
 
     def __init__(self, network: nn.Module):
-        self.network = network
+        self.network, self.kept = network, KEPT
         self._forget()
 
     def _forget(self) -> None:
@@ -47,10 +47,10 @@ class Planned:
         self.said: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"network": self.network}  # plans hold addresses
+        return {"network": self.network, "kept": self.kept}  # plans hold addresses
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.network = state["network"]
+        self.__dict__.update(state)
         self._forget()
 
     @property
@@ -95,8 +95,7 @@ class Planned:
             return None
         if torch.is_grad_enabled() and self._differentiable((*args, *kwargs.values())):
             self._say(
-                "gradients are on, and the packed network runs module by module: call it under torch.inference_mode() to"
-                " run it fast"
+                "gradients are on, and the packed network runs module by module: torch.inference_mode() runs it fast"
             )
             return None
         if self.seen is None or not self.seen.still():
@@ -129,7 +128,7 @@ class Planned:
         with self.lock:
             if key not in self.plans:
                 self.plans[key] = self._made(args, kwargs)
-                while len(self.plans) > KEPT:
+                while len(self.plans) > self.kept:
                     self.plans.popitem(last=False)
             return self.plans[key]
 

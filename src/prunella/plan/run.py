@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..sparse import steps
 from ..sparse.striped import Striped, weight_of
-from . import encoder, products, steps, vision  # noqa: F401  (their rules)
+from . import encoder, products, vision  # noqa: F401  (their rules)
 from .graph import Graph
 from .lower import Lowering, Step, Torch
 from .memory import lay_out

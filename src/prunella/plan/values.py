@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..compat import storage_of
+from ..sparse.striped import leading
 
 LANES = 16  # floats to a vector, and to a cache line
 BEHIND = 64  # floats behind a value that may be read
@@ -88,17 +89,11 @@ class Plane:
     positions: int
 
 
-def row(positions: int) -> int:
-    """Floats from a channel to the next: whole vectors, an odd number of them, so that channels that follow each other
-    fall into different sets of the cache."""
-    return (-(-positions // LANES) | 1) * LANES
-
-
 def new_value(shape: Sequence[int], axis: int) -> Live:
     """A value whose channels are on this axis."""
     axis %= len(shape)
     channels, positions = shape[axis], math.prod(shape[:axis]) * math.prod(shape[axis + 1 :])
-    ld = row(positions)
+    ld = leading(positions)
     buffer = Buffer(channels * ld + BEHIND)
     strides, step = [0] * len(shape), 1
     for at in reversed(range(len(shape))):
@@ -119,7 +114,7 @@ def plane_of(live: Live, axis: int) -> Plane | None:
             if strides[at] != step:
                 return None
             step *= shape[at]
-    ld = strides[axis] if shape[axis] > 1 else max(row(step), strides[axis])
+    ld = int(strides[axis]) if shape[axis] > 1 else max(leading(step), strides[axis])
     if ld < -(-step // LANES) * LANES:
         return None
     return Plane(live.buffer, live.meta.storage_offset(), ld, shape[axis], step)

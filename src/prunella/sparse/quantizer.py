@@ -23,9 +23,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..compat import can_set_experts, converts, may_be_there, rename, renames, tie_again, weight_mapping, with_patterns
 from ..errors import ModelError
 from ..model.checkpoint import read_header
-from ..tensors import DTYPES, FLOATS
 from ..plan.network import slow_down as without_plans
 from ..plan.network import speed_up
+from ..tensors import DTYPES, FLOATS
 from .block import settle, slow_down
 from .conv import ExpandedConv, SparseConv, check_fits, packed_module
 from .format import (

@@ -73,6 +73,13 @@ INLINE void NAME(striped_strip)(
     for (int64_t row = first; row < last; row++, starts += w->strips + 1, sums += V * LANES) {
         lanes_t sum[STRIPED_VECTORS];
         const int32_t stop = starts[1];
+        if (row + 1 < last) { /* the next row's sums and values, which the processor does not foresee */
+            const int32_t next = starts[w->strips + 1];
+            _Pragma("GCC unroll 8") for (int v = 0; v < V; v++)
+                __builtin_prefetch(sums + V * LANES + v * LANES, 1);
+            __builtin_prefetch(w->values + next);
+            __builtin_prefetch(w->index + next);
+        }
         if (strip) {
             _Pragma("GCC unroll 8") for (int v = 0; v < V; v++) sum[v] = load(sums + v * LANES);
         } else {
@@ -144,7 +151,8 @@ INLINE void NAME(fetch_columns)(
     const float *x, int64_t x_ld, int64_t columns, int64_t rest, float *panel, const int64_t count, lanes_t *watch) {
     for (int64_t i = 0; i < columns; i++, x += x_ld, panel += count)
         _Pragma("GCC unroll 8") for (int64_t v = 0; v < count; v += LANES) {
-            const lanes_t here = v + LANES <= rest ? load(x + v) : load_first(x + v, rest - v);
+            const lanes_t here =
+                v + LANES <= rest ? load(x + v) : v < rest ? load_first(x + v, rest - v) : all(0);
             store(panel + v, here);
             watch[v / LANES % WATCHES] = muladd(all(0), here, watch[v / LANES % WATCHES]);
         }
