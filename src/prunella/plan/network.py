@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as every
 
-from ..compat import under_transform, version_of
+from ..compat import pytree, records_outputs, under_transform, version_of
 from ..errors import say
 from ..sparse.kernels import library
 from ..sparse.linear import PackedModule, SparseLinear
@@ -201,11 +202,20 @@ class _Seen:
             self.then.append(dict(vars(config)))
         self.tensors = [*network.parameters(), *network.buffers()]
         self.versions = list(map(_version, self.tensors))
-        hooks = ("_forward_hooks", "_forward_pre_hooks")
+        everywhere = [vars(every)[name] for name in ("_global_forward_hooks", "_global_forward_pre_hooks")]
+        self.now += everywhere
+        self.then += [about.copy() for about in everywhere]
+        hooks = [
+            hook
+            for module in modules[1:]
+            for name in ("_forward_hooks", "_forward_pre_hooks")
+            for hook in getattr(module, name).values()
+        ]
         self.plannable = (
             library() is not None
             and not any(module.training for module in modules)
-            and not any(getattr(module, name) for module in modules[1:] for name in hooks)
+            and all(map(records_outputs, hooks))
+            and not any(everywhere)
             and all(tensor.device.type == "cpu" for tensor in self.tensors)
             and not any(tensor.dtype in (torch.float64, torch.complex64, torch.complex128) for tensor in self.tensors)
             and any(isinstance(module, PackedModule) for module in modules)
@@ -228,7 +238,7 @@ def _copied(about: dict[str, Any]) -> dict[str, Any]:
 
 def _apart(found: Any, wanted: Any) -> str | None:
     """How what a plan gives differs from what the modules give; None where it does not."""
-    leaves = [torch.utils._pytree.tree_flatten(one) for one in (found, wanted)]
+    leaves = [pytree.tree_flatten(one) for one in (found, wanted)]
     if leaves[0][1] != leaves[1][1]:
         return "puts out something else"
     for a, b in zip(leaves[0][0], leaves[1][0], strict=True):
