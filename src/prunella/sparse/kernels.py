@@ -46,6 +46,9 @@ _SIGNATURES = {
     "prunella_block_out": (*[POINTER] * 5, LONG, POINTER, POINTER, INT),
     "prunella_blocks": (POINTER, LONG, *[POINTER] * 4, LONG, POINTER, INT),
     "prunella_plan": (POINTER, LONG, INT),
+    "prunella_generate": (POINTER, *[LONG] * 4, POINTER, LONG, POINTER, POINTER),
+    "prunella_seal": (POINTER, LONG),
+    "prunella_unseal": (POINTER, LONG),
     "prunella_read": (POINTER, LONG, INT),
     "prunella_use": (ctypes.c_char_p,),
     "prunella_isa": (INT,),
@@ -68,6 +71,8 @@ def library() -> ctypes.CDLL | None:
             "this processor has none of the instructions that the C kernels are written for (AVX2, AVX-512, NEON):"
             " packed models run slowly"
         )
+    found.prunella_generate.restype = LONG
+    found.prunella_seal.restype = POINTER
     return found
 
 

@@ -62,7 +62,7 @@ class StripedWeight(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "columns", "strip", "strips")),
-        *((name, ctypes.c_void_p) for name in ("values", "index", "starts")),
+        *((name, ctypes.c_void_p) for name in ("values", "index", "starts", "code")),
     ]
 
 
@@ -78,7 +78,7 @@ def striped(packed: Packed, places: int = 1) -> Striped:
         values = packed.values[: int(packed.offsets[-1])].float()
     else:
         weight_OI = unpack(packed, torch.float32)
-        order = torch.from_numpy(_order(columns // places, places, _strip(columns, places) // places))
+        order = torch.from_numpy(order_of(columns // places, places, _strip(columns, places) // places))
         mask_OI = mask_OI[:, order]
         values = weight_OI[:, order][mask_OI]
     return _striped(values, mask_OI, _strip(columns, places))
@@ -88,7 +88,9 @@ def striped_dense(weight_OI: Tensor, places: int = 1) -> Striped:
     """The same of a weight that is not packed, what is zero in it left out."""
     columns = weight_OI.shape[1]
     if places > 1:
-        weight_OI = weight_OI[:, torch.from_numpy(_order(columns // places, places, _strip(columns, places) // places))]
+        weight_OI = weight_OI[
+            :, torch.from_numpy(order_of(columns // places, places, _strip(columns, places) // places))
+        ]
     mask_OI = weight_OI != 0
     return _striped(weight_OI.float()[mask_OI], mask_OI, _strip(columns, places))
 
@@ -102,7 +104,7 @@ def _strip(columns: int, places: int) -> int:
     return -(-channels // strips) * places
 
 
-def _order(channels: int, places: int, together: int) -> np.ndarray[Any, Any]:
+def order_of(channels: int, places: int, together: int) -> np.ndarray[Any, Any]:
     """The packed columns (place, channel) in the order of strips of so many channels."""
     order = np.arange(places * channels).reshape(places, channels)
     return np.concatenate([order[:, c : c + together].ravel() for c in range(0, channels, together)])
@@ -139,7 +141,7 @@ def kernel_weight(weight: Striped, kernel: Sequence[int]) -> Tensor:
     """A convolution's weight (O, C, k…)."""
     places = math.prod(kernel)
     channels = weight.columns // places
-    order = torch.from_numpy(_order(channels, places, weight.strip // places))
+    order = torch.from_numpy(order_of(channels, places, weight.strip // places))
     weight_OI = torch.empty(weight.rows, weight.columns, device=weight.values.device)
     weight_OI[:, order] = dense_weight(weight)
     return weight_OI.view(weight.rows, *kernel, channels).movedim(-1, 1).contiguous()

@@ -40,3 +40,54 @@ INLINE lanes_t signed_as(lanes_t a, lanes_t b) {
 INLINE lanes_t nearest(lanes_t a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 /* a 2^n for a whole n of -126 .. 127. */
 INLINE lanes_t times_power(lanes_t a, lanes_t n) { return _mm512_scalef_ps(a, n); }
+
+/* Of two the larger; NaN where one of them is. */
+INLINE lanes_t largest(lanes_t a, lanes_t b) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_max_ps(a, b), a);
+}
+INLINE float sum_of(lanes_t a) { return _mm512_reduce_add_ps(a); }
+/* Lanes first .. first + n - 1 to the same places behind `to`, which need not be memory before `first`. */
+INLINE void store_part(float *to, lanes_t x, int64_t first, int64_t n) {
+    _mm512_mask_storeu_ps(to, (__mmask16)(((1u << n) - 1) << first), x);
+}
+/* The same, read; the other lanes are 0. */
+INLINE lanes_t load_part(const float *from, int64_t first, int64_t n) {
+    return _mm512_maskz_loadu_ps((__mmask16)(((1u << n) - 1) << first), from);
+}
+/* Of the 2 LANES numbers a, b those with an even, or odd, index. */
+INLINE lanes_t evens(lanes_t a, lanes_t b) {
+    const __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_permutex2var_ps(a, index, b);
+}
+INLINE lanes_t odds(lanes_t a, lanes_t b) {
+    const __m512i index = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return _mm512_permutex2var_ps(a, index, b);
+}
+/* LANES numbers of 16 bits, bfloat16 or float16. */
+INLINE lanes_t load_16(const uint16_t *from, int bfloat) {
+    const __m256i h = _mm256_loadu_si256((const __m256i *)from);
+    return bfloat ? _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)) : _mm512_cvtph_ps(h);
+}
+/* x[i][j] <-> x[j][i]. */
+INLINE void transpose(lanes_t *x) {
+    lanes_t t[16];
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        const __m512 a = _mm512_unpacklo_ps(x[i], x[i + 1]), b = _mm512_unpackhi_ps(x[i], x[i + 1]);
+        const __m512 c = _mm512_unpacklo_ps(x[i + 2], x[i + 3]), d = _mm512_unpackhi_ps(x[i + 2], x[i + 3]);
+        t[i] = _mm512_shuffle_ps(a, c, 0x44);
+        t[i + 1] = _mm512_shuffle_ps(a, c, 0xee);
+        t[i + 2] = _mm512_shuffle_ps(b, d, 0x44);
+        t[i + 3] = _mm512_shuffle_ps(b, d, 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) { /* t[4 k + i]: columns i, 4 + i, 8 + i, 12 + i of rows 4 k .. 4 k + 3 */
+        const __m512 a = _mm512_shuffle_f32x4(t[i], t[4 + i], 0x88), b = _mm512_shuffle_f32x4(t[i], t[4 + i], 0xdd);
+        const __m512 c = _mm512_shuffle_f32x4(t[8 + i], t[12 + i], 0x88);
+        const __m512 d = _mm512_shuffle_f32x4(t[8 + i], t[12 + i], 0xdd);
+        x[i] = _mm512_shuffle_f32x4(a, c, 0x88);
+        x[8 + i] = _mm512_shuffle_f32x4(a, c, 0xdd);
+        x[4 + i] = _mm512_shuffle_f32x4(b, d, 0x88);
+        x[12 + i] = _mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+}

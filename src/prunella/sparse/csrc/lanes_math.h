@@ -49,7 +49,7 @@ INLINE lanes_t gelu(lanes_t x) {
     p = muladd(p, square, all(0.398941917f));
     q = muladd(q, square, all(0.290972182f));
     q = muladd(q, square, all(1));
-    return mul(x, muladd(y, quotient(p, q), all(0.5f)));
+    return mul(x, where_less(x, all(-5.2f), all(0), muladd(y, quotient(p, q), all(0.5f))));
 }
 
 INLINE lanes_t hard_logistic(lanes_t x) {
@@ -71,4 +71,21 @@ INLINE lanes_t activated(int64_t act, lanes_t x) {
         case ACT_TANH: return hyperbolic_tangent(x);
         default: return x;
     }
+}
+
+/* The same where the kind of function is not known before: without branches for the first three, a call for the others. */
+typedef struct {
+    int64_t other; /* ACT_…, or 0 */
+    lanes_t low, high;
+} NAME(bounds_t);
+
+INLINE NAME(bounds_t) bounds_of(int64_t act) {
+    return (NAME(bounds_t)){act > ACT_RELU6 ? act : 0, all(act == ACT_RELU || act == ACT_RELU6 ? 0 : -INFINITY),
+                            all(act == ACT_RELU6 ? 6 : INFINITY)};
+}
+
+TARGET static __attribute__((noinline)) lanes_t NAME(activated_other)(int64_t act, lanes_t x) { return activated(act, x); }
+
+INLINE lanes_t bounded(const NAME(bounds_t) *bounds, lanes_t x) {
+    return bounds->other ? NAME(activated_other)(bounds->other, x) : smaller(bounds->high, larger(bounds->low, x));
 }

@@ -54,3 +54,29 @@ INLINE lanes_t nearest(lanes_t a) {
 INLINE lanes_t times_power(lanes_t a, lanes_t n) {
     return a * (lanes_t)((__builtin_convertvector(n, portable_bits_t) + 127) << 23);
 }
+
+INLINE lanes_t largest(lanes_t a, lanes_t b) { return portable_where((a > b) | (a != a), a, b); }
+INLINE float sum_of(lanes_t a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+INLINE void store_part(float *to, lanes_t x, int64_t first, int64_t n) {
+    memcpy(to + first, (const float *)&x + first, sizeof(float) * (size_t)n);
+}
+INLINE lanes_t load_part(const float *from, int64_t first, int64_t n) {
+    lanes_t x = {0};
+    memcpy((float *)&x + first, from + first, sizeof(float) * (size_t)n);
+    return x;
+}
+INLINE lanes_t evens(lanes_t a, lanes_t b) { return (lanes_t){a[0], a[2], b[0], b[2]}; }
+INLINE lanes_t odds(lanes_t a, lanes_t b) { return (lanes_t){a[1], a[3], b[1], b[3]}; }
+INLINE lanes_t load_16(const uint16_t *from, int bfloat) {
+    lanes_t x;
+    for (int i = 0; i < LANES; i++) x[i] = bfloat ? from_bf16(from[i]) : from_f16(from[i]);
+    return x;
+}
+INLINE void transpose(lanes_t *x) {
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < i; j++) {
+            const float kept = x[i][j];
+            x[i][j] = x[j][i];
+            x[j][i] = kept;
+        }
+}

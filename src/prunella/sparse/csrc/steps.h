@@ -55,7 +55,16 @@ typedef struct {
     const float *values;
     const uint8_t *index;
     const int32_t *starts; /* (rows, strips + 1) */
+    const struct code *code; /* of each block of CODE_ROWS rows of a group, and strip; NULL: as above */
 } striped_t;
+
+/* Instructions made for one weight: see generate.c. They add to `sums` (CODE_ROWS, CODE_SUMS), 16 of each row, the products
+ * of the weights of a block of rows and a strip of columns with x (columns, 16). */
+enum { CODE_ROWS = 28, CODE_SUMS = 128 };
+typedef struct code {
+    void (*run)(const float *x, float *sums, const float *values);
+    const float *values;
+} code_t;
 
 /* y (rows, positions) = W x (columns, positions). */
 typedef struct {
@@ -137,7 +146,8 @@ typedef struct {
     int64_t act, batch, channels, places;
 } scale_step_t;
 
-/* y = act(a + b), each (channels, positions). */
+/* y = act(a + b), or act(a b) where `times`, each (channels, positions); b has b_positions, which repeat: a number of
+ * positions that divides theirs. */
 typedef struct {
     int64_t kind;
     const float *a;
@@ -146,7 +156,7 @@ typedef struct {
     int64_t b_ld;
     float *y;
     int64_t y_ld;
-    int64_t act, channels, positions;
+    int64_t act, channels, positions, b_positions, times;
 } add_step_t;
 
 /* y = act(x). */
@@ -186,9 +196,11 @@ typedef struct {
     int64_t v_ld;
     float *y;
     int64_t y_ld;
-    const float *mask; /* added; NULL: none */
-    int64_t mask_stride[4]; /* of batch, head, query, key, in floats; 0 where it is the same for all */
-    int64_t batch, heads, kv_heads, dim, dim_v, queries, keys, causal;
+    const void *mask; /* floats, which are added, or, where mask_boolean, bytes: 0 where a query does not see a key. NULL: none */
+    int64_t mask_stride[4]; /* of batch, head, query, key, in elements; 0 where it is the same for all */
+    int64_t batch, heads, kv_heads, dim, dim_v, queries, keys;
+    int64_t causal;                  /* query t sees the keys up to t */
+    int64_t mask_boolean, empty_nan; /* empty_nan: NaN for a query that sees no key, as softmax has it; else 0 */
     double scale;
 } attend_step_t;
 

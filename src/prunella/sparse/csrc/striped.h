@@ -73,6 +73,13 @@ INLINE void NAME(striped_strip)(
     for (int64_t row = first; row < last; row++, starts += w->strips + 1, sums += V * LANES) {
         lanes_t sum[STRIPED_VECTORS];
         const int32_t stop = starts[1];
+        if (row + 1 < last) { /* the next row's sums and values, which the processor does not foresee */
+            const int32_t next = starts[w->strips + 1];
+            _Pragma("GCC unroll 8") for (int v = 0; v < V; v++)
+                __builtin_prefetch(sums + V * LANES + v * LANES, 1);
+            __builtin_prefetch(w->values + next);
+            __builtin_prefetch(w->index + next);
+        }
         if (strip) {
             _Pragma("GCC unroll 8") for (int v = 0; v < V; v++) sum[v] = load(sums + v * LANES);
         } else {
@@ -144,7 +151,8 @@ INLINE void NAME(fetch_columns)(
     const float *x, int64_t x_ld, int64_t columns, int64_t rest, float *panel, const int64_t count, lanes_t *watch) {
     for (int64_t i = 0; i < columns; i++, x += x_ld, panel += count)
         _Pragma("GCC unroll 8") for (int64_t v = 0; v < count; v += LANES) {
-            const lanes_t here = v + LANES <= rest ? load(x + v) : load_first(x + v, rest - v);
+            const lanes_t here =
+                v + LANES <= rest ? load(x + v) : v < rest ? load_first(x + v, rest - v) : all(0);
             store(panel + v, here);
             watch[v / LANES % WATCHES] = muladd(all(0), here, watch[v / LANES % WATCHES]);
         }
@@ -172,11 +180,12 @@ INLINE void NAME(fetch_row)(const conv_step_t *c, const float *plane, int64_t y,
     for (; i < count; i++) to[i] = 0;
 }
 
-/* The panel of one channel: for each place of the kernel the inputs of `count` positions from `at` on. The part of the padded
- * picture that belongs to them is made once for each of the strides' phases, so that a place is a piece of it. */
+/* The panel of one channel: for each place of the kernel, `step` apart, the inputs of `count` positions from `at` on, `tile`
+ * of them side by side and the next ones `next` further on. The part of the padded picture that belongs to them is made once
+ * for each of the strides' phases, so that a place is a piece of it. */
 INLINE void NAME(fetch_channel)(
     const NAME(striped_job_t) *job, const float *x, int64_t at, int64_t count, float *flat, float *panel, int64_t step,
-    lanes_t *watch) {
+    int64_t tile, int64_t next, lanes_t *watch) {
     const conv_step_t *c = job->conv;
     const int64_t pitch = job->pitch, size = job->planes * pitch;
     const int64_t reach_y = (c->kernel[0] - 1) * c->dilation[0], reach_x = (c->kernel[1] - 1) * c->dilation[1];
@@ -206,9 +215,37 @@ INLINE void NAME(fetch_channel)(
                     if (y % c->stride[0] != phase_y || z % c->stride[1] != phase_x) continue;
                     const float *from = flat + y / c->stride[0] * pitch + z / c->stride[1];
                     float *to = panel + (i * c->kernel[1] + j) * step;
-                    for (int64_t v = 0; v < count; v += LANES) store(to + v, load(from + v));
+                    for (int64_t t = 0; t < count; t += tile, from += tile, to += next)
+                        for (int64_t v = 0; v < tile; v += LANES) store(to + v, load(from + v));
                 }
         }
+}
+
+/* The results of rows [first, last) and the tile of `count` positions from `at` on, whose sums lie `stride` apart. */
+static TARGET void NAME(finish_tile)(
+    const NAME(striped_job_t) *job, int64_t at, int64_t count, int64_t stride, int64_t first, int64_t last,
+    const float *sums) {
+    const conv_step_t *c = job->conv;
+    if (!c) {
+        for (int64_t r = first; r < last; r++)
+            NAME(striped_finish)(
+                job, r, count, sums + (r - first) * stride,
+                job->residual ? job->residual + r * job->residual_ld + at : NULL, job->y + r * job->y_ld + at);
+        return;
+    }
+    const int64_t size = job->planes * job->pitch;
+    for (int64_t e = 0; e < count;) { /* the pieces of rows that are in the output */
+        const int64_t picture = (at + e) / size, row = (at + e) % size / job->pitch, column = (at + e) % job->pitch;
+        const int64_t run = NAME(least)(count - e, job->pitch - column);
+        const int64_t piece = NAME(least)(run, c->out_width - column), to = row * c->out_width + column;
+        if (picture < c->batch && row < c->out_height)
+            for (int64_t r = first; piece > 0 && r < last; r++)
+                NAME(striped_finish)(
+                    job, r, piece, sums + (r - first) * stride + e,
+                    job->residual ? job->residual + r * job->residual_ld + picture * c->residual_batch + to : NULL,
+                    job->y + r * job->y_ld + picture * c->y_batch + to);
+        e += run;
+    }
 }
 
 /* ------------------------------------------------------------------ items of work */
@@ -250,51 +287,116 @@ static TARGET void NAME(striped_item)(const void *data, int64_t item, int worker
             if (c) {
                 const int64_t here = columns / places;
                 for (int64_t i = 0; i < here; i++)
-                    NAME(fetch_channel)(job, x + i * job->x_ld, at, count, flat, panel + i * count, here * count, watch);
+                    NAME(fetch_channel)(
+                        job, x + i * job->x_ld, at, count, flat, panel + i * count, here * count, count, 0, watch);
             } else if (at + POSITIONS <= job->positions)
                 NAME(fetch_columns)(x + at, job->x_ld, columns, POSITIONS, panel, POSITIONS, watch);
             else
                 NAME(fetch_columns)(x + at, job->x_ld, columns, job->positions - at, panel, count, watch);
             NAME(striped_rows)(job, strip, first, last, panel, sums, at, NAME(seen)(watch), !c, vectors);
         }
-        if (!c) continue;
-        const int64_t size = job->planes * job->pitch;
-        for (int64_t e = 0; e < count;) { /* the pieces of rows that are in the output */
-            const int64_t picture = (at + e) / size, row = (at + e) % size / job->pitch, column = (at + e) % job->pitch;
-            const int64_t run = NAME(least)(count - e, job->pitch - column);
-            const int64_t piece = NAME(least)(run, c->out_width - column);
-            if (picture < c->batch && row < c->out_height)
-                for (int64_t r = first; piece > 0 && r < last; r++) {
-                    const int64_t to = row * c->out_width + column;
-                    const float *from = sums + (r - first) * count + e;
-                    NAME(striped_finish)(
-                        job, r, piece, from,
-                        job->residual ? job->residual + r * job->residual_ld + picture * c->residual_batch + to : NULL,
-                        job->y + r * job->y_ld + picture * c->y_batch + to);
-                }
-            e += run;
+        if (c) NAME(finish_tile)(job, at, count, count, first, last, sums);
+    }
+}
+
+/* ------------------------------------------------------------------ by code of its own */
+
+enum { CODE_TILE = 16, CODE_MOST = 27 }; /* positions that code takes at a time; blocks of rows whose sums fit the cache */
+
+/* wild += 0 x for the positions of a panel. */
+static TARGET __attribute__((noinline)) void NAME(look_closely)(
+    const float *panel, int64_t columns, int64_t tiles, float *wild) {
+    for (int64_t t = 0; t < tiles; t++)
+        for (int64_t i = 0; i < columns; i++)
+            for (int64_t v = 0; v < CODE_TILE; v += LANES, panel += LANES)
+                store(wild + t * CODE_TILE + v, muladd(all(0), load(panel), load(wild + t * CODE_TILE + v)));
+}
+
+/* As above, with code: a tile has CODE_SUMS positions, its panel lies in pieces (columns, CODE_TILE). Which weights are left
+ * out is not known here: where an input is NaN or infinite, all results of its position become NaN. */
+static TARGET void NAME(coded_item)(const void *data, int64_t item, int worker) {
+    const NAME(striped_job_t) *job = data;
+    const conv_step_t *c = job->conv;
+    const striped_t *w = job->w;
+    const int64_t rows = w->rows / job->groups, blocks = (rows + CODE_ROWS - 1) / CODE_ROWS;
+    const int64_t part = item % job->parts, group = item / job->parts % job->groups;
+    const int64_t at = item / job->parts / job->groups * CODE_SUMS;
+    const int64_t begin = blocks * part / job->parts, end = blocks * (part + 1) / job->parts;
+    const int64_t places = c ? c->kernel[0] * c->kernel[1] : 1, channels = w->strip / places;
+    const int64_t tiles = NAME(least)(CODE_SUMS / CODE_TILE, (job->positions - at + CODE_TILE - 1) / CODE_TILE);
+    const int64_t count = tiles * CODE_TILE;
+    float *panel = (float *)((uint8_t *)job->scratch + worker * job->scratch_size);
+    float *flat = panel + w->strip * CODE_SUMS, *sums = flat + job->flat;
+    for (int64_t first = begin; first < end; first += CODE_MOST) {
+        const int64_t last = NAME(least)(end, first + CODE_MOST), from = group * rows + first * CODE_ROWS;
+        const int64_t to = NAME(least)((group + 1) * rows, group * rows + last * CODE_ROWS);
+        for (int64_t r = from; r < to; r++) {
+            const lanes_t bias = all(job->bias && !job->scale ? job->bias[r] : 0);
+            for (int64_t t = 0; t < count; t += LANES) store(sums + (r - from) * CODE_SUMS + t, bias);
         }
+        float wild[CODE_SUMS] = {0};
+        int any = 0;
+        for (int64_t strip = 0; strip < w->strips; strip++) {
+            const int64_t columns = NAME(least)(w->strip, w->columns - strip * w->strip);
+            const float *x = job->x + (group * w->columns / places + strip * channels) * job->x_ld;
+            lanes_t watch[WATCHES] = {all(0), all(0), all(0), all(0)};
+            if (c) {
+                const int64_t here = columns / places;
+                for (int64_t i = 0; i < here; i++)
+                    NAME(fetch_channel)(
+                        job, x + i * job->x_ld, at, count, flat, panel + i * CODE_TILE, here * CODE_TILE, CODE_TILE,
+                        columns * CODE_TILE, watch);
+            } else
+                for (int64_t i = 0; i < columns; i++)
+                    for (int64_t t = 0; t < tiles; t++)
+                        NAME(fetch_columns)(
+                            x + i * job->x_ld + at + t * CODE_TILE, 0, 1, job->positions - at - t * CODE_TILE,
+                            panel + (t * columns + i) * CODE_TILE, CODE_TILE, watch);
+            if (NAME(seen)(watch)) {
+                any = 1;
+                NAME(look_closely)(panel, columns, tiles, wild);
+            }
+            for (int64_t b = first; b < last; b++) {
+                const code_t *code = w->code + (group * blocks + b) * w->strips + strip;
+                for (int64_t t = 0; t < tiles; t++)
+                    code->run(
+                        panel + t * columns * CODE_TILE, sums + (b - first) * CODE_ROWS * CODE_SUMS + t * CODE_TILE,
+                        code->values);
+            }
+        }
+        for (int64_t r = 0; any && r < to - from; r++)
+            for (int64_t t = 0; t < count; t++) sums[r * CODE_SUMS + t] += wild[t];
+        NAME(finish_tile)(job, at, count, CODE_SUMS, from, to, sums);
     }
 }
 
 static TARGET int NAME(striped_run)(NAME(striped_job_t) *job, int threads) {
-    const int64_t tiles = (job->positions + POSITIONS - 1) / POSITIONS, items = tiles * job->groups;
-    const int64_t rows = job->w->rows / job->groups;
+    const int64_t rows = job->w->rows / job->groups, wide = job->w->code ? CODE_SUMS : POSITIONS;
+    const int64_t items = (job->positions + wide - 1) / wide * job->groups;
     if (!job->positions || !rows) return 0;
-    job->parts = NAME(most)(1, (rows + STRIPED_ROWS - 1) / STRIPED_ROWS);
-    if (threads > 1 && items < 4 * threads) /* enough to share out, of at least 16 rows */
-        job->parts = NAME(most)(job->parts, NAME(least)(rows / 16, (4 * threads + items - 1) / items));
+    int64_t high = NAME(least)(rows, STRIPED_ROWS);
+    if (job->w->code) {
+        const int64_t blocks = (rows + CODE_ROWS - 1) / CODE_ROWS;
+        job->parts = (blocks + CODE_MOST - 1) / CODE_MOST;
+        if (threads > 1 && items < 2 * threads)
+            job->parts = NAME(most)(job->parts, NAME(least)(blocks, (2 * threads + items - 1) / items));
+        high = NAME(least)(blocks, CODE_MOST) * CODE_ROWS;
+    } else {
+        job->parts = (rows + STRIPED_ROWS - 1) / STRIPED_ROWS;
+        if (threads > 1 && items < 4 * threads) /* enough to share out, of at least 16 rows */
+            job->parts = NAME(most)(job->parts, NAME(least)(rows / 16, (4 * threads + items - 1) / items));
+    }
     if (job->conv) {
         const conv_step_t *c = job->conv;
-        job->flat = POSITIONS + ((c->kernel[0] - 1) * c->dilation[0] / c->stride[0] + 1) * job->pitch +
+        job->flat = wide + ((c->kernel[0] - 1) * c->dilation[0] / c->stride[0] + 1) * job->pitch +
                     (c->kernel[1] - 1) * c->dilation[1] / c->stride[1];
         job->flat = (job->flat + 2 * LANES - 1) / LANES * LANES;
     }
-    const int64_t floats = (job->w->strip + NAME(least)(rows, STRIPED_ROWS)) * POSITIONS + job->flat;
+    const int64_t floats = (job->w->strip + high) * wide + job->flat;
     job->scratch_size = (floats * (int64_t)sizeof(float) + 4095) / 4096 * 4096;
     job->scratch = aligned_alloc(4096, (size_t)(threads * job->scratch_size));
     if (!job->scratch) return -2;
-    parallel_for(NAME(striped_item), job, items * job->parts, threads);
+    parallel_for(job->w->code ? NAME(coded_item) : NAME(striped_item), job, items * job->parts, threads);
     free(job->scratch);
     return 0;
 }
