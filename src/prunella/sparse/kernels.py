@@ -66,13 +66,13 @@ def library() -> ctypes.CDLL | None:
         getattr(found, name).argtypes = types
     found.prunella_read.restype = ctypes.c_uint64
     found.prunella_isa.restype = ctypes.c_char_p
+    found.prunella_generate.restype = LONG
+    found.prunella_seal.restype = POINTER
     if found.prunella_isa(found.prunella_use(None)) == b"portable":
         say(
             "this processor has none of the instructions that the C kernels are written for (AVX2, AVX-512, NEON):"
             " packed models run slowly"
         )
-    found.prunella_generate.restype = LONG
-    found.prunella_seal.restype = POINTER
     return found
 
 
