@@ -20,16 +20,13 @@ from prunella.sparse import kernels, measured
 from prunella.sparse.conv import SparseConv, packed_module
 from prunella.sparse.format import pack
 from prunella.sparse.linear import SparseLinear, TrainingError
+from prunella.sparse.steps import run, step
 from prunella.sparse.striped import (
-    PRODUCT,
-    ProductStep,
     Striped,
     StripedWeight,
     dense_conv,
     dense_weight,
     kernel_weight,
-    leading,
-    run_steps,
     sparse_conv,
     sparse_product,
     striped,
@@ -148,7 +145,7 @@ def test_what_a_step_does_at_its_end(processor: None, act: str) -> None:
     if kernels.library() is None:
         pytest.skip("no kernels were compiled")
     rows, columns, positions = 19, 130, 45
-    weight_OI, x, ld = pruned(rows, columns), torch.randn(positions, columns), leading(positions)
+    weight_OI, x, ld = pruned(rows, columns), torch.randn(positions, columns), 64
     scale, bias, residual = torch.rand(rows) + 0.5, torch.randn(rows), torch.randn(rows, ld)
     x_IT, y_OT = torch.full((columns, ld), torch.nan), torch.empty(rows, ld)  # what lies between positions is anything
     x_IT[:, :positions] = x.T
@@ -156,12 +153,12 @@ def test_what_a_step_does_at_its_end(processor: None, act: str) -> None:
     c = StripedWeight(rows, columns, weight.strip, weight.starts.shape[1] - 1, *(p.data_ptr() for p in parts(weight)))
     function = {"none": lambda y: y, "relu": torch.relu, "gelu": functional.gelu}[act]
     for last in (0, 1):
-        step = ProductStep(
-            kind=PRODUCT, weight=ctypes.addressof(c), scale=scale.data_ptr(), bias=bias.data_ptr(), x=x_IT.data_ptr(),
-            x_ld=ld, y=y_OT.data_ptr(), y_ld=ld, residual=residual.data_ptr(), residual_ld=ld, residual_last=last,
-            act={"none": 0, "relu": 1, "gelu": 4}[act], positions=positions,
+        product = step(
+            "product", weight=ctypes.addressof(c), scale=scale, bias=bias, x=(x_IT.data_ptr(), ld),
+            y=(y_OT.data_ptr(), ld), residual=(residual.data_ptr(), ld), residual_last=last, act=act,
+            positions=positions,
         )  # fmt: skip
-        run_steps(step)
+        run([product])
         wanted, more = x @ weight_OI.T * scale + bias, residual[:, :positions].T
         wanted = function(wanted) + more if last else function(wanted + more)
         assert close(y_OT[:, :positions].T, wanted, 1e-5)

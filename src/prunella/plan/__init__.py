@@ -8,7 +8,6 @@ lower.py      from a graph to steps; what no step exists for is torch's own oper
 vision.py     the steps of networks that see pictures
 encoder.py    those of encoders: attention, norms over channels
 weights.py    weights as the steps take them, batch norms folded into them
-steps.py      the structures of csrc/steps.h
 memory.py     where each value lies, and for how long
 run.py        a plan that is made, and one call of it
 network.py    the forward of a packed network: a plan for each shape of inputs, else module by module
