@@ -57,6 +57,8 @@ def capture(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     signature, graph = program.graph_signature, program.graph
     if any(spec.kind is not OutputKind.USER_OUTPUT for spec in signature.output_specs):
         raise NoGraphError("its forward pass changes its buffers or inputs")
+    if any(packet(node) is aten.as_strided for node in graph.nodes):
+        raise NoGraphError("its forward pass reads memory as it lies (as_strided)")
     _without_no_ops(graph)
     join_attention(graph)
     graph.eliminate_dead_code()
@@ -142,6 +144,8 @@ def _without_no_ops(graph: fx.Graph) -> None:
         kind = packet(node)
         if kind in ASSERTIONS:
             graph.erase_node(node)
+        elif node.target is aten.view.default:
+            node.target = aten.reshape.default  # values may lie otherwise than they did when the graph was made
         elif kind in FREE or (kind in DROPOUTS and not node.args[2]):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)

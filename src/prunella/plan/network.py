@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as every
 
 from ..compat import pytree, records_outputs, under_transform, version_of
-from ..errors import say
+from ..errors import first_line, say
 from ..sparse.kernels import library
 from ..sparse.linear import PackedModule, SparseLinear
-from .graph import NoGraphError, capture
+from .graph import capture
 from .memory import memory
 from .run import Bound, Plan
 from .weights import Weights
@@ -104,8 +104,8 @@ class Planned:
                 if self.seen is None or not self.seen.still():
                     self.plans.clear()
                     self.bound.clear()
-                    self.weights = Weights(self.network)
                     self.seen = _Seen(self.network)
+                    self.weights = Weights(self.network)
         return tuple(about) if self.seen.plannable else None
 
     def _differentiable(self, values: Sequence[Any]) -> bool:
@@ -142,8 +142,8 @@ class Planned:
                 plan = Plan(graph, self.weights)
                 wanted = self.modules(*args, **kwargs)
                 found = self._run(plan, args, kwargs)
-        except NoGraphError as error:
-            self._say(f"{name} runs module by module, which is slower: {error}")
+        except Exception as error:  # whatever it is, the modules give the answer
+            self._say(f"{name} runs module by module, which is slower: {first_line(error)}")
             return None
         if (wrong := _apart(found, wanted)) is not None:
             self._say(f"{name} runs module by module, which is slower: its plan {wrong}")
