@@ -15,7 +15,7 @@ from torch.nn.modules import module as every
 from ..compat import pytree, records_outputs, under_transform, version_of
 from ..errors import first_line, say
 from ..sparse.kernels import library
-from ..sparse.linear import PackedModule, SparseLinear
+from ..sparse.linear import PackedModule
 from .graph import capture
 from .memory import memory
 from .run import Bound, Plan
@@ -138,8 +138,9 @@ class Planned:
         name = type(self.network).__name__
         try:
             with torch.no_grad():
-                graph = capture(self.network, args, kwargs)
-                plan = Plan(graph, self.weights)
+                self.weights.begin()
+                plan = Plan(capture(self.network, args, kwargs), self.weights)
+                self.weights.finish()
                 wanted = self.modules(*args, **kwargs)
                 found = self._run(plan, args, kwargs)
         except Exception as error:  # whatever it is, the modules give the answer
@@ -191,20 +192,14 @@ class _Seen:
 
     def __init__(self, network: nn.Module):
         modules = list(network.modules())
-        for module in modules:
-            if isinstance(module, SparseLinear):
-                module.striped()  # which it keeps
-        self.now = [vars(module) for module in modules]
-        self.then = [_copied(about) for about in self.now]
         config = getattr(network, "config", None)
-        if hasattr(config, "__dict__"):
-            self.now.append(vars(config))
-            self.then.append(dict(vars(config)))
-        self.tensors = [*network.parameters(), *network.buffers()]
-        self.versions = list(map(_version, self.tensors))
+        self.now: list[dict[str, Any]] = [vars(module) for module in modules]
+        self.now += [vars(config)] if hasattr(config, "__dict__") else []
         everywhere = [vars(every)[name] for name in ("_global_forward_hooks", "_global_forward_pre_hooks")]
         self.now += everywhere
-        self.then += [about.copy() for about in everywhere]
+        self.then = list(map(_copied, self.now))
+        self.tensors = [*network.parameters(), *network.buffers()]
+        self.versions = list(map(_version, self.tensors))
         hooks = [
             hook
             for module in modules[1:]
@@ -228,12 +223,23 @@ class _Seen:
             return False
 
 
+def _copied(about: dict[str, Any]) -> dict[str, Any]:
+    """What a module holds; what was made of its weights may be anything."""
+    copies = {key: value.copy() if isinstance(value, dict) else value for key, value in about.items()}
+    return copies | {"_made": _Anything()} if "_made" in copies else copies
+
+
+class _Anything(dict[Any, Any]):
+    """Equal to every dictionary."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else version_of(tensor)
-
-
-def _copied(about: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.copy() if isinstance(value, dict) else value for key, value in about.items()}
 
 
 def _apart(found: Any, wanted: Any) -> str | None:
