@@ -31,7 +31,7 @@ STRIP = 96  # columns whose inputs, 128 positions of each, stay in the first or 
 LARGEST = 256  # columns of a strip are counted in a byte
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Striped:
     """A pruned weight (O, I) in strips of columns; a convolution's has one row to an output, and the inputs of its
     group as columns.
