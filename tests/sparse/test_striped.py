@@ -415,7 +415,10 @@ def test_other_devices(sim: Any) -> None:
         assert close(module.to("cpu")(x), dense(x), 1e-5)
 
 
-def test_compiled_and_exported() -> None:
+def test_compiled_and_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "prunella.sparse.conv.fastest", lambda key, ways: ways["expanded"]()
+    )  # where it is not compiled
     dense, module, x = modules()[1]
     dense, module = nn.Sequential(dense, nn.ReLU()), nn.Sequential(module, nn.ReLU())
     module[0].settle()

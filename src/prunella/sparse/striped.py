@@ -182,6 +182,11 @@ def _weight_of(
     return StripedWeight(rows, columns, strip, strips, values.data_ptr(), index.data_ptr(), starts.data_ptr())
 
 
+def weight_of(weight: Striped) -> StripedWeight:
+    """A weight as C takes it, while `weight` lives."""
+    return _weight_of(weight.values, weight.index, weight.starts, weight.columns, weight.strip)
+
+
 def _product(
     x: Tensor, values: Tensor, index: Tensor, starts: Tensor, bias: Tensor | None, columns: int, strip: int
 ) -> Tensor:
