@@ -140,10 +140,12 @@ def conv2d(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
 
 @rule(sparse_conv)
 def packed_conv(lower: Lowering, node: fx.Node, tail: Tail) -> Live:
-    x, values, index, starts, bias, strip, kernel, stride, padding, dilation, groups = map(lower.value, node.args)
+    x, values, index, starts, bias, columns, strip, kernel, stride, padding, dilation, groups, *_ = map(
+        lower.value, node.args
+    )
     made, tail = shape_of(node), with_bias(tail, bias)
     assert made is not None
-    weight = Striped(values, index, starts, x.shape[1] // groups * math.prod(kernel), strip)
+    weight = Striped(values, index, starts, columns, strip)
     sizes = window(x, made, kernel, stride, padding, dilation)
     return picture(lower, "conv", node, tail, x, {"weight": weight, "groups": groups, **ends(lower, tail), **sizes})
 
