@@ -1,4 +1,4 @@
-"""A batch in pieces: samples that do not see each other go through a plan a few at a time, so that what lies between two
+"""A batch in pieces: samples that do not see each other go through a plan a few at a time, so that what is between two
 products stays in the caches, and one plan serves batches of every size."""
 
 from __future__ import annotations

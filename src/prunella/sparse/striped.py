@@ -264,7 +264,9 @@ def _dense_conv(
 def _check_unchanged(parts: list[Tensor] | None, versions: list[int] | None) -> None:
     """Raises ModelError where one of these tensors is of another version."""
     if parts and versions and [part._version for part in parts] != list(versions):
-        raise ModelError("a packed weight was changed after its network was compiled: compile the network again.")
+        raise ModelError(
+            "a packed weight was changed after its network was compiled: run the network once without torch.compile."
+        )
 
 
 def _out(size: int, kernel: int, stride: int, pad: int, dilation: int) -> int:
