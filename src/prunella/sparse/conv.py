@@ -97,7 +97,7 @@ class SparseConv(SparseLinear):
         return super().forward(x[where].movedim(channel, -1)).movedim(-1, channel)
 
     def product(self, x: Tensor) -> Tensor:
-        return super().product(x) if self.one_place else self._by_strips(x)
+        return self._by_rows(x) if self.one_place else self._by_strips(x)
 
     def _by_strips(self, x: Tensor) -> Tensor:
         weight = self.striped()

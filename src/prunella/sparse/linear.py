@@ -151,8 +151,10 @@ class SparseLinear(PackedModule):
         return type(self).__name__, self.out_features, self.in_features, kept, torch.get_num_threads()
 
     def striped(self) -> Striped:
-        """The weight for many positions, made when it is first asked for."""
-        if self._striped is None or self._striped[0] is not self.weight_values:
+        """The weight for many positions, made when it is first asked for. While the network is traced its tensors are
+        stand-ins, and what was made before is meant."""
+        traced = torch.compiler.is_compiling() and self._striped is not None
+        if self._striped is None or not (traced or self._striped[0] is self.weight_values):
             self._striped = self.weight_values, striped(self._packed, self.places)
         return self._striped[1]
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .format import Packed, mask_of, unpack
-from .kernels import define, library, succeed
+from .kernels import define, library
+from .steps import run, step
 
 STRIP = 96  # columns whose inputs, 128 positions of each, stay in the first or near the second cache
 LARGEST = 256  # columns of a strip are counted in a byte
@@ -149,36 +150,6 @@ def kernel_weight(weight: Striped, kernel: Sequence[int]) -> Tensor:
 # Operators
 
 
-class ProductStep(ctypes.Structure):
-    """product_step_t of csrc/steps.h."""
-
-    _fields_ = [
-        ("kind", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias", "x")),
-        ("x_ld", ctypes.c_int64),
-        ("y", ctypes.c_void_p),
-        ("y_ld", ctypes.c_int64),
-        ("residual", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("residual_ld", "residual_last", "act", "positions")),
-    ]
-
-
-class ConvStep(ctypes.Structure):
-    """conv_step_t of csrc/steps.h."""
-
-    _fields_ = [
-        *ProductStep._fields_[:-2],
-        *((name, ctypes.c_int64) for name in ("x_batch", "y_batch", "residual_batch")),
-        *((name, ctypes.c_int64) for name in ("act", "batch", "channels", "height", "width")),
-        *((name, ctypes.c_int64) for name in ("rows", "out_height", "out_width")),
-        *((name, ctypes.c_int64 * 2) for name in ("kernel", "stride", "pad", "dilation")),
-        ("groups", ctypes.c_int64),
-    ]
-
-
-PRODUCT, CONV = 0, 1  # their kinds
-
-
 def leading(positions: int) -> int:
     """How far apart the channels of so many positions lie, in floats: an odd multiple of 16, so that they fall into
     different sets of the caches."""
@@ -204,12 +175,9 @@ def _weight_of(values: Tensor, index: Tensor, starts: Tensor, columns: int, stri
     return StripedWeight(rows, columns, strip, strips, values.data_ptr(), index.data_ptr(), starts.data_ptr())
 
 
-def run_steps(*steps: ctypes.Structure) -> None:
-    """Run steps of a plan, one after the other. Raises MemoryError."""
-    kernels = library()
-    assert kernels is not None
-    addresses = (ctypes.c_void_p * len(steps))(*map(ctypes.addressof, steps))
-    succeed(kernels.prunella_plan(addresses, len(steps), torch.get_num_threads()))
+def weight_of(weight: Striped) -> StripedWeight:
+    """A weight as C takes it, while `weight` lives."""
+    return _weight_of(weight.values, weight.index, weight.starts, weight.columns, weight.strip)
 
 
 def _product(
@@ -232,17 +200,18 @@ def _product_cpu(
     x_IT, y_OT = torch.empty(columns, ld), torch.empty(weight.rows, ld)
     x_IT[:, :positions] = x.reshape(positions, columns).T
     bias = None if bias is None else bias.float().contiguous()
-    step = ProductStep(
-        kind=PRODUCT,
-        weight=ctypes.addressof(weight),
-        bias=None if bias is None else bias.data_ptr(),
-        x=x_IT.data_ptr(),
-        x_ld=ld,
-        y=y_OT.data_ptr(),
-        y_ld=ld,
-        positions=positions,
+    run(
+        [
+            step(
+                "product",
+                weight=ctypes.addressof(weight),
+                bias=bias,
+                x=(x_IT.data_ptr(), ld),
+                y=(y_OT.data_ptr(), ld),
+                positions=positions,
+            )
+        ]
     )
-    run_steps(step)
     return y_OT[:, :positions].T.to(x.dtype, memory_format=torch.contiguous_format, copy=True).view(shape)
 
 
@@ -283,15 +252,12 @@ def _conv_cpu(x: Tensor, values: Tensor, index: Tensor, starts: Tensor, bias: Te
     bias = None if bias is None else bias.float().contiguous()
     y = torch.empty(batch, weight.rows, *out)
     area, made = size[0] * size[1], out[0] * out[1]
-    pair = ctypes.c_int64 * 2
-    step = ConvStep(
-        kind=CONV,
+    conv = step(
+        "conv",
         weight=ctypes.addressof(weight),
-        bias=None if bias is None else bias.data_ptr(),
-        x=x_NCHW.data_ptr(),
-        x_ld=area,
-        y=y.data_ptr(),
-        y_ld=made,
+        bias=bias,
+        x=(x_NCHW.data_ptr(), area),
+        y=(y.data_ptr(), made),
         x_batch=channels * area,
         y_batch=weight.rows * made,
         batch=batch,
@@ -301,13 +267,13 @@ def _conv_cpu(x: Tensor, values: Tensor, index: Tensor, starts: Tensor, bias: Te
         rows=weight.rows,
         out_height=out[0],
         out_width=out[1],
-        kernel=pair(*kernel),
-        stride=pair(*stride),
-        pad=pair(*padding),
-        dilation=pair(*dilation),
+        kernel=kernel,
+        stride=stride,
+        pad=padding,
+        dilation=dilation,
         groups=groups,
     )
-    run_steps(step)
+    run([conv])
     return y.to(x.dtype)
 
 

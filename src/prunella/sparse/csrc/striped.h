@@ -5,6 +5,9 @@
  * and multiplied with the panel's row of its column, the sums of all positions in registers. Sums wait between the strips
  * in `sums`, in the second cache.
  *
+ * What is left out is a zero, and a zero times NaN or infinity is NaN: where a panel holds one of these, its columns that a
+ * row left out are multiplied too.
+ *
  * A convolution is the same with a column for each channel and place of the kernel. Its positions are those of `pitch`
  * columns and `planes` rows a picture, as large as the output and, where that saves zeros between rows, a little larger;
  * what falls outside of the output is dropped at the end.
@@ -44,17 +47,39 @@ static TARGET __attribute__((noinline)) void NAME(striped_finish)(
     }
 }
 
+/* sums += 0 x for the columns of a strip that a row left out. */
+static TARGET __attribute__((noinline)) void NAME(striped_zeros)(
+    const striped_t *w, int64_t strip, int64_t row, int64_t count, const float *panel, float *sums) {
+    const int32_t *starts = w->starts + row * (w->strips + 1) + strip;
+    const int64_t columns = NAME(least)(w->strip, w->columns - strip * w->strip);
+    int32_t k = starts[0];
+    for (int64_t i = 0; i < columns; i++, panel += count) {
+        if (k < starts[1] && w->index[k] == i) {
+            k++;
+            continue;
+        }
+        for (int64_t v = 0; v < count; v += LANES) store(sums + v, muladd(all(0), load(panel + v), load(sums + v)));
+    }
+}
+
 /* One strip of columns for rows [first, last) and V vectors of positions from `at` on. Where `direct`, the last strip
- * writes into y, else the sums stay in `sums`. */
+ * writes into y, else the sums stay in `sums`. wild: there are NaNs or infinities in the panel. */
 INLINE void NAME(striped_strip)(
     const NAME(striped_job_t) *job, int64_t strip, int64_t first, int64_t last, const float *panel, float *sums,
-    int64_t at, const int direct, const int V) {
+    int64_t at, int wild, const int direct, const int V) {
     const striped_t *w = job->w;
     const int end = strip == w->strips - 1;
     const int32_t *starts = w->starts + first * (w->strips + 1) + strip;
     for (int64_t row = first; row < last; row++, starts += w->strips + 1, sums += V * LANES) {
         lanes_t sum[STRIPED_VECTORS];
         const int32_t stop = starts[1];
+        if (row + 1 < last) { /* the next row's sums and values, which the processor does not foresee */
+            const int32_t next = starts[w->strips + 1];
+            _Pragma("GCC unroll 8") for (int v = 0; v < V; v++)
+                __builtin_prefetch(sums + V * LANES + v * LANES, 1);
+            __builtin_prefetch(w->values + next);
+            __builtin_prefetch(w->index + next);
+        }
         if (strip) {
             _Pragma("GCC unroll 8") for (int v = 0; v < V; v++) sum[v] = load(sums + v * LANES);
         } else {
@@ -65,6 +90,12 @@ INLINE void NAME(striped_strip)(
             const float *x = panel + (int64_t)w->index[k] * (V * LANES);
             const lanes_t weight = all(w->values[k]);
             _Pragma("GCC unroll 8") for (int v = 0; v < V; v++) sum[v] = muladd(weight, load(x + v * LANES), sum[v]);
+        }
+        if (wild) {
+            float wait[POSITIONS];
+            _Pragma("GCC unroll 8") for (int v = 0; v < V; v++) store(wait + v * LANES, sum[v]);
+            NAME(striped_zeros)(w, strip, row, V * LANES, panel, wait);
+            _Pragma("GCC unroll 8") for (int v = 0; v < V; v++) sum[v] = load(wait + v * LANES);
         }
         if (end && direct) {
             float *y = job->y + row * job->y_ld + at;
@@ -81,20 +112,51 @@ INLINE void NAME(striped_strip)(
 #define STRIPED_CASE(V)                                                                                       \
     case V:                                                                                                \
         if (direct)                                                                                        \
-            NAME(striped_strip)(job, strip, first, last, panel, sums, at, 1, V);                              \
+            NAME(striped_strip)(job, strip, first, last, panel, sums, at, wild, 1, V);                              \
         else                                                                                               \
-            NAME(striped_strip)(job, strip, first, last, panel, sums, at, 0, V);                              \
+            NAME(striped_strip)(job, strip, first, last, panel, sums, at, wild, 0, V);                              \
         break;
 
 static TARGET __attribute__((noinline)) void NAME(striped_rows)(
     const NAME(striped_job_t) *job, int64_t strip, int64_t first, int64_t last, const float *panel, float *sums,
-    int64_t at, int direct, int64_t vectors) {
+    int64_t at, int wild, int direct, int64_t vectors) {
     switch (vectors) {
         STRIPED_CASE(1) STRIPED_CASE(2) STRIPED_CASE(3) STRIPED_CASE(4) STRIPED_CASE(5) STRIPED_CASE(6) STRIPED_CASE(7) STRIPED_CASE(8)
     }
 }
 
 /* ------------------------------------------------------------------ panels */
+
+enum { WATCHES = 4 };
+
+/* watch += 0 x: no longer 0 where NaN or infinity was among n elements. */
+INLINE void NAME(look)(const float *x, int64_t n, lanes_t *watch) {
+    int64_t i = 0;
+    for (; i + WATCHES * LANES <= n; i += WATCHES * LANES)
+        _Pragma("GCC unroll 4") for (int u = 0; u < WATCHES; u++)
+            watch[u] = muladd(all(0), load(x + i + u * LANES), watch[u]);
+    for (; i < n; i += LANES) watch[0] = muladd(all(0), load_first(x + i, n - i), watch[0]);
+}
+
+INLINE int NAME(seen)(const lanes_t *watch) {
+    float each[LANES];
+    int wild = 0;
+    store(each, add(add(watch[0], watch[1]), add(watch[2], watch[3])));
+    for (int i = 0; i < LANES; i++) wild |= each[i] != 0;
+    return wild;
+}
+
+/* The panel of a product's columns: `count` positions of each, zeros from `rest` on. */
+INLINE void NAME(fetch_columns)(
+    const float *x, int64_t x_ld, int64_t columns, int64_t rest, float *panel, const int64_t count, lanes_t *watch) {
+    for (int64_t i = 0; i < columns; i++, x += x_ld, panel += count)
+        _Pragma("GCC unroll 8") for (int64_t v = 0; v < count; v += LANES) {
+            const lanes_t here =
+                v + LANES <= rest ? load(x + v) : v < rest ? load_first(x + v, rest - v) : all(0);
+            store(panel + v, here);
+            watch[v / LANES % WATCHES] = muladd(all(0), here, watch[v / LANES % WATCHES]);
+        }
+}
 
 /* `count` elements of row `y` of a picture's channel into `to`, the first being column `x`, then every `step`th; zeros
  * outside of the picture. */
@@ -123,7 +185,7 @@ INLINE void NAME(fetch_row)(const conv_step_t *c, const float *plane, int64_t y,
  * for each of the strides' phases, so that a place is a piece of it. */
 INLINE void NAME(fetch_channel)(
     const NAME(striped_job_t) *job, const float *x, int64_t at, int64_t count, float *flat, float *panel, int64_t step,
-    int64_t tile, int64_t next) {
+    int64_t tile, int64_t next, lanes_t *watch) {
     const conv_step_t *c = job->conv;
     const int64_t pitch = job->pitch, size = job->planes * pitch;
     const int64_t reach_y = (c->kernel[0] - 1) * c->dilation[0], reach_x = (c->kernel[1] - 1) * c->dilation[1];
@@ -146,6 +208,7 @@ INLINE void NAME(fetch_channel)(
                     column * c->stride[1] + phase_x - c->pad[1], run, flat + e);
                 e += run;
             }
+            NAME(look)(flat, length, watch);
             for (int64_t i = 0; i < c->kernel[0]; i++)
                 for (int64_t j = 0; j < c->kernel[1]; j++) {
                     const int64_t y = i * c->dilation[0], z = j * c->dilation[1];
@@ -220,16 +283,17 @@ static TARGET void NAME(striped_item)(const void *data, int64_t item, int worker
         for (int64_t strip = 0; strip < w->strips; strip++) {
             const int64_t columns = NAME(least)(w->strip, w->columns - strip * w->strip);
             const float *x = job->x + (group * w->columns / places + strip * channels) * job->x_ld;
+            lanes_t watch[WATCHES] = {all(0), all(0), all(0), all(0)};
             if (c) {
                 const int64_t here = columns / places;
                 for (int64_t i = 0; i < here; i++)
                     NAME(fetch_channel)(
-                        job, x + i * job->x_ld, at, count, flat, panel + i * count, here * count, count, 0);
-            } else
-                for (int64_t i = 0; i < columns; i++)
-                    for (int64_t v = 0; v < count; v += LANES)
-                        store(panel + i * count + v, load(x + i * job->x_ld + at + v));
-            NAME(striped_rows)(job, strip, first, last, panel, sums, at, !c, vectors);
+                        job, x + i * job->x_ld, at, count, flat, panel + i * count, here * count, count, 0, watch);
+            } else if (at + POSITIONS <= job->positions)
+                NAME(fetch_columns)(x + at, job->x_ld, columns, POSITIONS, panel, POSITIONS, watch);
+            else
+                NAME(fetch_columns)(x + at, job->x_ld, columns, job->positions - at, panel, count, watch);
+            NAME(striped_rows)(job, strip, first, last, panel, sums, at, NAME(seen)(watch), !c, vectors);
         }
         if (c) NAME(finish_tile)(job, at, count, count, first, last, sums);
     }
@@ -239,7 +303,17 @@ static TARGET void NAME(striped_item)(const void *data, int64_t item, int worker
 
 enum { CODE_TILE = 16, CODE_MOST = 27 }; /* positions that code takes at a time; blocks of rows whose sums fit the cache */
 
-/* As above, with code: a tile has CODE_SUMS positions, its panel lies in pieces (columns, CODE_TILE). */
+/* wild += 0 x for the positions of a panel. */
+static TARGET __attribute__((noinline)) void NAME(look_closely)(
+    const float *panel, int64_t columns, int64_t tiles, float *wild) {
+    for (int64_t t = 0; t < tiles; t++)
+        for (int64_t i = 0; i < columns; i++)
+            for (int64_t v = 0; v < CODE_TILE; v += LANES, panel += LANES)
+                store(wild + t * CODE_TILE + v, muladd(all(0), load(panel), load(wild + t * CODE_TILE + v)));
+}
+
+/* As above, with code: a tile has CODE_SUMS positions, its panel lies in pieces (columns, CODE_TILE). Which weights are left
+ * out is not known here: where an input is NaN or infinite, all results of its position become NaN. */
 static TARGET void NAME(coded_item)(const void *data, int64_t item, int worker) {
     const NAME(striped_job_t) *job = data;
     const conv_step_t *c = job->conv;
@@ -260,22 +334,28 @@ static TARGET void NAME(coded_item)(const void *data, int64_t item, int worker) 
             const lanes_t bias = all(job->bias && !job->scale ? job->bias[r] : 0);
             for (int64_t t = 0; t < count; t += LANES) store(sums + (r - from) * CODE_SUMS + t, bias);
         }
+        float wild[CODE_SUMS] = {0};
+        int any = 0;
         for (int64_t strip = 0; strip < w->strips; strip++) {
             const int64_t columns = NAME(least)(w->strip, w->columns - strip * w->strip);
             const float *x = job->x + (group * w->columns / places + strip * channels) * job->x_ld;
+            lanes_t watch[WATCHES] = {all(0), all(0), all(0), all(0)};
             if (c) {
                 const int64_t here = columns / places;
                 for (int64_t i = 0; i < here; i++)
                     NAME(fetch_channel)(
                         job, x + i * job->x_ld, at, count, flat, panel + i * CODE_TILE, here * CODE_TILE, CODE_TILE,
-                        columns * CODE_TILE);
+                        columns * CODE_TILE, watch);
             } else
                 for (int64_t i = 0; i < columns; i++)
                     for (int64_t t = 0; t < tiles; t++)
-                        for (int64_t v = 0; v < CODE_TILE; v += LANES)
-                            store(
-                                panel + (t * columns + i) * CODE_TILE + v,
-                                load(x + i * job->x_ld + at + t * CODE_TILE + v));
+                        NAME(fetch_columns)(
+                            x + i * job->x_ld + at + t * CODE_TILE, 0, 1, job->positions - at - t * CODE_TILE,
+                            panel + (t * columns + i) * CODE_TILE, CODE_TILE, watch);
+            if (NAME(seen)(watch)) {
+                any = 1;
+                NAME(look_closely)(panel, columns, tiles, wild);
+            }
             for (int64_t b = first; b < last; b++) {
                 const code_t *code = w->code + (group * blocks + b) * w->strips + strip;
                 for (int64_t t = 0; t < tiles; t++)
@@ -284,6 +364,8 @@ static TARGET void NAME(coded_item)(const void *data, int64_t item, int worker) 
                         code->values);
             }
         }
+        for (int64_t r = 0; any && r < to - from; r++)
+            for (int64_t t = 0; t < count; t++) sums[r * CODE_SUMS + t] += wild[t];
         NAME(finish_tile)(job, at, count, CODE_SUMS, from, to, sums);
     }
 }
