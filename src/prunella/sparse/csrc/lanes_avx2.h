@@ -71,6 +71,24 @@ INLINE shift_t shift_by(int64_t n) {
 INLINE lanes_t shifted(shift_t s, lanes_t x) {
     return _mm256_and_ps(_mm256_permutevar8x32_ps(x, s.index), _mm256_castsi256_ps(s.mask));
 }
+typedef struct {
+    __m256i from_x, from_c;
+    __m256 which;
+} join_t;
+INLINE join_t join_by(int n, int at) {
+    int x[8], c[8], which[8];
+    for (int i = 0; i < 8; i++) {
+        x[i] = i + n;
+        c[i] = at + 2 * (i + n - 8);
+        which[i] = i + n < 8 ? 0 : -1;
+    }
+    return (join_t){_mm256_loadu_si256((const __m256i *)x), _mm256_loadu_si256((const __m256i *)c),
+                    _mm256_loadu_ps((const float *)which)};
+}
+INLINE lanes_t joined(join_t join, lanes_t x, lanes_t c) {
+    return _mm256_blendv_ps(
+        _mm256_permutevar8x32_ps(x, join.from_x), _mm256_permutevar8x32_ps(c, join.from_c), join.which);
+}
 INLINE lanes_t evens(lanes_t a, lanes_t b) {
     return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88)), 0xd8));
 }

@@ -75,6 +75,14 @@ INLINE shift_t shift_by(int64_t n) {
     return (shift_t){_mm512_add_epi32(from, _mm512_set1_epi32((int)n)), mask_of(-n, LANES)};
 }
 INLINE lanes_t shifted(shift_t s, lanes_t x) { return _mm512_maskz_permutexvar_ps(s.mask, s.index, x); }
+/* x from lane n on, and then c from lane `at` on, every second one. */
+typedef __m512i join_t;
+INLINE join_t join_by(int n, int at) {
+    int index[16];
+    for (int i = 0; i < 16; i++) index[i] = i + n < 16 ? i + n : 16 + at + 2 * (i + n - 16);
+    return _mm512_loadu_si512(index);
+}
+INLINE lanes_t joined(join_t join, lanes_t x, lanes_t c) { return _mm512_permutex2var_ps(x, join, c); }
 /* Of the 2 LANES numbers a, b those with an even, or odd, index. */
 INLINE lanes_t evens(lanes_t a, lanes_t b) {
     const __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);

@@ -32,9 +32,8 @@ TARGET static __attribute__((noinline)) void NAME(finish)(
     for (int r = 0; r < lines; r++) {
         lanes_t other = all(0);
         for (int64_t g = 0; s->residual && g < group->count; g++) { /* planes side by side have one vector only */
-            const int64_t channel = (group->plane + g) / p->batch, picture = (group->plane + g) % p->batch;
-            const float *from =
-                s->residual + channel * s->residual_ld + (picture * p->out_height + line + r) * p->out_width;
+            const float *from = s->residual + group->channel[g] * s->residual_ld +
+                                (group->picture[g] * p->out_height + line + r) * p->out_width;
             other = g ? add(other, load_part(from - g * p->apart, g * p->apart, p->out_width))
                       : load_first(from + v * LANES, p->out_width - v * LANES);
         }
@@ -64,8 +63,8 @@ TARGET static void NAME(spread)(const NAME(depthwise_t) *job, const NAME(group_t
     const planes_t *p = &job->planes;
     const depthwise_step_t *s = job->s;
     for (int64_t g = 0; g < group->count; g++) {
-        const int64_t channel = (group->plane + g) / p->batch;
-        if (g && channel == (group->plane + g - 1) / p->batch) continue;
+        const int64_t channel = group->channel[g];
+        if (g && channel == group->channel[g - 1]) continue;
         for (int64_t k = 0; k <= job->places; k++) {
             const lanes_t value = all(k < job->places ? s->weight[channel * job->places + k] : s->bias ? s->bias[channel] : 0);
             if (g)
@@ -82,9 +81,10 @@ TARGET static void NAME(depthwise_item)(const void *data, int64_t item, int work
     const planes_t *p = &job->planes;
     float *const window = NAME(window)(p, worker), *const filter = window + p->window;
     int64_t known = -1;
+    NAME(group_t) group;
     for (int64_t number = item * p->chunk; number < (item + 1) * p->chunk && number < p->groups; number++) {
-        const NAME(group_t) group = NAME(group)(p, number);
-        const int64_t channel = group.plane / p->batch, last = (group.plane + group.count - 1) / p->batch;
+        NAME(group)(p, number, &group);
+        const int64_t channel = group.channel[0], last = group.channel[group.count - 1];
         if (channel != last || channel != known) NAME(spread)(job, &group, filter);
         known = channel == last ? channel : -1;
         const lanes_t bias = load(filter + job->places * LANES);

@@ -28,37 +28,67 @@ static inline int NAME(direct_place)(planes_t *p, int threads) {
     _Pragma("GCC unroll 7") for (int r = 0; r < lines; r++)                                                           \
         if (i - r * stride >= 0 && i - r * stride < size) sum[r] = muladd(x, weight[i - r * stride], sum[r])
 
-/* Vector v of `lines` lines of a wide plane; its first line reads the lines from `begin` on. */
+/* The lines that come next, of which the processor cannot know. */
+INLINE void NAME(ahead)(const float *x, int64_t width, const int lines, const int stride) {
+#pragma GCC unroll 14
+    for (int i = 0; i < lines * stride; i++)
+        for (int k = 0; k < stride; k++) __builtin_prefetch(x + i * width + k * LANES);
+}
+
+/* Vector v of `lines` lines of a wide plane; its first line reads the lines from `begin` on. Stride 1. */
 INLINE void NAME(direct_wide)(
     const planes_t *p, const float *plane, const float *filter, int64_t begin, int64_t v, lanes_t *sum, const int size,
-    const int stride, const int lines) {
+    const int lines) {
     const int64_t width = p->width, height = p->height;
-    const int span = (lines - 1) * stride + size;
-    int64_t column = v * LANES * stride - p->pad[1];
-#pragma GCC unroll 14
-    for (int i = 0; i < lines * stride; i++) /* of the next lines */
-        for (int64_t k = 0; k < stride; k++) __builtin_prefetch(plane + (begin + span + i) * width + column + k * LANES);
-    for (int kx = 0; kx < size; kx += stride, column += stride) {
-        const mask_t mask = mask_of(-column, width), next = mask_of(-column - LANES, width);
+    const int span = lines - 1 + size, stride = 1;
+    int64_t column = v * LANES - p->pad[1];
+    NAME(ahead)(plane + (begin + span) * width + column, width, lines, 1);
+    for (int kx = 0; kx < size; kx++, column++) {
+        const mask_t mask = mask_of(-column, width);
         const float *x = plane + begin * width + column;
-        lanes_t weight[7], second[7];
+        lanes_t weight[7];
 #pragma GCC unroll 7
-        for (int ky = 0; ky < size; ky++) {
-            weight[ky] = all(filter[ky * size + kx]);
-            if (stride == 2) second[ky] = all(kx + 1 < size ? filter[ky * size + kx + 1] : 0);
-        }
+        for (int ky = 0; ky < size; ky++) weight[ky] = all(filter[ky * size + kx]);
 #pragma GCC unroll 20
         for (int i = 0; i < span; i++, x += width) {
             if ((uint64_t)(begin + i) >= (uint64_t)height) continue;
             const lanes_t here = load_mask(x, mask);
-            if (stride == 1) {
-                ADD_LINE(here, weight);
-            } else {
-                const lanes_t beside = load_mask(x + LANES, next), even = evens(here, beside), odd = odds(here, beside);
-                ADD_LINE(even, weight);
-                if (kx + 1 < size) ADD_LINE(odd, second);
-            }
+            ADD_LINE(here, weight);
         }
+    }
+}
+
+/* The same for stride 2: a line is read once, its even and odd columns apart; those to the right of these are the same
+ * vectors, shifted, with the first of what follows. */
+INLINE void NAME(direct_halved)(
+    const planes_t *p, const float *plane, const float *filter, int64_t begin, int64_t v, lanes_t *sum, const int size,
+    const int lines) {
+    const int64_t width = p->width, height = p->height, column = v * LANES * 2 - p->pad[1];
+    const int span = (lines - 1) * 2 + size, stride = 2;
+    const mask_t first = mask_of(-column, width), second = mask_of(-column - LANES, width);
+    const mask_t third = mask_of(0, width - column - 2 * LANES < 4 ? width - column - 2 * LANES : 4);
+    const join_t next = join_by(1, 0), next_odd = join_by(1, 1), last = join_by(2, 0);
+    const float *x = plane + begin * width + column;
+    NAME(ahead)(x + span * width, width, lines, 2);
+#pragma GCC unroll 20
+    for (int i = 0; i < span; i++, x += width) {
+        if ((uint64_t)(begin + i) >= (uint64_t)height) continue;
+        const lanes_t a = load_mask(x, first), b = load_mask(x + LANES, second), c = load_mask(x + 2 * LANES, third);
+        const lanes_t even = evens(a, b), odd = odds(a, b);
+        lanes_t places[5];
+        places[0] = even;
+        places[1] = odd;
+        places[2] = joined(next, even, c);
+        if (size == 5) {
+            places[3] = joined(next_odd, odd, c);
+            places[4] = joined(last, even, c);
+        }
+#pragma GCC unroll 5
+        for (int kx = 0; kx < size; kx++)
+#pragma GCC unroll 7
+            for (int r = 0; r < lines; r++)
+                if (i - r * stride >= 0 && i - r * stride < size)
+                    sum[r] = muladd(places[kx], all(filter[(i - r * stride) * size + kx]), sum[r]);
     }
 }
 
@@ -113,8 +143,10 @@ INLINE void NAME(direct)(
             _Pragma("GCC unroll 7") for (int r = 0; r < n; r++) sum[r] = bias;                                        \
             if (narrow)                                                                                               \
                 NAME(direct_narrow)(p, group, filters, begin, sum, size, stride, n);                                  \
+            else if (stride == 1)                                                                                     \
+                NAME(direct_wide)(p, group->x[0], filters[0], begin, v, sum, size, n);                                \
             else                                                                                                      \
-                NAME(direct_wide)(p, group->x[0], filters[0], begin, v, sum, size, stride, n);                        \
+                NAME(direct_halved)(p, group->x[0], filters[0], begin, v, sum, size, n);                              \
             NAME(end)(job, group, line, v, sum, n);                                                                   \
         }
     LINES(7)
@@ -129,9 +161,10 @@ TARGET static void NAME(direct_item)(const void *data, int64_t item, int worker)
     const depthwise_step_t *s = job->s;
     const int narrow = p->together == 2 || (p->stride[0] == 1 && p->width <= LANES && p->out_width <= LANES);
     (void)worker;
+    NAME(group_t) group;
     for (int64_t number = item * p->chunk; number < (item + 1) * p->chunk && number < p->groups; number++) {
-        const NAME(group_t) group = NAME(group)(p, number);
-        const int64_t channel = group.plane / p->batch, last = (group.plane + group.count - 1) / p->batch;
+        NAME(group)(p, number, &group);
+        const int64_t channel = group.channel[0], last = group.channel[group.count - 1];
         const float *filters[2] = {s->weight + channel * job->places, s->weight + last * job->places};
         const lanes_t bias = s->bias ? blend(mask_of(p->apart, LANES), all(s->bias[channel]), all(s->bias[last])) : all(0);
         if (p->kernel[0] == 3 && p->stride[0] == 1)

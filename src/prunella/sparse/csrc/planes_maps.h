@@ -58,7 +58,7 @@ static int NAME(map)(const void *step, int threads) {
     return NAME(over_channels)(NAME(map_item), s, s->channels, s->positions, threads);
 }
 
-INLINE lanes_t NAME(joined)(int64_t times, lanes_t a, lanes_t b) { return times ? mul(a, b) : add(a, b); }
+INLINE lanes_t NAME(both)(int64_t times, lanes_t a, lanes_t b) { return times ? mul(a, b) : add(a, b); }
 
 INLINE void NAME(add_rows)(const add_step_t *s, int64_t first, int64_t last, int64_t act) {
     const int64_t period = s->b_positions, times = s->times;
@@ -68,15 +68,15 @@ INLINE void NAME(add_rows)(const add_step_t *s, int64_t first, int64_t last, int
         if (period == 1) {
             const lanes_t same = all(*b);
             for (int64_t i = 0; i < s->positions; i += LANES)
-                store(y + i, activated(act, NAME(joined)(times, load(a + i), same)));
+                store(y + i, activated(act, NAME(both)(times, load(a + i), same)));
         } else {
             for (int64_t at = 0; at < s->positions; at += period) {
                 int64_t i = 0; /* what is written beyond the period is written again, or lies behind the last */
                 if (y != a || period >= s->positions)
                     for (; i < period; i += LANES)
-                        store(y + at + i, activated(act, NAME(joined)(times, load(a + at + i), load(b + i))));
+                        store(y + at + i, activated(act, NAME(both)(times, load(a + at + i), load(b + i))));
                 for (; i < period; i += LANES)
-                    store_first(y + at + i, activated(act, NAME(joined)(times, load(a + at + i), load(b + i))), period - i);
+                    store_first(y + at + i, activated(act, NAME(both)(times, load(a + at + i), load(b + i))), period - i);
             }
         }
     }

@@ -55,8 +55,9 @@ TARGET static void NAME(pool_item)(const void *data, int64_t item, int worker) {
     float *const window = NAME(window)(p, worker), *const columns = window + p->window + job->reduced;
     for (int64_t i = 0; i < p->vectors * LANES; i++)
         columns[i] = (float)NAME(places)(job->s, 1, p->width, i % p->apart);
+    NAME(group_t) group;
     for (int64_t number = item * p->chunk; number < (item + 1) * p->chunk && number < p->groups; number++) {
-        const NAME(group_t) group = NAME(group)(p, number);
+        NAME(group)(p, number, &group);
         for (int64_t first = 0; first < p->out_height; first += p->band) {
             const int64_t left = p->out_height - first, lines = left < p->band ? left : p->band;
             NAME(fill)(p, &group, first, lines, window);

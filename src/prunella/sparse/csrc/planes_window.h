@@ -88,23 +88,28 @@ INLINE void NAME(fill_line)(const planes_t *p, const float *x, float *to) {
     }
 }
 
-/* Planes that lie side by side in scratch memory: where each is in memory. */
+/* Planes that lie side by side: whose they are, and where each is in memory. */
 typedef struct {
-    int64_t plane, count; /* number of the first, and how many */
+    int64_t count;
+    int64_t channel[LANES], picture[LANES]; /* of the output */
     const float *x[LANES];
     float *y[LANES];
 } NAME(group_t);
 
-INLINE NAME(group_t) NAME(group)(const planes_t *p, int64_t number) {
-    NAME(group_t) out = {.plane = number * p->together};
-    const int64_t left = p->rows * p->batch - out.plane;
-    out.count = left < p->together ? left : p->together;
-    for (int64_t g = 0; g < out.count; g++) {
-        const int64_t channel = (out.plane + g) / p->batch, picture = (out.plane + g) % p->batch;
-        out.x[g] = p->x + channel / p->share * p->x_ld + picture * p->height * p->width;
-        out.y[g] = p->y + channel * p->y_ld + picture * p->out_height * p->out_width;
+INLINE void NAME(group)(const planes_t *p, int64_t number, NAME(group_t) *out) {
+    const int64_t plane = number * p->together, left = p->rows * p->batch - plane;
+    int64_t channel = p->batch == 1 ? plane : plane / p->batch, picture = plane - channel * p->batch;
+    out->count = left < p->together ? left : p->together;
+    for (int64_t g = 0; g < out->count; g++) {
+        out->channel[g] = channel;
+        out->picture[g] = picture;
+        out->x[g] = p->x + (p->share == 1 ? channel : channel / p->share) * p->x_ld + picture * p->height * p->width;
+        out->y[g] = p->y + channel * p->y_ld + picture * p->out_height * p->out_width;
+        if (++picture == p->batch) {
+            picture = 0;
+            channel++;
+        }
     }
-    return out;
 }
 
 /* The lines that `lines` lines of output from `first` on read. */
