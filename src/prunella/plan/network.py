@@ -18,10 +18,13 @@ from ..sparse.kernels import library
 from ..sparse.linear import PackedModule
 from .graph import capture
 from .memory import memory
+from .pieces import joined, pieces, samples_of, size_of
 from .run import Bound, Plan
 from .weights import Weights
 
+MOST = 1 << 12  # shapes that are remembered
 KEPT = 16  # plans of one network; the one that was used longest ago goes first
+PATIENCE = 4  # plans that are made at once; of the next so many each shape has to come twice, then four times, …
 CLOSE = 1e-4  # of the largest output: how far a plan may be from what the modules give
 CLOSE_HALF = 5e-2  # where these compute in half precision
 LEAVES = (type(None), bool, int, float, str)
@@ -42,6 +45,9 @@ class Planned:
 
     def _forget(self) -> None:
         self.plans: OrderedDict[Any, Plan | None] = OrderedDict()
+        self.sizes: dict[Any, int] = {}
+        self.asked: dict[Any, int] = {}  # how often shapes came for which there is no plan
+        self.count = 0  # of plans that were made
         self.bound: list[_Room] = []
         self.lock = threading.Lock()
         self.seen: _Seen | None = None
@@ -71,27 +77,52 @@ class Planned:
         key = None if torch.compiler.is_compiling() else self._key(args, kwargs)
         if key is None:
             return self.modules(*args, **kwargs)
+        size = self._size(key, args, kwargs)
+        if size:
+            made = self._in_pieces(args, kwargs, size)
+            if made is not None:
+                return made
         plan = self._plan(key, args, kwargs)
         if plan is None:
             return self.modules(*args, **kwargs)
         return self._run(plan, args, kwargs)
 
+    # --- a few samples at a time
+
+    def _size(self, key: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+        """How many samples go through a plan together; 0: all of them, which see each other or are few."""
+        values = (*args, *kwargs.values())
+        samples = samples_of(values)
+        size = size_of(values, samples)
+        if samples <= size:
+            return 0
+        if key not in self.sizes:
+            if len(self.sizes) >= MOST:
+                self.sizes.clear()
+                self.asked.clear()
+            made = self._in_pieces(args, kwargs, size)
+            with torch.no_grad():
+                apart = made is None or _apart(made, self.modules(*args, **kwargs))
+            self.sizes[key] = 0 if apart else size
+        return self.sizes[key]
+
+    def _in_pieces(self, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
+        """The outputs of all samples; None where they are not to be had in pieces."""
+        outputs, samples = [], samples_of((*args, *kwargs.values()))
+        for some, named in pieces(args, kwargs, samples, size):
+            plan = self._plan(_about(some, named), some, named)
+            if plan is None:
+                return None
+            outputs.append(self._run(plan, some, named))
+        return joined(outputs, [min(size, samples - first) for first in range(0, samples, size)])
+
     # --- may it be a plan
 
     def _key(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """What a plan is made for; None where there can be none."""
-        about: list[Any] = [len(args), *kwargs]
-        for value in (*args, *kwargs.values()):
-            if type(value) is Tensor:
-                if value.device.type != "cpu" or value.layout is not torch.strided or value.dtype not in DTYPES:
-                    return None
-                if value.numel() == 0:
-                    return None
-                about += [value.shape, value.dtype]
-            elif isinstance(value, LEAVES):
-                about += [type(value), value]
-            else:
-                return None
+        about = _about(args, kwargs)
+        if about is None:
+            return None
         if torch.is_autocast_enabled("cpu") or under_transform():
             return None
         if torch.is_grad_enabled() and self._differentiable((*args, *kwargs.values())):
@@ -103,10 +134,13 @@ class Planned:
             with self.lock:
                 if self.seen is None or not self.seen.still():
                     self.plans.clear()
+                    self.sizes.clear()
+                    self.asked.clear()
+                    self.count = 0
                     self.bound.clear()
                     self.seen = _Seen(self.network)
                     self.weights = Weights(self.network)
-        return tuple(about) if self.seen.plannable else None
+        return about if self.seen.plannable else None
 
     def _differentiable(self, values: Sequence[Any]) -> bool:
         tensors = (*self.network.parameters(), *(value for value in values if isinstance(value, Tensor)))
@@ -128,6 +162,10 @@ class Planned:
             pass
         with self.lock:
             if key not in self.plans:
+                self.asked[key] = self.asked.get(key, 0) + 1
+                if self.asked[key] < 1 << (self.count // PATIENCE):
+                    return None  # shapes that hardly come again, such as lengths of sentences, are not worth it
+                self.count += 1
                 self.plans[key] = self._made(args, kwargs)
                 while len(self.plans) > self.kept:
                     self.plans.popitem(last=False)
@@ -166,6 +204,23 @@ class Planned:
         except IndexError:
             return _Room(plan.size)
         return room if len(room.memory) >= plan.size else _Room(plan.size)
+
+
+def _about(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """What a plan is made for: shapes, dtypes and constants; None where there can be none."""
+    about: list[Any] = [len(args), *kwargs]
+    for value in (*args, *kwargs.values()):
+        if type(value) is Tensor:
+            if value.device.type != "cpu" or value.layout is not torch.strided or value.dtype not in DTYPES:
+                return None
+            if value.numel() == 0:
+                return None
+            about += [value.shape, value.dtype]
+        elif isinstance(value, LEAVES):
+            about += [type(value), value]
+        else:
+            return None
+    return tuple(about)
 
 
 class _Room:
@@ -224,18 +279,8 @@ class _Seen:
 
 
 def _copied(about: dict[str, Any]) -> dict[str, Any]:
-    """What a module holds; what was made of its weights may be anything."""
-    copies = {key: value.copy() if isinstance(value, dict) else value for key, value in about.items()}
-    return copies | {"_made": _Anything()} if "_made" in copies else copies
-
-
-class _Anything(dict[Any, Any]):
-    """Equal to every dictionary."""
-
-    def __eq__(self, other: object) -> bool:
-        return True
-
-    __hash__ = None  # type: ignore[assignment]
+    """What a module holds. A dictionary of another kind, such as what was made of a weight, may change in itself."""
+    return {key: value.copy() if type(value) in (dict, OrderedDict) else value for key, value in about.items()}
 
 
 def _version(tensor: Tensor) -> int:
