@@ -80,8 +80,7 @@ class Planned:
         size = self._size(key, args, kwargs)
         if size:
             made = self._in_pieces(args, kwargs, size)
-            if made is not None:
-                return made
+            return self.modules(*args, **kwargs) if made is None else made
         plan = self._plan(key, args, kwargs)
         if plan is None:
             return self.modules(*args, **kwargs)
@@ -101,10 +100,17 @@ class Planned:
                 self.sizes.clear()
                 self.asked.clear()
             made = self._in_pieces(args, kwargs, size)
+            if made is None and not self._refused(args, kwargs, samples, size):
+                return size  # there is no plan for them yet
             with torch.no_grad():
                 apart = made is None or _apart(made, self.modules(*args, **kwargs))
             self.sizes[key] = 0 if apart else size
         return self.sizes[key]
+
+    def _refused(self, args: Sequence[Any], kwargs: dict[str, Any], samples: int, size: int) -> bool:
+        """Is it known that there is no plan for the first piece, or that outputs cannot be joined?"""
+        some, named = next(iter(pieces(args, kwargs, samples, size)))
+        return _about(some, named) in self.plans
 
     def _in_pieces(self, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
         """The outputs of all samples; None where they are not to be had in pieces."""
