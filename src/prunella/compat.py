@@ -17,6 +17,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -319,6 +320,11 @@ def storage_of(tensor: Tensor) -> int:
     """The same for all views of a tensor, and for those on the meta device too, which have no address."""
     storage: int = tensor.untyped_storage()._cdata
     return storage
+
+
+def versions_of(tensors: Sequence[Tensor]) -> list[int]:
+    """`version_of` each, quickly. Tensors made in inference mode have none."""
+    return list(map(attrgetter("_version"), tensors))
 
 
 def version_of(tensor: Tensor) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as every
 
-from ..compat import pytree, records_outputs, under_transform, version_of
+from ..compat import pytree, records_outputs, under_transform, versions_of
 from ..errors import first_line, say
 from ..sparse.kernels import library
 from ..sparse.linear import PackedModule
@@ -259,8 +259,9 @@ class _Seen:
         everywhere = [vars(every)[name] for name in ("_global_forward_hooks", "_global_forward_pre_hooks")]
         self.now += everywhere
         self.then = list(map(_copied, self.now))
-        self.tensors = [*network.parameters(), *network.buffers()]
-        self.versions = list(map(_version, self.tensors))
+        tensors = [*network.parameters(), *network.buffers()]
+        self.counted = [tensor for tensor in tensors if not tensor.is_inference()]
+        self.versions = versions_of(self.counted)
         hooks = [
             hook
             for module in modules[1:]
@@ -272,14 +273,14 @@ class _Seen:
             and not any(module.training for module in modules)
             and all(map(records_outputs, hooks))
             and not any(everywhere)
-            and all(tensor.device.type == "cpu" for tensor in self.tensors)
-            and not any(tensor.dtype in (torch.float64, torch.complex64, torch.complex128) for tensor in self.tensors)
+            and all(tensor.device.type == "cpu" for tensor in tensors)
+            and not any(tensor.dtype in (torch.float64, torch.complex64, torch.complex128) for tensor in tensors)
             and any(isinstance(module, PackedModule) for module in modules)
         )
 
     def still(self) -> bool:
         try:
-            return self.now == self.then and list(map(_version, self.tensors)) == self.versions
+            return self.now == self.then and versions_of(self.counted) == self.versions
         except (RuntimeError, ValueError):  # tensors that are others, compared
             return False
 
@@ -287,10 +288,6 @@ class _Seen:
 def _copied(about: dict[str, Any]) -> dict[str, Any]:
     """What a module holds. A dictionary of another kind, such as what was made of a weight, may change in itself."""
     return {key: value.copy() if type(value) in (dict, OrderedDict) else value for key, value in about.items()}
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else version_of(tensor)
 
 
 def _apart(found: Any, wanted: Any) -> str | None:
