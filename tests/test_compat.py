@@ -99,6 +99,16 @@ CALLED = [
         "a training in another precision, or on another device, than the one before it",
     ),
     ("torch.cpu._is_avx512_bf16_supported", "", "has_bfloat16_products", "whether healing runs in bfloat16"),
+    ("torch._C._dispatch_has_kernel_for_dispatch_key", "", "composite", "operators that may give back what they got"),
+    ("torch._ops.OpOverload", "", "OPERATOR", "the nodes of an exported graph"),
+    ("torch.utils._pytree.tree_flatten", "", "pytree", "outputs taken apart"),
+    ("torch.utils._pytree.tree_unflatten", "", "pytree", "outputs put together"),
+    (
+        "transformers.utils.output_capturing.install_output_capuring_hook",
+        "",
+        "records_outputs",
+        "hooks that stay on modules after hidden states were asked for",
+    ),
     ("torch._C._get_tracing_state", "", "under_transform", "no kernels while torch traces"),
     ("torch._C._functorch.peek_interpreter_stack", "", "under_transform", "no kernels under torch.func"),
 ]

@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import logging
 import re
+import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 # ---------------------------------------------------------------------------------------------------------
 # transformers: how the tensors in an architecture's files become parameters of its network, and back
@@ -255,6 +260,26 @@ def quiet(library: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def quiet_export() -> Iterator[None]:
+    """torch.export prints half a graph to stderr where it fails: not what this thread prints inside."""
+    before, own = sys.stderr, threading.get_ident()
+
+    class Others(io.TextIOBase):
+        def write(self, text: str) -> int:
+            return len(text) if threading.get_ident() == own else before.write(text)
+
+    with quiet("torch"), contextlib.redirect_stderr(Others()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def records_outputs(hook: Any) -> bool:
+    """Is a module's hook the one with which transformers finds hidden states and attentions, if they are asked for? It
+    stays there for good."""
+    return str(getattr(hook, "__module__", "")) == "transformers.utils.output_capturing"
+
+
+@contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No loading bars and no chatter from transformers inside."""
     from transformers.utils import logging
@@ -300,6 +325,20 @@ def version_of(tensor: Tensor) -> int:
     """Another number after every change in place."""
     version: int = tensor._version
     return version
+
+
+OPERATOR: Any = torch._ops.OpOverload  # what graphs call: `torch.ops.aten.add.Tensor`
+pytree = _pytree  # how outputs of networks are taken apart and put together
+
+
+def schema_of(operator: Any) -> Any:
+    """The arguments of an operator, and which of them it changes or gives back; None for other functions."""
+    return getattr(operator, "_schema", None)
+
+
+def composite(operator: Any) -> bool:
+    """Does torch make this operator of others, so that what comes out may be what went in (`reshape`, say)?"""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeImplicitAutograd"))
 
 
 def under_transform() -> bool:

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.utils import _pytree as pytree
 
-from ..compat import quiet
+from ..compat import OPERATOR, pytree, quiet_export, schema_of
 from .attention import join_attention
 from .nodes import aten, is_view, packet
 from .pads import join_pads
@@ -50,7 +49,7 @@ class Graph:
 def capture(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Graph:
     """The graph of this very call. Raises NoGraphError."""
     try:
-        with torch.no_grad(), quiet("torch"):
+        with torch.no_grad(), quiet_export():
             program = torch.export.export(network, tuple(args), dict(kwargs), strict=False)
             if not _without_changes(program.graph):
                 program = program.run_decompositions({})
@@ -59,6 +58,8 @@ def capture(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     signature, graph = program.graph_signature, program.graph
     if any(spec.kind is not OutputKind.USER_OUTPUT for spec in signature.output_specs):
         raise NoGraphError("its forward pass changes its buffers or inputs")
+    if any(packet(node) is aten.as_strided for node in graph.nodes):
+        raise NoGraphError("its forward pass reads memory as it lies (as_strided)")
     _without_no_ops(graph)
     join_attention(graph)
     join_pads(graph)
@@ -111,7 +112,7 @@ def _without_changes(graph: fx.Graph) -> bool:
     """Put `f(x)` in place of `f_(x)`, and of x in all that comes after. False where x may be known by another name."""
     order = {node: number for number, node in enumerate(graph.nodes)}
     for node in order:
-        schema = getattr(node.target, "_schema", None)
+        schema = schema_of(node.target)
         if node.op != "call_function" or schema is None or not schema.is_mutable:
             continue
         name = schema.name.removeprefix("aten::")
@@ -145,6 +146,8 @@ def _without_no_ops(graph: fx.Graph) -> None:
         kind = packet(node)
         if kind in ASSERTIONS:
             graph.erase_node(node)
+        elif node.target is aten.view.default:
+            node.target = aten.reshape.default  # values may lie otherwise than they did when the graph was made
         elif kind in FREE or (kind in DROPOUTS and not node.args[2]):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
@@ -156,13 +159,10 @@ def _compute(nodes: list[fx.Node], known: dict[fx.Node, Any]) -> set[fx.Node]:
     done = set()
     for node in nodes:
         target: Any = node.target
-        if not all(one in known for one in node.all_input_nodes) or not isinstance(
-            target, torch._ops.OpOverload | type(operator.getitem)
-        ):
+        is_operator = isinstance(target, OPERATOR)
+        if not all(one in known for one in node.all_input_nodes) or not (is_operator or target is operator.getitem):
             continue
-        if isinstance(target, torch._ops.OpOverload) and (
-            torch.Tag.nondeterministic_seeded in target.tags or target.namespace == "prunella"
-        ):
+        if is_operator and (torch.Tag.nondeterministic_seeded in target.tags or target.namespace == "prunella"):
             continue
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
         with torch.inference_mode(False), torch.no_grad():

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
-from ..compat import storage_of
+from ..compat import OPERATOR, composite, pytree, schema_of, storage_of
 from .graph import Graph
 from .nodes import aten, floats, is_view, packet, shape_of
 from .tails import Tail, Tails, find_tails
@@ -257,21 +256,20 @@ def _same(x: Tensor) -> Tensor:
 def _may_alias(node: fx.Node) -> bool:
     """May the result lie in the memory of an argument?"""
     target: Any = node.target
-    if not isinstance(target, torch._ops.OpOverload) or is_view(node):
+    if not isinstance(target, OPERATOR) or is_view(node):
         return True
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return bool(has(target.name(), "CompositeImplicitAutograd"))  # type: ignore[no-untyped-call]
+    return composite(target)
 
 
 @functools.cache
 def out_form(target: Any) -> Any:
     """The same operator with `out=`, if there is one."""
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OPERATOR):
         return None
-    wanted = [(a.name, str(a.type)) for a in target._schema.arguments]
+    wanted = [(a.name, str(a.type)) for a in schema_of(target).arguments]
     for name in target.overloadpacket.overloads():
         form = getattr(target.overloadpacket, name)
-        arguments = form._schema.arguments
+        arguments = schema_of(form).arguments
         if sum(a.is_out for a in arguments) == 1 and wanted == [
             (a.name, str(a.type)) for a in arguments if not a.is_out
         ]:

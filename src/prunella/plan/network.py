@@ -10,18 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as every
 
-from ..compat import under_transform, version_of
-from ..errors import say
+from ..compat import pytree, records_outputs, under_transform, version_of
+from ..errors import first_line, say
 from ..sparse.kernels import library
 from ..sparse.linear import PackedModule
-from .graph import NoGraphError, capture
+from .graph import capture
 from .memory import memory
 from .pieces import joined, pieces, samples_of, size_of
 from .run import Bound, Plan
 from .weights import Weights
 
+MOST = 1 << 12  # shapes that are remembered
 KEPT = 16  # plans of one network; the one that was used longest ago goes first
+PATIENCE = 4  # plans that are made at once; of the next so many each shape has to come twice, then four times, …
 CLOSE = 1e-4  # of the largest output: how far a plan may be from what the modules give
 CLOSE_HALF = 5e-2  # where these compute in half precision
 LEAVES = (type(None), bool, int, float, str)
@@ -43,6 +46,8 @@ class Planned:
     def _forget(self) -> None:
         self.plans: OrderedDict[Any, Plan | None] = OrderedDict()
         self.sizes: dict[Any, int] = {}
+        self.asked: dict[Any, int] = {}  # how often shapes came for which there is no plan
+        self.count = 0  # of plans that were made
         self.bound: list[_Room] = []
         self.lock = threading.Lock()
         self.seen: _Seen | None = None
@@ -75,8 +80,7 @@ class Planned:
         size = self._size(key, args, kwargs)
         if size:
             made = self._in_pieces(args, kwargs, size)
-            if made is not None:
-                return made
+            return self.modules(*args, **kwargs) if made is None else made
         plan = self._plan(key, args, kwargs)
         if plan is None:
             return self.modules(*args, **kwargs)
@@ -92,11 +96,21 @@ class Planned:
         if samples <= size:
             return 0
         if key not in self.sizes:
+            if len(self.sizes) >= MOST:
+                self.sizes.clear()
+                self.asked.clear()
             made = self._in_pieces(args, kwargs, size)
+            if made is None and not self._refused(args, kwargs, samples, size):
+                return size  # there is no plan for them yet
             with torch.no_grad():
                 apart = made is None or _apart(made, self.modules(*args, **kwargs))
             self.sizes[key] = 0 if apart else size
         return self.sizes[key]
+
+    def _refused(self, args: Sequence[Any], kwargs: dict[str, Any], samples: int, size: int) -> bool:
+        """Is it known that there is no plan for the first piece, or that outputs cannot be joined?"""
+        some, named = next(iter(pieces(args, kwargs, samples, size)))
+        return _about(some, named) in self.plans
 
     def _in_pieces(self, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
         """The outputs of all samples; None where they are not to be had in pieces."""
@@ -127,9 +141,11 @@ class Planned:
                 if self.seen is None or not self.seen.still():
                     self.plans.clear()
                     self.sizes.clear()
+                    self.asked.clear()
+                    self.count = 0
                     self.bound.clear()
-                    self.weights = Weights(self.network)
                     self.seen = _Seen(self.network)
+                    self.weights = Weights(self.network)
         return about if self.seen.plannable else None
 
     def _differentiable(self, values: Sequence[Any]) -> bool:
@@ -152,6 +168,10 @@ class Planned:
             pass
         with self.lock:
             if key not in self.plans:
+                self.asked[key] = self.asked.get(key, 0) + 1
+                if self.asked[key] < 1 << (self.count // PATIENCE):
+                    return None  # shapes that hardly come again, such as lengths of sentences, are not worth it
+                self.count += 1
                 self.plans[key] = self._made(args, kwargs)
                 while len(self.plans) > self.kept:
                     self.plans.popitem(last=False)
@@ -167,8 +187,8 @@ class Planned:
                 self.weights.finish()
                 wanted = self.modules(*args, **kwargs)
                 found = self._run(plan, args, kwargs)
-        except NoGraphError as error:
-            self._say(f"{name} runs module by module, which is slower: {error}")
+        except Exception as error:  # whatever it is, the modules give the answer
+            self._say(f"{name} runs module by module, which is slower: {first_line(error)}")
             return None
         if (wrong := _apart(found, wanted)) is not None:
             self._say(f"{name} runs module by module, which is slower: its plan {wrong}")
@@ -233,18 +253,25 @@ class _Seen:
 
     def __init__(self, network: nn.Module):
         modules = list(network.modules())
-        self.now = [vars(module) for module in modules]
-        self.then = [_copied(about) for about in self.now]
         config = getattr(network, "config", None)
-        self.config = vars(config) if hasattr(config, "__dict__") else {}
-        self.configured = dict(self.config)
+        self.now: list[dict[str, Any]] = [vars(module) for module in modules]
+        self.now += [vars(config)] if hasattr(config, "__dict__") else []
+        everywhere = [vars(every)[name] for name in ("_global_forward_hooks", "_global_forward_pre_hooks")]
+        self.now += everywhere
+        self.then = list(map(_copied, self.now))
         self.tensors = [*network.parameters(), *network.buffers()]
         self.versions = list(map(_version, self.tensors))
-        hooks = ("_forward_hooks", "_forward_pre_hooks")
+        hooks = [
+            hook
+            for module in modules[1:]
+            for name in ("_forward_hooks", "_forward_pre_hooks")
+            for hook in getattr(module, name).values()
+        ]
         self.plannable = (
             library() is not None
             and not any(module.training for module in modules)
-            and not any(getattr(module, name) for module in modules[1:] for name in hooks)
+            and all(map(records_outputs, hooks))
+            and not any(everywhere)
             and all(tensor.device.type == "cpu" for tensor in self.tensors)
             and not any(tensor.dtype in (torch.float64, torch.complex64, torch.complex128) for tensor in self.tensors)
             and any(isinstance(module, PackedModule) for module in modules)
@@ -252,18 +279,14 @@ class _Seen:
 
     def still(self) -> bool:
         try:
-            return (
-                self.now == self.then
-                and self.config == self.configured
-                and list(map(_version, self.tensors)) == self.versions
-            )
+            return self.now == self.then and list(map(_version, self.tensors)) == self.versions
         except (RuntimeError, ValueError):  # tensors that are others, compared
             return False
 
 
 def _copied(about: dict[str, Any]) -> dict[str, Any]:
-    """What a module holds; what is made of its weights is the same, whatever is in there."""
-    return {key: value.copy() if isinstance(value, dict) and key != "_made" else value for key, value in about.items()}
+    """What a module holds. A dictionary of another kind, such as what was made of a weight, may change in itself."""
+    return {key: value.copy() if type(value) in (dict, OrderedDict) else value for key, value in about.items()}
 
 
 def _version(tensor: Tensor) -> int:
@@ -272,7 +295,7 @@ def _version(tensor: Tensor) -> int:
 
 def _apart(found: Any, wanted: Any) -> str | None:
     """How what a plan gives differs from what the modules give; None where it does not."""
-    leaves = [torch.utils._pytree.tree_flatten(one) for one in (found, wanted)]
+    leaves = [pytree.tree_flatten(one) for one in (found, wanted)]
     if leaves[0][1] != leaves[1][1]:
         return "puts out something else"
     for a, b in zip(leaves[0][0], leaves[1][0], strict=True):

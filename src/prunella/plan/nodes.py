@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..compat import schema_of
+
 aten = torch.ops.aten
 
 
@@ -17,7 +19,7 @@ def packet(node: fx.Node) -> Any:
 
 def is_view(node: fx.Node) -> bool:
     """Does the operator give a view of its first argument?"""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return schema is not None and any(
         argument.alias_info is not None and not argument.alias_info.is_write for argument in schema.arguments
     )

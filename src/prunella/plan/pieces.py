@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from ..compat import pytree
 
 POSITIONS = 128  # of the longest value at least: with fewer the products do not use their code well
 

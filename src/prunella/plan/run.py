@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from ..compat import pytree
 from ..sparse import steps
 from . import encoder, products, vision  # noqa: F401  (their rules)
 from .graph import Graph

@@ -159,10 +159,10 @@ def act_of(node: fx.Node) -> str | None:
         exact = node.kwargs.get("approximate", args[1] if len(args) > 1 else "none") == "none"
         return "gelu" if exact else "gelu_tanh"
     if kind in (aten.hardtanh, aten.clamp):
-        low, high = [*args[1:], *(None, None)][:2] if kind is aten.clamp else [*args[1:], -1, 1][:2]
+        low, high = [*args[1:], *((None, None) if kind is aten.clamp else (-1, 1))][:2]
         if node.kwargs or low != 0:
             return None
-        return {6: "relu6", None: "relu"}.get(high)
+        return "relu" if high is None else "relu6" if high == 6 else None
     return ACTS.get(kind)
 
 

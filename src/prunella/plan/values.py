@@ -117,7 +117,7 @@ def plane_of(live: Live, axis: int) -> Plane | None:
     ld = int(strides[axis]) if shape[axis] > 1 else max(leading(step), strides[axis])
     if ld < -(-step // LANES) * LANES:
         return None
-    return Plane(live.buffer, live.meta.storage_offset(), ld, shape[axis], step)
+    return Plane(live.buffer, int(live.meta.storage_offset()), ld, shape[axis], step)
 
 
 def channel_axis(live: Live) -> int | None:

@@ -239,8 +239,8 @@ def mask_of(mask: Tensor, columns: int) -> Tensor:
 def unpack(packed: Packed, dtype: torch.dtype | None = None) -> Tensor:
     """The weight (O, I), zeros where the mask has none; integer values times their scales in `dtype`."""
     mask_OI = mask_of(packed.mask, packed.columns)
-    count = int(packed.offsets[-1])
     values = packed.values
+    count = len(values) - PAD if packed.bits != 4 else int(packed.offsets[-1])  # no number is read where shapes say it
     if packed.bits == 4:
         nibbles = torch.stack((values & 15, values >> 4), 1).flatten()
         values = (nibbles ^ 8).to(torch.int8) - 8
