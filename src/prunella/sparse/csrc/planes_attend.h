@@ -37,9 +37,10 @@ INLINE void NAME(tile)(
     }
 }
 
-/* Scores of `rows` keys, and the largest so far. bias: what is added, a number to a key, or, where `wide`, a line. */
+/* Scores of `rows` keys, and the largest so far. bias: what is added, a number to a key, or, where `wide`, a line to a key,
+ * `wide` floats from one to the next. */
 INLINE void NAME(score_tile)(
-    const float *k, int64_t k_ld, const float *q, int64_t dim, const float *bias, int wide, float *scores, float *most,
+    const float *k, int64_t k_ld, const float *q, int64_t dim, const float *bias, int64_t wide, float *scores, float *most,
     const int rows, const int vectors) {
     lanes_t sum[6][ATTEND_VECTORS];
     NAME(tile)(k, 1, k_ld, q, dim, rows, vectors, sum);
@@ -48,7 +49,7 @@ INLINE void NAME(score_tile)(
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; v++)
-                sum[r][v] = add(sum[r][v], wide ? load(bias + r * ATTEND_QUERIES + v * LANES) : all(bias[r]));
+                sum[r][v] = add(sum[r][v], wide ? load(bias + r * wide + v * LANES) : all(bias[r]));
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) {
         lanes_t largest_yet = load(most + v * LANES);
@@ -83,9 +84,9 @@ INLINE void NAME(value_tile)(
 }
 
 INLINE void NAME(all_scores)(
-    const float *k, int64_t k_ld, const float *q, int64_t dim, const float *bias, int wide, float *scores, float *most,
+    const float *k, int64_t k_ld, const float *q, int64_t dim, const float *bias, int64_t wide, float *scores, float *most,
     int64_t keys, const int vectors) {
-    const int64_t step = wide ? ATTEND_QUERIES : 1;
+    const int64_t step = wide ? wide : 1;
     int64_t i = 0;
 #define ROWS(n)                                                                                                  \
     for (; i + n <= keys; i += n)                                                                                \
@@ -166,19 +167,29 @@ TARGET static void NAME(attend_item)(const void *data, int64_t item, int worker)
         wide = 0;
     else if (s->causal)
         wide = first < keys ? first : keys;
-    float *const lines = bias + (s->mask ? wide : 0);
     for (int64_t j = 0; s->mask && j < wide; j++) bias[j] = NAME(masked)(s, at + j * stride[3]);
-    for (int64_t j = wide; j < keys; j++)
-        for (int64_t i = 0; i < ATTEND_QUERIES; i++)
-            lines[(j - wide) * ATTEND_QUERIES + i] = i >= queries                ? 0
-                                                     : s->causal && j > first + i ? -INFINITY
-                                                     : s->mask                    ? NAME(masked)(s, at + i * stride[2] + j * stride[3])
-                                                                                  : 0;
+    const float *lines = bias + (s->mask ? wide : 0);
+    int64_t apart = ATTEND_QUERIES;
+    const float *const added = s->mask && !s->mask_boolean && stride[2] == 1 && !s->causal ? (const float *)s->mask + at : 0;
+    if (added && queries % LANES == 0 && stride[3]) {
+        lines = added; /* as they lie */
+        apart = stride[3];
+    } else {
+        float *line = bias + (s->mask ? wide : 0);
+        for (int64_t j = wide; j < keys; j++, line += ATTEND_QUERIES) {
+            for (int64_t i = 0; added && i < queries; i += LANES)
+                store(line + i, load_first(added + j * stride[3] + i, queries - i));
+            for (int64_t i = 0; !added && i < queries; i++)
+                line[i] = s->causal && j > first + i ? -INFINITY
+                          : s->mask                  ? NAME(masked)(s, at + i * stride[2] + j * stride[3])
+                                                     : 0;
+        }
+    }
 
 #define VECTORS(n)                                                                                                      \
     do {                                                                                                                \
         NAME(all_scores)(k, s->k_ld, q + i, s->dim, s->mask ? bias : 0, 0, scores + i, most + i, wide, n);              \
-        NAME(all_scores)(k + wide, s->k_ld, q + i, s->dim, lines + i, 1, scores + wide * ATTEND_QUERIES + i, most + i,  \
+        NAME(all_scores)(k + wide, s->k_ld, q + i, s->dim, lines + i, apart, scores + wide * ATTEND_QUERIES + i, most + i, \
                          keys - wide, n);                                                                               \
         NAME(softmax)(scores + i, keys, most + i, scale + i, s->empty_nan != 0, n);                                     \
         NAME(all_values)(values, s->v_ld, s->dim_v, scores + i, keys, scale + i, y + i, s->y_ld, queries - i, n);       \
