@@ -102,7 +102,8 @@ typedef struct {
     int64_t kernel[2], stride[2], pad[2], dilation[2], groups; /* pad: zeros above and to the left */
 } conv_step_t;
 
-/* The same with one filter to a channel (or `rows / channels` of them), dense. */
+/* The same with one filter to a channel (or `rows / channels` of them), dense. y does not overlap x, nor does it in a
+ * pool. */
 typedef struct {
     int64_t kind;
     const float *weight; /* (rows, kernel[0], kernel[1]) */
