@@ -1,5 +1,6 @@
-"""Convolutions in a packed model: in one and two dimensions they run packed, those whose kernel has one place as the
-linear layers that they are; the others are expanded when they are loaded."""
+"""Convolutions in a packed model. In one and two dimensions they run packed, by strips or, where that was measured to
+be faster, expanded call by call; those whose kernel has one place run as the linear layers that they are. The others
+(three dimensions, other values than zeros around the picture) are expanded when they are loaded."""
 
 from __future__ import annotations
 
@@ -15,11 +16,11 @@ from torch.nn import functional
 from ..compat import CONVOLUTIONS
 from ..errors import ModelError
 from ..grid import Grid
-from .format import Packed, as_parameter, mask_of, pack, unpack
-from .kernels import library
+from .format import FLOATS, Packed, as_parameter, mask_of, pack, unpack
+from .kernels import expand, library
 from .linear import PackedModule, SparseLinear
 from .measured import fastest
-from .striped import LARGEST, sparse_conv
+from .striped import LARGEST, Striped, dense_conv, sparse_conv
 
 PLAIN = {kind: kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}  # which a class derived from it may change
 
@@ -33,6 +34,16 @@ def runs_packed(module: nn.Module) -> bool:
         return True
     small = math.prod(module.kernel_size) <= LARGEST and module.padding_mode == "zeros"
     return small and len(module.kernel_size) < 3 and library() is not None
+
+
+def why_expanded() -> str:
+    """What other convolutions lack to run packed."""
+    if library() is None:
+        return "without the C kernels those run packed whose kernel has one place"
+    return (
+        "those run packed that have one or two dimensions, zeros around the picture and at most"
+        f" {LARGEST} places in their kernel"
+    )
 
 
 def of_one_place(conv: Any) -> bool:
@@ -58,8 +69,12 @@ class SparseConv(SparseLinear):
         self.original = (conv,)  # not as a module of its own
 
     def settle(self) -> None:
-        if not self.one_place and not self.weight_values.is_meta:
+        if self.one_place or self.weight_values.is_meta:
+            return
+        if self.weight_values.device.type == "cpu":
             self.striped()
+        else:
+            self._kept()
 
     @property
     def weight(self) -> Tensor:
@@ -78,46 +93,80 @@ class SparseConv(SparseLinear):
                 f"a convolution of {self.in_channels} channels and {dims} dimensions got an input of shape"
                 f" {tuple(x.shape)}"
             )
-        last = {2: torch.channels_last, 3: torch.channels_last_3d}.get(dims)
-        inner = x.ndim == dims + 2 and last is not None and x.is_contiguous(memory_format=last)
-        if not self.one_place:
-            y = super().forward(x)
-        elif dims < 3 and self.for_many(x, x.numel() // max(1, self.in_channels)):
-            ways = {"striped": lambda: self._by_strips(x), "expanded": lambda: self._as_linear(x, channel)}
-            y = fastest((*self.measured, self.stride, 1 << x.numel().bit_length()), ways)
-        else:
-            y = self._as_linear(x, channel)
-        if inner and not x.is_contiguous():
-            assert last is not None
-            return y.contiguous(memory_format=last)
-        return y.contiguous()
+        last, inner = self._last(x), self._is_inner(x)
+        y = super().forward(x)
+        return y.contiguous(memory_format=last) if inner and not x.is_contiguous() else y.contiguous()
 
-    def _as_linear(self, x: Tensor, channel: int) -> Tensor:
-        where: tuple[Any, ...] = (..., *(slice(None, None, step) for step in self.stride))
-        return super().forward(x[where].movedim(channel, -1)).movedim(-1, channel)
+    def _last(self, x: Tensor) -> Any:
+        """The memory format of batches whose channels are the innermost; of a single picture there is none."""
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        return formats.get(x.ndim) if x.ndim == len(self.kernel_size) + 2 else None
+
+    def _is_inner(self, x: Tensor) -> bool:
+        last = self._last(x)
+        return last is not None and x.is_contiguous(memory_format=last)
 
     def product(self, x: Tensor) -> Tensor:
-        return self._by_rows(x) if self.one_place else self._by_strips(x)
+        """The convolution."""
+        values, dims = self.weight_values, len(self.kernel_size)
+        if torch.is_autocast_enabled(x.device.type) and values.is_floating_point():
+            x = x.to(values.dtype)
+        ways = {"striped": lambda: self._by_strips(x), "expanded": lambda: self._expanded(x)}
+        if self.one_place and (dims == 3 or not self.for_many(x, x.numel() // max(1, self.in_channels))):
+            return self._expanded(x)
+        if not self.one_place and values.is_floating_point() and x.dtype in FLOATS and x.dtype != values.dtype:
+            raise ValueError(f"a convolution whose weight is {values.dtype} got an input of {x.dtype}")
+        if x.device.type not in ("cpu", "meta"):
+            return self._by_kept(x)
+        if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype not in FLOATS or not x.numel():
+            return self._by_strips(x)
+        about = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups, x.dtype, self._is_inner(x))
+        return fastest((*self.measured, *about, 1 << x.numel().bit_length()), ways)
+
+    def _expanded(self, x: Tensor) -> Tensor:
+        """By the dense weight; for one place and a few pixels row by row."""
+        dims = len(self.kernel_size)
+        if self.one_place:
+            channel = x.ndim - dims - 1
+            where: tuple[Any, ...] = (..., *(slice(None, None, step) for step in self.stride))
+            return self._by_rows(x[where].movedim(channel, -1)).movedim(-1, channel)
+        weight = as_parameter(expand(self._packed, x.dtype), {"kernel": self.kernel_size})
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        convolve = functional.conv1d if dims == 1 else functional.conv2d
+        return convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def _by_strips(self, x: Tensor) -> Tensor:
         weight = self.striped()
+        parts = (weight.values, weight.index, weight.starts, self.bias, weight.columns, weight.strip)
+        return self._by(sparse_conv, x, parts, Striped)
+
+    def _kept(self) -> Tensor:
+        """The dense weight, which stays on devices that have no kernels for convolutions."""
+        return self.made(Tensor, lambda: self.weight)
+
+    def _by_kept(self, x: Tensor) -> Tensor:
+        weight = self._kept()
+        return self._by(dense_conv, x, (weight if weight.ndim == 4 else weight.unsqueeze(2), self.bias), Tensor)
+
+    def _by(self, operator: Any, x: Tensor, parts: tuple[Any, ...], made: type) -> Tensor:
+        """An operator of pictures; one dimension is pictures of one row."""
         dims = len(self.kernel_size)
         batch = x if x.ndim == dims + 2 else x.unsqueeze(0)
-        if torch.is_autocast_enabled(x.device.type) and self.weight_values.is_floating_point():
-            batch = batch.to(self.weight_values.dtype)
         before, after = self._around()
         if before != after:  # "same" about a kernel of an even size
             sides = [side for pair in zip(before[::-1], after[::-1], strict=True) for side in pair]
             batch, before = functional.pad(batch, sides), [0] * dims
-        flat = [1] * (2 - dims)  # a convolution in one dimension is one of pictures of one row
-        how = (
+        flat = [1] * (2 - dims)
+        how: tuple[Any, ...] = (
             [*flat, *self.kernel_size],
             [*flat, *self.stride],
             [*(0 for _ in flat), *before],
             [*flat, *self.dilation],
+            self.groups,
         )
-        parts = (weight.values, weight.index, weight.starts, self.bias, weight.strip)
-        y: Tensor = sparse_conv(batch.unsqueeze(2) if flat else batch, *parts, *how, self.groups)
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            how = (*how, list(self._made[made].parts), list(self._made[made].versions))
+        y: Tensor = operator(batch.unsqueeze(2) if flat else batch, *parts, *how)
         y = y.squeeze(2) if flat else y
         return y if x.ndim == dims + 2 else y.squeeze(0)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,16 @@ from .format import Packed, Rounded, of_parts, unpack
 from .kernels import FEW, dense_linear, library, sparse_linear
 from .measured import fastest
 from .striped import Striped, sparse_product, striped
+
+T = TypeVar("T")
+
+
+class Made(NamedTuple):
+    """What was made of a weight, of which parts, and how often each of these had been changed then."""
+
+    parts: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    thing: Any
 
 
 class TrainingError(ModelError):
@@ -87,7 +97,7 @@ class SparseLinear(PackedModule):
     def __init__(self, packed: Packed, bias_O: nn.Parameter | None = None, transposed: bool = False):
         super().__init__(packed, packed.rows, packed.columns, bias_O)
         self.transposed = transposed
-        self._striped: tuple[Tensor, Striped] | None = None
+        self._made: dict[type, Made] = {}
 
     def packed(self, name: str = "weight") -> Packed:
         """The weight, checked. Raises ModelError, naming the tensor, if it is damaged."""
@@ -151,12 +161,43 @@ class SparseLinear(PackedModule):
         return type(self).__name__, self.out_features, self.in_features, kept, torch.get_num_threads()
 
     def striped(self) -> Striped:
-        """The weight for many positions, made when it is first asked for. While the network is traced its tensors are
-        stand-ins, and what was made before is meant."""
-        traced = torch.compiler.is_compiling() and self._striped is not None
-        if self._striped is None or not (traced or self._striped[0] is self.weight_values):
-            self._striped = self.weight_values, striped(self._packed, self.places)
-        return self._striped[1]
+        """The weight for many positions."""
+        return self.made(Striped, lambda: striped(self._packed, self.places))
+
+    def made(self, kind: type[T], make: Callable[[], T]) -> T:
+        """What is made of the weight when it is first asked for, and made anew when the weight has changed. While the
+        module is traced nobody can see whether it has: operators are told what it was made of."""
+        if kind not in self._made or not (torch.compiler.is_compiling() or self._holds(self._made[kind])):
+            with torch.inference_mode(False):
+                for name, part in self._buffers.items():
+                    if part is not None and part.is_inference():  # which would not count its changes
+                        self._buffers[name] = part.clone()
+                parts = tuple(part for part in self._buffers.values() if part is not None)
+                self._made[kind] = Made(parts, tuple(part._version for part in parts), make())
+        thing: T = self._made[kind].thing
+        return thing
+
+    def _holds(self, made: Made) -> bool:
+        """Is it of the weight as it is now?"""
+        parts = [part for part in self._buffers.values() if part is not None]
+        return len(parts) == len(made.parts) and all(
+            part is then and part._version == version
+            for part, then, version in zip(parts, made.parts, made.versions, strict=True)
+        )
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if not all(map(self._holds, self._made.values())):
+            self._made = {}
+            self.settle()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.settle()
 
     @property
     def places(self) -> int:

@@ -12,6 +12,7 @@ one byte. Everything here is float32.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .format import Packed, mask_of, unpack
-from .kernels import define, library, succeed
+from ..errors import ModelError
+from .format import FLOATS, Packed, mask_of, unpack
+from .kernels import check_floating, define, library
+from .steps import run, step
 
 STRIP = 96  # columns whose inputs, 128 positions of each, stay in the first or near the second cache
 LARGEST = 256  # columns of a strip are counted in a byte
@@ -51,7 +54,7 @@ class Striped:
 
     @property
     def nbytes(self) -> int:
-        """Bytes beside those of the packed weight, whose values these are where that has float32 ones."""
+        """Bytes. The values of a matrix in float32 are the packed weight's own."""
         return self.values.nbytes + self.index.nbytes + self.starts.nbytes
 
 
@@ -137,7 +140,7 @@ def dense_weight(weight: Striped) -> Tensor:
 
 def kernel_weight(weight: Striped, kernel: Sequence[int]) -> Tensor:
     """A convolution's weight (O, C, k…)."""
-    places = int(np.prod(kernel))
+    places = math.prod(kernel)
     channels = weight.columns // places
     order = torch.from_numpy(order_of(channels, places, weight.strip // places))
     weight_OI = torch.empty(weight.rows, weight.columns, device=weight.values.device)
@@ -149,36 +152,6 @@ def kernel_weight(weight: Striped, kernel: Sequence[int]) -> Tensor:
 # Operators
 
 
-class ProductStep(ctypes.Structure):
-    """product_step_t of csrc/steps.h."""
-
-    _fields_ = [
-        ("kind", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias", "x")),
-        ("x_ld", ctypes.c_int64),
-        ("y", ctypes.c_void_p),
-        ("y_ld", ctypes.c_int64),
-        ("residual", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("residual_ld", "residual_last", "act", "positions")),
-    ]
-
-
-class ConvStep(ctypes.Structure):
-    """conv_step_t of csrc/steps.h."""
-
-    _fields_ = [
-        *ProductStep._fields_[:-2],
-        *((name, ctypes.c_int64) for name in ("x_batch", "y_batch", "residual_batch")),
-        *((name, ctypes.c_int64) for name in ("act", "batch", "channels", "height", "width")),
-        *((name, ctypes.c_int64) for name in ("rows", "out_height", "out_width")),
-        *((name, ctypes.c_int64 * 2) for name in ("kernel", "stride", "pad", "dilation")),
-        ("groups", ctypes.c_int64),
-    ]
-
-
-PRODUCT, CONV = 0, 1  # their kinds
-
-
 def leading(positions: int) -> int:
     """How far apart the channels of so many positions lie, in floats: an odd multiple of 16, so that they fall into
     different sets of the caches."""
@@ -186,35 +159,38 @@ def leading(positions: int) -> int:
     return (vectors + 1 - vectors % 2) * 16
 
 
-def _weight_of(values: Tensor, index: Tensor, starts: Tensor, columns: int, strip: int) -> StripedWeight:
+def _weight_of(
+    values: Tensor, index: Tensor, starts: Tensor, bias: Tensor | None, columns: int, strip: int
+) -> StripedWeight:
     """The parts as C takes them. Raises ValueError where they do not fit; what they hold is trusted: `striped` made
     it."""
-    parts = ((values, torch.float32), (index, torch.uint8), (starts, torch.int32))
+    parts = ((values, torch.float32, 1), (index, torch.uint8, 1), (starts, torch.int32, 2))
     if (
-        any(part.dtype != dtype or not part.is_contiguous() for part, dtype in parts)
+        any(part.dtype != dtype or part.ndim != ndim or not part.is_contiguous() for part, dtype, ndim in parts)
         or values.shape != index.shape
         or not 0 < strip <= LARGEST
+        or columns < 1
         or starts.shape[1] != -(-columns // strip) + 1
+        or (bias is not None and bias.shape != starts.shape[:1])
     ):
         raise ValueError(
             f"the parts of a striped weight do not fit: values {tuple(values.shape)}, index {tuple(index.shape)},"
             f" starts {tuple(starts.shape)}, {columns} columns in strips of {strip}"
+            + ("" if bias is None else f", bias {tuple(bias.shape)}")
         )
     rows, strips = starts.shape[0], starts.shape[1] - 1
     return StripedWeight(rows, columns, strip, strips, values.data_ptr(), index.data_ptr(), starts.data_ptr())
 
 
-def run_steps(*steps: ctypes.Structure) -> None:
-    """Run steps of a plan, one after the other. Raises MemoryError."""
-    kernels = library()
-    assert kernels is not None
-    addresses = (ctypes.c_void_p * len(steps))(*map(ctypes.addressof, steps))
-    succeed(kernels.prunella_plan(addresses, len(steps), torch.get_num_threads()))
+def weight_of(weight: Striped) -> StripedWeight:
+    """A weight as C takes it, while `weight` lives."""
+    return _weight_of(weight.values, weight.index, weight.starts, weight.columns, weight.strip)
 
 
 def _product(
     x: Tensor, values: Tensor, index: Tensor, starts: Tensor, bias: Tensor | None, columns: int, strip: int
 ) -> Tensor:
+    check_floating(x)
     weight_OI = dense_weight(Striped(values, index, starts, columns, strip))
     return functional.linear(x, weight_OI.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -222,27 +198,28 @@ def _product(
 def _product_cpu(
     x: Tensor, values: Tensor, index: Tensor, starts: Tensor, bias: Tensor | None, columns: int, strip: int
 ) -> Tensor:
-    weight = _weight_of(values, index, starts, columns, strip)
-    if x.shape[-1] != columns:
+    weight = _weight_of(values, index, starts, bias, columns, strip)
+    if not x.ndim or x.shape[-1] != columns:
         raise ValueError(f"a product with {columns} columns got an input of shape {tuple(x.shape)}")
     positions, shape = x.numel() // columns, (*x.shape[:-1], weight.rows)
-    if library() is None or not x.is_floating_point() or x.dtype == torch.float64 or not positions:
+    if library() is None or x.dtype not in FLOATS or not positions:
         return _product(x, values, index, starts, bias, columns, strip)
     ld = leading(positions)
     x_IT, y_OT = torch.empty(columns, ld), torch.empty(weight.rows, ld)
     x_IT[:, :positions] = x.reshape(positions, columns).T
     bias = None if bias is None else bias.float().contiguous()
-    step = ProductStep(
-        kind=PRODUCT,
-        weight=ctypes.addressof(weight),
-        bias=None if bias is None else bias.data_ptr(),
-        x=x_IT.data_ptr(),
-        x_ld=ld,
-        y=y_OT.data_ptr(),
-        y_ld=ld,
-        positions=positions,
+    run(
+        [
+            step(
+                "product",
+                weight=ctypes.addressof(weight),
+                bias=bias,
+                x=(x_IT.data_ptr(), ld),
+                y=(y_OT.data_ptr(), ld),
+                positions=positions,
+            )
+        ]
     )
-    run_steps(step)
     return y_OT[:, :positions].T.to(x.dtype, memory_format=torch.contiguous_format, copy=True).view(shape)
 
 
@@ -252,17 +229,42 @@ def _conv(
     index: Tensor,
     starts: Tensor,
     bias: Tensor | None,
+    columns: int,
     strip: int,
     kernel: list[int],
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     groups: int,
+    parts: list[Tensor] | None = None,
+    versions: list[int] | None = None,
 ) -> Tensor:
-    columns = x.shape[1] // groups * kernel[0] * kernel[1]
-    weight = kernel_weight(Striped(values, index, starts, columns, strip), kernel).to(x.dtype)
+    check_floating(x)
+    weight = kernel_weight(Striped(values, index, starts, columns, strip), kernel)
+    return _dense_conv(x, weight, bias, kernel, stride, padding, dilation, groups, parts, versions)
+
+
+def _dense_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    parts: list[Tensor] | None = None,
+    versions: list[int] | None = None,
+) -> Tensor:
+    _check_unchanged(parts, versions)
     bias = None if bias is None else bias.to(x.dtype)
-    return functional.conv2d(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+    return functional.conv2d(x, weight.to(x.dtype), bias, stride, padding, dilation, groups).contiguous()
+
+
+def _check_unchanged(parts: list[Tensor] | None, versions: list[int] | None) -> None:
+    """Raises ModelError where one of these tensors is of another version."""
+    if parts and versions and [part._version for part in parts] != list(versions):
+        raise ModelError("a packed weight was changed after its network was compiled: compile the network again.")
 
 
 def _out(size: int, kernel: int, stride: int, pad: int, dilation: int) -> int:
@@ -270,28 +272,41 @@ def _out(size: int, kernel: int, stride: int, pad: int, dilation: int) -> int:
 
 
 def _conv_cpu(x: Tensor, values: Tensor, index: Tensor, starts: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
-    strip, kernel, stride, padding, dilation, groups = how
-    if x.ndim != 4 or x.shape[1] % groups:
-        raise ValueError(f"a convolution of {groups} groups got an input of shape {tuple(x.shape)}")
+    columns, strip, kernel, stride, padding, dilation, groups, *made_of = how
+    weight = _weight_of(values, index, starts, bias, columns, strip)
+    pairs = ((kernel, 1), (stride, 1), (padding, 0), (dilation, 1))
+    places = math.prod(kernel)
+    if (
+        any(len(pair) != 2 or min(pair) < least for pair, least in pairs)
+        or strip % places
+        or columns % places
+        or groups < 1
+        or weight.rows % groups
+    ):
+        raise ValueError(
+            f"no convolution: {weight.rows} outputs in {groups} groups, kernel {kernel}, stride {stride}, padding"
+            f" {padding}, dilation {dilation}, strips of {strip}"
+        )
+    if x.ndim != 4 or x.shape[1] != columns // places * groups:
+        raise ValueError(
+            f"a convolution of {columns // places * groups} channels got an input of shape {tuple(x.shape)}"
+        )
     batch, channels, *size = x.shape
-    weight = _weight_of(values, index, starts, channels // groups * kernel[0] * kernel[1], strip)
     out = [_out(*one) for one in zip(size, kernel, stride, padding, dilation, strict=True)]
-    kernels = library()
-    if kernels is None or not x.is_floating_point() or x.dtype == torch.float64 or min(out) < 1 or not batch:
+    if library() is None or x.dtype not in FLOATS or min(out) < 1 or not batch:
         return _conv(x, values, index, starts, bias, *how)
+    if made_of:
+        _check_unchanged(*made_of)
     x_NCHW = x.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
     y = torch.empty(batch, weight.rows, *out)
     area, made = size[0] * size[1], out[0] * out[1]
-    pair = ctypes.c_int64 * 2
-    step = ConvStep(
-        kind=CONV,
+    conv = step(
+        "conv",
         weight=ctypes.addressof(weight),
-        bias=None if bias is None else bias.data_ptr(),
-        x=x_NCHW.data_ptr(),
-        x_ld=area,
-        y=y.data_ptr(),
-        y_ld=made,
+        bias=bias,
+        x=(x_NCHW.data_ptr(), area),
+        y=(y.data_ptr(), made),
         x_batch=channels * area,
         y_batch=weight.rows * made,
         batch=batch,
@@ -301,13 +316,13 @@ def _conv_cpu(x: Tensor, values: Tensor, index: Tensor, starts: Tensor, bias: Te
         rows=weight.rows,
         out_height=out[0],
         out_width=out[1],
-        kernel=pair(*kernel),
-        stride=pair(*stride),
-        pad=pair(*padding),
-        dilation=pair(*dilation),
+        kernel=kernel,
+        stride=stride,
+        pad=padding,
+        dilation=dilation,
         groups=groups,
     )
-    run_steps(step)
+    run([conv])
     return y.to(x.dtype)
 
 
@@ -316,20 +331,35 @@ def _product_like(x: Tensor, values: Tensor, index: Tensor, starts: Tensor, *res
 
 
 def _conv_like(x: Tensor, values: Tensor, index: Tensor, starts: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
-    _, kernel, stride, padding, dilation, _ = how
+    return _dense_conv_like(x, starts, bias, *how[2:])
+
+
+def _dense_conv_like(x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
+    kernel, stride, padding, dilation, *_ = how
     out = [_out(*one) for one in zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)]
-    return x.new_empty((x.shape[0], starts.shape[0], *out))
+    return x.new_empty((x.shape[0], weight.shape[0], *out))
 
 
 _STRIPED = "Tensor x, Tensor values, Tensor index, Tensor starts, Tensor? bias"
 define("sparse_product", f"{_STRIPED}, int columns, int strip", _product, {"CPU": _product_cpu}, _product_like)
 define(
     "sparse_conv",
-    f"{_STRIPED}, int strip, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups",
+    f"{_STRIPED}, int columns, int strip, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups,"
+    " Tensor[]? parts=None, int[]? versions=None",
     _conv,
     {"CPU": _conv_cpu},
     _conv_like,
 )
 
+define(
+    "dense_conv",
+    "Tensor x, Tensor weight, Tensor? bias, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups,"
+    " Tensor[]? parts=None, int[]? versions=None",
+    _dense_conv,
+    {},
+    _dense_conv_like,
+)
+
 sparse_product = torch.ops.prunella.sparse_product
 sparse_conv = torch.ops.prunella.sparse_conv
+dense_conv = torch.ops.prunella.dense_conv

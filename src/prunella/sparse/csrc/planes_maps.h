@@ -15,8 +15,6 @@
         default: DO(ACT_NONE);                          \
     }
 
-enum { SMALL = 1 << 14 }; /* numbers that are no work for a second thread */
-
 /* Channels that a thread takes at a time, of `numbers` numbers each. */
 static inline int64_t channels_at_a_time(int64_t channels, int64_t numbers, int threads) {
     const int64_t least = SMALL / (numbers + 1) + 1, share = channels / (4 * threads) + 1;

@@ -1,4 +1,4 @@
-/* The steps of a plan: a network's forward pass for inputs of one shape, as plan/steps.py describes it (its ctypes
+/* The steps of a plan: a network's forward pass for inputs of one shape, as steps.py describes it (its ctypes
  * structures are these, field by field).
  *
  * Values are float32 and channel-major: channel c begins at `data + c * ld` and its positions follow one another: (batch,

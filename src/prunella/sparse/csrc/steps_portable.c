@@ -6,24 +6,15 @@
 #include "internal.h"
 #include "lanes_portable.h"
 #include "parallel.h"
-#include "planes.h"
 #include "steps.h"
 
 #include "lanes_math.h"
+#include "planes.h"
 #include "striped.h"
 
-#include "planes_maps.h"
-#include "planes_norm.h"
-#include "planes_pack.h"
-#include "planes_window.h"
-#include "planes_attend.h"
-#include "planes_depthwise.h"
-#include "planes_pool.h"
-
 const step_run_t portable_steps[STEPS] = {
-    [STEP_PRODUCT] = NAME(product),     [STEP_CONV] = NAME(conv),
-    [STEP_DEPTHWISE] = NAME(depthwise), [STEP_POOL] = NAME(pool),     [STEP_MEAN] = NAME(mean), [STEP_SCALE] = NAME(scale),
-    [STEP_ADD] = NAME(add),             [STEP_MAP] = NAME(map),       [STEP_NORM] = NAME(norm), [STEP_ATTEND] = NAME(attend),
-    [STEP_PACK] = NAME(pack),           [STEP_UNPACK] = NAME(unpack),
+    [STEP_PRODUCT] = portable_product,
+    [STEP_CONV] = portable_conv,
+    PLANES_STEPS,
 };
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sparse.kernels import library, succeed
+from .kernels import library, succeed
 
 ACTS = (
     "none", "relu", "relu6", "silu", "gelu", "gelu_tanh", "sigmoid", "hardswish", "hardsigmoid", "tanh",
@@ -30,8 +30,7 @@ _PAIR, _FOUR = _LONG * 2, _LONG * 4
 _FIELDS = {
     "product": "&weight &scale &bias *x *y *residual residual_last act positions",
     "conv": "&weight &scale &bias *x *y *residual residual_last x_batch y_batch residual_batch act batch channels"
-    " height width rows out_height out_width"
-    " 2kernel 2stride 2pad 2dilation groups",
+    " height width rows out_height out_width 2kernel 2stride 2pad 2dilation groups",
     "depthwise": "&weight &bias *x *y *residual residual_last act batch channels height width rows out_height"
     " out_width 2kernel 2stride 2pad 2dilation",
     "pool": "*x *y act batch channels height width out_height out_width 2kernel 2stride 2pad 2dilation mean count_pad",
@@ -123,7 +122,8 @@ class Run:
 # Sizes that do not go together would be read or written beyond the end of memory.
 
 _POSITIONS: dict[str, dict[str, Callable[[Any], int]]] = {
-    "conv": {"x": lambda s: s.batch * s.height * s.width, "y": lambda s: s.batch * s.out_height * s.out_width},
+    "conv": {"x": lambda s: s.height * s.width, "y": lambda s: s.out_height * s.out_width},  # of a picture
+    "pool": {"x": lambda s: s.batch * s.height * s.width, "y": lambda s: s.batch * s.out_height * s.out_width},
     "mean": {"x": lambda s: s.batch * s.places, "y": lambda s: s.batch},
     "scale": {"x": lambda s: s.batch * s.places, "y": lambda s: s.batch * s.places, "scale": lambda s: s.batch},
     "add": {"b": lambda s: s.b_positions},
@@ -134,7 +134,7 @@ _POSITIONS: dict[str, dict[str, Callable[[Any], int]]] = {
         "v": lambda s: s.batch * s.keys,
     },
 }
-_POSITIONS["depthwise"] = _POSITIONS["pool"] = _POSITIONS["conv"]
+_POSITIONS["depthwise"] = _POSITIONS["pool"]
 
 
 def _check(kind: str, made: Any, weights: dict[str, Tensor]) -> None:
@@ -150,7 +150,8 @@ def _check(kind: str, made: Any, weights: dict[str, Tensor]) -> None:
             positions = (
                 _POSITIONS.get(kind, {}).get(name) or _POSITIONS.get(kind, {}).get("y") or (lambda s: s.positions)
             )
-            demand(getattr(made, f"{name}_ld") >= -(-positions(made) // 16) * 16, f"{name} has too small an ld")
+            least = positions(made) if kind == "conv" else -(-positions(made) // 16) * 16  # which writes no further
+            demand(getattr(made, f"{name}_ld") >= least, f"{name} has too small an ld")
     demand(0 <= getattr(made, "act", 0) < len(ACTS), "no such activation")
     if kind in ("conv", "depthwise", "pool"):
         for axis, (size, out) in enumerate(((made.height, made.out_height), (made.width, made.out_width))):
