@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..compat import under_transform, version_of
 from ..errors import say
 from ..sparse.kernels import library
-from ..sparse.linear import PackedModule, SparseLinear
+from ..sparse.linear import PackedModule
 from .graph import NoGraphError, capture
 from .memory import memory
 from .run import Bound, Plan
@@ -137,8 +137,9 @@ class Planned:
         name = type(self.network).__name__
         try:
             with torch.no_grad():
-                graph = capture(self.network, args, kwargs)
-                plan = Plan(graph, self.weights)
+                self.weights.begin()
+                plan = Plan(capture(self.network, args, kwargs), self.weights)
+                self.weights.finish()
                 wanted = self.modules(*args, **kwargs)
                 found = self._run(plan, args, kwargs)
         except NoGraphError as error:
@@ -190,15 +191,11 @@ class _Seen:
 
     def __init__(self, network: nn.Module):
         modules = list(network.modules())
-        for module in modules:
-            if isinstance(module, SparseLinear):
-                module.striped()  # which it keeps
-        self.now = [vars(module) for module in modules]
-        self.then = [_copied(about) for about in self.now]
+        self.modules = modules
+        self.then = self._about()
         config = getattr(network, "config", None)
-        if hasattr(config, "__dict__"):
-            self.now.append(vars(config))
-            self.then.append(dict(vars(config)))
+        self.config = vars(config) if hasattr(config, "__dict__") else {}
+        self.configured = dict(self.config)
         self.tensors = [*network.parameters(), *network.buffers()]
         self.versions = list(map(_version, self.tensors))
         hooks = ("_forward_hooks", "_forward_pre_hooks")
@@ -211,19 +208,30 @@ class _Seen:
             and any(isinstance(module, PackedModule) for module in modules)
         )
 
+    def _about(self) -> list[dict[str, Any]]:
+        """What modules hold, but for what is made of their weights."""
+        return [
+            {
+                key: value.copy() if isinstance(value, dict) else value
+                for key, value in vars(module).items()
+                if key != "_made"
+            }
+            for module in self.modules
+        ]
+
     def still(self) -> bool:
         try:
-            return self.now == self.then and list(map(_version, self.tensors)) == self.versions
+            return (
+                self._about() == self.then
+                and self.config == self.configured
+                and list(map(_version, self.tensors)) == self.versions
+            )
         except (RuntimeError, ValueError):  # tensors that are others, compared
             return False
 
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else version_of(tensor)
-
-
-def _copied(about: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.copy() if isinstance(value, dict) else value for key, value in about.items()}
 
 
 def _apart(found: Any, wanted: Any) -> str | None:

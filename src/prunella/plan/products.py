@@ -75,7 +75,11 @@ def product(lower: Lowering, node: fx.Node, tail: Tail, x: Any, axis: int, weigh
     y = lower.new(end_of(node, tail), tail.axis)
     if isinstance(weight, Tensor):
         return _dense(lower, x_plane, weight, y, tail, others)
-    fields = {"weight": lower.weights.packed(weight), "positions": x_plane.positions, **ends(lower, tail)}
+    fields = {
+        "weight": lower.weights.packed(weight, x_plane.positions),
+        "positions": x_plane.positions,
+        **ends(lower, tail),
+    }
     return lower.step("product", y, tail.axis, {"x": x_plane, **others}, **fields)
 
 
@@ -134,18 +138,30 @@ def conv2d(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
     if math.prod(kernel) > LARGEST:
         return None
     flat_OI = weight.movedim(1, -1).flatten(1)
-    fields = {"weight": lower.weights.striped(flat_OI, math.prod(kernel)), "groups": groups, **ends(lower, tail)}
+    fields = {
+        "weight": lower.weights.striped(flat_OI, math.prod(kernel), _places(made)),
+        "groups": groups,
+        **ends(lower, tail),
+    }
     return picture(lower, "conv", node, tail, x, {**fields, **sizes})
 
 
 @rule(sparse_conv)
 def packed_conv(lower: Lowering, node: fx.Node, tail: Tail) -> Live:
-    x, values, index, starts, bias, strip, kernel, stride, padding, dilation, groups = map(lower.value, node.args)
+    x, values, index, starts, bias, columns, strip, kernel, stride, padding, dilation, groups, *_ = map(
+        lower.value, node.args
+    )
     made, tail = shape_of(node), with_bias(tail, bias)
     assert made is not None
-    weight = Striped(values, index, starts, x.shape[1] // groups * math.prod(kernel), strip)
+    strips = Striped(values, index, starts, columns, strip)
+    weight = lower.weights.conv(strips, kernel, groups, _places(made))
     sizes = window(x, made, kernel, stride, padding, dilation)
     return picture(lower, "conv", node, tail, x, {"weight": weight, "groups": groups, **ends(lower, tail), **sizes})
+
+
+def _places(made: Sequence[int]) -> int:
+    """Of all pictures (B, C, H, W)."""
+    return made[0] * made[2] * made[3]
 
 
 def window(x: Any, made: Sequence[int], kernel: Any, stride: Any, padding: Any, dilation: Any) -> dict[str, Any]:

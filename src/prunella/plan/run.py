@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..sparse import steps
-from ..sparse.striped import Striped, weight_of
 from . import encoder, products, vision  # noqa: F401  (their rules)
 from .graph import Graph
 from .lower import Lowering, Step, Torch
 from .memory import lay_out
 from .values import Live, Loose, Plane
+from .weights import Pruned
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -89,10 +89,9 @@ class Bound:
     def _made(self, step: Step) -> steps.Step:
         fields: dict[str, Any] = {name: self._value(plane) for name, plane in step.planes.items()}
         for name, value in step.fields.items():
-            if isinstance(value, Striped):
-                weight = weight_of(value)
-                self.kept.append((weight, value))
-                fields[name] = ctypes.addressof(weight)
+            if isinstance(value, Pruned):
+                self.kept.append(value)
+                fields[name] = ctypes.addressof(value.struct)
             elif value is not None:
                 fields[name] = int(value) if isinstance(value, bool) else value
         return steps.step(step.kind, **fields)

@@ -137,7 +137,7 @@ def seal(codes: Sequence[Code]) -> list[Coded] | None:
     region = _Region(address, together.numel())
     sealed, at = [], 0
     for code in codes:
-        table = code.where.view(-1, 2).clone()
+        table = torch.cat([code.where.view(-1, 2), torch.tensor([[code.code.numel(), code.values.numel()]])])
         table[:, 0] += address + at
         table[:, 1] = table[:, 1] * 4 + code.values.data_ptr()
         sealed.append(Coded(code.values, table, code.rows, code.columns, code.strip, region, code.nbytes))

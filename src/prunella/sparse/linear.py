@@ -164,6 +164,10 @@ class SparseLinear(PackedModule):
         """The weight for many positions."""
         return self.made(Striped, lambda: striped(self._packed, self.places))
 
+    def forget_strips(self) -> None:
+        """Give back what `striped` took, until it is asked for again."""
+        self._made.pop(Striped, None)
+
     def made(self, kind: type[T], make: Callable[[], T]) -> T:
         """What is made of the weight when it is first asked for, and made anew when the weight has changed. While the
         module is traced nobody can see whether it has: operators are told what it was made of."""

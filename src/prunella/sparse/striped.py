@@ -184,7 +184,7 @@ def _weight_of(
 
 def weight_of(weight: Striped) -> StripedWeight:
     """A weight as C takes it, while `weight` lives."""
-    return _weight_of(weight.values, weight.index, weight.starts, weight.columns, weight.strip)
+    return _weight_of(weight.values, weight.index, weight.starts, None, weight.columns, weight.strip)
 
 
 def _product(

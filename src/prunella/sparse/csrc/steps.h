@@ -55,7 +55,7 @@ typedef struct {
     const float *values;
     const uint8_t *index;
     const int32_t *starts; /* (rows, strips + 1) */
-    const struct code *code; /* of each block of CODE_ROWS rows of a group, and strip; NULL: as above */
+    const struct code *code; /* (blocks of CODE_ROWS rows of a group, strips), and where the last ends; NULL: as above */
 } striped_t;
 
 /* Instructions made for one weight: see generate.c. They add to `sums` (CODE_ROWS, CODE_SUMS), 16 of each row, the products

@@ -303,6 +303,15 @@ static TARGET void NAME(striped_item)(const void *data, int64_t item, int worker
 
 enum { CODE_TILE = 16, CODE_MOST = 27 }; /* positions that code takes at a time; blocks of rows whose sums fit the cache */
 
+/* Fetch part t of the code and values that come next, which the processor does not foresee, into the second cache. */
+INLINE void NAME(foresee)(const code_t *next, int64_t t, int64_t parts) {
+    const char *from[2] = {(const char *)next->run, (const char *)next->values};
+    const int64_t size[2] = {(const char *)next[1].run - from[0], (const char *)next[1].values - from[1]};
+    for (int i = 0; i < 2; i++)
+        for (int64_t at = size[i] * t / parts & ~63, end = size[i] * (t + 1) / parts; at < end; at += 64)
+            __builtin_prefetch(from[i] + at, 0, 2);
+}
+
 /* wild += 0 x for the positions of a panel. */
 static TARGET __attribute__((noinline)) void NAME(look_closely)(
     const float *panel, int64_t columns, int64_t tiles, float *wild) {
@@ -358,10 +367,13 @@ static TARGET void NAME(coded_item)(const void *data, int64_t item, int worker) 
             }
             for (int64_t b = first; b < last; b++) {
                 const code_t *code = w->code + (group * blocks + b) * w->strips + strip;
-                for (int64_t t = 0; t < tiles; t++)
+                const code_t *next = b + 1 < last ? code + w->strips : code + (strip + 1 < w->strips) - (b - first) * w->strips;
+                for (int64_t t = 0; t < tiles; t++) {
+                    NAME(foresee)(next, t, tiles);
                     code->run(
                         panel + t * columns * CODE_TILE, sums + (b - first) * CODE_ROWS * CODE_SUMS + t * CODE_TILE,
                         code->values);
+                }
             }
         }
         for (int64_t r = 0; any && r < to - from; r++)
