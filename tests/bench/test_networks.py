@@ -182,6 +182,7 @@ def test_classifiers_of_texts_and_modules_of_ones_own_are_measured(tmp_path: Pat
     assert (found["task"], found["rows"][1]["difference"] < 1e-4) == ("module", True)
 
 
+@pytest.mark.slow  # two processes that import everything
 def test_memory_is_that_of_a_process(tmp_path: Path) -> None:
     """Of a network much larger than what its forward pass leaves behind."""
     network = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(6)))
