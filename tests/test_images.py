@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nets
 import pictures as drawn
 import pytest
 import torch
@@ -148,6 +149,20 @@ def test_a_network_with_batch_norm_is_pruned_on_pictures_without_classes(
     assert len(losses) > 1
     assert all(loss > 0 for loss in losses.values()), losses
     assert report["pruned"]["divergence"] > 0
+
+
+def test_batch_norms_are_decided_on_by_what_the_dense_network_answers() -> None:
+    """Labels that it finds least likely are best met by what is broken most."""
+    network = nets.shaken(drawn.tiny_timm())
+    x_NCHW = torch.randn(60, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wrong = network(x_NCHW).argmin(1)
+    recipe = {"task": "images", "steps": ["magnitude"], "sparsity": 0.5, "evaluate": {"source": None}}
+    report = prunella.prune(network, recipe, calibration=Samples.of({"pixel_values": x_NCHW, "labels": wrong}))
+    tried = report.batch_norm["tried"]
+    assert [list(scores) for scores in tried.values()] == [["divergence", "loss", "top-1"]] * 3
+    assert report.batch_norm["taken"] == min(tried, key=lambda way: tried[way]["divergence"])
+    assert report.batch_norm["taken"] != min(tried, key=lambda way: tried[way]["loss"])
 
 
 # ---------------------------------------------------------------------------------------------------------
