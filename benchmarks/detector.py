@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import prunella
+from prunella.compat import has_bfloat16_products
 from prunella.train.distil import Fit
 
 SIZE = 320
@@ -346,7 +347,8 @@ def fitting(dense: Yolo, x_NCHW: Tensor, asked: argparse.Namespace) -> Iterator[
     """What trains in each round; the last one, to whose sparsity the others lead, may be longer."""
     for number in range(1, asked.rounds + 1):
         epochs = asked.last if number == asked.rounds and asked.last else asked.epochs
-        yield prunella.distil(dense, x_NCHW, epochs=epochs, batch=asked.batch, rate=asked.rate, looks=1)
+        options = {"epochs": epochs, "batch": asked.batch, "rate": asked.rate, "looks": 1}
+        yield prunella.distil(dense, x_NCHW, **options, bfloat16=has_bfloat16_products())
 
 
 def divergence(dense: Yolo, x_NCHW: Tensor) -> Any:

@@ -241,8 +241,8 @@ class BatchNorms:
 
     def settle(self, out: Output | None) -> dict[str, Any]:
         """Estimate the statistics of the pruned network, which is on disk, or in memory; keep those that the recipe
-        asks for or, if it leaves that open, those with the lowest loss on what is held out. Returns what happened, for
-        the report. A run that resumes does not do it again."""
+        asks for or, if it leaves that open, those that bring it nearest to the dense one on what is held out. Returns
+        what happened, for the report. A run that resumes does not do it again."""
         on_disk = out if self.model.checkpoint is not None else None
 
         def put(statistics: Mapping[str, Tensor]) -> None:
