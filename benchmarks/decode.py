@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import subprocess
-import sys
 import time
-import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from _peer import Peer
 from rich.console import Console
 from rich.table import Table
 
@@ -96,38 +95,13 @@ def _resident(p: Packed) -> Packed:
     return Packed(mask, offsets, values, scales[0] if scales else None, p.columns, p.group)
 
 
-class Llama:
-    """llama.cpp with random weights of a network's shape, in a process of its own."""
-
-    def __init__(self, directory: Path, network: Any, threads: int):
-        python = directory / "bin" / "python"
-        if not (directory / "ready").exists():
-            print(f"building llama.cpp in {directory}: this takes long", file=sys.stderr)
-            venv.create(directory, with_pip=True)
-            subprocess.run([python, "-m", "pip", "install", "--quiet", "llama-cpp-python", "gguf"], check=True)
-            (directory / "ready").touch()
-        config = network.config
-        shape = (config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers)
-        heads = (config.num_attention_heads, config.num_key_value_heads)
-        worker = [python, Path(__file__).with_name("_llama_worker.py"), directory, *shape, *heads, threads]
-        self.process = subprocess.Popen(
-            list(map(str, worker)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        self._answer()
-
-    def _answer(self) -> None:
-        assert self.process.stdout is not None
-        if not self.process.stdout.readline():
-            raise RuntimeError(f"it ended with code {self.process.wait()}")
-
-    def generate(self, kind: str, tokens: int) -> None:
-        assert self.process.stdin is not None
-        print(kind, tokens, file=self.process.stdin, flush=True)
-        self._answer()
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+def llama_of(directory: Path, network: Any, threads: int) -> Peer:
+    """llama.cpp with random weights of a network's shape."""
+    config = network.config
+    shape = (config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers)
+    heads = (config.num_attention_heads, config.num_key_value_heads)
+    packages = ("llama-cpp-python", "gguf")
+    return Peer(directory, packages, "_llama_worker.py", directory, *shape, *heads, threads)
 
 
 def models(shape: str, prompt: int, tokens: int, rounds: int, llama: Path | None, threads: int, out: Console) -> None:
@@ -142,10 +116,10 @@ def models(shape: str, prompt: int, tokens: int, rounds: int, llama: Path | None
     peer = None
     if llama is not None:
         try:
-            peer = Llama(llama, dense, threads)
+            peer = llama_of(llama, dense, threads)
             beside = {
-                "llama.cpp BF16": lambda count: peer.generate("BF16", count),
-                "llama.cpp Q8_0": lambda count: peer.generate("Q8_0", count),
+                "llama.cpp BF16": lambda count: peer.ask("BF16", count),
+                "llama.cpp Q8_0": lambda count: peer.ask("Q8_0", count),
             }
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             out.print(f"without llama.cpp, which could not be built or run: {error}")

@@ -15,7 +15,7 @@ from .layers import Slot, find_layers, left_out, within
 from .report import Report
 from .save import REPORT
 from .sparse.conv import SparseConv
-from .sparse.format import mask_of
+from .sparse.format import layer_names, mask_of
 from .sparse.linear import SparseLinear
 from .tasks import open_model
 
@@ -111,10 +111,14 @@ def _stored(block: nn.Module, prefix: str) -> Iterator[_Layer]:
             yield _Layer(slot.name, shape, zero_OI, nbytes, expanded=True)
     for path, module in block.named_modules():
         if isinstance(module, SparseLinear):
-            packed = module.packed()
+            packed, name = module.packed(), within(prefix, path)
+            about = {"groups": module.groups} if isinstance(module, SparseConv) and module.groups > 1 else {}
             kernel = tuple(module.kernel_size) if isinstance(module, SparseConv) else ()
-            zero_OI = ~mask_of(packed.mask, packed.columns)
-            yield _Layer(within(prefix, path), (packed.rows, packed.columns, *kernel), zero_OI, packed.nbytes)
+            names = layer_names(name, about)
+            shape = (packed.rows // len(names), packed.columns // math.prod(kernel), *kernel)
+            zeros = (~mask_of(packed.mask, packed.columns)).chunk(len(names))
+            for layer, zero_OI in zip(names, zeros, strict=True):
+                yield _Layer(layer, shape, zero_OI, packed.nbytes // len(names))
 
 
 def _parts(slot: Slot) -> int:

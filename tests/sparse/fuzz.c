@@ -5,6 +5,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "steps.h"
+
+int prunella_plan(const step_t *const *steps, int64_t count, int threads);
 int prunella_product(
     int32_t kind, int64_t rows, int64_t columns, const void *mask, const void *offsets, const void *values,
     int64_t count, const void *scales, int64_t group, const void *x, void *y, int32_t x_kind, int64_t tokens,
@@ -90,6 +93,62 @@ static int attention(void) {
     return failed;
 }
 
+/* A weight in strips, of random values: rows that keep nothing and rows that keep all among them. */
+static striped_t striped(int64_t rows, int64_t channels, int64_t places) {
+    const int64_t columns = channels * places, strip = places * (1 + (int64_t)(next() % (uint64_t)(256 / places)));
+    striped_t w = {rows, columns, strip, (columns + strip - 1) / strip, NULL, NULL, NULL, NULL};
+    uint8_t *index = malloc((size_t)(rows * columns));
+    int32_t *starts = malloc((size_t)(rows * (w.strips + 1)) * sizeof *starts), count = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        const uint64_t of_16 = next() % 4 ? next() % 17 : next() % 2 * 16;
+        for (int64_t i = 0; i < columns; i++) {
+            if (i % strip == 0) starts[r * (w.strips + 1) + i / strip] = count;
+            if (next() % 16 < of_16) index[count++] = (uint8_t)(i % strip);
+        }
+        starts[r * (w.strips + 1) + w.strips] = count;
+    }
+    w.index = realloc(index, (size_t)(count ? count : 1)); /* of exactly this size */
+    w.values = noise(count * 4, next() % 4 ? 2 : 0);
+    w.starts = starts;
+    return w;
+}
+
+/* Products and convolutions of many positions, on whatever bits there are, on the instruction set in use. */
+static int positions(void) {
+    const int64_t groups = 1 + (int64_t)(next() % 3), kernel[] = {1 + (int64_t)(next() % 4), 1 + (int64_t)(next() % 4)};
+    const int64_t rows = groups * (1 + (int64_t)(next() % 40)), channels = 1 + (int64_t)(next() % 60);
+    striped_t one = striped(rows, channels * 5, 1), other = striped(rows, channels, kernel[0] * kernel[1]);
+    float *scale = next() % 2 ? noise(rows * 4, 2) : NULL, *bias = next() % 2 ? noise(rows * 4, 2) : NULL;
+    const int64_t act = (int64_t)(next() % ACTS), count = 1 + (int64_t)(next() % 300), last = (int64_t)(next() % 2);
+    const int64_t ld = (count + 15) / 16 * 16 + 16 * (int64_t)(next() % 2), more = (int64_t)(next() % 2);
+    float *x = noise(channels * 5 * ld * 4, 2), *y = noise(rows * ld * 4, 0), *residual = noise(rows * ld * 4, 2);
+    const product_step_t product = {STEP_PRODUCT, &one, scale, bias, x, ld, y, ld, more ? residual : NULL, ld, last, act, count};
+    conv_step_t c = {.kind = STEP_CONV, .weight = &other, .scale = scale, .bias = bias, .residual_last = last, .act = act};
+    int64_t size[2], out[2];
+    for (int i = 0; i < 2; i++) {
+        c.kernel[i] = kernel[i], c.stride[i] = 1 + (int64_t)(next() % 3), c.dilation[i] = 1 + (int64_t)(next() % 3);
+        c.pad[i] = (int64_t)(next() % 6);
+        const int64_t reach = (kernel[i] - 1) * c.dilation[i] - 2 * c.pad[i];
+        size[i] = (reach < 0 ? 0 : reach) + 1 + (int64_t)(next() % 20);
+        out[i] = (size[i] + 2 * c.pad[i] - (kernel[i] - 1) * c.dilation[i] - 1) / c.stride[i] + 1;
+    }
+    const int64_t area = size[0] * size[1], made = out[0] * out[1], nchw = (int64_t)(next() % 2);
+    c.batch = (int64_t)(next() % 4), c.groups = groups, c.channels = channels * groups, c.rows = rows;
+    c.height = size[0], c.width = size[1], c.out_height = out[0], c.out_width = out[1];
+    c.x_ld = nchw ? area : c.batch * area, c.x_batch = nchw ? c.channels * area : area;
+    c.y_ld = c.residual_ld = nchw ? made : c.batch * made, c.y_batch = c.residual_batch = nchw ? rows * made : made;
+    float *pictures = noise(c.batch * c.channels * area * 4, 2), *results = noise(c.batch * rows * made * 4, 0);
+    float *added = noise(c.batch * rows * made * 4, 2);
+    c.x = pictures, c.y = results, c.residual = more ? added : NULL;
+    const step_t *const steps[] = {(const step_t *)&product, (const step_t *)&c}, unknown = {STEPS};
+    const step_t *const wrong[] = {&unknown};
+    const int failed = prunella_plan(steps, 2, 1) || prunella_plan(wrong, 1, 1) != -1;
+    free((void *)one.values), free((void *)one.index), free((void *)one.starts);
+    free((void *)other.values), free((void *)other.index), free((void *)other.starts);
+    free(scale), free(bias), free(x), free(y), free(residual), free(pictures), free(results), free(added);
+    return failed;
+}
+
 /* One token through a block of damaged weights, on the instruction set in use. */
 static int block(void) {
     const int64_t kv = 1 + (int64_t)(next() % 3), heads = kv * (1 + (int64_t)(next() % 3)), dim = 2 * (1 + (int64_t)(next() % 20));
@@ -164,6 +223,7 @@ int main(int argc, char **argv) {
                 prunella_dense(rows, columns, dense, x, y, x_kind, tokens, 1))
                 return 1;
             if (block()) return 4;
+            if (positions()) return 6;
             /* nothing left out: bytes with scales, and no more of them than there are weights */
             void *bytes_of = noise(rows * columns, 2), *of_rows = noise(rows * groups * 2, 2);
             if (prunella_product(3, rows, columns, NULL, NULL, bytes_of, rows * columns, of_rows, group, x, y, x_kind,

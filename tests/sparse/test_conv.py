@@ -23,7 +23,7 @@ from prunella import InputError, Model, ModelError, Task, register_task
 from prunella.model.open import open_files
 from prunella.packing import load_packed, pack_model, packed_config, unpack_model
 from prunella.samples import Batch, Samples
-from prunella.sparse.conv import ExpandedConv, SparseConv, packed_module, runs_packed
+from prunella.sparse.conv import ExpandedConv, SparseConv, packed_module, runs_packed, why_expanded
 from prunella.sparse.format import mask_of, pack
 from prunella.sparse.linear import SparseLinear, TrainingError
 from prunella.sparse.opening import open_network
@@ -72,7 +72,7 @@ class Pixels(Task):
 
 
 class Net(nn.Module):
-    """A chain of convolutions of all kinds, with batch norm."""
+    """A chain of convolutions of all kinds, with batch norm; one of them is of a kind that no kernel knows."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -82,12 +82,12 @@ class Net(nn.Module):
                 nn.Conv2d(width, 2 * width, 1, bias=False),
                 nn.BatchNorm2d(2 * width),
                 nn.ReLU(),
-                nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2),
+                nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2, padding_mode=around),
                 nn.BatchNorm2d(2 * width),
                 nn.ReLU(),
                 nn.Conv2d(2 * width, width, 1, stride=2),
             )
-            for _ in range(2)
+            for around in ("zeros", "reflect")
         )
         self.head = nn.Linear(width, 10)
 
@@ -183,13 +183,21 @@ def test_other_convolutions_do_not() -> None:
             return super().forward(functional.pad(x, (0, 1, 0, 1)))
 
     for conv in (
-        nn.Conv2d(8, 8, 3),
-        nn.Conv2d(8, 8, 1, padding=1),
-        nn.Conv2d(8, 8, 1, groups=2),
+        nn.Conv3d(8, 8, 3),
+        nn.Conv3d(8, 8, 1, groups=2),
+        nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(8, 8, 17),  # 289 places
         nn.ConvTranspose2d(8, 8, 1),
         Same(8, 8, 1),
     ):
         assert not runs_packed(conv)
+
+
+def test_without_kernels_only_those_of_one_place_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prunella.sparse.conv.library", lambda: None)
+    assert runs_packed(nn.Conv2d(8, 8, 1))
+    assert not runs_packed(nn.Conv2d(8, 8, 3))
+    assert "without the C kernels" in why_expanded()
 
 
 def test_a_packed_convolution_is_not_trained_and_looks_like_one() -> None:
@@ -202,7 +210,7 @@ def test_a_packed_convolution_is_not_trained_and_looks_like_one() -> None:
 
 
 def test_groups_and_kernels_are_stored_as_one_weight_and_come_back() -> None:
-    conv = nn.Conv2d(16, 24, (3, 2), groups=2)
+    conv = nn.Conv2d(16, 24, (3, 2), groups=2, padding=1, padding_mode="circular")
     weight, want = conv.weight.detach().clone(), outputs(conv, x := torch.randn(2, 16, 7, 7))
     matrix = weight.movedim(1, -1).flatten(1)  # a row is the 8 channels of each of 6 places
     mask = torch.ones(24, 48, dtype=torch.bool)
@@ -224,7 +232,7 @@ def test_groups_and_kernels_are_stored_as_one_weight_and_come_back() -> None:
 def test_a_network_of_ones_own_is_packed_opened_and_unpacked(pruned: Path, tmp_path: Path, bits: int | None) -> None:
     result = pack_model(str(pruned), tmp_path / "packed", bits)
     assert result.layers == 9  # the stem, and of each block two of one place, and two groups
-    assert result.expanded == ("stem.0", "blocks.0.3", "blocks.1.3")
+    assert result.expanded == ("blocks.1.3",)
     assert not result.kept
     found = packed_config(tmp_path / "packed") or {}
     assert found["modules"]["blocks.0.3"] == {"shape": [64, 288], "kernel": [3, 3], "groups": 2}
@@ -232,8 +240,8 @@ def test_a_network_of_ones_own_is_packed_opened_and_unpacked(pruned: Path, tmp_p
     sizes = [sum(p.stat().st_size for p in d.glob("*.safetensors")) for d in (pruned, tmp_path / "packed")]
     assert sizes[1] < 0.75 * sizes[0]
     opened = load_packed(tmp_path / "packed", device="cpu")
-    assert sum(isinstance(module, SparseConv) for module in opened.modules()) == 4
-    assert type(opened.get_submodule("blocks.0.3")) is nn.Conv2d
+    assert sum(isinstance(module, SparseConv) for module in opened.modules()) == 6
+    assert type(opened.get_submodule("blocks.1.3")) is nn.Conv2d
     assert unpack_model(str(tmp_path / "packed"), tmp_path / "plain") == 9
     plain = Net()
     plain.load_state_dict(load_file(tmp_path / "plain" / "model.safetensors"))
@@ -256,7 +264,7 @@ def test_a_network_of_ones_own_is_packed_opened_and_unpacked(pruned: Path, tmp_p
 def test_it_is_evaluated_and_looked_at_packed(pruned: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     done = run("pack", pruned, "-o", tmp_path / "packed")
     assert done.code == 0, done.err
-    assert "3 convolutions are expanded when the model is loaded" in done.err + done.out
+    assert "the convolution 'blocks.1.3' is expanded when the model is loaded: those run packed" in done.err + done.out
     plain, packed = (json.loads(run("eval", d, "--windows", 5, "--json").out) for d in (pruned, tmp_path / "packed"))
     assert packed["loss"] == pytest.approx(plain["loss"], rel=1e-4)
     assert run("prune", tmp_path / "packed", "-o", tmp_path / "no").err.endswith("makes a plain model of it.\n")
@@ -273,15 +281,17 @@ def test_layers_are_shown_in_their_own_shapes(pruned: Path, tmp_path: Path, patt
     assert plain.keys() == packed.keys() == {layer.name for layer in report.layers}
     assert plain["stem.0"].shape == (32, 3, 3, 3)
     assert plain["blocks.0.0"].shape == packed["blocks.0.0"].shape == (64, 32, 1, 1)
-    assert plain["blocks.0.3.weight.1"].shape == packed["blocks.0.3.weight.1"].shape == (32, 32, 3, 3)
+    for name in ("blocks.0.3.weight.1", "blocks.1.3.weight.0"):
+        assert plain[name].shape == packed[name].shape == (32, 32, 3, 3)
+        assert "32x32x3x3" in packed[name].cells()
     for layer in report.layers:
         one, other = plain[layer.name], packed[layer.name]
         assert one.zeros == other.zeros == round(layer.sparsity * layer.size)
         assert one.pattern == other.pattern == ("dense" if layer.name == "stem.0" else pattern)
         if layer.target:
             assert other.nbytes < one.nbytes
-    assert "expanded when it is loaded" in packed["blocks.0.3.weight.0"].cells()[-1]
-    assert "32x32x3x3" in packed["blocks.0.3.weight.0"].cells()
+    assert "expanded when it is loaded" in packed["blocks.1.3.weight.0"].cells()[-1]
+    assert "expanded" not in packed["blocks.0.3.weight.0"].cells()[-1]
 
 
 def test_pruning_straight_into_the_packed_format_is_packing_afterwards(pruned: Path, tmp_path: Path) -> None:
@@ -454,7 +464,8 @@ def test_an_encoder(tmp_path: Path) -> None:
     assert found.task.name == "classify"
 
 
-def test_what_is_changed_after_loading_is_not_stored_as_it_was(tmp_path: Path) -> None:
+def test_what_is_changed_after_loading_is_not_stored_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prunella.sparse.conv.library", lambda: None)  # so that convolutions are expanded
     dense = saved("resnet", tmp_path / "dense")
     prunella.prune(str(dense), {"task": "pixels", **SHORT}, output=tmp_path / "pruned")
     pack_model(str(tmp_path / "pruned"), tmp_path / "packed")

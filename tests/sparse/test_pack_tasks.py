@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import prunella
 from prunella import ModelError
@@ -99,11 +99,10 @@ def test_a_directory_of_timm_is_packed_and_opened_by_its_task(
         for d in (pruned, tmp_path / "packed")
     )
     assert one["agreement"] == other["agreement"] == 1
-    for words in (("generate", tmp_path / "packed", "Hello"), ("bench", pruned), ("bench", tmp_path / "packed")):
-        done = run(*words)
-        assert done.code == 2
-        (line,) = done.err.splitlines()
-        assert "is of task 'images'" in line
+    done = run("generate", tmp_path / "packed", "Hello")
+    assert done.code == 2
+    (line,) = done.err.splitlines()
+    assert "is of task 'images'" in line
 
 
 def test_it_is_pruned_into_the_packed_format(pruned: Path, tmp_path: Path) -> None:
@@ -137,7 +136,7 @@ def test_a_module_of_ones_own_is_packed_and_opened_by_its_factory(tmp_path: Path
     x = torch.randn(5, 3, 8, 8)
     with plain.whole() as network:
         torch.testing.assert_close(outputs(opened, x), outputs(network, x), rtol=1e-4, atol=1e-5)
-    assert [type(module) for module in opened][2] is SparseConv
+    assert [type(module) for module in opened][::2] == [SparseConv, SparseConv, nn.Flatten]
     unpack_model(str(tmp_path / "packed"), tmp_path / "plain")
     assert sorted(p.name for p in (tmp_path / "plain").iterdir()) == sorted(
         p.name for p in (tmp_path / "pruned").iterdir()

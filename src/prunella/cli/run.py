@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..errors import unknown
 from .app import RUNNING, app
 from .console import print_table
 from .options import (
@@ -105,23 +107,44 @@ def generate(
         )
 
 
-def _check_language(model: str, what: str) -> None:
-    """Raises InputError, which says what a command does, for a model that is no causal language model."""
-    from ..errors import InputError
+def _other_task(model: str) -> str | None:
+    """The task of a model that is no causal language model; None of one that is."""
     from ..tasks import find_task, task_of
 
     for task in task_of(model):
         kind: Any = find_task(task).function
         if not kind.language:
-            raise InputError(f"'{model}' is of task '{task}': {what}, and takes causal language models only.")
+            return task
+    return None
+
+
+def _check_language(model: str, what: str) -> None:
+    """Raises InputError, which says what a command does, for a model that is no causal language model."""
+    from ..errors import InputError
+
+    if task := _other_task(model):
+        raise InputError(f"'{model}' is of task '{task}': {what}, and takes causal language models only.")
 
 
 LOAD = (
-    ask(MEASURE, "--prompt N", "prompt", "Tokens of the prefill.", 512, min=1),
-    ask(MEASURE, "--tokens N", "tokens", "Tokens generated, one at a time.", 32, min=1),
-    ask(MEASURE, "--rounds N", "rounds", "Turns of dense and packed; medians count.", 3, min=1),
-    ask(MEASURE, "--threads N", "threads", "Threads to run on. [default: as PyTorch has them]", min=1),
+    ask(MEASURE, "--threads LIST", "threads", "Threads to run on, such as 1,2. [default: as PyTorch has them]"),
+    ask(
+        MEASURE, "--rounds N", "rounds", "Turns of dense and packed; medians count. [default: 3; of networks 5]", min=1
+    ),
+    ask(MEASURE, "--prompt N", "prompt", "Of language models: tokens of the prefill. [default: 512]", min=1),
+    ask(MEASURE, "--tokens N", "tokens", "And tokens generated, one at a time. [default: 32]", min=1),
+    ask(MEASURE, "--batch LIST", "batch", "Of other networks: samples that go together, such as 1,16. [default: 1]"),
+    ask(MEASURE, "--length TOKENS", "length", "And tokens of a text. [default: 128]", min=1),
+    ask(
+        MEASURE,
+        "--beside ENGINES",
+        "beside",
+        "And engines to run them in too, such as onnxruntime,openvino; or torch-bfloat16, onnxruntime-int8,"
+        " openvino-int8.",
+    ),
 )
+LANGUAGE, OTHERS = ("prompt", "tokens"), ("batch", "length", "beside")  # what only they are asked
+SHAPES = ("llama-1b", "tiny", "minilm-l6", "bert-base", "efficientnet-lite0", "resnet-50")
 
 
 @app.command(rich_help_panel=RUNNING)
@@ -133,9 +156,10 @@ def bench(
         str | None,
         of(
             MAIN,
-            "--random SHAPE",
-            "In place of MODEL random weights of a shape: llama-1b, tiny, or a directory with a config.",
-            autocompletion=complete_from("llama-1b", "tiny"),
+            "--random --shape SHAPE",
+            f"In place of MODEL random weights of a shape: {', '.join(SHAPES)}, or of a language model a directory with"
+            " a config.",
+            autocompletion=complete_from(*SHAPES),
         ),
     ] = None,
     sparsity: Annotated[str, of(MAIN, "--sparsity SHARE", "Of random weights.")] = "0.5",
@@ -143,12 +167,36 @@ def bench(
     load: Annotated[dict[str, Any], LOAD],
     json_: Json = False,
 ) -> None:
-    """Measure prefill and decode speed on this machine, dense beside packed."""
-    from ..sparse.bench import bench as measure
+    """Measure speed on this machine, dense beside packed: of a language model prefill and decode, of any other network
+    latency and throughput."""
+    from ..bench.run import bench_network
+    from ..bench.shapes import SHAPES as NETWORKS
+    from ..errors import InputError
+    from ..sparse.bench import bench as bench_language
 
-    if model is not None:
-        _check_language(model, "bench measures how fast text is read and written")
-    result = measure(model, random=random, sparsity=share_of(sparsity), **rounding, **load)
+    directory = random is not None and Path(random).is_dir()
+    other = _other_task(str(model or random)) if model is not None or directory else None
+    if directory and other:
+        raise InputError(f"--random takes directories of language models: '{random}' is of task '{other}'.")
+    network = other is not None or (model is None and random in NETWORKS)
+    for word in load.keys() & {*(LANGUAGE if network else OTHERS)}:
+        kind = "language models" if network else "other networks"
+        raise InputError(f"--{word} is of {kind}, and '{model or random}' is none.")
+    if random is not None and not directory and random not in SHAPES:
+        raise InputError(unknown("shape", random, SHAPES) + " Or give a directory with a config.json.")
+    for word in load.keys() & {"threads", "batch"}:
+        load[word] = _numbers(word, load[word])
+    given: dict[str, Any] = {"random": random, "sparsity": share_of(sparsity), **rounding, **load}
+    if network:
+        if "beside" in load:
+            given["beside"] = [name.strip() for name in load["beside"].split(",") if name.strip()]
+        _print_network(bench_network(model, **given), json_)
+        return
+    if "threads" in load:
+        if len(load["threads"]) > 1:
+            raise InputError("--threads is one number for language models.")
+        (given["threads"],) = load["threads"]
+    result = bench_language(model, **given)
     if json_:
         print(json.dumps(result))
         return
@@ -159,9 +207,48 @@ def bench(
         ("decode, tokens a second", *(f"{side['decode']:,.2f}" for side in sides)),
         ("of the read bandwidth", *(f"{side['bandwidth']:.0%}" for side in sides)),
     )
-    title = f"{model or random}: {load['prompt']} tokens of prompt, {load['tokens']} generated"
+    title = f"{model or random}: {result['prompt']} tokens of prompt, {result['tokens']} generated"
     print_table(("", "dense", "packed"), rows, title, right=("dense", "packed"))
     print(
         f"packed is {speedup['decode']:.2f} times as fast in decoding, {speedup['prefill']:.2f} times in prefill;"
         f" memory reads at {result['read_bandwidth'] / 1e9:.1f} GB/s"
+    )
+
+
+def _numbers(word: str, text: str) -> list[int]:
+    """What --batch and --threads take. Raises InputError."""
+    from ..errors import InputError
+
+    try:
+        found = [int(number) for number in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise InputError(f"--{word} takes whole numbers from 1 on, such as 1,2: '{text}' is none.")
+    return found
+
+
+def _print_network(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+        return
+    rows = (
+        (
+            str(row["batch"]),
+            str(row["threads"]),
+            row["side"],
+            f"{1e3 * row['median']:,.2f} ±{(row['high'] - row['low']) / 2 / row['median']:.0%}",
+            f"{row['throughput']:,.1f}",
+            f"{row['speedup']:.2f}",
+            f"{row['difference']:.1e}" if row["side"] != "dense" else "",
+        )
+        for row in result["rows"]
+    )
+    columns = ("batch", "threads", "", "ms", "a second", "×", "apart")
+    title = f"{result['model']}: {result['dtype']}, {result['sparsity']:.1%} of the weights in layers zero"
+    print_table(columns, rows, title, right=[name for name in columns if name])
+    dense, packed = result["bytes"]["dense"], result["bytes"]["packed"]
+    print(
+        f"weights in memory: {dense / 1e6:,.1f} MB dense, {packed / 1e6:,.1f} MB packed ({packed / dense:.3f});"
+        f" instructions: {result['instructions']}"
     )

@@ -5,6 +5,8 @@ format.py      pack and unpack one weight; the checks that every packed tensor p
 arguments.py   its parts as the kernels take them
 kernels.py     the products as torch operators: C where it was compiled, else plain torch
 gpu.py         the same products in Triton, for GPUs
+striped.py     weights for many positions; coded.py: machine code for them; measured.py: which way is the fastest
+steps.py       the steps of a plan: what a network does between its products, too
 linear.py      the modules that hold packed weights
 conv.py        convolutions: those that are linear layers run packed, the others are expanded when loaded
 rounded.py     embeddings and heads in 8 bits, nothing left out

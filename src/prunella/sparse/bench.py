@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -214,10 +214,10 @@ def measure(
     for name, network in networks.items():
         seconds = median[f"{name} decode"] / tokens
         result[name] = {
-            "bytes": _bytes(network, everything=True),
+            "bytes": held_bytes(network),
             "prefill": prompt / median[f"{name} prefill"],
             "decode": 1 / seconds,
-            "bandwidth": _bytes(network, everything=False) / seconds / bandwidth,
+            "bandwidth": _read_bytes(network) / seconds / bandwidth,
         }
     for name in beside or {}:
         result[name] = {"decode": tokens / median[f"{name} decode"]}
@@ -236,18 +236,22 @@ def _generate(network: Any, cache: Any, token: Tensor, tokens: int) -> None:
         token = out.logits[:, -1:].argmax(-1)
 
 
-def _bytes(network: Any, everything: bool) -> int:
-    """Bytes of the weights: all of them, or those that every token reads (not the rows of an embedding)."""
-    skip: set[int] = set()
-    if not everything:
-        head = network.get_output_embeddings()
-        for module in network.modules():
-            if isinstance(module, nn.Embedding) and (head is None or module.weight is not head.weight):
-                skip.add(id(module.weight))
-            if isinstance(module, RoundedEmbedding) and not isinstance(head, TiedHead):
-                skip |= {id(module.weight_values), id(module.weight_scales)}
+def held_bytes(network: nn.Module, but: Collection[int] = ()) -> int:
+    """Bytes of the weights in memory, each once; tensors of these ids do not count."""
     tensors = {id(t): t for t in (*network.parameters(), *network.buffers())}
-    return sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in skip)
+    return sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in but)
+
+
+def _read_bytes(network: Any) -> int:
+    """Bytes of the weights that every token reads: all but the rows of an embedding."""
+    skip: set[int] = set()
+    head = network.get_output_embeddings()
+    for module in network.modules():
+        if isinstance(module, nn.Embedding) and (head is None or module.weight is not head.weight):
+            skip.add(id(module.weight))
+        if isinstance(module, RoundedEmbedding) and not isinstance(head, TiedHead):
+            skip |= {id(module.weight_values), id(module.weight_scales)}
+    return held_bytes(network, skip)
 
 
 def _sparsity(network: Any) -> float:

@@ -258,6 +258,9 @@ def settle(network: Any) -> None:
     copies = resident([part for _, _, part in parts])
     for (owner, name, _), copy in zip(parts, copies, strict=True):
         setattr(owner, name, copy)
+    for module in network.modules():
+        if isinstance(module, PackedModule):
+            module.settle()
     speed_up(network)
 
 

@@ -1,5 +1,6 @@
-"""Convolutions in a packed model: those whose kernel has one place run packed, as the linear layers that they are; the
-others are expanded when they are loaded."""
+"""Convolutions in a packed model. In one and two dimensions they run packed, by strips or, where that was measured to
+be faster, expanded call by call; those whose kernel has one place run as the linear layers that they are. The others
+(three dimensions, other values than zeros around the picture) are expanded when they are loaded."""
 
 from __future__ import annotations
 
@@ -10,59 +11,173 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..compat import CONVOLUTIONS
 from ..errors import ModelError
 from ..grid import Grid
-from .format import Packed, as_parameter, mask_of, pack, unpack
+from .format import FLOATS, Packed, as_parameter, mask_of, pack, unpack
+from .kernels import expand, library
 from .linear import PackedModule, SparseLinear
+from .measured import fastest
+from .striped import LARGEST, Striped, dense_conv, sparse_conv
 
 PLAIN = {kind: kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}  # which a class derived from it may change
 
 
 def runs_packed(module: nn.Module) -> bool:
-    """Is it a convolution that is a product with single pixels: a kernel of one place, one group, nothing around the
-    picture?"""
+    """Is it a convolution that our kernels know: in one or two dimensions with zeros around the picture, or in three
+    with a kernel of one place, one group and nothing around the picture?"""
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or type(module).forward not in PLAIN.values():
         return False
-    padding = module.padding if isinstance(module.padding, tuple) else ()  # "same" and "valid" add nothing to one place
-    return set(module.kernel_size) == {1} and module.groups == 1 and not any(padding)
+    if of_one_place(module):
+        return True
+    small = math.prod(module.kernel_size) <= LARGEST and module.padding_mode == "zeros"
+    return small and len(module.kernel_size) < 3 and library() is not None
+
+
+def why_expanded() -> str:
+    """What other convolutions lack to run packed."""
+    if library() is None:
+        return "without the C kernels those run packed whose kernel has one place"
+    return (
+        "those run packed that have one or two dimensions, zeros around the picture and at most"
+        f" {LARGEST} places in their kernel"
+    )
+
+
+def of_one_place(conv: Any) -> bool:
+    """Is it a product with single pixels?"""
+    padding = conv.padding if isinstance(conv.padding, tuple) else ()  # "same" and "valid" add nothing to one place
+    return set(conv.kernel_size) == {1} and conv.groups == 1 and not any(padding)
 
 
 class SparseConv(SparseLinear):
-    """A convolution whose kernel has one place, its weight packed: a linear layer at every place of the picture, or at
-    every one that its stride meets.
+    """A convolution whose weight stays packed. One whose kernel has one place is a linear layer at every place of the
+    picture, or at every one that its stride meets.
 
     original: the dense convolution in whose place this stands, without a weight
     """
 
     def __init__(self, packed: Packed, conv: Any):
         super().__init__(packed, conv.bias)
-        self.in_channels, self.out_channels, self.groups = packed.columns, packed.rows, 1
         self.kernel_size, self.stride, self.padding = conv.kernel_size, conv.stride, conv.padding
-        self.dilation, self.padding_mode = conv.dilation, conv.padding_mode
+        self.dilation, self.padding_mode, self.groups = conv.dilation, conv.padding_mode, conv.groups
+        self.in_channels, self.out_channels = packed.columns // self.places * conv.groups, packed.rows
+        self.one_place = of_one_place(conv)
         conv.weight = None
         self.original = (conv,)  # not as a module of its own
+
+    def settle(self) -> None:
+        if self.one_place or self.weight_values.is_meta:
+            return
+        if self.weight_values.device.type == "cpu":
+            self.striped()
+        else:
+            self._kept()
 
     @property
     def weight(self) -> Tensor:
         return as_parameter(unpack(self._packed), {"kernel": self.kernel_size})
 
+    @property
+    def places(self) -> int:
+        return math.prod(self.kernel_size)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, …) or (C, …) of any strides; what comes out lies in memory as the dense convolution's."""
         dims = len(self.kernel_size)
         channel = x.ndim - dims - 1
-        if channel not in (0, 1) or x.shape[channel] != self.in_features:
+        if channel not in (0, 1) or x.shape[channel] != self.in_channels:
             raise ValueError(
-                f"a convolution of {self.in_features} channels and {dims} dimensions got an input of shape"
+                f"a convolution of {self.in_channels} channels and {dims} dimensions got an input of shape"
                 f" {tuple(x.shape)}"
             )
-        last = {2: torch.channels_last, 3: torch.channels_last_3d}.get(dims)
-        inner = x.ndim == dims + 2 and last is not None and x.is_contiguous(memory_format=last)
-        where: tuple[Any, ...] = (..., *(slice(None, None, step) for step in self.stride))
-        met = x[where]
-        y = super().forward(met.movedim(channel, -1)).movedim(-1, channel)
-        return y if inner and not x.is_contiguous() else y.contiguous()
+        last, inner = self._last(x), self._is_inner(x)
+        y = super().forward(x)
+        return y.contiguous(memory_format=last) if inner and not x.is_contiguous() else y.contiguous()
+
+    def _last(self, x: Tensor) -> Any:
+        """The memory format of batches whose channels are the innermost; of a single picture there is none."""
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        return formats.get(x.ndim) if x.ndim == len(self.kernel_size) + 2 else None
+
+    def _is_inner(self, x: Tensor) -> bool:
+        last = self._last(x)
+        return last is not None and x.is_contiguous(memory_format=last)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The convolution."""
+        values, dims = self.weight_values, len(self.kernel_size)
+        if torch.is_autocast_enabled(x.device.type) and values.is_floating_point():
+            x = x.to(values.dtype)
+        ways = {"striped": lambda: self._by_strips(x), "expanded": lambda: self._expanded(x)}
+        if self.one_place and (dims == 3 or not self.for_many(x, x.numel() // max(1, self.in_channels))):
+            return self._expanded(x)
+        if not self.one_place and values.is_floating_point() and x.dtype in FLOATS and x.dtype != values.dtype:
+            raise ValueError(f"a convolution whose weight is {values.dtype} got an input of {x.dtype}")
+        if x.device.type not in ("cpu", "meta"):
+            return self._by_kept(x)
+        if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype not in FLOATS or not x.numel():
+            return self._by_strips(x)
+        about = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups, x.dtype, self._is_inner(x))
+        return fastest((*self.measured, *about, 1 << x.numel().bit_length()), ways)
+
+    def _expanded(self, x: Tensor) -> Tensor:
+        """By the dense weight; for one place and a few pixels row by row."""
+        dims = len(self.kernel_size)
+        if self.one_place:
+            channel = x.ndim - dims - 1
+            where: tuple[Any, ...] = (..., *(slice(None, None, step) for step in self.stride))
+            return self._by_rows(x[where].movedim(channel, -1)).movedim(-1, channel)
+        weight = as_parameter(expand(self._packed, x.dtype), {"kernel": self.kernel_size})
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        convolve = functional.conv1d if dims == 1 else functional.conv2d
+        return convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def _by_strips(self, x: Tensor) -> Tensor:
+        weight = self.striped()
+        parts = (weight.values, weight.index, weight.starts, self.bias, weight.columns, weight.strip)
+        return self._by(sparse_conv, x, parts, Striped)
+
+    def _kept(self) -> Tensor:
+        """The dense weight, which stays on devices that have no kernels for convolutions."""
+        return self.made(Tensor, lambda: self.weight)
+
+    def _by_kept(self, x: Tensor) -> Tensor:
+        weight = self._kept()
+        return self._by(dense_conv, x, (weight if weight.ndim == 4 else weight.unsqueeze(2), self.bias), Tensor)
+
+    def _by(self, operator: Any, x: Tensor, parts: tuple[Any, ...], made: type) -> Tensor:
+        """An operator of pictures; one dimension is pictures of one row."""
+        dims = len(self.kernel_size)
+        batch = x if x.ndim == dims + 2 else x.unsqueeze(0)
+        before, after = self._around()
+        if before != after:  # "same" about a kernel of an even size
+            sides = [side for pair in zip(before[::-1], after[::-1], strict=True) for side in pair]
+            batch, before = functional.pad(batch, sides), [0] * dims
+        flat = [1] * (2 - dims)
+        how: tuple[Any, ...] = (
+            [*flat, *self.kernel_size],
+            [*flat, *self.stride],
+            [*(0 for _ in flat), *before],
+            [*flat, *self.dilation],
+            self.groups,
+        )
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            how = (*how, list(self._made[made].parts), list(self._made[made].versions))
+        y: Tensor = operator(batch.unsqueeze(2) if flat else batch, *parts, *how)
+        y = y.squeeze(2) if flat else y
+        return y if x.ndim == dims + 2 else y.squeeze(0)
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """Zeros before and after a picture's sides."""
+        if isinstance(self.padding, tuple):
+            return list(self.padding), list(self.padding)
+        if self.padding == "valid":
+            return [0] * len(self.kernel_size), [0] * len(self.kernel_size)
+        reach = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        return [r // 2 for r in reach], [r - r // 2 for r in reach]
 
     def plain(self, dtype: torch.dtype) -> nn.Module:
         """The dense convolution."""

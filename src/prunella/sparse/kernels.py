@@ -27,8 +27,9 @@ from torch.nn import functional
 from .. import native
 from ..errors import InputError, say, unknown
 from ..fast import differentiable
-from .arguments import KINDS, rounded_arguments, rows_of_tile, sparse_arguments
+from .arguments import KINDS, rounded_arguments, rows_of_tile, sparse_arguments, weight_arguments
 from .format import FLOATS, Packed, Rounded, unpack
+from .measured import forget
 
 FEW = 16  # up to so many tokens a row is multiplied as it is expanded
 TILE = 1 << 26  # bytes of dense weights that are expanded at a time for more: torch's product likes large ones best
@@ -44,6 +45,10 @@ _SIGNATURES = {
     "prunella_block_in": (*[POINTER] * 7, INT),
     "prunella_block_out": (*[POINTER] * 5, LONG, POINTER, POINTER, INT),
     "prunella_blocks": (POINTER, LONG, *[POINTER] * 4, LONG, POINTER, INT),
+    "prunella_plan": (POINTER, LONG, INT),
+    "prunella_generate": (POINTER, *[LONG] * 4, POINTER, LONG, POINTER, POINTER),
+    "prunella_seal": (POINTER, LONG),
+    "prunella_unseal": (POINTER, LONG),
     "prunella_read": (POINTER, LONG, INT),
     "prunella_use": (ctypes.c_char_p,),
     "prunella_isa": (INT,),
@@ -61,6 +66,13 @@ def library() -> ctypes.CDLL | None:
         getattr(found, name).argtypes = types
     found.prunella_read.restype = ctypes.c_uint64
     found.prunella_isa.restype = ctypes.c_char_p
+    found.prunella_generate.restype = LONG
+    found.prunella_seal.restype = POINTER
+    if found.prunella_isa(found.prunella_use(None)) == b"portable":
+        say(
+            "this processor has none of the instructions that the C kernels are written for (AVX2, AVX-512, NEON):"
+            " packed models run slowly"
+        )
     return found
 
 
@@ -82,6 +94,7 @@ def use(name: str | None = None) -> None:
     kernels = library()
     if kernels is not None and kernels.prunella_use(name.encode() if name else None) < 0:
         raise InputError(unknown("instruction set", str(name), instructions()))
+    forget()  # which ways were the fastest
 
 
 def read_bandwidth(data: Tensor) -> int:
@@ -133,6 +146,19 @@ def _multiply(kernels: ctypes.CDLL, x: Tensor, weight: tuple[Any, ...]) -> Tenso
     return (parts_TR[0] if len(parts_TR) == 1 else torch.cat(parts_TR, 1)).view(shape)
 
 
+def expand(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """The weight (O, I), dense, as `unpack` makes it. Raises ValueError where its parts do not fit."""
+    kernels = library()
+    if kernels is None or packed.values.device.type != "cpu":
+        return unpack(packed, dtype)
+    parts = (packed.mask, packed.offsets, packed.values, packed.scales, packed.columns, packed.group)
+    weight = weight_arguments(dtype, *parts)
+    weight_OI = torch.empty(packed.rows, packed.columns, dtype=dtype)
+    to, threads = weight_OI.data_ptr(), torch.get_num_threads()
+    succeed(kernels.prunella_expand(*weight, 0, packed.rows, to, KINDS[dtype], threads))
+    return weight_OI
+
+
 def _new_tile(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8)
 
@@ -152,15 +178,23 @@ def _kept_tile(size: int) -> Tensor:
     return _kept.tile[:size]
 
 
+def check_floating(x: Tensor) -> None:
+    """Raises ValueError for integers, whose dtype would cut off what a weight is."""
+    if not x.is_floating_point():
+        raise ValueError(f"a packed weight is multiplied with floating-point numbers, not {x.dtype}")
+
+
 def _sparse(
     x: Tensor, mask: Tensor, offsets: Tensor, values: Tensor, scales: Tensor | None, columns: int, group: int
 ) -> Tensor:
     """x W^T by torch."""
+    check_floating(x)
     return functional.linear(x, unpack(Packed(mask, offsets, values, scales, columns, group), x.dtype))
 
 
 def _rounded(x: Tensor, values: Tensor, scales: Tensor, group: int) -> Tensor:
     """x W^T by torch."""
+    check_floating(x)
     rows, columns = values.shape
     step = rows_of_tile(rows, columns, x, TILE)
     tiles = [Rounded(values[r : r + step], scales[r : r + step], group) for r in range(0, rows, step)]
@@ -256,13 +290,33 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Tensor], dict[str, Any]]] = {
     "dense_linear": ("Tensor x, Tensor weight", functional.linear, {"CPU": _dense_linear_cpu}),
 }
 _library: Any = torch.library.Library("prunella", "DEF")  # type: ignore[no-untyped-call]
-for _name, (_takes, _by_torch, _ways) in _OPERATORS.items():
-    _library.define(f"{_name}({_takes}) -> Tensor")
-    _library.impl(_name, _by_torch, "CompositeExplicitAutograd")
-    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # which sees what they are made of
-    for _device, _way in _ways.items():
-        _library.impl(_name, _way, _device)
-    torch.library.register_fake(f"prunella::{_name}", _shape, lib=_library)
+
+
+def define(
+    name: str,
+    takes: str,
+    by_torch: Callable[..., Tensor],
+    ways: dict[str, Callable[..., Tensor]],
+    like: Callable[..., Tensor] = _shape,
+) -> None:
+    """Define an operator.
+
+    Args:
+        takes:    its arguments, as torch's schemas write them
+        by_torch: torch's way, for any device
+        ways:     those of single devices
+        like:     an empty tensor of the result's shape
+    """
+    _library.define(f"{name}({takes}) -> Tensor")
+    _library.impl(name, by_torch, "CompositeExplicitAutograd")
+    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")  # which sees what they are made of
+    for device, way in ways.items():
+        _library.impl(name, way, device)
+    torch.library.register_fake(f"prunella::{name}", like, lib=_library)
+
+
+for _name, _about in _OPERATORS.items():
+    define(_name, *_about)
 
 sparse_linear = torch.ops.prunella.sparse_linear
 rounded_linear = torch.ops.prunella.rounded_linear

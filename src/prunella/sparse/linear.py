@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,19 @@ from torch.nn import functional
 
 from ..errors import ModelError
 from .format import Packed, Rounded, of_parts, unpack
-from .kernels import dense_linear, sparse_linear
+from .kernels import FEW, dense_linear, library, sparse_linear
+from .measured import fastest
+from .striped import Striped, sparse_product, striped
+
+T = TypeVar("T")
+
+
+class Made(NamedTuple):
+    """What was made of a weight, of which parts, and how often each of these had been changed then."""
+
+    parts: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    thing: Any
 
 
 class TrainingError(ModelError):
@@ -52,6 +64,9 @@ class PackedModule(nn.Module):
         """x W^T + bias."""
         raise NotImplementedError
 
+    def settle(self) -> None:
+        """Make what will be needed again and again, once the weight lies where it is to stay."""
+
     def train(self, mode: bool = True) -> Self:
         if mode:
             raise TrainingError
@@ -82,6 +97,7 @@ class SparseLinear(PackedModule):
     def __init__(self, packed: Packed, bias_O: nn.Parameter | None = None, transposed: bool = False):
         super().__init__(packed, packed.rows, packed.columns, bias_O)
         self.transposed = transposed
+        self._made: dict[type, Made] = {}
 
     def packed(self, name: str = "weight") -> Packed:
         """The weight, checked. Raises ModelError, naming the tensor, if it is damaged."""
@@ -100,6 +116,14 @@ class SparseLinear(PackedModule):
     def product(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type) and self.weight_values.is_floating_point():
             x = x.to(self.weight_values.dtype)
+        if self.for_many(x, x.numel() // max(1, self.in_features)):
+            tokens = x.numel() // self.in_features
+            ways = {"striped": lambda: self._by_strips(x), "expanded": lambda: self._by_rows(x)}
+            return fastest((*self.measured, 1 << tokens.bit_length()), ways)
+        return self._by_rows(x)
+
+    def _by_rows(self, x: Tensor) -> Tensor:
+        """Row by row for a few tokens; for many the weight is expanded."""
         y: Tensor = sparse_linear(
             x,
             self.weight_mask,
@@ -110,6 +134,79 @@ class SparseLinear(PackedModule):
             self.group,
         )
         return y if self.bias is None else y + self.bias
+
+    def _by_strips(self, x: Tensor) -> Tensor:
+        weight = self.striped()
+        parts = (weight.values, weight.index, weight.starts)
+        y: Tensor = sparse_product(x, *parts, self.bias, weight.columns, weight.strip)
+        return y
+
+    def for_many(self, x: Tensor, positions: int) -> bool:
+        """May so many positions be multiplied by strips, whose sums and products are float32? Not while x is traced:
+        what is the fastest way is measured."""
+        return (
+            positions > FEW
+            and type(x) is Tensor
+            and x.device.type == "cpu"
+            and x.dtype == torch.float32
+            and self.weight_values.dtype == torch.float32
+            and library() is not None
+            and not torch.compiler.is_compiling()
+        )
+
+    @property
+    def measured(self) -> tuple[Any, ...]:
+        """What the fastest way depends on beside the number of positions: shape, kept weights in 20ths, threads."""
+        kept = self.weight_values.numel() * 20 // max(1, self.out_features * self.in_features)
+        return type(self).__name__, self.out_features, self.in_features, kept, torch.get_num_threads()
+
+    def striped(self) -> Striped:
+        """The weight for many positions."""
+        return self.made(Striped, lambda: striped(self._packed, self.places))
+
+    def forget_strips(self) -> None:
+        """Give back what `striped` took, until it is asked for again."""
+        self._made.pop(Striped, None)
+
+    def made(self, kind: type[T], make: Callable[[], T]) -> T:
+        """What is made of the weight when it is first asked for, and made anew when the weight has changed. While the
+        module is traced nobody can see whether it has: operators are told what it was made of."""
+        if kind not in self._made or not (torch.compiler.is_compiling() or self._holds(self._made[kind])):
+            with torch.inference_mode(False):
+                for name, part in self._buffers.items():
+                    if part is not None and part.is_inference():  # which would not count its changes
+                        self._buffers[name] = part.clone()
+                parts = tuple(part for part in self._buffers.values() if part is not None)
+                self._made[kind] = Made(parts, tuple(part._version for part in parts), make())
+        thing: T = self._made[kind].thing
+        return thing
+
+    def _holds(self, made: Made) -> bool:
+        """Is it of the weight as it is now?"""
+        parts = [part for part in self._buffers.values() if part is not None]
+        return len(parts) == len(made.parts) and all(
+            part is then and part._version == version
+            for part, then, version in zip(parts, made.parts, made.versions, strict=True)
+        )
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if not all(map(self._holds, self._made.values())):
+            self._made = {}
+            self.settle()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.settle()
+
+    @property
+    def places(self) -> int:
+        """How many places the kernel of a convolution has."""
+        return 1
 
 
 class SparseExpert(SparseLinear):
@@ -136,23 +233,23 @@ class _Untrainable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: PackedModule) -> Tensor:
-        ctx.columns = x.shape[-1]
+        ctx.shape = x.shape
         return module.product(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return no_gradient(gradients[0], ctx.columns), None
+        return no_gradient(gradients[0], ctx.shape), None
 
 
 @torch.library.custom_op("prunella::no_gradient", mutates_args=())
-def no_gradient(gradient: Tensor, columns: int) -> Tensor:
+def no_gradient(gradient: Tensor, shape: Sequence[int]) -> Tensor:
     """Refuses. An operator, since torch.compile looks at the backward pass of what it only runs forward."""
     raise TrainingError
 
 
 @no_gradient.register_fake
-def _(gradient: Tensor, columns: int) -> Tensor:
-    return gradient.new_empty((*gradient.shape[:-1], columns))
+def _(gradient: Tensor, shape: Sequence[int]) -> Tensor:
+    return gradient.new_empty(tuple(shape))
 
 
 class DenseLinear(nn.Linear):

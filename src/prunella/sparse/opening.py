@@ -14,6 +14,7 @@ from ..machine import pick_device
 from ..model.files import weight_files
 from ..model.network import Model
 from ..model.open import DTYPES, open_plain
+from ..plan.network import speed_up
 from .block import settle
 from .checkpoint import PackedCheckpoint, packed_config
 from .conv import ExpandedConv, check_fits, packed_module
@@ -60,6 +61,7 @@ def open_network(
         network.to(DTYPES[dtype])
     network.to(pick_device(device))
     settle(network)
+    speed_up(network)
     return task.wrap(network, processor, name)
 
 

@@ -23,6 +23,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..compat import can_set_experts, converts, may_be_there, rename, renames, tie_again, weight_mapping, with_patterns
 from ..errors import ModelError
 from ..model.checkpoint import read_header
+from ..plan.network import slow_down as without_plans
+from ..plan.network import speed_up
 from ..tensors import DTYPES, FLOATS
 from .block import settle, slow_down
 from .conv import ExpandedConv, SparseConv, check_fits, packed_module
@@ -256,6 +258,7 @@ class PrunellaQuantizer(HfQuantizer):
             if isinstance(module, ExpandedConv):
                 model.set_submodule(name, module.plain())
         settle(model)
+        speed_up(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -264,6 +267,7 @@ class PrunellaQuantizer(HfQuantizer):
 
         dtype = dtype if isinstance(dtype, torch.dtype) else model.dtype  # transformers may hand over a name
         slow_down(model)
+        without_plans(model)
         for name, module in list(model.named_modules()):
             dense: Any
             if isinstance(module, nn.ModuleList) and len(module) and isinstance(module[0], SparseExpert):

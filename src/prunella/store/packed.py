@@ -24,7 +24,7 @@ from ..model.files import SINGLE, copy_companions, files_in, read_json
 from ..model.network import Model
 from ..outcome import BlockResult
 from ..sparse.checkpoint import PackedCheckpoint, packed_config
-from ..sparse.conv import has_only_a_weight, runs_packed
+from ..sparse.conv import has_only_a_weight, runs_packed, why_expanded
 from ..sparse.format import (
     MARK,
     ORDER,
@@ -259,7 +259,7 @@ class PackedStore(Store):
         write_json(path, config)
         if expanded := self.contents.expanded:
             first = f"the convolution '{expanded[0]}' is" if len(expanded) == 1 else f"{len(expanded)} convolutions are"
-            say(f"{first} expanded when the model is loaded: those run packed whose kernel has one place")
+            say(f"{first} expanded when the model is loaded: {why_expanded()}")
         write_index(self.folder)
         masks: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, int]] = {}

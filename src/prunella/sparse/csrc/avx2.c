@@ -118,6 +118,7 @@ const isa_t prunella_avx2 = {
     .norm = avx2_norm,
     .gated = avx2_gated,
     .sum = avx2_sum,
+    .steps = avx2_steps,
 };
 
 #endif

@@ -612,6 +612,7 @@ const isa_t prunella_avx512 = {
     .norm = plain_norm,
     .gated = plain_gated,
     .sum = avx512_sum,
+    .steps = avx512_steps,
 };
 
 const isa_t prunella_avx512bf16 = {
@@ -629,6 +630,7 @@ const isa_t prunella_avx512bf16 = {
     .norm = plain_norm,
     .gated = plain_gated,
     .sum = avx512_sum,
+    .steps = avx512_steps,
 };
 
 #endif

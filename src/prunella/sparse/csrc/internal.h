@@ -6,6 +6,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "steps.h"
+
 enum { F32, BF16, F16, INT8, INT4 };
 
 /* Values that may be read past the last one: the format pads with as many zeros. */
@@ -72,6 +74,8 @@ typedef struct {
     void (*gated)(const uint16_t *gate, const uint16_t *up, int64_t n, uint16_t *out);
     /* A sum over memory, as fast as it can be read. */
     uint64_t (*sum)(const uint8_t *, int64_t bytes);
+    /* The steps of a plan, by kind; NULL where none is known. */
+    const step_run_t *steps;
 } isa_t;
 
 extern const isa_t prunella_avx512bf16, prunella_avx512, prunella_avx2, prunella_neon, prunella_portable;

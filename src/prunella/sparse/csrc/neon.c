@@ -119,6 +119,7 @@ const isa_t prunella_neon = {
     .norm = neon_norm,
     .gated = neon_gated,
     .sum = neon_sum,
+    .steps = portable_steps,
 };
 
 #endif

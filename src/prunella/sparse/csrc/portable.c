@@ -53,4 +53,5 @@ const isa_t prunella_portable = {
     .norm = portable_norm,
     .gated = portable_gated,
     .sum = portable_sum,
+    .steps = portable_steps,
 };

@@ -1,0 +1,280 @@
+"""The forward of a packed network: by a plan for inputs of that shape, else module by module as it was written."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..compat import under_transform, version_of
+from ..errors import say
+from ..sparse.kernels import library
+from ..sparse.linear import PackedModule
+from .graph import NoGraphError, capture
+from .memory import memory
+from .run import Bound, Plan
+from .weights import Weights
+
+KEPT = 16  # plans of one network; the one that was used longest ago goes first
+CLOSE = 1e-4  # of the largest output: how far a plan may be from what the modules give
+CLOSE_HALF = 5e-2  # where these compute in half precision
+LEAVES = (type(None), bool, int, float, str)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool, torch.uint8)
+
+
+class Planned:
+    """What stands in the place of a network's `forward`.
+
+    Each call of another shape is planned when it is first made, and the plan is compared with the network's modules
+    then. The modules do what a plan cannot: a network that cannot be exported, gradients, tracing and compiling, hooks
+    on inner modules, other devices than the CPU.
+    """
+
+    def __init__(self, network: nn.Module):
+        self.network, self.kept = network, KEPT
+        self._forget()
+
+    def _forget(self) -> None:
+        self.plans: OrderedDict[Any, Plan | None] = OrderedDict()
+        self.bound: list[_Room] = []
+        self.lock = threading.Lock()
+        self.seen: _Seen | None = None
+        self.said: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"network": self.network, "kept": self.kept}  # plans hold addresses
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.modules)
+
+    @property
+    def __code__(self) -> Any:  # which torch.export looks at
+        return type(self.network).forward.__code__
+
+    @property
+    def modules(self) -> Any:
+        """The forward pass, module by module."""
+        return type(self.network).forward.__get__(self.network)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        key = None if torch.compiler.is_compiling() else self._key(args, kwargs)
+        if key is None:
+            return self.modules(*args, **kwargs)
+        plan = self._plan(key, args, kwargs)
+        if plan is None:
+            return self.modules(*args, **kwargs)
+        return self._run(plan, args, kwargs)
+
+    # --- may it be a plan
+
+    def _key(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What a plan is made for; None where there can be none."""
+        about: list[Any] = [len(args), *kwargs]
+        for value in (*args, *kwargs.values()):
+            if type(value) is Tensor:
+                if value.device.type != "cpu" or value.layout is not torch.strided or value.dtype not in DTYPES:
+                    return None
+                if value.numel() == 0:
+                    return None
+                about += [value.shape, value.dtype]
+            elif isinstance(value, LEAVES):
+                about += [type(value), value]
+            else:
+                return None
+        if torch.is_autocast_enabled("cpu") or under_transform():
+            return None
+        if torch.is_grad_enabled() and self._differentiable((*args, *kwargs.values())):
+            self._say(
+                "gradients are on, and the packed network runs module by module: torch.inference_mode() runs it fast"
+            )
+            return None
+        if self.seen is None or not self.seen.still():
+            with self.lock:
+                if self.seen is None or not self.seen.still():
+                    self.plans.clear()
+                    self.bound.clear()
+                    self.weights = Weights(self.network)
+                    self.seen = _Seen(self.network)
+        return tuple(about) if self.seen.plannable else None
+
+    def _differentiable(self, values: Sequence[Any]) -> bool:
+        tensors = (*self.network.parameters(), *(value for value in values if isinstance(value, Tensor)))
+        return any(tensor.requires_grad for tensor in tensors)
+
+    def _say(self, message: str) -> None:
+        if message not in self.said:
+            self.said.add(message)
+            say(message)
+
+    # --- plans
+
+    def _plan(self, key: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Plan | None:
+        try:
+            plan = self.plans[key]
+            self.plans.move_to_end(key)
+            return plan
+        except KeyError:
+            pass
+        with self.lock:
+            if key not in self.plans:
+                self.plans[key] = self._made(args, kwargs)
+                while len(self.plans) > self.kept:
+                    self.plans.popitem(last=False)
+            return self.plans[key]
+
+    def _made(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Plan | None:
+        """A plan that gives what the modules give; None, said, where there is none."""
+        name = type(self.network).__name__
+        try:
+            with torch.no_grad():
+                self.weights.begin()
+                plan = Plan(capture(self.network, args, kwargs), self.weights)
+                self.weights.finish()
+                wanted = self.modules(*args, **kwargs)
+                found = self._run(plan, args, kwargs)
+        except NoGraphError as error:
+            self._say(f"{name} runs module by module, which is slower: {error}")
+            return None
+        if (wrong := _apart(found, wanted)) is not None:
+            self._say(f"{name} runs module by module, which is slower: its plan {wrong}")
+            return None
+        return plan
+
+    def _run(self, plan: Plan, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        room = self._room(plan)
+        try:
+            with torch.no_grad():
+                return room.bound(plan).run([*args, *(kwargs[key] for key in plan.keys)])
+        finally:
+            self.bound.append(room)
+
+    def _room(self, plan: Plan) -> _Room:
+        """Memory for one run, which nobody else uses meanwhile."""
+        try:
+            room = self.bound.pop()
+        except IndexError:
+            return _Room(plan.size)
+        return room if len(room.memory) >= plan.size else _Room(plan.size)
+
+
+class _Room:
+    """Memory, and the plans that ran in it."""
+
+    def __init__(self, size: int):
+        self.memory = memory(size)
+        self.plans: OrderedDict[Plan, Bound] = OrderedDict()
+
+    def bound(self, plan: Plan) -> Bound:
+        if plan not in self.plans:
+            self.plans[plan] = plan.bound(self.memory)
+            while len(self.plans) > KEPT:
+                self.plans.popitem(last=False)
+        self.plans.move_to_end(plan)
+        return self.plans[plan]
+
+
+class _Seen:
+    """A network as it was when plans were made: its modules with all that they hold, and every tensor.
+
+    plannable: is it all on the CPU, evaluated and not trained, without hooks on inner modules?
+    """
+
+    def __init__(self, network: nn.Module):
+        modules = list(network.modules())
+        self.modules = modules
+        self.then = self._about()
+        config = getattr(network, "config", None)
+        self.config = vars(config) if hasattr(config, "__dict__") else {}
+        self.configured = dict(self.config)
+        self.tensors = [*network.parameters(), *network.buffers()]
+        self.versions = list(map(_version, self.tensors))
+        hooks = ("_forward_hooks", "_forward_pre_hooks")
+        self.plannable = (
+            library() is not None
+            and not any(module.training for module in modules)
+            and not any(getattr(module, name) for module in modules[1:] for name in hooks)
+            and all(tensor.device.type == "cpu" for tensor in self.tensors)
+            and not any(tensor.dtype in (torch.float64, torch.complex64, torch.complex128) for tensor in self.tensors)
+            and any(isinstance(module, PackedModule) for module in modules)
+        )
+
+    def _about(self) -> list[dict[str, Any]]:
+        """What modules hold, but for what is made of their weights."""
+        return [
+            {
+                key: value.copy() if isinstance(value, dict) else value
+                for key, value in vars(module).items()
+                if key != "_made"
+            }
+            for module in self.modules
+        ]
+
+    def still(self) -> bool:
+        try:
+            return (
+                self._about() == self.then
+                and self.config == self.configured
+                and list(map(_version, self.tensors)) == self.versions
+            )
+        except (RuntimeError, ValueError):  # tensors that are others, compared
+            return False
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else version_of(tensor)
+
+
+def _apart(found: Any, wanted: Any) -> str | None:
+    """How what a plan gives differs from what the modules give; None where it does not."""
+    leaves = [torch.utils._pytree.tree_flatten(one) for one in (found, wanted)]
+    if leaves[0][1] != leaves[1][1]:
+        return "puts out something else"
+    for a, b in zip(leaves[0][0], leaves[1][0], strict=True):
+        if not isinstance(b, Tensor):
+            if a != b:
+                return f"puts out {a}, and not {b}"
+        elif a.shape != b.shape or a.dtype != b.dtype:
+            return f"puts out {tuple(a.shape)} in {a.dtype}, and not {tuple(b.shape)} in {b.dtype}"
+        elif not b.is_floating_point():
+            if not torch.equal(a, b):
+                return "puts out other numbers"
+        elif b.numel():
+            close = CLOSE if b.dtype is torch.float32 else CLOSE_HALF
+            a, b = a.float(), b.float()
+            same = torch.isfinite(b)
+            apart = (
+                float((a - b)[same].abs().max()) / max(float(b[same].abs().max()), 1e-30) if bool(same.any()) else 0.0
+            )
+            if not apart <= close or not torch.equal(a[~same].isnan(), b[~same].isnan()):
+                return f"is {apart:.1e} of the largest output away from its modules"
+    return None
+
+
+def speed_up(network: nn.Module) -> None:
+    """Let a packed network run by plans on the CPU. One that writes texts runs token by token, for which it has other
+    kernels; of those that read one first the encoder is planned."""
+    part: Any = network
+    if hasattr(part, "can_generate") and part.can_generate():
+        encodes = getattr(part.config, "is_encoder_decoder", False) and hasattr(part, "get_encoder")
+        part = part.get_encoder() if encodes else None
+    if part is None or "forward" in part.__dict__ or library() is None:
+        return
+    if any(isinstance(module, PackedModule) for module in part.modules()):
+        part.forward = Planned(part)
+
+
+def slow_down(network: nn.Module) -> None:
+    """Take back what `speed_up` did."""
+    for module in network.modules():
+        if isinstance(module.__dict__.get("forward"), Planned):
+            del module.forward  # type: ignore[method-assign]

@@ -1,0 +1,64 @@
+/* Layer norm and RMS norm over channels, positions side by side in a vector. See steps.h. */
+
+enum { NORM_VECTORS = 32 / LANES < 4 ? 32 / LANES : 4 }; /* positions at a time: 32, which stay in the first cache */
+
+/* `vectors` of them from position `at` on. The mean first, then the squares about it, and what it is wrong by. */
+INLINE void NAME(norm_block)(const norm_step_t *s, int64_t at, const int vectors) {
+    const float *x = s->x + at, *residual = s->residual ? s->residual + at : 0;
+    float *y = s->y + at;
+    int64_t x_ld = s->x_ld;
+    lanes_t sum[NORM_VECTORS], wrong[NORM_VECTORS], squares[NORM_VECTORS], mean[NORM_VECTORS], scale[NORM_VECTORS];
+    for (int v = 0; v < vectors; v++) sum[v] = wrong[v] = squares[v] = mean[v] = all(0);
+    if (residual) {
+        for (int64_t c = 0; c < s->channels; c++)
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) {
+                const lanes_t both = add(load(x + c * x_ld + v * LANES), load(residual + c * s->residual_ld + v * LANES));
+                store(y + c * s->y_ld + v * LANES, both);
+                sum[v] = add(sum[v], both);
+            }
+        x = y;
+        x_ld = s->y_ld;
+    } else if (!s->rms) {
+        for (int64_t c = 0; c < s->channels; c++)
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) sum[v] = add(sum[v], load(x + c * x_ld + v * LANES));
+    }
+    const lanes_t part = all(1.0f / (float)s->channels);
+    for (int v = 0; v < vectors && !s->rms; v++) mean[v] = mul(sum[v], part);
+    for (int64_t c = 0; c < s->channels; c++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            const lanes_t away = sub(load(x + c * x_ld + v * LANES), mean[v]);
+            wrong[v] = add(wrong[v], away);
+            squares[v] = muladd(away, away, squares[v]);
+        }
+    for (int v = 0; v < vectors && !s->rms; v++) mean[v] = muladd(wrong[v], part, mean[v]);
+    for (int v = 0; v < vectors; v++)
+        scale[v] = quotient(all(1), root(muladd(squares[v], part, all((float)s->eps))));
+    for (int64_t c = 0; c < s->channels; c++) {
+        const lanes_t weight = all(s->weight ? s->weight[c] : 1), bias = all(s->bias ? s->bias[c] : 0);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            const lanes_t away = sub(load(x + c * x_ld + v * LANES), mean[v]);
+            store(y + c * s->y_ld + v * LANES, muladd(mul(away, scale[v]), weight, bias));
+        }
+    }
+}
+
+TARGET static void NAME(norm_item)(const void *data, int64_t item, int worker) {
+    const norm_step_t *s = data;
+    int64_t at = item * NORM_VECTORS * LANES;
+    (void)worker;
+    if (at + NORM_VECTORS * LANES < s->positions + LANES) /* a vector may end in what lies behind the positions */
+        NAME(norm_block)(s, at, NORM_VECTORS);
+    else
+        for (; at < s->positions; at += LANES) NAME(norm_block)(s, at, 1);
+}
+
+static int NAME(norm)(const void *step, int threads) {
+    const norm_step_t *s = step;
+    const int64_t items = (s->positions + NORM_VECTORS * LANES - 1) / (NORM_VECTORS * LANES);
+    parallel_for(NAME(norm_item), s, items, s->channels * s->positions < SMALL ? 1 : threads);
+    return 0;
+}
