@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument(
         "--epochs", type=int, default=2, help="of each round, over the pictures and their mirror images"
     )
-    parser.add_argument("--last", type=int, default=None, help="epochs of the last round, if others")
+    parser.add_argument("--last", type=int, default=10, help="epochs of the last round")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--size", type=int, default=SIZE)
@@ -344,9 +344,9 @@ def main() -> None:
 
 
 def fitting(dense: Yolo, x_NCHW: Tensor, asked: argparse.Namespace) -> Iterator[Fit]:
-    """What trains in each round; the last one, to whose sparsity the others lead, may be longer."""
+    """What trains in each round; the last one, to whose sparsity the others lead, is longer."""
     for number in range(1, asked.rounds + 1):
-        epochs = asked.last if number == asked.rounds and asked.last else asked.epochs
+        epochs = asked.last if number == asked.rounds else asked.epochs
         options = {"epochs": epochs, "batch": asked.batch, "rate": asked.rate, "looks": 1}
         yield prunella.distil(dense, x_NCHW, **options, bfloat16=has_bfloat16_products())
 
