@@ -84,7 +84,11 @@ def see(kind: type[nn.Module], blocks: list[list[str]], act: type[nn.Module], **
 
 VISION: dict[str, Callable[[], nn.Module]] = {
     "resnet": lambda: resnet.ResNet(
-        resnet.Bottleneck, (1, 2, 1, 1), num_classes=7, channels=(8, 16, 24, 32), stem_width=8  # type: ignore[arg-type]
+        resnet.Bottleneck,
+        (1, 2, 1, 1),
+        num_classes=7,
+        channels=(8, 16, 24, 32),
+        stem_width=8,  # type: ignore[arg-type]
     ),
     "lite": lambda: see(
         efficientnet.EfficientNet,
@@ -103,7 +107,9 @@ VISION: dict[str, Callable[[], nn.Module]] = {
     ),
     "convnext": lambda: convnext.ConvNeXt(num_classes=7, depths=(1, 2, 1, 1), dims=(8, 16, 16, 24), ls_init_value=0.5),
     "regnet": lambda: regnet.RegNet(
-        regnet.RegNetCfg(depth=4, w0=16, wa=8.0, wm=2.0, group_size=8, se_ratio=0.25), num_classes=7, stem_width=8  # type: ignore[call-arg]
+        regnet.RegNetCfg(depth=4, w0=16, wa=8.0, wm=2.0, group_size=8, se_ratio=0.25),
+        num_classes=7,
+        stem_width=8,  # type: ignore[call-arg]
     ),
     "vit": lambda: vision_transformer.VisionTransformer(
         img_size=32, patch_size=8, num_classes=7, embed_dim=32, depth=2, num_heads=4
@@ -126,11 +132,15 @@ def test_pictures(kind: str) -> None:
             if kind != "vit":
                 x[0, 0, 5, 5] = torch.nan
                 check(network(x), dense(x))
-    assert {"product"} <= kinds(network) <= {
-        *("product", "conv", "depthwise", "pool", "mean", "scale", "add", "map", "norm", "attend"),
-        *(name for name in kinds(network) if kind == "vit" and name in ("aten.cat.default", "aten.add.Tensor")),
-        *(name for name in kinds(network) if "_same" in name),
-    }
+    assert (
+        {"product"}
+        <= kinds(network)
+        <= {
+            *("product", "conv", "depthwise", "pool", "mean", "scale", "add", "map", "norm", "attend"),
+            *(name for name in kinds(network) if kind == "vit" and name in ("aten.cat.default", "aten.add.Tensor")),
+            *(name for name in kinds(network) if "_same" in name),
+        }
+    )
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,6 +211,36 @@ def test_without_a_compiler_torch_does_the_work_and_says_so(
         assert kernels.instructions() == []
     finally:
         kernels.library.cache_clear()
+
+
+class Portable:
+    """The name of every instruction set of a processor that has no other."""
+
+    def __call__(self, number: int) -> bytes:
+        return b"portable"
+
+
+def test_a_processor_without_vectors_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = kernels.native.library()
+    if found is None:
+        pytest.skip("no kernels were compiled")
+
+    names = ("prunella_read", "prunella_generate", "prunella_seal", "prunella_use")
+    poor = SimpleNamespace(**{name: getattr(found, name) for name in names}, prunella_isa=Portable())
+    kernels.library.cache_clear()
+    monkeypatch.setattr(kernels, "_SIGNATURES", {})
+    monkeypatch.setattr(kernels.native, "library", lambda: poor)
+    try:
+        for _ in range(2):
+            kernels.library()
+        assert capsys.readouterr().err.count("none of the instructions") == 1
+    finally:
+        monkeypatch.undo()
+        kernels.library.cache_clear()
+        kernels.library()
+    assert "none of the instructions" not in capsys.readouterr().err
 
 
 def test_operators_have_fake_versions() -> None:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from ..compat import quiet
 from .attention import join_attention
 from .nodes import aten, is_view, packet
+from .pads import join_pads
 
 FREE = {aten.clone, aten.contiguous, aten.detach, aten.alias, aten.lift_fresh_copy}  # which change no value
 DROPOUTS = {aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout}
@@ -60,6 +61,7 @@ def capture(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         raise NoGraphError("its forward pass changes its buffers or inputs")
     _without_no_ops(graph)
     join_attention(graph)
+    join_pads(graph)
     graph.eliminate_dead_code()
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     known: dict[fx.Node, Any] = {}

@@ -17,6 +17,7 @@ from ..sparse.kernels import library
 from ..sparse.linear import PackedModule
 from .graph import NoGraphError, capture
 from .memory import memory
+from .pieces import joined, pieces, samples_of, size_of
 from .run import Bound, Plan
 from .weights import Weights
 
@@ -41,6 +42,7 @@ class Planned:
 
     def _forget(self) -> None:
         self.plans: OrderedDict[Any, Plan | None] = OrderedDict()
+        self.sizes: dict[Any, int] = {}
         self.bound: list[_Room] = []
         self.lock = threading.Lock()
         self.seen: _Seen | None = None
@@ -70,27 +72,49 @@ class Planned:
         key = None if torch.compiler.is_compiling() else self._key(args, kwargs)
         if key is None:
             return self.modules(*args, **kwargs)
+        size = self._size(key, args, kwargs)
+        if size:
+            made = self._in_pieces(args, kwargs, size)
+            if made is not None:
+                return made
         plan = self._plan(key, args, kwargs)
         if plan is None:
             return self.modules(*args, **kwargs)
         return self._run(plan, args, kwargs)
 
+    # --- a few samples at a time
+
+    def _size(self, key: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+        """How many samples go through a plan together; 0: all of them, which see each other or are few."""
+        values = (*args, *kwargs.values())
+        samples = samples_of(values)
+        size = size_of(values, samples)
+        if samples <= size:
+            return 0
+        if key not in self.sizes:
+            made = self._in_pieces(args, kwargs, size)
+            with torch.no_grad():
+                apart = made is None or _apart(made, self.modules(*args, **kwargs))
+            self.sizes[key] = 0 if apart else size
+        return self.sizes[key]
+
+    def _in_pieces(self, args: Sequence[Any], kwargs: dict[str, Any], size: int) -> Any:
+        """The outputs of all samples; None where they are not to be had in pieces."""
+        outputs, samples = [], samples_of((*args, *kwargs.values()))
+        for some, named in pieces(args, kwargs, samples, size):
+            plan = self._plan(_about(some, named), some, named)
+            if plan is None:
+                return None
+            outputs.append(self._run(plan, some, named))
+        return joined(outputs, [min(size, samples - first) for first in range(0, samples, size)])
+
     # --- may it be a plan
 
     def _key(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """What a plan is made for; None where there can be none."""
-        about: list[Any] = [len(args), *kwargs]
-        for value in (*args, *kwargs.values()):
-            if type(value) is Tensor:
-                if value.device.type != "cpu" or value.layout is not torch.strided or value.dtype not in DTYPES:
-                    return None
-                if value.numel() == 0:
-                    return None
-                about += [value.shape, value.dtype]
-            elif isinstance(value, LEAVES):
-                about += [type(value), value]
-            else:
-                return None
+        about = _about(args, kwargs)
+        if about is None:
+            return None
         if torch.is_autocast_enabled("cpu") or under_transform():
             return None
         if torch.is_grad_enabled() and self._differentiable((*args, *kwargs.values())):
@@ -102,10 +126,11 @@ class Planned:
             with self.lock:
                 if self.seen is None or not self.seen.still():
                     self.plans.clear()
+                    self.sizes.clear()
                     self.bound.clear()
                     self.weights = Weights(self.network)
                     self.seen = _Seen(self.network)
-        return tuple(about) if self.seen.plannable else None
+        return about if self.seen.plannable else None
 
     def _differentiable(self, values: Sequence[Any]) -> bool:
         tensors = (*self.network.parameters(), *(value for value in values if isinstance(value, Tensor)))
@@ -167,6 +192,23 @@ class Planned:
         return room if len(room.memory) >= plan.size else _Room(plan.size)
 
 
+def _about(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """What a plan is made for: shapes, dtypes and constants; None where there can be none."""
+    about: list[Any] = [len(args), *kwargs]
+    for value in (*args, *kwargs.values()):
+        if type(value) is Tensor:
+            if value.device.type != "cpu" or value.layout is not torch.strided or value.dtype not in DTYPES:
+                return None
+            if value.numel() == 0:
+                return None
+            about += [value.shape, value.dtype]
+        elif isinstance(value, LEAVES):
+            about += [type(value), value]
+        else:
+            return None
+    return tuple(about)
+
+
 class _Room:
     """Memory, and the plans that ran in it."""
 
@@ -191,8 +233,8 @@ class _Seen:
 
     def __init__(self, network: nn.Module):
         modules = list(network.modules())
-        self.modules = modules
-        self.then = self._about()
+        self.now = [vars(module) for module in modules]
+        self.then = [_copied(about) for about in self.now]
         config = getattr(network, "config", None)
         self.config = vars(config) if hasattr(config, "__dict__") else {}
         self.configured = dict(self.config)
@@ -208,26 +250,20 @@ class _Seen:
             and any(isinstance(module, PackedModule) for module in modules)
         )
 
-    def _about(self) -> list[dict[str, Any]]:
-        """What modules hold, but for what is made of their weights."""
-        return [
-            {
-                key: value.copy() if isinstance(value, dict) else value
-                for key, value in vars(module).items()
-                if key != "_made"
-            }
-            for module in self.modules
-        ]
-
     def still(self) -> bool:
         try:
             return (
-                self._about() == self.then
+                self.now == self.then
                 and self.config == self.configured
                 and list(map(_version, self.tensors)) == self.versions
             )
         except (RuntimeError, ValueError):  # tensors that are others, compared
             return False
+
+
+def _copied(about: dict[str, Any]) -> dict[str, Any]:
+    """What a module holds; what is made of its weights is the same, whatever is in there."""
+    return {key: value.copy() if isinstance(value, dict) and key != "_made" else value for key, value in about.items()}
 
 
 def _version(tensor: Tensor) -> int:

@@ -12,6 +12,7 @@ from ..sparse.kernels import sparse_linear
 from ..sparse.striped import LARGEST, Striped, sparse_conv
 from .lower import Lowering, Torch, rule
 from .nodes import aten, shape_of
+from .pads import PADS
 from .tails import NORMS, Tail
 from .values import Live, Plane
 
@@ -126,7 +127,7 @@ def conv2d(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
     kernel, stride, dilation = list(weight.shape[2:]), pair(stride), pair(dilation)
     if isinstance(padding, str):
         padding = [d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)] if padding == "same" else [0, 0]
-    padding, tail = pair(padding), with_bias(tail, bias)
+    padding, tail = _before(node, pair(padding)), with_bias(tail, bias)
     if kernel == [1, 1] and groups == 1 and not any(padding):
         x = x if stride == [1, 1] else subsample(lower, x, made, stride)
         return product(lower, node, tail, x, 1, weight)
@@ -155,8 +156,13 @@ def packed_conv(lower: Lowering, node: fx.Node, tail: Tail) -> Live:
     assert made is not None
     strips = Striped(values, index, starts, columns, strip)
     weight = lower.weights.conv(strips, kernel, groups, _places(made))
-    sizes = window(x, made, kernel, stride, padding, dilation)
+    sizes = window(x, made, kernel, stride, _before(node, pair(padding)), dilation)
     return picture(lower, "conv", node, tail, x, {"weight": weight, "groups": groups, **ends(lower, tail), **sizes})
+
+
+def _before(node: fx.Node, padding: list[int]) -> list[int]:
+    """Zeros above and to the left of a picture; those behind it follow from the size of the output."""
+    return [own + more for own, more in zip(padding, node.meta.get(PADS, (0, 0)), strict=True)]
 
 
 def _places(made: Sequence[int]) -> int:

@@ -8,7 +8,7 @@ gpu.py         the same products in Triton, for GPUs
 striped.py     weights for many positions; coded.py: machine code for them; measured.py: which way is the fastest
 steps.py       the steps of a plan: what a network does between its products, too
 linear.py      the modules that hold packed weights
-conv.py        convolutions: those that are linear layers run packed, the others are expanded when loaded
+conv.py        convolutions: those in one and two dimensions run packed, the others are expanded when loaded
 rounded.py     embeddings and heads in 8 bits, nothing left out
 semi.py        2:4 weights on sparse tensor cores
 block.py       one token through whole blocks in C; placed.py knows where their weights lie, cache.py has the room

@@ -120,6 +120,8 @@ class SparseConv(SparseLinear):
             return self._by_kept(x)
         if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype not in FLOATS or not x.numel():
             return self._by_strips(x)
+        if not self.one_place:
+            self.striped()  # whichever way is taken: what is compiled cannot renew it
         about = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups, x.dtype, self._is_inner(x))
         return fastest((*self.measured, *about, 1 << x.numel().bit_length()), ways)
 

@@ -26,6 +26,11 @@ class Made(NamedTuple):
     thing: Any
 
 
+class Cache(dict[type, Made]):
+    """What was made of a weight, by kind. A class of its own: torch.export, which puts attributes back as they were,
+    takes it for one thing and does not look into it."""
+
+
 class TrainingError(ModelError):
     """A packed model was to be trained."""
 
@@ -97,7 +102,7 @@ class SparseLinear(PackedModule):
     def __init__(self, packed: Packed, bias_O: nn.Parameter | None = None, transposed: bool = False):
         super().__init__(packed, packed.rows, packed.columns, bias_O)
         self.transposed = transposed
-        self._made: dict[type, Made] = {}
+        self._made = Cache()
 
     def packed(self, name: str = "weight") -> Packed:
         """The weight, checked. Raises ModelError, naming the tensor, if it is damaged."""
@@ -192,12 +197,12 @@ class SparseLinear(PackedModule):
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         if not all(map(self._holds, self._made.values())):
-            self._made = {}
+            self._made = Cache()
             self.settle()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_made": {}}
+        return {**self.__dict__, "_made": Cache()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

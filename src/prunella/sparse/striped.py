@@ -31,7 +31,7 @@ STRIP = 96  # columns whose inputs, 128 positions of each, stay in the first or 
 LARGEST = 256  # columns of a strip are counted in a byte
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Striped:
     """A pruned weight (O, I) in strips of columns; a convolution's has one row to an output, and the inputs of its
     group as columns.
@@ -264,7 +264,9 @@ def _dense_conv(
 def _check_unchanged(parts: list[Tensor] | None, versions: list[int] | None) -> None:
     """Raises ModelError where one of these tensors is of another version."""
     if parts and versions and [part._version for part in parts] != list(versions):
-        raise ModelError("a packed weight was changed after its network was compiled: compile the network again.")
+        raise ModelError(
+            "a packed weight was changed after its network was compiled: run the network once without torch.compile."
+        )
 
 
 def _out(size: int, kernel: int, stride: int, pad: int, dilation: int) -> int:

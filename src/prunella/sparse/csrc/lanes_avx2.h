@@ -53,6 +53,42 @@ INLINE void store_part(float *to, lanes_t x, int64_t first, int64_t n) {
 INLINE lanes_t load_part(const float *from, int64_t first, int64_t n) {
     return _mm256_maskload_ps(from, _mm256_andnot_si256(avx2_first(first), avx2_first(first + n)));
 }
+#define HAS_MASKS 1
+typedef __m256i mask_t;
+INLINE mask_t mask_of(int64_t first, int64_t n) {
+    return _mm256_andnot_si256(avx2_first(first < 0 ? 0 : first), avx2_first(first + n < 0 ? 0 : first + n));
+}
+INLINE lanes_t load_mask(const float *from, mask_t mask) { return _mm256_maskload_ps(from, mask); }
+INLINE lanes_t blend(mask_t mask, lanes_t x, lanes_t y) { return _mm256_blendv_ps(x, y, _mm256_castsi256_ps(mask)); }
+typedef struct {
+    __m256i index;
+    mask_t mask;
+} shift_t;
+INLINE shift_t shift_by(int64_t n) {
+    const __m256i from = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return (shift_t){_mm256_add_epi32(from, _mm256_set1_epi32((int)n)), mask_of(-n, LANES)};
+}
+INLINE lanes_t shifted(shift_t s, lanes_t x) {
+    return _mm256_and_ps(_mm256_permutevar8x32_ps(x, s.index), _mm256_castsi256_ps(s.mask));
+}
+typedef struct {
+    __m256i from_x, from_c;
+    __m256 which;
+} join_t;
+INLINE join_t join_by(int n, int at) {
+    int x[8], c[8], which[8];
+    for (int i = 0; i < 8; i++) {
+        x[i] = i + n;
+        c[i] = at + 2 * (i + n - 8);
+        which[i] = i + n < 8 ? 0 : -1;
+    }
+    return (join_t){_mm256_loadu_si256((const __m256i *)x), _mm256_loadu_si256((const __m256i *)c),
+                    _mm256_loadu_ps((const float *)which)};
+}
+INLINE lanes_t joined(join_t join, lanes_t x, lanes_t c) {
+    return _mm256_blendv_ps(
+        _mm256_permutevar8x32_ps(x, join.from_x), _mm256_permutevar8x32_ps(c, join.from_c), join.which);
+}
 INLINE lanes_t evens(lanes_t a, lanes_t b) {
     return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88)), 0xd8));
 }

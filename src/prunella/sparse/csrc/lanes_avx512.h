@@ -54,6 +54,35 @@ INLINE void store_part(float *to, lanes_t x, int64_t first, int64_t n) {
 INLINE lanes_t load_part(const float *from, int64_t first, int64_t n) {
     return _mm512_maskz_loadu_ps((__mmask16)(((1u << n) - 1) << first), from);
 }
+/* Some of the lanes: those from `first` on, n of them, as far as there are such. */
+#define HAS_MASKS 1
+typedef __mmask16 mask_t;
+INLINE mask_t mask_of(int64_t first, int64_t n) {
+    const int64_t begin = first > 0 ? first : 0, end = first + n < LANES ? first + n : LANES;
+    return end > begin ? (mask_t)((0xffffu << begin) & (0xffffu >> (LANES - end))) : 0;
+}
+/* Lanes that are not masked are 0, and not read. */
+INLINE lanes_t load_mask(const float *from, mask_t mask) { return _mm512_maskz_loadu_ps(mask, from); }
+/* y where it is masked, else x. */
+INLINE lanes_t blend(mask_t mask, lanes_t x, lanes_t y) { return _mm512_mask_blend_ps(mask, x, y); }
+/* Lane i is lane i + n of x, or 0 where there is none. */
+typedef struct {
+    __m512i index;
+    mask_t mask;
+} shift_t;
+INLINE shift_t shift_by(int64_t n) {
+    const __m512i from = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return (shift_t){_mm512_add_epi32(from, _mm512_set1_epi32((int)n)), mask_of(-n, LANES)};
+}
+INLINE lanes_t shifted(shift_t s, lanes_t x) { return _mm512_maskz_permutexvar_ps(s.mask, s.index, x); }
+/* x from lane n on, and then c from lane `at` on, every second one. */
+typedef __m512i join_t;
+INLINE join_t join_by(int n, int at) {
+    int index[16];
+    for (int i = 0; i < 16; i++) index[i] = i + n < 16 ? i + n : 16 + at + 2 * (i + n - 16);
+    return _mm512_loadu_si512(index);
+}
+INLINE lanes_t joined(join_t join, lanes_t x, lanes_t c) { return _mm512_permutex2var_ps(x, join, c); }
 /* Of the 2 LANES numbers a, b those with an even, or odd, index. */
 INLINE lanes_t evens(lanes_t a, lanes_t b) {
     const __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);

@@ -58,7 +58,7 @@ static int NAME(map)(const void *step, int threads) {
     return NAME(over_channels)(NAME(map_item), s, s->channels, s->positions, threads);
 }
 
-INLINE lanes_t NAME(joined)(int64_t times, lanes_t a, lanes_t b) { return times ? mul(a, b) : add(a, b); }
+INLINE lanes_t NAME(both)(int64_t times, lanes_t a, lanes_t b) { return times ? mul(a, b) : add(a, b); }
 
 INLINE void NAME(add_rows)(const add_step_t *s, int64_t first, int64_t last, int64_t act) {
     const int64_t period = s->b_positions, times = s->times;
@@ -68,15 +68,15 @@ INLINE void NAME(add_rows)(const add_step_t *s, int64_t first, int64_t last, int
         if (period == 1) {
             const lanes_t same = all(*b);
             for (int64_t i = 0; i < s->positions; i += LANES)
-                store(y + i, activated(act, NAME(joined)(times, load(a + i), same)));
+                store(y + i, activated(act, NAME(both)(times, load(a + i), same)));
         } else {
             for (int64_t at = 0; at < s->positions; at += period) {
                 int64_t i = 0; /* what is written beyond the period is written again, or lies behind the last */
                 if (y != a || period >= s->positions)
                     for (; i < period; i += LANES)
-                        store(y + at + i, activated(act, NAME(joined)(times, load(a + at + i), load(b + i))));
+                        store(y + at + i, activated(act, NAME(both)(times, load(a + at + i), load(b + i))));
                 for (; i < period; i += LANES)
-                    store_first(y + at + i, activated(act, NAME(joined)(times, load(a + at + i), load(b + i))), period - i);
+                    store_first(y + at + i, activated(act, NAME(both)(times, load(a + at + i), load(b + i))), period - i);
             }
         }
     }
@@ -114,20 +114,32 @@ static int NAME(scale)(const void *step, int threads) {
     return NAME(over_channels)(NAME(scale_item), s, s->channels, s->batch * s->places, threads);
 }
 
+/* LANES pictures at a time, so that their vectors of sums are added up together. */
 TARGET static void NAME(mean_item)(const void *data, int64_t item, int worker) {
     CHANNELS(mean_step_t);
     const NAME(bounds_t) bounds = bounds_of(s->act);
-    for (int64_t c = first; c < last; c++)
-        for (int64_t b = 0; b < s->batch; b++) {
-            const float *x = s->x + c * s->x_ld + b * s->places;
-            lanes_t sum[4] = {all(0), all(0), all(0), all(0)};
+    const lanes_t part = all(1.0f / (float)s->places);
+    for (int64_t at = first * s->batch; at < last * s->batch; at += LANES) {
+        lanes_t sums[LANES];
+        float out[LANES];
+        for (int64_t g = 0; g < LANES; g++) {
+            const int64_t picture = at + g < last * s->batch ? at + g : at;
+            const float *x = s->x + picture / s->batch * s->x_ld + picture % s->batch * s->places;
+            lanes_t even = all(0), odd = all(0);
             int64_t i = 0;
-            for (; i + 4 * LANES <= s->places; i += 4 * LANES)
-                for (int k = 0; k < 4; k++) sum[k] = add(sum[k], load(x + i + k * LANES));
-            for (int k = 0; i < s->places; i += LANES, k++) sum[k] = add(sum[k], load_first(x + i, s->places - i));
-            const float mean = sum_of(add(add(sum[0], sum[1]), add(sum[2], sum[3]))) / (float)s->places;
-            store_first(s->y + c * s->y_ld + b, bounded(&bounds, all(mean)), 1);
+            for (; i + 2 * LANES <= s->places; i += 2 * LANES) {
+                even = add(even, load(x + i));
+                odd = add(odd, load(x + i + LANES));
+            }
+            for (; i < s->places; i += LANES) even = add(even, load_first(x + i, s->places - i));
+            sums[g] = add(even, odd);
         }
+        transpose(sums);
+        for (int g = 1; g < LANES; g++) sums[0] = add(sums[0], sums[g]);
+        store(out, bounded(&bounds, mul(sums[0], part)));
+        for (int64_t g = 0; g < LANES && at + g < last * s->batch; g++)
+            s->y[(at + g) / s->batch * s->y_ld + (at + g) % s->batch] = out[g];
+    }
 }
 
 static int NAME(mean)(const void *step, int threads) {

@@ -22,7 +22,8 @@ typedef struct {
     int64_t scratch_size, window; /* a thread's floats; those of them that hold planes */
 } planes_t;
 
-enum { WINDOW_FLOATS = 6144, WINDOW_LINES = 7 }; /* a band's floats, about; lines of output that are summed at once */
+/* A band's floats, about; lines of output that it has a multiple of; how far ahead memory is asked for. */
+enum { WINDOW_FLOATS = 6144, WINDOW_LINES = 4, WINDOW_AHEAD = 1024 };
 
 /* Fills in the lower half of planes_t. extra: floats of scratch memory that the step needs besides, when it is known how
  * the planes lie. */
@@ -59,11 +60,16 @@ INLINE void NAME(fill_line)(const planes_t *p, const float *x, float *to) {
     const int64_t width = p->width, pad = p->pad[1];
     const lanes_t outside = all(p->outside);
     if (p->stride[1] == 1) {
-        for (int64_t i = 0; i < width; i += LANES) store(to + pad + i, load(x + i));
+        for (int64_t i = 0; i < width; i += LANES) {
+            __builtin_prefetch(x + i + WINDOW_AHEAD);
+            store(to + pad + i, load(x + i));
+        }
         store(to + pad + width, outside);
     } else if (p->stride[1] == 2) {
         float *even = to + pad % 2 * p->phase + pad / 2, *odd = to + (pad + 1) % 2 * p->phase + (pad + 1) / 2;
         for (int64_t i = 0; i < width; i += 2 * LANES) {
+            __builtin_prefetch(x + i + WINDOW_AHEAD);
+            __builtin_prefetch(x + i + WINDOW_AHEAD + LANES);
             const lanes_t a = load(x + i), b = load(x + i + LANES);
             store(even + i / 2, evens(a, b));
             store(odd + i / 2, odds(a, b));
@@ -82,20 +88,41 @@ INLINE void NAME(fill_line)(const planes_t *p, const float *x, float *to) {
     }
 }
 
-/* The lines that `lines` lines of output from `first` on read, of the planes `plane` .. plane + count - 1. */
-INLINE void NAME(fill)(const planes_t *p, int64_t plane, int64_t count, int64_t first, int64_t lines, float *window) {
+/* Planes that lie side by side: whose they are, and where each is in memory. */
+typedef struct {
+    int64_t count;
+    int64_t channel[LANES], picture[LANES]; /* of the output */
+    const float *x[LANES];
+    float *y[LANES];
+} NAME(group_t);
+
+INLINE void NAME(group)(const planes_t *p, int64_t number, NAME(group_t) *out) {
+    const int64_t plane = number * p->together, left = p->rows * p->batch - plane;
+    int64_t channel = p->batch == 1 ? plane : plane / p->batch, picture = plane - channel * p->batch;
+    out->count = left < p->together ? left : p->together;
+    for (int64_t g = 0; g < out->count; g++) {
+        out->channel[g] = channel;
+        out->picture[g] = picture;
+        out->x[g] = p->x + (p->share == 1 ? channel : channel / p->share) * p->x_ld + picture * p->height * p->width;
+        out->y[g] = p->y + channel * p->y_ld + picture * p->out_height * p->out_width;
+        if (++picture == p->batch) {
+            picture = 0;
+            channel++;
+        }
+    }
+}
+
+/* The lines that `lines` lines of output from `first` on read. */
+INLINE void NAME(fill)(
+    const planes_t *p, const NAME(group_t) *group, int64_t first, int64_t lines, float *window) {
     const int64_t begin = first * p->stride[0] - p->pad[0];
     const int64_t end = begin + (lines - 1) * p->stride[0] + (p->kernel[0] - 1) * p->dilation[0] + 1;
     for (int64_t i = begin; i < end; i++, window += p->line) {
-        if (i < 0 || i >= p->height) {
+        if (i < 0 || i >= p->height)
             for (int64_t j = 0; j < p->line; j += LANES) store(window + j, all(p->outside));
-            continue;
-        }
-        for (int64_t g = 0; g < count; g++) {
-            const int64_t channel = (plane + g) / p->batch / p->share, picture = (plane + g) % p->batch;
-            NAME(fill_line)(
-                p, p->x + channel * p->x_ld + (picture * p->height + i) * p->width, window + g * p->apart);
-        }
+        else
+            for (int64_t g = 0; g < group->count; g++)
+                NAME(fill_line)(p, group->x[g] + i * p->width, window + g * p->apart);
     }
 }
 
@@ -106,21 +133,22 @@ INLINE float *NAME(window)(const planes_t *p, int worker) {
     return window;
 }
 
-/* Vector v of line `line` of the output of `count` planes from `plane` on. whole: as long as the plane goes on, a vector
- * may reach into lines below, since those are written later. */
+/* Vector v of `count` lines of the output from `line` on. As long as the plane goes on, a vector may reach into lines
+ * below: these are written later. */
 INLINE void NAME(put)(
-    const planes_t *p, int64_t plane, int64_t count, int64_t line, int64_t v, int whole, lanes_t value) {
-    const int64_t at = (plane % p->batch * p->out_height + line) * p->out_width + v * LANES;
-    const int64_t left = p->out_width - v * LANES;
-    float *y = p->y + plane / p->batch * p->y_ld + at;
-    if (left >= LANES || (whole && line * p->out_width + (v + 1) * LANES <= p->out_height * p->out_width)) {
-        store(y, value);
+    const planes_t *p, const NAME(group_t) *group, int64_t line, int64_t v, const lanes_t *value, const int count) {
+    const int64_t width = p->out_width, left = width - v * LANES;
+    float *y = group->y[0] + line * width + v * LANES;
+    if (left >= LANES || (group->count == 1 && (line + count - 1) * width + (v + 1) * LANES <= p->out_height * width)) {
+#pragma GCC unroll 7
+        for (int r = 0; r < count; r++, y += width) store(y, value[r]);
         return;
     }
-    store_first(y, value, left);
-    for (int64_t g = 1; g < count; g++) {
-        const int64_t channel = (plane + g) / p->batch, picture = (plane + g) % p->batch;
-        y = p->y + channel * p->y_ld + (picture * p->out_height + line) * p->out_width;
-        store_part(y - g * p->apart, value, g * p->apart, p->out_width);
+#pragma GCC unroll 7
+    for (int r = 0; r < count; r++, y += width) store_first(y, value[r], left);
+    for (int64_t g = 1; g < group->count; g++) {
+        y = group->y[g] + line * width - g * p->apart;
+#pragma GCC unroll 7
+        for (int r = 0; r < count; r++, y += width) store_part(y, value[r], g * p->apart, width);
     }
 }
