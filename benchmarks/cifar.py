@@ -5,7 +5,7 @@
 The weights are a state dict under the names below; the zip has pictures of 32 by 32 in `train/CLASS` and `test/CLASS`.
 Calibrated on 1,000 of the training pictures, 100 of each class, measured on all test pictures. Cells that are done are
 in a file of JSON lines (--json) and are not made again. `--heal 0.8` prunes so many of the weights and trains what is
-left on all training pictures.
+left on all training pictures and their mirror images, distilled from the dense network, by `prunella heal`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import prunella
-from prunella.compat import has_bfloat16_products
-from prunella.samples import Batch, Samples
-from prunella.train.loop import Training
-from prunella.train.parts import Chosen, Group, Master, Part, attach, detach
-from prunella.train.schedule import make_schedule
+from prunella.samples import Samples
 
 BATCH = 128  # pictures in a step of healing
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -132,69 +128,76 @@ def prune(network: nn.Module, steps: list[Any], share: float, allocate: str, nor
     }
     (group,) = samples.groups
     batches = list(zip(group["x"].split(100), group["y"].split(100), strict=True))
-    return prunella.prune(network, recipe, calibration=batches, loss=_loss)
+    return prunella.prune(network, recipe, calibration=batches, loss=losses)
 
 
-def _loss(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+def losses(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(outputs, batch[1], reduction="none")
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Healing
 
+TASK = '''"""ResNet-20, and all training pictures with their mirror images."""
 
-def heal(
-    network: nn.Module, dense: nn.Module, samples: Samples, epochs: int, rate: float, distill: float = 0.9
-) -> None:
-    """Train what is left on all samples, distilled from the dense network, zeros held."""
-    (group,) = samples.groups
-    with torch.no_grad():
-        taught = torch.cat([dense.eval()(batch["x"]) for batch in samples.batches(500)])
-    drawn = torch.Generator().manual_seed(0)
-    order = torch.cat([torch.randperm(len(samples), generator=drawn) for _ in range(epochs)])
-    training_on = Samples.of({**{key: value[order] for key, value in group.items()}, "taught": taught[order]})
-    chosen = []
-    for name, parameter in network.named_parameters():
-        owner, _, key = name.rpartition(".")
-        mask = parameter.data != 0 if parameter.ndim > 1 else None
-        part = Part(name, frozenset(), parameter.data, mask, places=((network.get_submodule(owner), key),))
-        chosen.append(Chosen(part, Master(part), Group("all", lambda part: None, rate)))
+from pathlib import Path
 
-    def run(network: nn.Module, batch: Batch) -> Tensor:
-        out: Tensor = network(batch["x"])
-        return out
+import cifar
 
-    def loss(logits: Tensor, batch: Batch) -> Tensor:
-        goal = F.log_softmax(batch["taught"], 1)
-        apart = F.kl_div(F.log_softmax(logits.float(), 1), goal, log_target=True, reduction="batchmean")
-        return (1 - distill) * F.cross_entropy(logits.float(), batch["y"]) + distill * apart
+loss = cifar.losses
 
-    def tell(step: int, steps: int, loss: float) -> None:
-        if step % 20 == 0:
-            print(f"step {step} of {steps}: loss {loss:.4f}", flush=True)
 
-    steps = len(training_on) // BATCH
-    attach(chosen)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Training(
-            network,
-            chosen,
-            training_on,
-            loss,
-            make_schedule("constant", steps),
-            Path(folder),
-            run=run,
-            batch=BATCH,
-            micro=BATCH,
-            every=steps,
-            bfloat16=has_bfloat16_products(),
-            on_step=tell,
-        ) as training,
-    ):
-        training.advance()
-        training.finish()
-    detach(chosen)
+def network():
+    return cifar.load(Path({weights!r}))
+
+
+def calibration():
+    return cifar.mirrored(Path({pictures!r}))
+'''
+
+
+def mirrored(path: Path) -> list[tuple[Tensor, Tensor]]:
+    """All training pictures with their classes, and after them their mirror images."""
+    (group,) = pictures(path, "train").groups
+    return [(group["x"], group["y"]), (group["x"].flip(3), group["y"])]
+
+
+def healed(given: argparse.Namespace, folder: Path) -> tuple[nn.Module, nn.Module]:
+    """Prune by global magnitude, and train what is left, both from directory to directory as the commands do: the
+    pruned network and the healed one."""
+    here = Path(__file__).resolve()
+    (folder / here.name).symlink_to(here)  # what a task's file imports lies beside it
+    task = folder / "task.py"
+    task.write_text(TASK.format(weights=str(given.weights.resolve()), pictures=str(given.pictures.resolve())))
+    recipe = {
+        "task": "module",
+        "calibration": {"samples": 1000},
+        "steps": ["magnitude"],
+        "sparsity": given.heal,
+        "allocate": "global",
+        "batch_norm": "reset",
+        "evaluate": {"source": None},
+    }
+    prunella.prune(f"{task}:network", recipe, output=folder / "pruned")
+    healing = {
+        "train": {"all": {"rate": given.rate}},
+        "distill": given.distill,
+        "epochs": given.epochs,
+        "batch": BATCH,
+        "micro": BATCH,
+        "held_out": 0,
+    }
+    recipe = {"task": "module", "evaluate": {"source": None}, "heal": healing}
+    prunella.heal(folder / "pruned", recipe, output=folder / "healed", watch=_tell)
+    pruned, healed = load(given.weights), load(given.weights)
+    for network, name in ((pruned, "pruned"), (healed, "healed")):
+        network.load_state_dict(load_file(folder / name / "model.safetensors"))
+    return pruned, healed
+
+
+def _tell(step: int, steps: int, loss: float) -> None:
+    if step % 20 == 0:
+        print(f"step {step} of {steps}: loss {loss:.4f}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -211,19 +214,19 @@ def main() -> None:
     parser.add_argument("--allocate", action="append", help="repeat [global, uniform]")
     parser.add_argument("--norm", action="append", help="what becomes of batch norms; repeat [keep, reset, auto]")
     parser.add_argument("--heal", type=float, metavar="SHARE", help="prune so much by global magnitude, and heal it")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument(
+        "--epochs", type=int, default=2, help="passes over the training pictures and their mirror images"
+    )
     parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--distill", type=float, default=0.9, help="share of the loss that is the dense network's")
     given = parser.parse_args()
     test, dense = pictures(given.pictures, "test"), load(given.weights)
     if given.heal:
-        everything = pictures(given.pictures, "train")
-        network = load(given.weights)
-        prune(network, ["magnitude"], given.heal, "global", "reset", everything.first(1000))
-        before = accuracy(network, test)
-        heal(network, dense, everything, given.epochs, given.rate)
+        with tempfile.TemporaryDirectory() as folder:
+            pruned, network = healed(given, Path(folder))
         kept = [parameter for parameter in network.parameters() if parameter.ndim > 1]
         zeros = sum(int((p == 0).sum()) for p in kept) / sum(p.numel() for p in kept)
-        print(f"{zeros:.2%} zeros: {before:.2f} one shot, {accuracy(network, test):.2f} healed on {len(everything)}")
+        print(f"{zeros:.2%} zeros: {accuracy(pruned, test):.2f} one shot, {accuracy(network, test):.2f} healed")
         return
     done = [json.loads(line) for line in given.json.read_text().splitlines()] if given.json.exists() else []
     known = {tuple(cell["cell"]): cell for cell in done}

@@ -25,6 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import prunella
+from prunella.compat import has_bfloat16_products
+from prunella.train.distil import Fit
 
 SIZE = 320
 STRIDES = (8, 16, 32)
@@ -288,6 +290,7 @@ def main() -> None:
     parser.add_argument(
         "--epochs", type=int, default=2, help="of each round, over the pictures and their mirror images"
     )
+    parser.add_argument("--last", type=int, default=10, help="epochs of the last round")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--size", type=int, default=SIZE)
@@ -326,18 +329,26 @@ def main() -> None:
             aside = torch.arange(len(x_NCHW)) % 8 == 0  # of the training pictures: these choose, the others train
             both_NCHW = torch.cat([x_NCHW[~aside], x_NCHW[~aside].flip(3)])
             both_NCHW = both_NCHW[torch.randperm(len(both_NCHW), generator=torch.Generator().manual_seed(0))]
-            fit = prunella.distil(network, both_NCHW, epochs=asked.epochs, batch=asked.batch, rate=asked.rate, looks=1)
+            fits = fitting(copy.deepcopy(network), both_NCHW, asked)
             apart = divergence(copy.deepcopy(network), x_NCHW[aside])
             levels = prunella.prune_in_rounds(
                 network,
                 recipe,
                 asked.rounds,
-                fit,
+                lambda net, fits=fits: next(fits)(net),
                 lambda net, apart=apart: -apart(net),
                 calibration=x_NCHW[:2],
                 on_level=lambda level: print(f"  {level.sparsity:.4f}: {level.scores}", flush=True),
             )
             row(f"{asked.rounds} rounds {sparsity:.0%}", network, sparsity=levels[-1].report.sparsity)
+
+
+def fitting(dense: Yolo, x_NCHW: Tensor, asked: argparse.Namespace) -> Iterator[Fit]:
+    """What trains in each round; the last one, to whose sparsity the others lead, is longer."""
+    for number in range(1, asked.rounds + 1):
+        epochs = asked.last if number == asked.rounds else asked.epochs
+        options = {"epochs": epochs, "batch": asked.batch, "rate": asked.rate, "looks": 1}
+        yield prunella.distil(dense, x_NCHW, **options, bfloat16=has_bfloat16_products())
 
 
 def divergence(dense: Yolo, x_NCHW: Tensor) -> Any:

@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prunella.bench.engines import ENGINES, Case, check_engines, open_engines
+from prunella.bench.memory import resident_bytes
 from prunella.bench.run import difference, fractions, threaded
 from prunella.bench.shapes import SHAPES, random_directory
 from prunella.bench.sides import open_sides, random_batch
@@ -48,6 +49,7 @@ OPSET = 14  # the newest that DeepSparse reads
 OURS, THEIRS, TORCH = "prunella", "deepsparse", "torch"
 GOALS = {0.8: (1.1, 1.25), 0.9: (1.3, 1.8)}  # times as fast as DeepSparse, and as the fastest dense float32 engine
 LEVEL = {0.7: ("minilm-l6", "bert-base")}  # networks that are to be as fast as the fastest dense engine
+MEMORY = {0.8: 2.0}  # times as much memory in torch
 TWO = 1.7  # times as fast on two threads as on one
 
 
@@ -85,12 +87,14 @@ def measured(
     peer: DeepSparse | None,
     rounds: int,
     seconds: float,
+    memory: bool,
 ) -> dict[str, Any]:
     """A row: {"shape", "batch", "threads", "times": {contender: {"min", "median", …}}, "apart": {contender: how far
-    its outputs are from torch's}, "bytes", "left out": {contender: why}}."""
+    its outputs are from torch's}, "bytes" of weights, and of "memory" if asked for, "left out": {contender: why}}."""
     runs: dict[str, Callable[[], Any]] = {}
     apart: dict[str, float] = {}
     nbytes: dict[str, int] = {}
+    held: dict[str, int] = {}
     left: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(threaded(threads))
@@ -127,6 +131,9 @@ def measured(
             runs[ours] = case.call(sides.packed)
             apart[ours], nbytes[ours] = difference(fractions(runs[ours]()), wanted), held_bytes(sides.packed)
             theirs(f"{THEIRS} {sparsity:.0%}".replace(" ", "-"), case, wanted)
+            if memory:
+                held[ours] = resident_bytes(sides.directories["packed"], batch, None, threads)
+                held[TORCH] = held.get(TORCH) or resident_bytes(sides.directories["dense"], batch, None, threads)
         times = in_turns(runs, rounds, seconds)
     return {
         "shape": shape,
@@ -136,6 +143,7 @@ def measured(
         "times": {name.replace("-", " ") if name.startswith(THEIRS) else name: t.plain() for name, t in times.items()},
         "apart": apart,
         "bytes": nbytes,
+        "memory": held,
         "left out": left,
     }
 
@@ -169,6 +177,9 @@ def goals(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, int, int, st
             if other in least:
                 yield *where, f"{share}: × DeepSparse", least[other] / least[name], beside
             yield *where, f"{share}: × the fastest dense", min(floats) / least[name], above
+            if name in row["memory"]:
+                least_memory = row["memory"][TORCH] / row["memory"][name]
+                yield *where, f"{share}: torch's memory over ours", least_memory, MEMORY.get(sparsity, 0.0)
             if row["threads"] == 2 and name in (one := single.get(where[:2], {})):
                 yield *where, f"{share}: × one thread", one[name]["min"] / least[name], TWO
 
@@ -221,6 +232,7 @@ def main() -> None:
     parser.add_argument("--deepsparse", default=str(cache_directory() / "deepsparse"), help="its environment, or none")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.3, help="of a turn, at least")
+    parser.add_argument("--memory", action="store_true", help="measure it too, in a process for each")
     parser.add_argument("--json", type=Path, default=Path("engines.jsonl"), help="where rows that are done are kept")
     given = parser.parse_args()
     asked = [(*row.rpartition(":")[::2], threads) for threads in given.threads for row in given.rows.split(",")]
@@ -246,7 +258,7 @@ def main() -> None:
         where = (shape, int(batch), threads)
         row = next((row for row in done if (row["shape"], row["batch"], row["threads"]) == where), None)
         if row is None:
-            row = measured(*where, given.sparsities, engines, peer, given.rounds, given.seconds)
+            row = measured(*where, given.sparsities, engines, peer, given.rounds, given.seconds, given.memory)
             with given.json.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         rows.append(row)

@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import prunella
+from prunella.recipe import Recipe
 from prunella.samples import Samples
 
 MODEL = "efficientnet-lite0"
@@ -36,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda": {"steps": ["wanda"]},
     "sparsegpt": {"steps": ["sparsegpt"]},
     "admm + update": {"steps": ["admm", "update"]},
-    "best": {"steps": ["admm", "update", {"reconstruct": {"epochs": 4}}], "allocate": "probe"},
+    "best": {key: value for key, value in Recipe.read("best-images").items() if key != "batch_norm"},
     "2:4 magnitude": {"steps": ["magnitude"], "pattern": "2:4"},
     "2:4 sparsegpt": {"steps": ["sparsegpt"], "pattern": "2:4"},
     "2:4 admm + update": {"steps": ["admm", "update"], "pattern": "2:4"},
@@ -66,7 +67,7 @@ def nearest(network: nn.Module, bits: int) -> None:
             weight_OI.copy_(fit(weight_OI, bits, 0).round(weight_OI))
 
 
-def row(right: Tensor, dense: Tensor) -> dict[str, float]:
+def row(right: Tensor, dense: Tensor) -> dict[str, Any]:
     """Percent right, and the paired difference from the dense network with its standard error."""
     change = right.double() - dense.double()
     return {
@@ -88,21 +89,21 @@ def fresh() -> tuple[Any, Any]:
     return network.eval(), opened
 
 
-def measured(method: str, calibration: Samples, test: Samples, dense: Tensor) -> dict[str, Any]:
+def measured(method: str, way: str, calibration: Samples, test: Samples, dense: Tensor) -> dict[str, Any]:
     """Prune by a method, once with the batch norms' statistics as they were, once with new ones: blocks are pruned by
     what the norms before them are going to make, so that these are two runs. The seconds are those of the first."""
     found: dict[str, Any] = {}
-    for name, way in {"as it was": "keep", "estimated": "reset"}.items():
+    for name, norms in {"as it was": "keep", "estimated": way}.items():
         network, _ = fresh()
         given = dict(METHODS[method])
         started = time.perf_counter()
         bits = given.pop("round", None)
         if bits is not None:
             nearest(network, bits)
-        recipe = {**given, "task": "images", "skip": KEPT, "evaluate": {"source": None}, "batch_norm": way}
-        prunella.prune(network, recipe, calibration=calibration)
+        recipe = {**given, "task": "images", "skip": KEPT, "evaluate": {"source": None}, "batch_norm": norms}
+        report = prunella.prune(network, recipe, calibration=calibration)
         found.setdefault("seconds", time.perf_counter() - started)
-        found[name] = row(answers(network, test), dense)
+        found[name] = {**row(answers(network, test), dense), "way": report.batch_norm.get("taken", "keep")}
     return found
 
 
@@ -112,6 +113,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--samples", type=int, default=250, help="pictures to calibrate on")
     parser.add_argument("--test", type=int, default=500, help="pictures to measure on")
+    parser.add_argument("--batch-norm", default="auto", help="how their statistics are estimated [auto]")
     parser.add_argument("--json", type=Path, default=Path("vision.jsonl"), help="where rows that are done are kept")
     given = parser.parse_args()
     done = {}
@@ -128,7 +130,7 @@ def main() -> None:
     table.add_row("dense", f"{100 * dense.double().mean().item():.1f}", "", "", "", "")
     for method in given.methods:
         if method not in done:
-            done[method] = {"method": method, **measured(method, calibration, test, dense)}
+            done[method] = {"method": method, **measured(method, given.batch_norm, calibration, test, dense)}
             with given.json.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(done[method]) + "\n")
         was, new = done[method]["as it was"], done[method]["estimated"]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nets
 import pictures as drawn
 import pytest
 import torch
@@ -18,6 +19,7 @@ import prunella
 from prunella.errors import InputError, ModelError
 from prunella.samples import TARGET, Samples
 from prunella.tasks import make_task, task_of
+from prunella.tasks.augment import augmented
 from prunella.tasks.labels import labels_of
 
 timm = pytest.importorskip("timm")
@@ -148,6 +150,50 @@ def test_a_network_with_batch_norm_is_pruned_on_pictures_without_classes(
     assert len(losses) > 1
     assert all(loss > 0 for loss in losses.values()), losses
     assert report["pruned"]["divergence"] > 0
+
+
+def test_batch_norms_are_decided_on_by_what_the_dense_network_answers() -> None:
+    """Labels that it finds least likely are best met by what is broken most."""
+    network = nets.shaken(drawn.tiny_timm())
+    x_NCHW = torch.randn(60, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wrong = network(x_NCHW).argmin(1)
+    recipe = {"task": "images", "steps": ["magnitude"], "sparsity": 0.5, "evaluate": {"source": None}}
+    report = prunella.prune(network, recipe, calibration=Samples.of({"pixel_values": x_NCHW, "labels": wrong}))
+    tried = report.batch_norm["tried"]
+    assert [list(scores) for scores in tried.values()] == [["divergence", "loss", "top-1"]] * 3
+    assert report.batch_norm["taken"] == min(tried, key=lambda way: tried[way]["divergence"])
+    assert report.batch_norm["taken"] != min(tried, key=lambda way: tried[way]["loss"])
+
+
+def test_few_pictures_are_calibrated_on_twice_if_that_is_asked_for(convolutions: Path, photos: Path) -> None:
+    """The second time mirrored and moved; the report says how many there were."""
+    source = {"source": str(photos), "samples": 12}
+    recipe = {"task": "images", "steps": ["update"], "evaluate": {"source": None}}
+    found = {}
+    for asked in (False, True):
+        network = timm.create_model(f"local-dir:{convolutions}", pretrained=True).eval()
+        report = prunella.prune(network, {**recipe, "calibration": {**source, "augment": asked}})
+        found[asked] = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        assert report.recipe["calibration"].get("augment", False) is asked
+        assert report.recipe["calibration"]["samples"] == 12
+        tokens = {layer.tokens for layer in report.layers if layer.sparsity}
+        assert all(count % (12 * (1 + asked)) == 0 for count in tokens)
+    assert any(not torch.equal(found[False][name], found[True][name]) for name in found[True])
+    samples = Samples.of(
+        {"pixel_values": torch.arange(2 * 3 * 8 * 8).view(2, 3, 8, 8).float(), "labels": torch.tensor([4, 5])}
+    )
+    more = augmented(make_task("images"), samples, 0)
+    assert len(more) == 4
+    assert torch.equal(more.groups[0]["labels"], torch.tensor([4, 5, 4, 5]))
+    assert torch.equal(more.groups[0]["pixel_values"][:2], samples.groups[0]["pixel_values"])
+    assert not torch.equal(more.groups[0]["pixel_values"][2:], samples.groups[0]["pixel_values"])
+
+
+def test_what_cannot_be_changed_is_calibrated_on_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    samples = Samples.of({"x": torch.zeros(2, 3)})
+    assert augmented(make_task("module"), samples, 0) is samples
+    assert "task 'module' knows no augmentation: it is calibrated on the samples as they are" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------

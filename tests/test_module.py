@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -373,6 +374,22 @@ def test_a_factory_is_pruned_measured_saved_and_pruned_again(file: Path, run: Ca
     old, new = load_file(out / "model.safetensors"), load_file(second / "model.safetensors")
     assert old.keys() == new.keys()
     assert all((new[name][old[name] == 0] == 0).all() for name in old if old[name].ndim > 1)
+
+
+def test_a_factory_that_loads_its_weights_is_opened_without_a_warning(file: Path, run: Callable[..., Any]) -> None:
+    """They are lost where the network is built without weights, and read from the directory."""
+    file.write_text(
+        FILE.replace(
+            "return Net()", "net, other = Net(), Net()\n    net.load_state_dict(other.state_dict())\n    return net"
+        )
+    )
+    out = file.parent / "out"
+    assert run("prune", f"{file}:factory", "-o", out, "--step", "wanda").code == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = prunella.open_model(str(out))
+    assert model.checkpoint is not None
+    assert model.network.head.weight.is_meta
 
 
 def test_a_directory_of_a_factory_is_resumed(file: Path, run: Callable[..., Any], monkeypatch: Any) -> None:

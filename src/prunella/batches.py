@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .calls import Calls
+from .calls import Call, Calls
 from .errors import InputError, say
 from .hidden import Hidden
 from .layers import Slot, as_parameters
@@ -17,7 +18,7 @@ from .machine import forget, ran_out
 from .model.checkpoint import Source
 from .model.network import Model
 from .model.walk import LoadedBlock
-from .samples import Batch, Samples, on, rows_of, size_of
+from .samples import Batch, Numbers, Samples, on, rows_of, size_of
 from .trees import first, map_tensors, stacked
 from .watch import run_to
 
@@ -114,24 +115,40 @@ class Batches:
                             hidden.calls[number] += self.calls.enter(half, passed[:stack])[1]
         self.batches = tuple(batches)
 
-    # --- one sample alone
+    # --- one sample alone, or a few of one shape
 
-    def window(self, n: int, batches: Sequence[Any] | Hidden | None = None) -> Any:
-        """The hidden state of sample n alone, or what another sequence of batches has for it."""
-        batch, place = self._place(n)
-        return self._one((self.hidden if batches is None else batches)[batch], batch, place)
+    def window(self, n: Numbers, batches: Sequence[Any] | Hidden | None = None) -> Any:
+        """The hidden state of sample n alone, or of several, or what another sequence of batches has for them."""
+        states = self.hidden if batches is None else batches
+        places = [self._place(number) for number in ((n,) if isinstance(n, int) else n)]
+        each = [self._one(states[batch], batch, place) for batch, place in places]
+        return each[0] if len(each) == 1 else stacked(each, self.calls.interface.batch)
+
+    def pieces(self, size: int) -> list[Numbers]:
+        """All samples, so many at a time of one shape, drawn at random, as far as there are; each alone, in order,
+        where one is asked for or where something travels beside their hidden states."""
+        if size == 1 or any(self.hidden.beside):
+            return list(range(len(self.samples)))
+        found: list[Numbers] = []
+        drawn = iter(self.samples.shuffled(0, size))
+        for _, some in itertools.groupby(drawn, self.samples.group_of):
+            numbers = tuple(some)
+            found += [numbers[start : start + size] for start in range(0, len(numbers), size)]
+        return found
 
     def outputs_of(self, numbers: Sequence[int], batch: Batch) -> Any:
         """What the model puts out for samples of one shape, once all hidden states have passed the last block; the
         batch holds them in this order."""
-        states = []
-        for stack in range(len(self.hidden.left) + 1):
-            each = []
-            for n in numbers:
-                at, place = self._place(n)
-                each.append(self._one([*self.hidden.states(at), self.hidden[at]][stack], at, place))
-            states.append(stacked(each, self.calls.interface.batch))
+        states = [*self._passed(numbers, len(self.hidden.left)), self.window(tuple(numbers))]
         return self.calls.outputs(on(batch, self.model.device), states)
+
+    def _passed(self, numbers: Sequence[int], stacks: int) -> list[Any]:
+        """What left the first so many stacks, of these samples."""
+        each = []
+        for number in numbers:
+            batch, place = self._place(number)
+            each.append([self._one(state, batch, place) for state in self.hidden.states(batch)[:stacks]])
+        return [stacked(some, self.calls.interface.batch) for some in zip(*each, strict=True)]
 
     def _place(self, n: int) -> tuple[int, int]:
         """The batch that has sample n, and its number there."""
@@ -155,18 +172,29 @@ class Batches:
     def _left(self, n: int) -> list[Any]:
         """What left the stacks before the one whose calls are to be recorded, of sample n alone."""
         known = len(self.calls.windows[n]) if self.calls.windows else 0
-        batch, place = self._place(n)
-        passed = self.hidden.states(batch)[: sum(span.stop <= known for span in self.model.spans)]
-        return [self._one(state, batch, place) for state in passed]
+        return self._passed([n], sum(span.stop <= known for span in self.model.spans))
+
+    def _call(self, n: Numbers, index: int) -> Call:
+        """How block `index` is called with sample n alone, or with several together."""
+        if isinstance(n, int):
+            self._record_windows(index)
+            return self.calls.windows[n][index]
+        calls = self.calls.several.setdefault(n, [])
+        while len(calls) <= index:
+            together = next(self.samples.pick(n))
+            passed = self._passed(n, sum(span.stop <= len(calls) for span in self.model.spans))
+            with torch.no_grad(), self.model.outside(head=False, checkpoint=self.checkpoint):
+                calls += self.calls.enter(together, passed)[1]
+        return calls[index]
 
     def runner(self, block: LoadedBlock, active: Mapping[str, Slot]) -> Callable[..., Tensor]:
-        """`Block.run`: the block on one window, with other weights in place of its own."""
+        """`Block.run`: the block on one window, or on several, with other weights in place of its own."""
 
-        def run(weights: Mapping[str, Tensor], n: int, at: str | None = None) -> Tensor:
+        def run(weights: Mapping[str, Tensor], n: Numbers, at: str | None = None) -> Tensor:
             own = {key.removeprefix(f"{block.name}."): value for key, value in as_parameters(weights, active).items()}
-            self._record_windows(block.index)
-            beside = self.hidden.beside[self._place(n)[0]]  # of this sample alone, if there is anything
-            call = self.calls.windows[n][block.index]
+            # Of this sample alone, if there is anything.
+            beside = self.hidden.beside[self._place(n)[0]] if isinstance(n, int) else {}
+            call = self._call(n, block.index)
             args, kwargs, _ = call.arguments(self.window(n), beside)
             out = run_to(at, block.module, own, args, kwargs)
             result: Tensor = out if call.whole and at is None else first(out)

@@ -138,6 +138,7 @@ class Calls:
         self._puts: dict[int, Callable[[Any], Any]] = {}  # of each stack
         self.batches: list[list[Call]] = []  # of the stream's hidden states
         self.windows: list[list[Call]] = []
+        self.several: dict[tuple[int, ...], list[Call]] = {}  # samples that run together, by their numbers
         self._firsts: dict[Any, list[Call]] = {}
 
     def enter(self, batch: Batch, states: Sequence[Any] = ()) -> tuple[Tensor, list[Call]]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .compat import BATCH_NORM, INSTANCE_NORM
 from .errors import ModelError, NumericalError
 from .evaluate.measure import measure
-from .evaluate.perplexity import answered
+from .evaluate.perplexity import answered, measured
 from .model.checkpoint import Source
 from .model.network import Model
 from .model.task import NO_ANSWERS, Answers
@@ -31,7 +31,7 @@ from .progress import Track, no_track
 from .samples import Samples
 from .save import Output
 from .stream import Stream
-from .unlabelled import targeted
+from .unlabelled import compared, targeted
 from .waits import fetch
 from .watch import Stop
 
@@ -161,6 +161,8 @@ class BatchNorms:
         seed: of the choice of samples that are held out.
 
     samples:  to estimate on, and `held_out`, to measure on: a fifth
+    compared: those of the latter with what the dense network answers in place of their labels, where the task tells how
+              far a network is from that
     norms:    by name
     order:    for each part of the network the norms that it runs, in order
     before:   their statistics, {tensor: value}
@@ -187,7 +189,9 @@ class BatchNorms:
         self.held_out = Samples(tuple(samples.pick(sorted(drawn[:apart]))))
         self.samples = Samples(tuple(samples.pick(sorted(drawn[apart:]))))
         self.answers: Answers = NO_ANSWERS
+        self.compared: Samples | None = None
         if self.held_out.groups:
+            self.compared = compared(model, self.held_out, track=track)
             self.held_out = targeted(model, self.held_out, track=track)
             _, self.answers = answered(model, self.held_out, track=track)
         self.order: list[list[str]] = []
@@ -237,8 +241,8 @@ class BatchNorms:
 
     def settle(self, out: Output | None) -> dict[str, Any]:
         """Estimate the statistics of the pruned network, which is on disk, or in memory; keep those that the recipe
-        asks for or, if it leaves that open, those with the lowest loss on what is held out. Returns what happened, for
-        the report. A run that resumes does not do it again."""
+        asks for or, if it leaves that open, those that bring it nearest to the dense one on what is held out. Returns
+        what happened, for the report. A run that resumes does not do it again."""
         on_disk = out if self.model.checkpoint is not None else None
 
         def put(statistics: Mapping[str, Tensor]) -> None:
@@ -270,19 +274,23 @@ class BatchNorms:
         return found
 
     def _scores(self, source: Source | None) -> dict[str, float]:
-        """Of what is held out, the loss, if the task has one, and the task's own figure; nothing where they are not
-        finite, or nothing is held out."""
+        """Of what is held out, how far the network is from the dense one, if labels tell something else; the loss, if
+        the task has one, and the task's own figure. Nothing where they are not finite, or nothing is held out."""
         if not self.held_out.groups:
             return {}
         try:
             scores, _ = measure(self.model, None, self.held_out, source, self.track, self.answers)
+            apart = self.compared and measured(self.model, self.compared, checkpoint=source, track=self.track)
         except NumericalError:  # a network that is broken: others may be better
             return {}
-        self._higher = "loss" not in scores and bool(scores.get("higher"))
-        return {key: scores[key] for key in dict.fromkeys(("loss", scores.get("figure", "loss"))) if key in scores}
+        self._higher = not apart and "loss" not in scores and bool(scores.get("higher"))
+        found = {"divergence": sum(apart) / len(apart)} if apart else {}
+        keys = dict.fromkeys(("loss", scores.get("figure", "loss")))
+        return found | {key: scores[key] for key in keys if key in scores}
 
     def _best(self, tried: Mapping[str, Mapping[str, float]]) -> str:
-        """What gives the lowest loss or, of a task without one, the best figure; of equal ones the first."""
+        """What is nearest to the dense network: of as few samples as these that says more than which answers are right.
+        Else what gives the lowest loss or, of a task without one, the best figure; of equal ones the first."""
         first = {name: next(iter(scores.values())) for name, scores in tried.items() if scores}
         sign = -1 if self._higher else 1
         return min(first, key=lambda name: sign * first[name], default="keep")

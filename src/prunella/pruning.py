@@ -36,6 +36,7 @@ from .store import check_store
 from .stream import TOKENS, Stream
 from .tasks import Task
 from .tasks import opened as open_for
+from .tasks.augment import augmented
 from .texts import same_text
 from .unlabelled import targeted
 from .workshop import workshop
@@ -130,6 +131,9 @@ def _prune(
         samples, blind = _calibration(opened, recipe, calibration)
         task.check(opened, samples)
         measured = held_out(opened, recipe, task.size(samples))
+    given = samples
+    if wanted.augment and not blind:
+        samples = augmented(task, samples, recipe.seed)
     shop = None if path is None else workshop(path, resume)
     out = None
     seconds: dict[str, float] = {}
@@ -149,8 +153,8 @@ def _prune(
                 else wanted.model_copy(
                     update={
                         "source": whole_name(wanted.source),
-                        "samples": len(samples),
-                        **task.about(samples),
+                        "samples": len(given),
+                        **task.about(given),
                     }
                 ),
             }

@@ -48,12 +48,15 @@ class Calibration(_Part):
     samples:    how many windows
     length:     tokens in a window; None: 2048, or the model's context if that is shorter
     min_tokens: a layer that fewer tokens reach (an expert, say) is pruned by magnitude
+    augment:    the samples once more, changed at random as the task knows how (pictures cut and mirrored): of few
+                samples twice as many
     """
 
     source: str = AUTO
     samples: int = Field(default=32, ge=1)
     length: int | None = Field(default=None, ge=2)
     min_tokens: int = Field(default=32, ge=1)
+    augment: bool = False
 
 
 class Evaluation(_Part):
@@ -201,7 +204,8 @@ class Recipe(_Part):
     model:    hub id, directory, .gguf file or built-in name
     task:     what the network is for: a name, or `{name: {option: value}}`; `auto`: as the model's files say
     calibration: the text that statistics are made from: `source`, `samples` (windows), `length` (tokens in each),
-              `min_tokens` (a layer that fewer tokens reach is pruned by magnitude)
+              `min_tokens` (a layer that fewer tokens reach is pruned by magnitude), `augment` (the samples twice,
+              once changed at random)
     pattern:  where zeros may stand: `unstructured`, `N:M` (N kept of M) or `RxC` (blocks), see `Pattern`
     sparsity: `{pattern of layer names: share of weights to prune}`, the last match wins; a plain number is
               `{"*": number}`. `down_proj` matches every layer whose name ends so. An N:M pattern fixes it.
@@ -216,8 +220,8 @@ class Recipe(_Part):
               first, with gradients; `auto`: `back` where a step reads gradients, `layer` where every step looks at
               single layers, one of them at their inputs, and the activations are less than 8 GiB
     batch_norm: what becomes of the statistics of batch norms, in networks that have any: `keep`, or how they are
-              estimated anew on the calibration samples: `reset`, `momentum`, `correct`; `auto`: what gives the lowest
-              loss on those samples that are not estimated on
+              estimated anew on the calibration samples: `reset`, `momentum`, `correct`; `auto`: what brings
+              the network nearest to the dense one on those samples that are not estimated on
     evaluate: the text on which dense and pruned perplexity are compared: `source` (null: none), `windows`, `length`
     format:   the store that the weights are saved in: `dense`, zeros and all, or `packed`, without them
     bits:     packed weights that no step has quantized are rounded to 8 or 4 bits; null: they keep their dtype
@@ -482,6 +486,8 @@ class Recipe(_Part):
         for key in ("samples", "batch_norm", "augment"):  # likewise
             if plain["heal"][key] == Healing.model_fields[key].get_default():
                 del plain["heal"][key]
+        if not self.calibration.augment:
+            del plain["calibration"]["augment"]
         if self.batch_norm == Recipe.model_fields["batch_norm"].get_default():
             del plain["batch_norm"]
         return plain

@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import InputError
 
 Batch = Mapping[str, Tensor]  # what a network is called with: {argument: (B, …)}, a sample a row
+Numbers = int | tuple[int, ...]  # of a sample, or of several of one shape
 TARGET = "_target"  # among the tensors of samples: what `Task.target` made of the dense network's outputs for them
 NUMBERS = 1024  # of a picture or a sound that take the room of a token
 

@@ -383,6 +383,7 @@ class Stream(Batches):
             layers,
             run=self.runner(block, active) if known is None else None,
             windows=len(self.samples) if known is None else 0,
+            pieces=self.pieces if known is None else None,
             targets=(lambda n: self.window(n, outputs if same else beside)) if keep_outputs else None,
             dense=(lambda n: self.window(n, beside)) if "dense" in needs else None,
             others={key: solver.begin.get(key, value) for key, value in own.items()},

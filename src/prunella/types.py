@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .errors import InputError, NumericalError, StatisticError
 from .grid import Grid
+from .samples import Numbers
 from .statistics.registry import merged, of_inputs, whole
 from .waits import demand
 
@@ -248,8 +249,10 @@ class Block:
     run:        run(weights, n) runs the block on window n with the given weights {layer name: weight_OI, or name in
                 `others`: tensor} in place of its own, and returns its output (1, L, D); differentiable in those
                 weights. run(weights, n, at=path) stops at a module of the block and returns that one's output.
-                None in the orders `layer` and `back`
+                For n a tuple of several numbers, as `pieces` gives them, their output (B, L, D) together. None in the
+                orders `layer` and `back`
     windows:    how many calibration windows `run` takes
+    pieces:     pieces(size) is the numbers of all windows, tuples of so many of one shape, or single ones
     targets:    targets(n) is the dense block's output on window n; where the dense model runs beside the pruned
                 one (`drift`), its own output there. None unless a step needs `targets`
     dense:      dense(n) is what the dense model puts out here on window n, its own inputs given. None unless a step
@@ -265,8 +268,9 @@ class Block:
     layers: tuple[Layer, ...]
     run: Callable[..., Tensor] | None = None
     windows: int = 0
-    targets: Callable[[int], Tensor] | None = None
-    dense: Callable[[int], Tensor] | None = None
+    pieces: Callable[[int], Sequence[Numbers]] | None = None
+    targets: Callable[[Numbers], Tensor] | None = None
+    dense: Callable[[Numbers], Tensor] | None = None
     others: Mapping[str, Tensor] = field(default_factory=dict)
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()

@@ -11,7 +11,7 @@ from .errors import say
 from .model.checkpoint import Source
 from .model.network import Model
 from .progress import Track, no_track
-from .samples import TARGET, Samples, on, size_of
+from .samples import TARGET, Batch, Samples, on, size_of
 from .stream import Stream
 
 
@@ -40,11 +40,29 @@ def each_output(stream: Stream, work: Callable[[int], None], checkpoint: Source 
 def targeted(model: Model, samples: Samples, *, checkpoint: Source | None = None, track: Track = no_track) -> Samples:
     """Samples whose loss can be told: those that lack a target (`Task.lacks`) get one of what this model, which has to
     be the dense one, puts out for them (`Task.target`). It is streamed over them once."""
-    task = model.task
-    lacking = tuple(group for group in samples.groups if task.lacks(group))
+    lacking = tuple(group for group in samples.groups if model.task.lacks(group))
     if not lacking:
         return samples
     say(f"{sum(map(size_of, lacking))} samples come without a target: their loss is of what the dense network answers")
+    return _answered_by(model, samples, lacking, checkpoint, track)
+
+
+def compared(model: Model, samples: Samples, *, track: Track = no_track) -> Samples | None:
+    """The same samples with what this model, which has to be the dense one, puts out for them in the place of their
+    labels; None where they have none, or where the task can do nothing without."""
+    task = model.task
+    bare = Samples(tuple({k: t for k, t in group.items() if k not in task.labels} for group in samples.groups))
+    labelled = any(len(group) > len(other) for group, other in zip(samples.groups, bare.groups, strict=True))
+    if not labelled or not all(map(task.lacks, bare.groups)):
+        return None
+    return _answered_by(model, bare, bare.groups, None, track)
+
+
+def _answered_by(
+    model: Model, samples: Samples, lacking: tuple[Batch, ...], checkpoint: Source | None, track: Track
+) -> Samples:
+    """Samples with a target for those groups that lack one."""
+    task = model.task
     stream = through(model, Samples(lacking), checkpoint=checkpoint, track=track, what="targets")
     rows: list[Tensor] = []
 

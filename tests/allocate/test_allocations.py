@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,18 +10,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import nets
 import pytest
 import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import prunella
 from prunella import InputError, Recipe
 from prunella.allocate import Budget, allocations, make_allocation
 from prunella.pattern import cut
-from prunella.pruning import choose_slots, free_layers
+from prunella.pruning import choose_slots, free_layers, prune_once
 from prunella.samples import Samples
 from prunella.tasks.text import wrap_model
 
@@ -256,6 +258,40 @@ def test_probe_evens_out_what_pruning_one_block_alone_costs() -> None:
     shares = make_allocation("probe", {"growth": 10})(budget_of(tiny.build(seed=3), ids_NL))
     first, second = (shares[f"model.layers.{b}.mlp.up_proj"] for b in (0, 1))
     assert second - first == pytest.approx((math.log(rises[0]) - math.log(rises[1])) / 10, rel=1e-3)
+
+
+def test_probe_keeps_more_of_blocks_that_are_small_and_do_as_much() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        *(nn.Sequential(nn.Linear(inputs, outputs), nn.Tanh()) for inputs, outputs in pairwise((8, 64, 8, 8, 8)))
+    )
+    x_NI = torch.randn(40, 8)
+
+    def made(*skip: str, sparsity: float = 0.5) -> tuple[nn.Module, Any]:
+        one = copy.deepcopy(network)
+        task = nets.Sum({"input": x_NI})
+        wanted = {"steps": ["wanda"], "sparsity": sparsity, "skip": skip, "order": "block"}
+        recipe = Recipe.of({**wanted, "task": "module", "evaluate": {"source": None}})
+        if skip:
+            prune_once(one, recipe, calibration=Samples.of({"input": x_NI[:30]}), task=task)
+        model = task.wrap(one)
+        slots = choose_slots(model, recipe)
+        return one, Budget(model, Samples.of({"input": x_NI}), slots, free_layers(slots, recipe), sparsity)
+
+    budget = made()[1]
+    names = [name for block in budget.blocks for name in block]
+    with torch.no_grad():
+        dense = network(x_NI[30:]).square().mean()
+        rises = [
+            float(made(*(other for other in names if other != name))[0](x_NI[30:]).square().mean() - dense)
+            for name in names
+        ]
+    least = min(rise for rise in rises if rise > 0)
+    costs = [math.log(max(r, least) / budget.sizes[n]) for r, n in zip(rises, names, strict=True)]
+    shares = make_allocation("probe", {"growth": 100})(budget)
+    assert mean(budget, shares) == pytest.approx(0.5)
+    for (one, cost), (other, more) in pairwise(zip(names, costs, strict=True)):
+        assert shares[other] - shares[one] == pytest.approx((cost - more) / 100, abs=1e-6)
 
 
 def test_probe_counts_its_text_in_tokens() -> None:

@@ -17,6 +17,7 @@ import prunella
 from prunella import InputError, ModelError
 from prunella.bench import engines, shapes
 from prunella.bench.engines import ENGINES, Case, Engine, check_engines, open_engines
+from prunella.bench.memory import resident_bytes
 from prunella.bench.run import bench_network, difference
 from prunella.bench.sides import open_sides, random_batch
 from prunella.bench.turns import in_turns
@@ -181,6 +182,23 @@ def test_classifiers_of_texts_and_modules_of_ones_own_are_measured(tmp_path: Pat
     assert (found["task"], found["rows"][1]["difference"] < 1e-4) == ("module", True)
 
 
+@pytest.mark.slow  # two processes that import everything
+def test_memory_is_that_of_a_process(tmp_path: Path) -> None:
+    """Of a network much larger than what its forward pass leaves behind."""
+    network = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(6)))
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom torch import nn\n\ndef build():\n"
+        "    return nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(6)))\n\n"
+        "def calibration():\n    return [torch.ones(2, 1024)]\n"
+    )
+    recipe = {"steps": ["magnitude"], "calibration": {"samples": 2}, "evaluate": {"source": None}}
+    prunella.prune(f"{tmp_path / 'mine.py'}:build", recipe, output=tmp_path / "pruned")
+    size = sum(p.numel() * 4 for p in network.parameters())
+    assert resident_bytes(tmp_path / "pruned", 2) == pytest.approx(size, rel=0.2)
+    with pytest.raises(ModelError, match=r"cannot be measured: .*holds no model"):
+        resident_bytes(tmp_path)
+
+
 # --- what cannot be measured
 
 
@@ -283,7 +301,7 @@ def test_the_command_prints_a_table_and_json(run: Callable[..., Any], tmp_path: 
     directory = pruned(tmp_path / "net", "resnet-50")
     done = run("bench", directory, "--batch", "1,2", "--threads", "1", "--rounds", 1, "--beside", "torch-bfloat16")
     assert done.code == 0, done.err
-    assert "weights in memory" in done.out
+    assert "weights: " in done.out
     assert "torch-bfloat16" in done.out
     done = run("bench", "--shape", "bert-base", "--sparsity", "0.75", "--length", 8, "--rounds", 1, "--json")
     assert done.code == 0, done.err

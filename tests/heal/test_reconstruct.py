@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import nets
 import pytest
 import tiny
 import torch
@@ -14,8 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import prunella
-from prunella import InputError, registry
+from prunella import InputError, Recipe, registry
 from prunella.heal import reconstruct
+from prunella.pruning import prune_once
 from prunella.registry import make, register
 from prunella.types import Block
 
@@ -54,6 +57,52 @@ def test_as_a_step_it_lowers_the_error_of_what_was_pruned_before() -> None:
         with torch.no_grad():
             errors[len(steps)] = float((network.model(ids)[0] - dense.model(ids)[0]).square().mean())
     assert errors[2] < 0.9 * errors[1]
+
+
+@pytest.mark.parametrize("kind", ["resnet", "bert", "whisper"])
+def test_samples_of_one_shape_run_together_as_they_do_alone(kind: str) -> None:
+    samples = nets.samples_of(kind, 5)
+    found: list[tuple[float, int]] = []
+
+    @register("together", needs={"dense", "targets"})
+    def together(block: Block) -> Block:
+        """Compare."""
+        assert block.run is not None
+        assert block.dense is not None
+        assert block.pieces is not None
+        weights = {layer.name: layer.weight_OI * 0.9 for layer in block.layers}
+        pieces = block.pieces(2)
+        assert sorted(n for some in pieces for n in ((some,) if isinstance(some, int) else some)) == list(
+            range(len(samples))
+        )
+        assert block.pieces(1) == list(range(len(samples)))
+        for some in pieces:
+            assert isinstance(some, tuple)
+            for at in (partial(block.run, weights), block.dense):
+                alone = torch.cat([at(n) for n in some])
+                found.append((float((at(some) - alone).abs().max() / alone.abs().max()), len(some)))
+        return make("magnitude").apply(block)
+
+    try:
+        recipe = Recipe.of({"task": "module", "steps": ["together"], "order": "block", "evaluate": {"source": None}})
+        network = nets.build(kind)
+        prune_once(network, recipe, calibration=samples, task=nets.Sum(samples.groups[0]))
+    finally:
+        del registry.steps["together"]
+    assert max(apart for apart, _ in found) < 1e-5
+    assert {size for _, size in found} == {1, 2}
+
+
+def test_steps_of_several_samples_come_nearer_too() -> None:
+    ids_NL = tiny.token_windows(7, 24)
+    errors = {}
+    for batch in (0, 3):
+        network, dense = tiny.build("llama"), tiny.build("llama")
+        more = [{"reconstruct": {"epochs": 20, "batch": batch, "rate": 3e-3}}] if batch else []
+        prunella.prune(network, {"steps": ["magnitude", *more], "order": "block"}, calibration=ids_NL)
+        with torch.no_grad():
+            errors[batch] = float((network.model(ids_NL)[0] - dense.model(ids_NL)[0]).square().mean())
+    assert errors[3] < 0.9 * errors[0]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral"])

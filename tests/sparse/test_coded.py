@@ -17,7 +17,7 @@ from prunella.sparse.steps import run, step
 from prunella.sparse.striped import leading
 
 pytestmark = pytest.mark.skipif(not coded.available(), reason="no AVX-512, or code cannot be made here")
-ACTS = {"none": lambda x: x, "relu": functional.relu, "gelu": functional.gelu}
+ACTS = {"none": lambda x: x, "relu": functional.relu, "relu6": functional.relu6, "gelu": functional.gelu}
 
 
 def pruned(weight: Tensor, sparsity: float) -> Tensor:
@@ -67,15 +67,48 @@ def test_products_are_torchs(shape: tuple[int, int, int], sparsity: float, threa
     torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5 * columns**0.5)
 
 
+@pytest.mark.parametrize("columns", [20, 90, 1500])  # one strip, and several
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("last", [0, 1])
 @pytest.mark.parametrize("act", ACTS)
-def test_scale_bias_residual_and_activation_come_in_their_order(act: str, last: int) -> None:
-    weight, x = pruned(torch.randn(40, 90), 0.8), torch.randn(50, 90)
+def test_bias_residual_and_activation_come_in_their_order(act: str, last: int, apart: bool, columns: int) -> None:
+    weight, x = pruned(torch.randn(40, columns), 0.8), torch.randn(50, columns)
     scale, bias, residual = torch.randn(40), torch.randn(40), torch.randn(50, 40)
-    y = product(sealed(weight), x, scale=scale, bias=bias, residual=residual, residual_last=last, act=act)
-    inner = (x @ weight.T) * scale + bias
-    wanted = ACTS[act](inner) + residual if last else ACTS[act](inner + residual)
-    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
+    inner = (x @ weight.T) * scale.view(1, -1) + bias
+    for beside in (None, residual):
+        own = act if act in ("relu", "relu6") and not (beside is not None and last) else "none"
+        for ends in (
+            coded.Ends(apart=apart),
+            coded.Ends(own, beside is not None and (not last or act == "none"), apart),
+        ):
+            if ends.act != "none" and beside is not None and not ends.residual:
+                continue
+            code = coded.generate(pack(weight, weight != 0), scale=scale, ends=ends)
+            assert code is not None
+            found = coded.seal([code])
+            assert found is not None
+            y = product(found[0], x, bias=bias, residual=beside, residual_last=last, act=act)
+            if beside is None:
+                wanted = ACTS[act](inner)
+            else:
+                wanted = ACTS[act](inner) + beside if last else ACTS[act](inner + beside)
+            torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_code_that_does_something_else_is_refused() -> None:
+    weight, x = pruned(torch.randn(40, 90), 0.8), torch.randn(50, 90)
+    for ends, options in (
+        (coded.Ends("relu"), {"act": "gelu"}),
+        (coded.Ends("relu6"), {}),
+        (coded.Ends(residual=True), {}),
+        (coded.Ends(), {"scale": torch.ones(40)}),
+    ):
+        code = coded.generate_dense(weight, ends=ends)
+        assert code is not None
+        found = coded.seal([code])
+        assert found is not None
+        with pytest.raises(AssertionError):
+            product(found[0], x, **options)
 
 
 @pytest.mark.parametrize(
@@ -112,10 +145,15 @@ def test_convolutions_are_torchs(conv: nn.Conv2d, batch: int) -> None:
 def test_nan_and_infinity_make_all_results_of_their_position_nan() -> None:
     weight, x = pruned(torch.randn(40, 90), 0.9), torch.randn(50, 90)
     x[3, 7], x[20, 11] = float("nan"), float("inf")
-    y = product(sealed(weight), x)
-    assert y[[3, 20]].isnan().all()
     rest = [t for t in range(50) if t not in (3, 20)]
-    torch.testing.assert_close(y[rest], x[rest] @ weight.T, rtol=1e-4, atol=1e-4)
+    for ends in (coded.Ends(), coded.Ends("relu", apart=True)):
+        code = coded.generate_dense(weight, ends=ends)
+        assert code is not None
+        found = coded.seal([code])
+        assert found is not None
+        y = product(found[0], x, act=ends.act)
+        assert y[[3, 20]].isnan().all()
+        torch.testing.assert_close(y[rest], ACTS[ends.act](x[rest] @ weight.T), rtol=1e-4, atol=1e-4)
 
 
 def test_weights_that_are_sealed_together_keep_to_themselves() -> None:

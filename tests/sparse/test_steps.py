@@ -262,7 +262,7 @@ def spread(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("case", ATTEND, ids=str)
-@pytest.mark.parametrize("masks", ["none", "causal", "keys", "boolean", "each"])
+@pytest.mark.parametrize("masks", ["none", "causal", "keys", "queries", "boolean", "each", "turned"])
 def test_attend(threads: int, case: Any, masks: str) -> None:
     batch, heads, kv_heads, dim, dim_v, queries, keys = case
     q, k = torch.randn(batch, heads, queries, dim), torch.randn(batch, kv_heads, keys, dim)
@@ -271,6 +271,10 @@ def test_attend(threads: int, case: Any, masks: str) -> None:
     mask: Tensor | None = None
     if masks == "keys":  # what transformers adds for texts of other lengths
         mask = torch.zeros(batch, 1, 1, keys).masked_fill(torch.rand(batch, 1, 1, keys) < 0.3, torch.finfo().min)
+    elif masks == "queries":
+        mask = torch.randn(batch, 1, queries, 1)
+    elif masks == "turned":  # its queries follow one another
+        mask = torch.randn(batch, 1, keys, queries).transpose(2, 3)
     elif masks == "boolean":
         mask = torch.rand(1, 1, queries, keys) < 0.6
         mask[:, :, queries // 2] = False  # sees nothing
@@ -281,7 +285,7 @@ def test_attend(threads: int, case: Any, masks: str) -> None:
     parts: dict[str, Any] = {"causal": int(masks == "causal")}
     if mask is not None:
         strides = [0 if n == 1 else stride for n, stride in zip(mask.shape, mask.stride(), strict=True)]
-        parts |= {"mask": mask, "mask_stride": strides, "mask_boolean": int(mask.dtype == torch.bool)}
+        parts |= {"mask": mask.data_ptr(), "mask_stride": strides, "mask_boolean": int(mask.dtype == torch.bool)}
     y = Value(heads * dim_v, batch * queries)
     values = {name: Value.of(spread(x)) for name, x in (("q", q), ("k", k), ("v", v))}
     sizes = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "dim": dim, "dim_v": dim_v, "queries": queries}

@@ -17,6 +17,7 @@ from ..sparse.bench import held_bytes
 from ..sparse.format import SPAN
 from ..sparse.kernels import instructions
 from .engines import Case, check_engines, open_engines
+from .memory import resident_bytes
 from .shapes import SHAPES
 from .sides import Sides, open_sides, random_batch
 from .turns import in_turns
@@ -36,6 +37,7 @@ def bench_network(
     rounds: int = 5,
     seconds: float = 0.3,
     beside: Sequence[str] = (),
+    memory: bool = False,
     remote_code: bool = False,
 ) -> dict[str, Any]:
     """How long a network takes for a batch, dense beside packed, and how far their outputs are apart.
@@ -50,12 +52,15 @@ def bench_network(
         threads: numbers of threads; None: as torch is set.
         rounds: turns of all sides; seconds: how long a turn takes, at least.
         beside: other engines, names in `engines.ENGINES`.
+        memory: measure it too, in a process for each side, which takes a while.
     Returns:
-        Plain data: {"model", "task", "sparsity", "instructions", "bytes": {"dense", "packed"} of the weights in
-        memory, "rows": one for each batch, number of threads and side = {"batch", "threads", "side", "min", "low",
-        "median", "high" in seconds, "calls", "throughput": samples a second by the median, "speedup": the dense
-        median over its own, "difference": largest |y - y'| over the largest |y'|, y' being the dense outputs},
-        "refused": {engine: why it cannot run the network}}
+        Plain data: {"model", "task", "dtype", "sparsity", "instructions", "bytes", "memory", "rows", "refused"}:
+        bytes:   {"dense", "packed"}, of the tensors that the networks are stored as
+        memory:  the same, of all that a network holds when it has run the largest batch; only if it was asked for
+        rows:    one for each batch, number of threads and side, {"batch", "threads", "side", "min", "low", "median",
+                 "high" (seconds; low and high are quartiles), "calls", "throughput" (samples a second, by the median),
+                 "speedup" (the dense median over its own), "difference" (`difference` from the dense outputs)}
+        refused: {engine: why it cannot run the network}
     Raises:
         PrunellaError: anything about the input that the user can mend.
     """
@@ -88,6 +93,11 @@ def bench_network(
                     names = [name for name in beside if name not in refused]
                     found, failed = measured(sides, case, count, names, rounds, seconds)
                 rows, refused = rows + found, refused | failed
+        held = {
+            side: resident_bytes(directory, max(batch), length, (threads or [before])[0])
+            for side, directory in sides.directories.items()
+            if memory
+        }
         return {
             "model": model or random,
             "task": sides.model.task.name,
@@ -95,6 +105,7 @@ def bench_network(
             "sparsity": sides.sparsity,
             "instructions": (instructions() or ["none"])[0],
             "bytes": {"dense": held_bytes(sides.model.network), "packed": held_bytes(sides.packed)},
+            **({"memory": held} if memory else {}),
             "rows": rows,
             "refused": refused,
         }

@@ -60,7 +60,7 @@ def random_directory(shape: str, sparsity: float, folder: Path) -> None:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         network = build()
-        norms: list[Any] = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms: list[Any] = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
         for norm in norms:
             norm.weight.uniform_(0.5, 1.5)
         model = task.wrap(network.eval().requires_grad_(False), name=shape)

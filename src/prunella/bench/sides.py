@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,12 +29,14 @@ LENGTH = 128  # tokens of a text, where nobody says how many, and the network ta
 @dataclass(frozen=True)
 class Sides:
     """
-    model:  the dense network as its task opens it, all weights in memory
-    packed: the same network as a packed directory is loaded
+    model:       the dense network as its task opens it, all weights in memory
+    packed:      the same network as a packed directory is loaded
+    directories: of "dense" and "packed", while the context lasts
     """
 
     model: Model
     packed: nn.Module
+    directories: Mapping[str, Path]
 
     @property
     def sparsity(self) -> float:
@@ -83,7 +85,8 @@ def open_sides(
         opened.name = name
         opened.give_back()  # it computes as its library has it
         opened.network.eval()
-        yield Sides(opened, load_packed(packed, device="cpu", remote_code=remote_code))
+        network = load_packed(packed, device="cpu", remote_code=remote_code)
+        yield Sides(opened, network, {"dense": plain, "packed": packed})
 
 
 def random_batch(model: Model, batch: int, length: int | None = None) -> Batch:

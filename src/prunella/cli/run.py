@@ -142,8 +142,9 @@ LOAD = (
         "And engines to run them in too, such as onnxruntime,openvino; or torch-bfloat16, onnxruntime-int8,"
         " openvino-int8.",
     ),
+    ask(MEASURE, "--memory", "memory", "And the memory of both, when they have run, in a process for each."),
 )
-LANGUAGE, OTHERS = ("prompt", "tokens"), ("batch", "length", "beside")  # what only they are asked
+LANGUAGE, OTHERS = ("prompt", "tokens"), ("batch", "length", "beside", "memory")  # what only they are asked
 SHAPES = ("llama-1b", "tiny", "minilm-l6", "bert-base", "efficientnet-lite0", "resnet-50")
 
 
@@ -247,8 +248,8 @@ def _print_network(result: dict[str, Any], as_json: bool) -> None:
     columns = ("batch", "threads", "", "ms", "a second", "×", "apart")
     title = f"{result['model']}: {result['dtype']}, {result['sparsity']:.1%} of the weights in layers zero"
     print_table(columns, rows, title, right=[name for name in columns if name])
-    dense, packed = result["bytes"]["dense"], result["bytes"]["packed"]
-    print(
-        f"weights in memory: {dense / 1e6:,.1f} MB dense, {packed / 1e6:,.1f} MB packed ({packed / dense:.3f});"
-        f" instructions: {result['instructions']}"
-    )
+    for what, key in (("weights", "bytes"), ("memory, with all else that they hold", "memory")):
+        if found := result.get(key):
+            dense, packed = found["dense"], found["packed"]
+            print(f"{what}: {dense / 1e6:,.1f} MB dense, {packed / 1e6:,.1f} MB packed ({packed / dense:.3f})")
+    print(f"instructions: {result['instructions']}")

@@ -15,7 +15,7 @@ from ..errors import InputError, NumericalError
 from ..layers import find_layers, within
 from ..model.network import Model
 from ..registry import Step, register
-from ..samples import Samples
+from ..samples import Numbers, Samples
 from ..steps.wanda import wanda
 from ..stream import Stream
 from ..train.kinds import kinds_of
@@ -43,12 +43,14 @@ def reconstruct(
     part: Literal["block", "sub-block"] = "block",
     aim: Aim = "model",
     epochs: PositiveInt = 1,
+    batch: PositiveInt = 1,
     rate: Annotated[float, Field(gt=0, lt=1)] | None = RATE,
     warmup: float = 0.1,
 ) -> Block:
     """Train what is left of a block until its outputs are near the dense model's, the mask held.
 
-    AdamW on one window a step, learning rate rising over the first `warmup` of the steps and falling linearly to 0,
+    AdamW on one window a step, or a few, learning rate rising over the first `warmup` of the steps and falling linearly
+    to 0,
 
         L = ||Y - Y_dense||^2 / ||Y_dense||^2
 
@@ -62,6 +64,8 @@ def reconstruct(
         aim: Y_dense of whole blocks: the dense model's own output (`model`), or what the dense block makes of the
             inputs that the pruned one gets (`block`).
         epochs: passes over the calibration windows.
+        batch: windows in a step; of more than one, those of one shape are drawn together. A network with several inputs
+            beside its hidden states takes one at a time.
         rate: learning rate of everything that trains; None: each method's own.
         warmup: share of the steps.
 
@@ -74,7 +78,7 @@ def reconstruct(
     groups = [make_group(name, {} if rate is None else {"rate": rate}) for name in train]
     layers = (wanda(la) if la.sparsity > 0 and la.mask_OI is None else la for la in block.layers)
     block = replace(block, layers=tuple(layers))
-    return fit(block, groups, part=part, aim=aim, epochs=epochs, warmup=warmup)[0]
+    return fit(block, groups, part=part, aim=aim, epochs=epochs, batch=batch, warmup=warmup)[0]
 
 
 def fit(
@@ -85,6 +89,7 @@ def fit(
     aim: Aim,
     epochs: int,
     warmup: float,
+    batch: int = 1,
     new: frozenset[str] = frozenset(),
     strict: bool = False,
 ) -> tuple[Block, list[Tensor], int]:
@@ -107,26 +112,27 @@ def fit(
         check_idle(chosen, groups)
     losses: list[Tensor] = []
     trained = 0
+    pieces = range(block.windows) if block.pieces is None else block.pieces(batch)
     if not chosen:
         pass
     elif part == "block":
         trained = _size(chosen)
         goal = block.dense if aim == "model" else _from_same_inputs(block)
-        now |= _train(block, now, chosen, goal, range(block.windows), epochs, warmup, None, losses)
+        now |= _train(block, now, chosen, goal, pieces, epochs, warmup, None, losses)
     else:
         for at in sub_blocks(block):
             prefix = within(block.name, at)
             inside = [item for item in chosen if _within(item.part.name, prefix)]
             outside = {name: value for name, value in now.items() if not _within(name, prefix)}
 
-            def dense(n: int, at: str = at, outside: Mapping[str, Tensor] = outside) -> Any:
+            def dense(n: Numbers, at: str = at, outside: Mapping[str, Tensor] = outside) -> Any:
                 assert block.run is not None
                 with torch.no_grad():
                     return block.run(outside, n, at=at)
 
             trained += _size(inside)
             if inside:
-                now |= _train(block, now, inside, dense, range(block.windows), epochs, warmup, at, losses)
+                now |= _train(block, now, inside, dense, pieces, epochs, warmup, at, losses)
         if not trained and strict:
             check_idle([], groups)  # all of it lies between the sub-blocks: says so
     notes = () if trained else ("reconstruct found nothing to train in its block",)
@@ -145,12 +151,12 @@ def fit(
     )
 
 
-def _from_same_inputs(block: Block) -> Callable[[int], Any]:
+def _from_same_inputs(block: Block) -> Callable[[Numbers], Any]:
     """What the dense block makes of the inputs that the pruned one gets."""
     assert block.run is not None
     run, weights = block.run, {layer.name: layer.dense_OI for layer in block.layers}
 
-    def output(n: int) -> Tensor:
+    def output(n: Numbers) -> Tensor:
         with torch.no_grad():
             return run(weights, n)
 
@@ -176,8 +182,8 @@ def _train(
     block: Block,
     now: Mapping[str, Tensor],
     chosen: Sequence[Chosen],
-    target: Callable[[int], Any],
-    windows: range,
+    target: Callable[[Numbers], Any],
+    pieces: Sequence[Numbers],
     epochs: int,
     warmup: float,
     at: str | None,
@@ -193,13 +199,13 @@ def _train(
     with torch.enable_grad():
         settings = [{"params": list(item.change.parameters()), "lr": item.group.rate} for item in chosen]
         optimizer = torch.optim.AdamW(settings, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        steps = epochs * len(windows)
+        steps = epochs * len(pieces)
         rise = max(1, round(warmup * steps))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))
         )
         for step in range(steps):
-            n = windows[step % len(windows)]
+            n = pieces[step % len(pieces)]
             goal = target(n)
             changed = {item.part.name: item.change(item.part.value) for item in chosen}
             out = block.run({**block.buffers, **now, **changed}, n, **({} if at is None else {"at": at}))

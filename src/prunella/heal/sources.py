@@ -16,6 +16,7 @@ from ..pruning import held_out
 from ..recipe import Healing, Recipe
 from ..samples import Samples
 from ..tasks import Task
+from ..tasks.augment import augmented
 
 HELD_OUT = 256  # samples, or a tenth of all if that is less
 
@@ -33,6 +34,10 @@ class Sources:
 
     def calibration(self, model: Model) -> Samples:
         """What statistics and targets are made from."""
+        found = self._read(model)
+        return augmented(model.task, found, self.recipe.seed) if self.recipe.calibration.augment else found
+
+    def _read(self, model: Model) -> Samples:
         wanted = self.recipe.calibration
         task = self.recipe.make_task(wanted.length)
         with blamed(type(task), f"task '{task.name}'"):
@@ -42,7 +47,7 @@ class Sources:
         """What is measured on."""
         if recipe.evaluate.source is None:
             return None
-        used = model.task.size(self.calibration(model))
+        used = model.task.size(self._read(model))
         task = model.task
         with blamed(type(task), f"task '{task.name}'"):
             return held_out(model, recipe, used)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,7 +144,9 @@ def open_plain(
     if dtype not in DTYPES and dtype != "auto":
         raise InputError(unknown("dtype", dtype, [*DTYPES, "auto"]))
     try:
-        with accelerate.init_empty_weights(include_buffers=False):
+        with accelerate.init_empty_weights(include_buffers=False), warnings.catch_warnings():
+            # A factory may load its weights, which are lost here.
+            warnings.filterwarnings("ignore", ".*copying from a non-meta parameter", UserWarning)
             network = build()
     except PrunellaError:
         raise

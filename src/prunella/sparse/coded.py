@@ -24,6 +24,27 @@ NARROWEST, WIDEST = 64, 512  # columns in a strip: their inputs, 128 positions o
 
 
 @dataclass(frozen=True)
+class Ends:
+    """What code does beside the product.
+
+    act:      "none", "relu" or "relu6", at the end
+    residual: a residual is added before that, whose rows lie as far apart as those of the result
+    apart:    the columns of the input are read where they lie, and not copied side by side before: for few rows
+    """
+
+    act: str = "none"
+    residual: bool = False
+    apart: bool = False
+
+    @property
+    def number(self) -> int:
+        return {"none": 0, "relu": 1, "relu6": 2}[self.act] | self.residual << 2 | self.apart << 3
+
+
+PLAIN = Ends()
+
+
+@dataclass(frozen=True)
 class Code:
     """Code of a weight (O, I), not yet in its place.
 
@@ -38,6 +59,7 @@ class Code:
     rows: int
     columns: int
     strip: int
+    ends: Ends
 
     @property
     def nbytes(self) -> int:
@@ -53,13 +75,16 @@ class Coded:
     rows: int
     columns: int
     strip: int
+    ends: Ends
     region: _Region
     nbytes: int
 
     def weight(self) -> StripedWeight:
         """As C takes it; it lives as long as this does."""
         strips = -(-self.columns // self.strip)
-        return StripedWeight(self.rows, self.columns, self.strip, strips, code=self.table.data_ptr())
+        return StripedWeight(
+            self.rows, self.columns, self.strip, strips, code=self.table.data_ptr(), ends=self.ends.number
+        )
 
 
 class _Region:
@@ -78,7 +103,7 @@ def available() -> bool:
 
 
 def _probe() -> Code:
-    code = _generate(torch.ones(1, 1), 1, 1)
+    code = _generate(torch.ones(1, 1), 1, 1, PLAIN)
     assert code is not None
     return code
 
@@ -86,16 +111,23 @@ def _probe() -> Code:
 def size_of(kept: int, rows: int, columns: int) -> int:
     """About how many bytes the code of a weight and its values take."""
     blocks = -(-rows // ROWS)
-    return kept * 11 + min(kept, blocks * columns) * 7 + blocks * (1 + kept // (LENGTH * blocks)) * 640
+    return kept * 11 + min(kept, blocks * columns) * 7 + blocks * (2 + kept // (LENGTH * blocks)) * 700
 
 
-def generate(packed: Packed, places: int = 1, groups: int = 1) -> Code | None:
-    """The code of a packed weight; None where none can be made. places, groups: a convolution's, see `striped`."""
+def generate(
+    packed: Packed, places: int = 1, groups: int = 1, scale: Tensor | None = None, ends: Ends = PLAIN
+) -> Code | None:
+    """The code of a packed weight; None where none can be made.
+
+    Args:
+        places, groups: a convolution's, see `striped`
+        scale: (O) what each row is multiplied with
+    """
     weight_OI = unpack(packed, torch.float32)
-    return generate_dense(weight_OI, places, groups)
+    return generate_dense(weight_OI if scale is None else weight_OI * scale.view(-1, 1), places, groups, ends)
 
 
-def generate_dense(weight_OI: Tensor, places: int = 1, groups: int = 1) -> Code | None:
+def generate_dense(weight_OI: Tensor, places: int = 1, groups: int = 1, ends: Ends = PLAIN) -> Code | None:
     """The same of a weight that is not packed, what is zero in it left out."""
     rows, columns = weight_OI.shape
     kept = int(torch.count_nonzero(weight_OI))
@@ -105,10 +137,10 @@ def generate_dense(weight_OI: Tensor, places: int = 1, groups: int = 1) -> Code 
     together = -(-channels // -(-channels // together))  # strips alike
     if places > 1:
         weight_OI = weight_OI[:, torch.from_numpy(order_of(channels, places, together))]
-    return _generate(weight_OI.float().contiguous(), rows // groups, together * places)
+    return _generate(weight_OI.float().contiguous(), rows // groups, together * places, ends)
 
 
-def _generate(weight_OI: Tensor, group: int, strip: int) -> Code | None:
+def _generate(weight_OI: Tensor, group: int, strip: int, ends: Ends) -> Code | None:
     kernels = library()
     if kernels is None:
         return None
@@ -116,13 +148,14 @@ def _generate(weight_OI: Tensor, group: int, strip: int) -> Code | None:
     kept = int(torch.count_nonzero(weight_OI))
     blocks, strips = rows // group * -(-group // ROWS), -(-columns // strip)
     loads = min(kept, blocks * columns)
-    size = kept * 7 + kept // 256 * 7 + loads * 7 + blocks * strips * (ROWS * 20 + 160) + blocks * columns
+    size = kept * 7 + kept // 256 * 7 + loads * 7 + blocks * strips * (ROWS * 50 + 200) + blocks * columns * 3
     code, values = torch.empty(size, dtype=torch.uint8), torch.empty(kept)
     where = torch.empty(blocks, strips, 2, dtype=torch.int64)
     used = kernels.prunella_generate(
-        weight_OI.data_ptr(), rows, columns, group, strip, code.data_ptr(), size, values.data_ptr(), where.data_ptr()
+        *(weight_OI.data_ptr(), rows, columns, group, strip, ends.number),
+        *(code.data_ptr(), size, values.data_ptr(), where.data_ptr()),
     )
-    return None if used < 0 else Code(code[:used].clone(), values, where, rows, columns, strip)
+    return None if used < 0 else Code(code[:used].clone(), values, where, rows, columns, strip, ends)
 
 
 def seal(codes: Sequence[Code]) -> list[Coded] | None:
@@ -140,6 +173,6 @@ def seal(codes: Sequence[Code]) -> list[Coded] | None:
         table = torch.cat([code.where.view(-1, 2), torch.tensor([[code.code.numel(), code.values.numel()]])])
         table[:, 0] += address + at
         table[:, 1] = table[:, 1] * 4 + code.values.data_ptr()
-        sealed.append(Coded(code.values, table, code.rows, code.columns, code.strip, region, code.nbytes))
+        sealed.append(Coded(code.values, table, code.rows, code.columns, code.strip, code.ends, region, code.nbytes))
         at += code.code.numel()
     return sealed

@@ -46,7 +46,7 @@ _SIGNATURES = {
     "prunella_block_out": (*[POINTER] * 5, LONG, POINTER, POINTER, INT),
     "prunella_blocks": (POINTER, LONG, *[POINTER] * 4, LONG, POINTER, INT),
     "prunella_plan": (POINTER, LONG, INT),
-    "prunella_generate": (POINTER, *[LONG] * 4, POINTER, LONG, POINTER, POINTER),
+    "prunella_generate": (POINTER, *[LONG] * 5, POINTER, LONG, POINTER, POINTER),
     "prunella_seal": (POINTER, LONG),
     "prunella_unseal": (POINTER, LONG),
     "prunella_read": (POINTER, LONG, INT),

@@ -64,6 +64,7 @@ class StripedWeight(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "columns", "strip", "strips")),
         *((name, ctypes.c_void_p) for name in ("values", "index", "starts", "code")),
+        ("ends", ctypes.c_int64),
     ]
 
 

@@ -36,8 +36,8 @@ INLINE lanes_t hyperbolic_tangent(lanes_t x) {
     return where_less(size, all(0.63f), series, signed_as(large, x));
 }
 
-/* x times the normal distribution function at x, 1/2 + x P(x^2) / Q(x^2) up to 5.2, beyond which it is 0 and 1: wrong by
- * 2e-7 |x| at most. */
+/* x times the normal distribution function at x, 1/2 + x P(x^2) / Q(x^2) up to 5.2, beyond which it is 0 and 1: wrong
+ * by 2e-7 |x| at most. */
 INLINE lanes_t gelu(lanes_t x) {
     const lanes_t y = smaller(all(5.2f), larger(all(-5.2f), x)), square = mul(y, y);
     lanes_t p = muladd(square, all(5.84056343e-6f), all(3.14259003e-4f));
@@ -73,7 +73,7 @@ INLINE lanes_t activated(int64_t act, lanes_t x) {
     }
 }
 
-/* The same where the kind of function is not known before: without branches for the first three, a call for the others. */
+/* The same where the kind of function is not known before: no branches for the first three, a call for the others. */
 typedef struct {
     int64_t other; /* ACT_…, or 0 */
     lanes_t low, high;
@@ -84,7 +84,9 @@ INLINE NAME(bounds_t) bounds_of(int64_t act) {
                             all(act == ACT_RELU6 ? 6 : INFINITY)};
 }
 
-TARGET static __attribute__((noinline)) lanes_t NAME(activated_other)(int64_t act, lanes_t x) { return activated(act, x); }
+TARGET static __attribute__((noinline)) lanes_t NAME(activated_other)(int64_t act, lanes_t x) {
+    return activated(act, x);
+}
 
 INLINE lanes_t bounded(const NAME(bounds_t) *bounds, lanes_t x) {
     return bounds->other ? NAME(activated_other)(bounds->other, x) : smaller(bounds->high, larger(bounds->low, x));

@@ -5,8 +5,7 @@ enum { SMALL = 1 << 14 }; /* numbers that are no work for a second thread */
 #include "planes_maps.h"
 #include "planes_norm.h"
 #include "planes_pack.h"
-#include "planes_window.h"
-/* which these two need */
+#include "planes_window.h" /* which these two need */
 #include "planes_depthwise.h"
 #include "planes_pool.h"
 

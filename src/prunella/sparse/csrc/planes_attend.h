@@ -1,5 +1,5 @@
-/* Attention, channel-major: queries side by side in a vector, so that the softmax over keys needs no sums across one, and
- * both products are of broadcast numbers with vectors, sums kept in registers. See attend_step_t in steps.h.
+/* Attention, channel-major: queries side by side in a vector, so that the softmax over keys needs no sums across one,
+ * and both products are of broadcast numbers with vectors, sums kept in registers. See attend_step_t in steps.h.
  *
  * A thread takes a block of queries of one head at a time; its scores S (keys, block) stay in the second cache.
  */
@@ -37,10 +37,11 @@ INLINE void NAME(tile)(
     }
 }
 
-/* Scores of `rows` keys, and the largest so far. bias: what is added, a number to a key, or, where `wide`, a line. */
+/* Scores of `rows` keys, and the largest so far. bias: what is added, a number to a key, or, where `wide`, a line to a
+ * key, `wide` floats from one to the next. */
 INLINE void NAME(score_tile)(
-    const float *k, int64_t k_ld, const float *q, int64_t dim, const float *bias, int wide, float *scores, float *most,
-    const int rows, const int vectors) {
+    const float *k, int64_t k_ld, const float *q, int64_t dim, const float *bias, int64_t wide, float *scores,
+    float *most, const int rows, const int vectors) {
     lanes_t sum[6][ATTEND_VECTORS];
     NAME(tile)(k, 1, k_ld, q, dim, rows, vectors, sum);
     if (bias)
@@ -48,7 +49,7 @@ INLINE void NAME(score_tile)(
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; v++)
-                sum[r][v] = add(sum[r][v], wide ? load(bias + r * ATTEND_QUERIES + v * LANES) : all(bias[r]));
+                sum[r][v] = add(sum[r][v], wide ? load(bias + r * wide + v * LANES) : all(bias[r]));
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) {
         lanes_t largest_yet = load(most + v * LANES);
@@ -61,7 +62,7 @@ INLINE void NAME(score_tile)(
     }
 }
 
-/* Lines of y: `rows` dimensions of v with the weights of all keys, times `scale`. The last vector has `lanes` queries. */
+/* Lines of y: `rows` dimensions of v with the weights of all keys, times `scale`. So many queries are left. */
 INLINE void NAME(value_tile)(
     const float *values, int64_t v_ld, const float *weights, int64_t keys, const float *scale, float *y, int64_t y_ld,
     int64_t queries, const int rows, const int vectors) {
@@ -83,13 +84,14 @@ INLINE void NAME(value_tile)(
 }
 
 INLINE void NAME(all_scores)(
-    const float *k, int64_t k_ld, const float *q, int64_t dim, const float *bias, int wide, float *scores, float *most,
-    int64_t keys, const int vectors) {
-    const int64_t step = wide ? ATTEND_QUERIES : 1;
+    const float *k, int64_t k_ld, const float *q, int64_t dim, const float *bias, int64_t wide, float *scores,
+    float *most, int64_t keys, const int vectors) {
+    const int64_t step = wide ? wide : 1;
     int64_t i = 0;
 #define ROWS(n)                                                                                                  \
     for (; i + n <= keys; i += n)                                                                                \
-        NAME(score_tile)(k + i, k_ld, q, dim, bias ? bias + i * step : 0, wide, scores + i * ATTEND_QUERIES, most, n, vectors)
+        NAME(score_tile)(                                                                                        \
+            k + i, k_ld, q, dim, bias ? bias + i * step : 0, wide, scores + i * ATTEND_QUERIES, most, n, vectors)
     ROWS(6);
     ROWS(4);
     ROWS(2);
@@ -141,7 +143,8 @@ INLINE void NAME(softmax)(float *scores, int64_t keys, float *most, float *scale
 TARGET static void NAME(attend_item)(const void *data, int64_t item, int worker) {
     const NAME(attend_t) *job = data;
     const attend_step_t *s = job->s;
-    const int64_t block = item % job->blocks, head = item / job->blocks % s->heads, batch = item / job->blocks / s->heads;
+    const int64_t block = item % job->blocks, head = item / job->blocks % s->heads;
+    const int64_t batch = item / job->blocks / s->heads;
     const int64_t kv_head = head / (s->heads / s->kv_heads), first = block * ATTEND_QUERIES;
     const int64_t left = s->queries - first, queries = left < ATTEND_QUERIES ? left : ATTEND_QUERIES;
     const int64_t keys = s->causal && first + queries < s->keys ? first + queries : s->keys;
@@ -166,22 +169,33 @@ TARGET static void NAME(attend_item)(const void *data, int64_t item, int worker)
         wide = 0;
     else if (s->causal)
         wide = first < keys ? first : keys;
-    float *const lines = bias + (s->mask ? wide : 0);
     for (int64_t j = 0; s->mask && j < wide; j++) bias[j] = NAME(masked)(s, at + j * stride[3]);
-    for (int64_t j = wide; j < keys; j++)
-        for (int64_t i = 0; i < ATTEND_QUERIES; i++)
-            lines[(j - wide) * ATTEND_QUERIES + i] = i >= queries                ? 0
-                                                     : s->causal && j > first + i ? -INFINITY
-                                                     : s->mask                    ? NAME(masked)(s, at + i * stride[2] + j * stride[3])
-                                                                                  : 0;
+    const float *lines = bias + (s->mask ? wide : 0);
+    int64_t apart = ATTEND_QUERIES;
+    const int lie = s->mask && !s->mask_boolean && stride[2] == 1 && !s->causal; /* as vectors of queries */
+    const float *const added = lie ? (const float *)s->mask + at : 0;
+    if (added && queries % LANES == 0 && stride[3]) {
+        lines = added; /* as they lie */
+        apart = stride[3];
+    } else {
+        float *line = bias + (s->mask ? wide : 0);
+        for (int64_t j = wide; j < keys; j++, line += ATTEND_QUERIES) {
+            for (int64_t i = 0; added && i < queries; i += LANES)
+                store(line + i, load_first(added + j * stride[3] + i, queries - i));
+            for (int64_t i = 0; !added && i < queries; i++)
+                line[i] = s->causal && j > first + i ? -INFINITY
+                          : s->mask                  ? NAME(masked)(s, at + i * stride[2] + j * stride[3])
+                                                     : 0;
+        }
+    }
 
-#define VECTORS(n)                                                                                                      \
-    do {                                                                                                                \
-        NAME(all_scores)(k, s->k_ld, q + i, s->dim, s->mask ? bias : 0, 0, scores + i, most + i, wide, n);              \
-        NAME(all_scores)(k + wide, s->k_ld, q + i, s->dim, lines + i, 1, scores + wide * ATTEND_QUERIES + i, most + i,  \
-                         keys - wide, n);                                                                               \
-        NAME(softmax)(scores + i, keys, most + i, scale + i, s->empty_nan != 0, n);                                     \
-        NAME(all_values)(values, s->v_ld, s->dim_v, scores + i, keys, scale + i, y + i, s->y_ld, queries - i, n);       \
+#define VECTORS(n)                                                                                                    \
+    do {                                                                                                              \
+        NAME(all_scores)(k, s->k_ld, q + i, s->dim, s->mask ? bias : 0, 0, scores + i, most + i, wide, n);            \
+        NAME(all_scores)(k + wide, s->k_ld, q + i, s->dim, lines + i, apart, scores + wide * ATTEND_QUERIES + i,      \
+                         most + i, keys - wide, n);                                                                   \
+        NAME(softmax)(scores + i, keys, most + i, scale + i, s->empty_nan != 0, n);                                   \
+        NAME(all_values)(values, s->v_ld, s->dim_v, scores + i, keys, scale + i, y + i, s->y_ld, queries - i, n);     \
     } while (0)
     for (int64_t i = 0; i < queries; i += ATTEND_VECTORS * LANES) {
         const int64_t vectors = (queries - i + LANES - 1) / LANES;

@@ -58,7 +58,7 @@ INLINE void NAME(end)(
     NAME(put)(&job->planes, group, line, v, sum, lines);
 }
 
-/* The filter with a vector to a place, and the bias behind it; lanes of side-by-side planes have their channels' own. */
+/* The filter with a vector to a place, and the bias behind it; lanes of planes side by side have their channels'. */
 TARGET static void NAME(spread)(const NAME(depthwise_t) *job, const NAME(group_t) *group, float *filter) {
     const planes_t *p = &job->planes;
     const depthwise_step_t *s = job->s;
@@ -66,7 +66,8 @@ TARGET static void NAME(spread)(const NAME(depthwise_t) *job, const NAME(group_t
         const int64_t channel = group->channel[g];
         if (g && channel == group->channel[g - 1]) continue;
         for (int64_t k = 0; k <= job->places; k++) {
-            const lanes_t value = all(k < job->places ? s->weight[channel * job->places + k] : s->bias ? s->bias[channel] : 0);
+            const float bias = s->bias ? s->bias[channel] : 0;
+            const lanes_t value = all(k < job->places ? s->weight[channel * job->places + k] : bias);
             if (g)
                 store_part(filter + k * LANES, value, g * p->apart, LANES - g * p->apart);
             else
@@ -134,7 +135,8 @@ static int NAME(depthwise)(const void *step, int threads) {
     NAME(place)(&job.planes, threads);
     job.planes.scratch_size = (job.planes.window + (places + 1) * LANES + 15) / 16 * 16;
     const int64_t floats = threads * job.planes.scratch_size;
-    job.planes.scratch = aligned_alloc(64, ((size_t)floats * sizeof(float) + (size_t)places * sizeof(int64_t) + 63) & ~(size_t)63);
+    const size_t bytes = (size_t)floats * sizeof(float) + (size_t)places * sizeof(int64_t);
+    job.planes.scratch = aligned_alloc(64, (bytes + 63) & ~(size_t)63);
     if (!job.planes.scratch) return -2;
     int64_t *offsets = (int64_t *)(job.planes.scratch + floats);
     for (int64_t k = 0; k < places; k++) offsets[k] = NAME(offset)(&job.planes, k / s->kernel[1], k % s->kernel[1]);

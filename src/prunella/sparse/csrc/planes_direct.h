@@ -1,8 +1,8 @@
-/* Depthwise convolution with the filters that networks have (3, 5 or 7 square, stride 1 or 2, no dilation), from planes as
- * they lie in memory: what surrounds them are lanes that are masked, and lines that are left out.
+/* Depthwise convolution with the filters that networks have (3, 5 or 7 square, stride 1 or 2, no dilation), from planes
+ * as they lie in memory: what surrounds them are lanes that are masked, and lines that are left out.
  *
- * Wide planes are read once for each column of the filter, some columns to the side. Narrow ones, of which a line fits into
- * one vector, are read once and shifted in registers; two of them share a vector where they fit.
+ * Wide planes are read once for each column of the filter, some columns to the side, or, by halves, once. Narrow ones, of
+ * which a line fits into one vector, are read once and shifted in registers; two of them share a vector where they fit.
  */
 
 /* Whether this is a case for it; fills in how planes lie. */
@@ -166,7 +166,8 @@ TARGET static void NAME(direct_item)(const void *data, int64_t item, int worker)
         NAME(group)(p, number, &group);
         const int64_t channel = group.channel[0], last = group.channel[group.count - 1];
         const float *filters[2] = {s->weight + channel * job->places, s->weight + last * job->places};
-        const lanes_t bias = s->bias ? blend(mask_of(p->apart, LANES), all(s->bias[channel]), all(s->bias[last])) : all(0);
+        const mask_t upper = mask_of(p->apart, LANES);
+        const lanes_t bias = s->bias ? blend(upper, all(s->bias[channel]), all(s->bias[last])) : all(0);
         if (p->kernel[0] == 3 && p->stride[0] == 1)
             NAME(direct)(job, &group, filters, bias, narrow, 3, 1);
         else if (p->kernel[0] == 3)

@@ -76,7 +76,8 @@ INLINE void NAME(add_rows)(const add_step_t *s, int64_t first, int64_t last, int
                     for (; i < period; i += LANES)
                         store(y + at + i, activated(act, NAME(both)(times, load(a + at + i), load(b + i))));
                 for (; i < period; i += LANES)
-                    store_first(y + at + i, activated(act, NAME(both)(times, load(a + at + i), load(b + i))), period - i);
+                    store_first(
+                        y + at + i, activated(act, NAME(both)(times, load(a + at + i), load(b + i))), period - i);
             }
         }
     }

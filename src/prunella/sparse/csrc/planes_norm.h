@@ -13,7 +13,8 @@ INLINE void NAME(norm_block)(const norm_step_t *s, int64_t at, const int vectors
         for (int64_t c = 0; c < s->channels; c++)
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; v++) {
-                const lanes_t both = add(load(x + c * x_ld + v * LANES), load(residual + c * s->residual_ld + v * LANES));
+                const lanes_t beside = load(residual + c * s->residual_ld + v * LANES);
+                const lanes_t both = add(load(x + c * x_ld + v * LANES), beside);
                 store(y + c * s->y_ld + v * LANES, both);
                 sum[v] = add(sum[v], both);
             }
@@ -60,7 +61,8 @@ typedef struct {
 TARGET static void NAME(norm_item)(const void *data, int64_t item, int worker) {
     const NAME(norm_t) *job = data;
     const norm_step_t *s = job->s;
-    const int64_t block = NORM_VECTORS * LANES, end = (item + 1) * job->chunk, last = end < s->positions ? end : s->positions;
+    const int64_t block = NORM_VECTORS * LANES, end = (item + 1) * job->chunk;
+    const int64_t last = end < s->positions ? end : s->positions;
     int64_t at = item * job->chunk;
     (void)worker;
     for (; at + block < last + LANES; at += block) /* a vector may end in what lies behind the positions */

@@ -27,7 +27,8 @@ TARGET static void NAME(pack_item)(const void *data, int64_t item, int worker) {
     for (int64_t c = 0; c < s->channels; c += LANES) {
         lanes_t square[LANES];
         for (int i = 0; i < LANES; i++)
-            square[i] = i < lines ? NAME(load_kind)(s->x, s->dtype, (first + i) * s->x_stride + c, s->channels - c) : all(0);
+            square[i] = i >= lines ? all(0)
+                                   : NAME(load_kind)(s->x, s->dtype, (first + i) * s->x_stride + c, s->channels - c);
         transpose(square);
         for (int64_t i = 0; i < LANES && c + i < s->channels; i++) store(s->y + (c + i) * s->y_ld + first, square[i]);
     }
@@ -39,7 +40,8 @@ TARGET static void NAME(unpack_item)(const void *data, int64_t item, int worker)
     (void)worker;
     for (int64_t c = 0; c < s->channels; c += LANES) {
         lanes_t square[LANES];
-        for (int i = 0; i < LANES; i++) square[i] = c + i < s->channels ? load(s->x + (c + i) * s->x_ld + first) : all(0);
+        for (int i = 0; i < LANES; i++)
+            square[i] = c + i < s->channels ? load(s->x + (c + i) * s->x_ld + first) : all(0);
         transpose(square);
         for (int64_t i = 0; i < lines; i++)
             NAME(store_kind)(s->y, s->dtype, (first + i) * s->y_stride + c, s->channels - c, square[i]);
@@ -48,12 +50,14 @@ TARGET static void NAME(unpack_item)(const void *data, int64_t item, int worker)
 
 static int NAME(pack)(const void *step, int threads) {
     const pack_step_t *s = step;
-    parallel_for(NAME(pack_item), s, (s->positions + LANES - 1) / LANES, s->channels * s->positions < SMALL ? 1 : threads);
+    if (s->channels * s->positions < SMALL) threads = 1;
+    parallel_for(NAME(pack_item), s, (s->positions + LANES - 1) / LANES, threads);
     return 0;
 }
 
 static int NAME(unpack)(const void *step, int threads) {
     const unpack_step_t *s = step;
-    parallel_for(NAME(unpack_item), s, (s->positions + LANES - 1) / LANES, s->channels * s->positions < SMALL ? 1 : threads);
+    if (s->channels * s->positions < SMALL) threads = 1;
+    parallel_for(NAME(unpack_item), s, (s->positions + LANES - 1) / LANES, threads);
     return 0;
 }

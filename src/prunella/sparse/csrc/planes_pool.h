@@ -84,7 +84,8 @@ static int NAME(pool)(const void *step, int threads) {
     job.reduced = p->window / p->line * p->vectors * LANES;
     p->scratch_size = (p->window + job.reduced + p->vectors * LANES + 15) / 16 * 16;
     const int64_t floats = threads * p->scratch_size;
-    p->scratch = aligned_alloc(64, ((size_t)floats * sizeof(float) + (size_t)p->kernel[1] * sizeof(int64_t) + 63) & ~(size_t)63);
+    const size_t bytes = (size_t)floats * sizeof(float) + (size_t)p->kernel[1] * sizeof(int64_t);
+    p->scratch = aligned_alloc(64, (bytes + 63) & ~(size_t)63);
     if (!p->scratch) return -2;
     int64_t *offsets = (int64_t *)(p->scratch + floats);
     for (int64_t k = 0; k < p->kernel[1]; k++) offsets[k] = NAME(offset)(p, 0, k);

@@ -1,7 +1,7 @@
 /* Planes in a thread's scratch memory, with what surrounds them, so that a window is the same offsets everywhere.
  *
  * Column c of a padded line lies in phase c modulo the stride, at place c / stride of it: neighbours in the output read
- * neighbours. Narrow planes lie side by side, as many as their output fits into one vector, with one margin between two.
+ * neighbours. Narrow planes lie side by side, as many as fit into one vector with their output, one margin between two.
  * A band of lines is taken at a time, so that it stays in the first cache.
  */
 
@@ -25,8 +25,7 @@ typedef struct {
 /* A band's floats, about; lines of output that it has a multiple of; how far ahead memory is asked for. */
 enum { WINDOW_FLOATS = 6144, WINDOW_LINES = 4, WINDOW_AHEAD = 1024 };
 
-/* Fills in the lower half of planes_t. extra: floats of scratch memory that the step needs besides, when it is known how
- * the planes lie. */
+/* Fills in how the planes lie, all of planes_t from `together` on but its memory. */
 static inline void NAME(place)(planes_t *p, int threads) {
     const int64_t stride = p->stride[1], reach = (p->kernel[1] - 1) * p->dilation[1];
     const int64_t columns = (p->out_width - 1) * stride + reach + 1; /* of a padded line */
@@ -54,8 +53,8 @@ static inline int64_t NAME(offset)(const planes_t *p, int64_t ky, int64_t kx) {
     return ky * p->dilation[0] * p->line + column % p->stride[1] * p->phase + column / p->stride[1];
 }
 
-/* One line of a plane, from `to` on, the place of its first padded column. What a vector writes too much is written again:
- * by the margin behind it, and by the next plane. */
+/* One line of a plane, from `to` on, the place of its first padded column. What a vector writes too much is written
+ * again: by the margin behind it, and by the next plane. */
 INLINE void NAME(fill_line)(const planes_t *p, const float *x, float *to) {
     const int64_t width = p->width, pad = p->pad[1];
     const lanes_t outside = all(p->outside);

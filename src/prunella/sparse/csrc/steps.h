@@ -56,13 +56,18 @@ typedef struct {
     const uint8_t *index;
     const int32_t *starts; /* (rows, strips + 1) */
     const struct code *code; /* (blocks of CODE_ROWS rows of a group, strips), and where the last ends; NULL: as above */
+    int64_t ends; /* of the code: what is done then already */
 } striped_t;
 
-/* Instructions made for one weight: see generate.c. They add to `sums` (CODE_ROWS, CODE_SUMS), 16 of each row, the products
- * of the weights of a block of rows and a strip of columns with x (columns, 16). */
+/* Instructions made for one weight: see generate.c. For a block of rows and a strip of columns, and 16 positions: y (CODE_ROWS,
+ * 16), `stride` bytes from a row to the next, becomes bias + W x in the first strip and gets + W x in the others. x (columns,
+ * 16) lies together, or (CODE_APART) `apart` bytes from a column to the next. The last strip does what is among `ends`. */
 enum { CODE_ROWS = 28, CODE_SUMS = 128 };
+enum { CODE_RELU = 1, CODE_RELU6 = 2, CODE_RESIDUAL = 4 /* as y, before the activation */, CODE_APART = 8 };
 typedef struct code {
-    void (*run)(const float *x, float *sums, const float *values);
+    void (*run)(
+        const float *x, float *y, const float *values, const float *bias, int64_t stride, const float *residual,
+        int64_t apart);
     const float *values;
 } code_t;
 
@@ -97,7 +102,8 @@ typedef struct {
     int64_t kernel[2], stride[2], pad[2], dilation[2], groups; /* pad: zeros above and to the left */
 } conv_step_t;
 
-/* The same with one filter to a channel (or `rows / channels` of them), dense. */
+/* The same with one filter to a channel (or `rows / channels` of them), dense. y does not overlap x, nor does it in a
+ * pool. */
 typedef struct {
     int64_t kind;
     const float *weight; /* (rows, kernel[0], kernel[1]) */
@@ -224,7 +230,7 @@ typedef struct {
     int64_t channels, positions;
 } unpack_step_t;
 
-/* 0, or -2: out of memory. */
+/* 0, or -1: what is asked for makes no sense, or -2: out of memory. */
 typedef int (*step_run_t)(const void *step, int threads);
 
 /* What runs each kind of step, by instruction set. */

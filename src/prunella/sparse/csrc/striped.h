@@ -321,9 +321,11 @@ static TARGET __attribute__((noinline)) void NAME(look_closely)(
                 store(wild + t * CODE_TILE + v, muladd(all(0), load(panel), load(wild + t * CODE_TILE + v)));
 }
 
-/* As above, with code: a tile has CODE_SUMS positions, its panel lies in pieces (columns, CODE_TILE). Which weights are left
- * out is not known here: where an input is NaN or infinite, all results of its position become NaN. */
+/* As above, with code: a tile has CODE_SUMS positions, its panel lies in pieces (columns, CODE_TILE). Products are summed
+ * in y itself, convolutions in `sums`. Which weights are left out is not known here: where an input is NaN or infinite, all
+ * results of its position become NaN. */
 static TARGET void NAME(coded_item)(const void *data, int64_t item, int worker) {
+    static const float zeros[CODE_ROWS] = {0};
     const NAME(striped_job_t) *job = data;
     const conv_step_t *c = job->conv;
     const striped_t *w = job->w;
@@ -333,17 +335,15 @@ static TARGET void NAME(coded_item)(const void *data, int64_t item, int worker) 
     const int64_t begin = blocks * part / job->parts, end = blocks * (part + 1) / job->parts;
     const int64_t places = c ? c->kernel[0] * c->kernel[1] : 1, channels = w->strip / places;
     const int64_t tiles = NAME(least)(CODE_SUMS / CODE_TILE, (job->positions - at + CODE_TILE - 1) / CODE_TILE);
-    const int64_t count = tiles * CODE_TILE;
+    const int64_t count = tiles * CODE_TILE, stride = c ? CODE_SUMS : job->y_ld;
+    const int apart = (w->ends & CODE_APART) != 0;
     float *panel = (float *)((uint8_t *)job->scratch + worker * job->scratch_size);
     float *flat = panel + w->strip * CODE_SUMS, *sums = flat + job->flat;
     for (int64_t first = begin; first < end; first += CODE_MOST) {
         const int64_t last = NAME(least)(end, first + CODE_MOST), from = group * rows + first * CODE_ROWS;
         const int64_t to = NAME(least)((group + 1) * rows, group * rows + last * CODE_ROWS);
-        for (int64_t r = from; r < to; r++) {
-            const lanes_t bias = all(job->bias && !job->scale ? job->bias[r] : 0);
-            for (int64_t t = 0; t < count; t += LANES) store(sums + (r - from) * CODE_SUMS + t, bias);
-        }
-        float wild[CODE_SUMS] = {0};
+        float *y = c ? sums : job->y + from * stride + at, wild[CODE_SUMS] = {0};
+        const float *residual = c || !job->residual ? NULL : job->residual + from * job->residual_ld + at;
         int any = 0;
         for (int64_t strip = 0; strip < w->strips; strip++) {
             const int64_t columns = NAME(least)(w->strip, w->columns - strip * w->strip);
@@ -355,7 +355,9 @@ static TARGET void NAME(coded_item)(const void *data, int64_t item, int worker) 
                     NAME(fetch_channel)(
                         job, x + i * job->x_ld, at, count, flat, panel + i * CODE_TILE, here * CODE_TILE, CODE_TILE,
                         columns * CODE_TILE, watch);
-            } else
+            } else if (apart)
+                for (int64_t i = 0; i < columns; i++) NAME(look)(x + i * job->x_ld + at, NAME(least)(count, job->positions - at), watch);
+            else
                 for (int64_t i = 0; i < columns; i++)
                     for (int64_t t = 0; t < tiles; t++)
                         NAME(fetch_columns)(
@@ -363,23 +365,40 @@ static TARGET void NAME(coded_item)(const void *data, int64_t item, int worker) 
                             panel + (t * columns + i) * CODE_TILE, CODE_TILE, watch);
             if (NAME(seen)(watch)) {
                 any = 1;
-                NAME(look_closely)(panel, columns, tiles, wild);
+                if (apart)
+                    for (int64_t i = 0; i < columns; i++)
+                        for (int64_t t = 0; t < count; t++) wild[t] += 0 * x[i * job->x_ld + at + t];
+                else
+                    NAME(look_closely)(panel, columns, tiles, wild);
             }
             for (int64_t b = first; b < last; b++) {
                 const code_t *code = w->code + (group * blocks + b) * w->strips + strip;
                 const code_t *next = b + 1 < last ? code + w->strips : code + (strip + 1 < w->strips) - (b - first) * w->strips;
+                const int64_t row = (b - first) * CODE_ROWS;
                 for (int64_t t = 0; t < tiles; t++) {
                     NAME(foresee)(next, t, tiles);
                     code->run(
-                        panel + t * columns * CODE_TILE, sums + (b - first) * CODE_ROWS * CODE_SUMS + t * CODE_TILE,
-                        code->values);
+                        apart ? x + at + t * CODE_TILE : panel + t * columns * CODE_TILE, y + row * stride + t * CODE_TILE,
+                        code->values, job->bias ? job->bias + from + row : zeros, stride * (int64_t)sizeof(float),
+                        residual ? residual + row * stride + t * CODE_TILE : NULL, job->x_ld * (int64_t)sizeof(float));
                 }
             }
         }
         for (int64_t r = 0; any && r < to - from; r++)
-            for (int64_t t = 0; t < count; t++) sums[r * CODE_SUMS + t] += wild[t];
-        NAME(finish_tile)(job, at, count, CODE_SUMS, from, to, sums);
+            for (int64_t t = 0; t < count; t++) y[r * stride + t] += wild[t];
+        NAME(striped_job_t) rest = *job; /* what the code did not do */
+        if (w->ends & (CODE_RELU | CODE_RELU6)) rest.act = ACT_NONE;
+        if (w->ends & CODE_RESIDUAL) rest.residual = NULL;
+        if (c || rest.act || rest.residual) NAME(finish_tile)(&rest, at, count, stride, from, to, y);
     }
+}
+
+/* Does the code do what the step wants? */
+static TARGET int NAME(agree)(const NAME(striped_job_t) *job) {
+    const int64_t ends = job->w->ends;
+    return !job->scale && (!(ends & CODE_RELU) || job->act == ACT_RELU) && (!(ends & CODE_RELU6) || job->act == ACT_RELU6) &&
+           (!(ends & CODE_RESIDUAL) || (job->residual && job->residual_ld == job->y_ld && !(job->act && job->residual_last))) &&
+           (!job->conv || !ends);
 }
 
 static TARGET int NAME(striped_run)(NAME(striped_job_t) *job, int threads) {
@@ -387,6 +406,7 @@ static TARGET int NAME(striped_run)(NAME(striped_job_t) *job, int threads) {
     const int64_t items = (job->positions + wide - 1) / wide * job->groups;
     if (!job->positions || !rows) return 0;
     int64_t high = NAME(least)(rows, STRIPED_ROWS);
+    if (job->w->code && !NAME(agree)(job)) return -1;
     if (job->w->code) {
         const int64_t blocks = (rows + CODE_ROWS - 1) / CODE_ROWS;
         job->parts = (blocks + CODE_MOST - 1) / CODE_MOST;
