@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from ..sparse.coded import Ends
 from ..sparse.kernels import sparse_linear
 from ..sparse.striped import LARGEST, Striped, sparse_conv
 from .lower import Lowering, Torch, rule
@@ -76,12 +77,17 @@ def product(lower: Lowering, node: fx.Node, tail: Tail, x: Any, axis: int, weigh
     y = lower.new(end_of(node, tail), tail.axis)
     if isinstance(weight, Tensor):
         return _dense(lower, x_plane, weight, y, tail, others)
-    fields = {
-        "weight": lower.weights.packed(weight, x_plane.positions),
-        "positions": x_plane.positions,
-        **ends(lower, tail),
-    }
+    fields = {"positions": x_plane.positions, **ends(lower, tail)}
+    own = ends_of(tail, others["residual"], lower.plane(y, tail.axis))
+    fields["weight"] = lower.weights.packed(weight, x_plane.positions, fields["scale"], own)
     return lower.step("product", y, tail.axis, {"x": x_plane, **others}, **fields)
+
+
+def ends_of(tail: Tail, residual: Plane | None, y: Plane) -> Ends:
+    """What code can do of a tail: an addition first, then what cuts off."""
+    adds = residual is not None and residual.ld == y.ld and (tail.act == "none" or not tail.last)
+    cuts = tail.act in ("relu", "relu6") and (residual is None or adds)
+    return Ends(tail.act if cuts else "none", adds)
 
 
 def _dense(lower: Lowering, x: Plane, weight: Tensor, y: Live, tail: Tail, others: dict[str, Plane | None]) -> Live:
@@ -155,7 +161,7 @@ def packed_conv(lower: Lowering, node: fx.Node, tail: Tail) -> Live:
     made, tail = shape_of(node), with_bias(tail, bias)
     assert made is not None
     strips = Striped(values, index, starts, columns, strip)
-    weight = lower.weights.conv(strips, kernel, groups, _places(made))
+    weight = lower.weights.conv(strips, kernel, groups, _places(made), lower.weights.vector(tail.scale))
     sizes = window(x, made, kernel, stride, _before(node, pair(padding)), dilation)
     return picture(lower, "conv", node, tail, x, {"weight": weight, "groups": groups, **ends(lower, tail), **sizes})
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..compat import pytree
 from ..sparse import steps
+from ..sparse.coded import Coded
 from . import encoder, products, vision  # noqa: F401  (their rules)
 from .graph import Graph
 from .lower import Lowering, Step, Torch
@@ -94,6 +95,9 @@ class Bound:
                 fields[name] = ctypes.addressof(value.struct)
             elif value is not None:
                 fields[name] = int(value) if isinstance(value, bool) else value
+        weight = step.fields.get("weight")
+        if isinstance(weight, Pruned) and isinstance(weight.held, Coded):
+            fields.pop("scale", None)  # which is in the code's values
         return steps.step(step.kind, **fields)
 
     def _value(self, plane: Plane) -> Any:

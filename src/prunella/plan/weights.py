@@ -7,6 +7,7 @@ import ctypes
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..sparse import coded
+from ..sparse.coded import PLAIN, Ends
 from ..sparse.conv import SparseConv
 from ..sparse.format import Packed
 from ..sparse.linear import SparseLinear
 from ..sparse.striped import Striped, StripedWeight, striped, striped_dense, weight_of
 
+APART = 56  # rows of a weight up to which its inputs are read where they lie: copying them would not pay
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -27,6 +30,7 @@ class Pruned:
 
     packed, places, groups: as it is stored, if it is; of a convolution the places of its kernel, and its groups
     strips:                 as it is without being stored
+    scale, ends:            what is done with its products, by its code if it has some
     positions:              the most that a plan multiplies it with
     struct:                 what C takes; where that is changes no more
     """
@@ -38,8 +42,11 @@ class Pruned:
         places: int = 1,
         groups: int = 1,
         module: SparseLinear | None = None,
+        scale: Tensor | None = None,
+        ends: Ends = PLAIN,
     ):
         self.packed, self.strips, self.places, self.groups, self.module = packed, strips, places, groups, module
+        self.scale, self.ends = scale, ends
         self.positions = 0
         self.struct = StripedWeight()
         self.held: Any = None
@@ -60,7 +67,7 @@ class Pruned:
 
     def code(self) -> coded.Code | None:
         assert self.packed is not None
-        return coded.generate(self.packed, self.places, self.groups)
+        return coded.generate(self.packed, self.places, self.groups, self.scale, self.ends)
 
     def take(self, code: coded.Coded) -> None:
         self._set(code.weight(), code)
@@ -124,29 +131,43 @@ class Weights:
         made: Tensor = self._once("dense", weight, scale, make)
         return made
 
-    def packed(self, parts: list[Any], positions: int) -> Pruned:
-        """A packed weight, by the parts that `sparse_linear` takes, for so many positions."""
+    def packed(self, parts: list[Any], positions: int, scale: Tensor | None = None, ends: Ends = PLAIN) -> Pruned:
+        """A packed weight, by the parts that `sparse_linear` takes, for so many positions. scale, ends: what its code
+        does too, if it gets some."""
         mask, offsets, values, scales, columns, group = parts
         module = self.modules.get(values.data_ptr())
         packed = Packed(mask, offsets, values, scales, columns, group)
-        return self._pruned(values, positions, lambda: Pruned(packed, module=module))
+        ends = replace(ends, apart=packed.rows <= APART)
+        return self._pruned(
+            values, positions, lambda: Pruned(packed, module=module, scale=scale, ends=ends), scale, ends
+        )
 
-    def conv(self, weight: Striped, kernel: Sequence[int], groups: int, positions: int) -> Pruned:
+    def conv(self, weight: Striped, kernel: Sequence[int], groups: int, positions: int, scale: Tensor | None) -> Pruned:
         """That of a packed convolution, by what its operator takes."""
         module = self.convs.get(weight.values.data_ptr())
         if module is None:
             return self._pruned(weight.values, positions, lambda: Pruned(None, weight))
         places = math.prod(kernel)
         return self._pruned(
-            module.weight_values, positions, lambda: Pruned(module._packed, None, places, groups, module)
+            module.weight_values,
+            positions,
+            lambda: Pruned(module._packed, None, places, groups, module, scale),
+            scale,
         )
 
     def striped(self, weight: Tensor, places: int, positions: int) -> Pruned:
         """A dense weight (O, I) as a packed one."""
         return self._pruned(weight, positions, lambda: Pruned(None, striped_dense(weight, places)))
 
-    def _pruned(self, key: Tensor, positions: int, make: Callable[[], Pruned]) -> Pruned:
-        found: Pruned = self._once("pruned", key, None, lambda _: make())
+    def _pruned(
+        self,
+        key: Tensor,
+        positions: int,
+        make: Callable[[], Pruned],
+        scale: Tensor | None = None,
+        ends: Ends = PLAIN,
+    ) -> Pruned:
+        found: Pruned = self._once(ends, key, scale, lambda _: make())
         found.positions = max(found.positions, positions)
         if all(found is not one for one in self.pruned):
             self.pruned.append(found)
@@ -188,7 +209,7 @@ class Weights:
         self.flushed += count
         return made.masked_fill_(small, 0.0) if count else made
 
-    def _once(self, kind: str, weight: Tensor, scale: Tensor | None, make: Any) -> Any:
+    def _once(self, kind: Any, weight: Tensor, scale: Tensor | None, make: Any) -> Any:
         """Not made again for the next shape of inputs. Small ones are known by their content, since they are computed
         for each graph anew."""
         key = (kind, _name(weight), None if scale is None else _name(scale))
