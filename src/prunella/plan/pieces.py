@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..compat import pytree
 
-POSITIONS = 128  # of the longest value at least: with fewer the products do not use their code well
+POSITIONS = 256  # of the longest value at least: with fewer the products do not use their code well
 
 
 def samples_of(values: Sequence[Any]) -> int:
