@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..compat import pytree, records_outputs, under_transform, versions_of
 from ..errors import first_line, say
 from ..sparse.kernels import library
 from ..sparse.linear import PackedModule
+from ..sparse.measured import times
 from .graph import capture
 from .memory import memory
 from .pieces import joined, pieces, samples_of, size_of
@@ -27,6 +28,8 @@ KEPT = 16  # plans of one network; the one that was used longest ago goes first
 PATIENCE = 4  # plans that are made at once; of the next so many each shape has to come twice, then four times, …
 CLOSE = 1e-4  # of the largest output: how far a plan may be from what the modules give
 CLOSE_HALF = 5e-2  # where these compute in half precision
+MARGIN = 0.03  # by which a plan may be slower than the modules
+SHORT = 2e-3  # seconds of a call below which it does not matter
 LEAVES = (type(None), bool, int, float, str)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool, torch.uint8)
 
@@ -104,7 +107,8 @@ class Planned:
                 return size  # there is no plan for them yet
             with torch.no_grad():
                 apart = made is None or _apart(made, self.modules(*args, **kwargs))
-            self.sizes[key] = 0 if apart else size
+            good = not apart and self._pays(lambda: self._in_pieces(args, kwargs, size), args, kwargs)
+            self.sizes[key] = size if good else 0
         return self.sizes[key]
 
     def _refused(self, args: Sequence[Any], kwargs: dict[str, Any], samples: int, size: int) -> bool:
@@ -193,7 +197,15 @@ class Planned:
         if (wrong := _apart(found, wanted)) is not None:
             self._say(f"{name} runs module by module, which is slower: its plan {wrong}")
             return None
-        return plan
+        return plan if self._pays(lambda: self._run(plan, args, kwargs), args, kwargs) else None
+
+    def _pays(self, run: Callable[[], Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        """Is this way of a call as fast as its modules are? Dense products in half precision may be faster, where a
+        processor has units for them and there are many positions."""
+        ways = {"plan": run, "modules": lambda: self.modules(*args, **kwargs)}
+        with torch.no_grad():
+            took = times(ways)
+        return took["plan"] <= max(took["modules"] * (1 + MARGIN), SHORT)
 
     def _run(self, plan: Plan, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         room = self._room(plan)
