@@ -57,6 +57,7 @@ def _held() -> int:
 
 
 def main() -> None:
+    """Print the bytes that a process grows by, for the arguments that `resident_bytes` gave it."""
     directory, batch, length, threads = sys.argv[1], *map(int, sys.argv[2:])
     torch.set_num_threads(threads)
     with contextlib.ExitStack() as stack:

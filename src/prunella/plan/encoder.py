@@ -37,6 +37,7 @@ def norm(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
 
 @rule(aten.scaled_dot_product_attention)
 def attention(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
+    """softmax(scale q k^T + mask) v of q (B, H, Tq, D), k and v (B, Hkv, Tk, D), without dropout."""
     q, k, v, mask, dropout, causal = given(lower, node, [None, None, None, None, 0.0, False])
     options = {name: lower.value(value) for name, value in node.kwargs.items()}
     mask, dropout = options.pop("attn_mask", mask), options.pop("dropout_p", dropout)

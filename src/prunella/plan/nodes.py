@@ -34,5 +34,6 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def floats(node: fx.Node) -> bool:
+    """Does a node put out a floating-point tensor?"""
     made = node.meta.get("val")
     return isinstance(made, Tensor) and made.is_floating_point()

@@ -53,12 +53,14 @@ def given(lower: Lowering, node: fx.Node, defaults: list[Any]) -> list[Any]:
 
 @rule(sparse_linear)
 def packed_linear(lower: Lowering, node: fx.Node, tail: Tail) -> Live:
+    """A packed linear layer, by its operator."""
     x, *parts = (lower.value(one) for one in node.args)
     return product(lower, node, tail, x, -1, parts)
 
 
 @rule(aten.linear)
 def linear(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
+    """A dense linear layer with known weights."""
     x, weight, bias = given(lower, node, [None, None, None])
     if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
         return None
@@ -125,6 +127,7 @@ def matrix(plane: Plane) -> Live:
 
 @rule(aten.conv2d)
 def conv2d(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
+    """A dense convolution with known weights: a product, depthwise, or by strips."""
     defaults: list[Any] = [None, None, None, [1, 1], [0, 0], [1, 1], 1]
     x, weight, bias, stride, padding, dilation, groups = given(lower, node, defaults)
     made = shape_of(node)
@@ -155,6 +158,7 @@ def conv2d(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
 
 @rule(sparse_conv)
 def packed_conv(lower: Lowering, node: fx.Node, tail: Tail) -> Live:
+    """A packed convolution, by its operator."""
     x, values, index, starts, bias, columns, strip, kernel, stride, padding, dilation, groups, *_ = map(
         lower.value, node.args
     )

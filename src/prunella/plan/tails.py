@@ -74,6 +74,7 @@ class Tails:
 
 
 def find_tails(graph: Graph) -> Tails:
+    """What follows the producers of a graph and can be done with them."""
     found = Tails()
     taken: set[fx.Node] = set()
     for node in graph.nodes:

@@ -16,6 +16,7 @@ from .values import Live, channel_axis
 
 @rule(aten.max_pool2d, aten.avg_pool2d)
 def pool(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
+    """The largest, or the mean, of windows of pictures (B, C, H, W), where padding and rounding are plain."""
     mean = packet(node) is aten.avg_pool2d
     defaults: list[Any] = [None, None, [], 0, False, True, None] if mean else [None, None, [], 0, 1, False]
     args = given(lower, node, defaults)
@@ -32,6 +33,7 @@ def pool(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
 
 @rule(aten.adaptive_avg_pool2d)
 def adaptive(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
+    """The mean over all places of pictures (B, C, H, W), as pooling to one place."""
     x, size = map(lower.value, node.args)
     if len(x.shape) != 4 or pair(size) != [1, 1]:
         return None
@@ -83,6 +85,7 @@ def gate(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
 
 @rule(aten.add)
 def add(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
+    """The sum of two values of one shape, with the activation behind it."""
     terms = [lower.value(one) for one in node.args]
     if node.kwargs or len(terms) != 2 or not floats(node) or not all(isinstance(one, VALUES) for one in terms):
         return None
@@ -100,6 +103,7 @@ def add(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
 
 @rule(*ACTS, aten.gelu, aten.hardtanh, aten.clamp)
 def activation(lower: Lowering, node: fx.Node, tail: Tail) -> Live | None:
+    """An activation by itself, which no step before it could do."""
     x, act = lower.value(node.args[0]), act_of(node)
     if act is None or not isinstance(x, Live) or (axis := channel_axis(x)) is None:
         return None
