@@ -16,12 +16,15 @@ from timm.models import _efficientnet_builder as builder
 from timm.models import convnext, efficientnet, mobilenetv3, regnet, resnet, vision_transformer
 from torch import Tensor, nn
 
+from prunella.errors import InputError
 from prunella.plan.memory import lay_out
 from prunella.plan.network import Planned, slow_down, speed_up
 from prunella.plan.run import Plan
 from prunella.plan.values import Buffer, new_value, plane_of
+from prunella.sparse import coded
 from prunella.sparse.conv import packed_module, runs_packed
 from prunella.sparse.format import pack
+from prunella.sparse.striped import Striped
 
 SEE = {"pad_token_id": 0, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
@@ -330,6 +333,48 @@ def test_a_plan_is_made_for_what_comes_again() -> None:
         assert len(plans(network)) == 4
         network(torch.randint(5, 300, (1, 7)))
     assert len(plans(network)) == 5
+
+
+def weights(network: nn.Module) -> list[Any]:
+    """What the steps multiply with: machine code or strips."""
+    forward = network.forward
+    assert isinstance(forward, Planned)
+    return [weight.held for weight in forward.weights.pruned if weight.packed is not None]
+
+
+@pytest.mark.skipif(not coded.available(), reason="no AVX-512, or code cannot be made here")
+@pytest.mark.parametrize("kind", ["lite", "resnet", "regnet", "mobilenetv3", "bert"])
+def test_layers_get_code_as_memory_allows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    dense = pruned(build("bert", "", num_hidden_layers=2) if kind == "bert" else VISION[kind](), 0.8)
+    x = torch.randint(5, 300, (3, 17)) if kind == "bert" else torch.randn(3, 3, 33, 37)
+    for allowed, wanted in (("100", coded.Coded), ("0", Striped)):
+        monkeypatch.setenv("PRUNELLA_MEMORY", allowed)
+        network = packed(dense)
+        with torch.inference_mode():
+            check(network(x), dense(x))
+            check(network(x), dense(x))
+        assert None not in plans(network)
+        assert {type(one) for one in weights(network)} == {wanted}
+    monkeypatch.setenv("PRUNELLA_MEMORY", "much")
+    with pytest.raises(InputError, match="PRUNELLA_MEMORY=much"), torch.inference_mode():
+        packed(dense)(x)
+
+
+@pytest.mark.parametrize("allowed", ["0", "100"])
+def test_numbers_that_are_too_small_are_flushed_and_counted(
+    allowed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PRUNELLA_MEMORY", allowed)
+    dense = pruned(VISION["resnet"](), 0.5)
+    conv = next(module for module in dense.modules() if isinstance(module, nn.Conv2d))
+    conv.weight.data[conv.weight.data != 0] *= 1e-39
+    network = packed(dense)
+    x = torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        check(network(x), dense(x))
+        check(network(x), dense(x))
+    assert "too small for normal numbers" in capsys.readouterr().err
 
 
 def test_memory_is_given_again() -> None:

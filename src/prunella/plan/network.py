@@ -204,6 +204,11 @@ class Planned:
                     graph = capture(self.network, args, kwargs)
                 plan = Plan(graph, self.weights)
                 self.weights.finish()
+                if self.weights.flushed:
+                    self._say(
+                        f"{self.weights.flushed} weights and biases of {name} are too small for normal numbers of"
+                        " float32, and count as zero"
+                    )
                 wanted = self._by_modules(args, kwargs)
                 found = self._run(plan, args, kwargs)
         except Exception as error:  # whatever it is, the modules give the answer

@@ -63,7 +63,15 @@ class Pruned:
     def more(self) -> int:
         """Bytes that code takes in place of strips."""
         assert self.packed is not None
-        return coded.size_of(self.kept, self.packed.rows, self.packed.columns) - 5 * self.kept
+        return coded.size_of(self.kept, self.packed.rows, self.packed.columns) - self.less
+
+    @property
+    def less(self) -> int:
+        """Bytes that strips take beside what is stored: a place, and the values where they cannot be shared."""
+        if self.packed is None:
+            return 0
+        shared = self.places == 1 and self.packed.values.dtype == torch.float32
+        return self.kept * (1 if shared else 5)
 
     def code(self) -> coded.Code | None:
         assert self.packed is not None
@@ -72,16 +80,36 @@ class Pruned:
     def take(self, code: coded.Coded) -> None:
         self._set(code.weight(), code)
 
-    def take_strips(self) -> None:
+    def take_strips(self) -> int:
+        """Returns how many values were flushed."""
         weight = self.strips
         if weight is None:
             assert self.packed is not None
             weight = striped(self.packed, self.places) if self.module is None else self.module.striped()
+        count = 0
+        if bool(_small(weight.values).any()):  # the stored ones stay as they are
+            weight = replace(weight, values=weight.values.clone())
+            count = flush(weight.values)
         self._set(weight_of(weight), weight)
+        return count
 
     def _set(self, struct: StripedWeight, held: Any) -> None:
         ctypes.memmove(ctypes.addressof(self.struct), ctypes.addressof(struct), ctypes.sizeof(struct))
         self.held = held
+
+
+def _small(numbers: Tensor) -> Tensor:
+    return (numbers.abs() < TINY) & (numbers != 0)
+
+
+def flush(numbers: Tensor) -> int:
+    """Make zeros of numbers too small for normal ones of float32, which processors compute with slowly. Returns
+    how many they were."""
+    small = _small(numbers)
+    count = int(small.sum())
+    if count:
+        numbers.masked_fill_(small, 0.0)
+    return count
 
 
 def share() -> float:
@@ -189,10 +217,7 @@ class Weights:
         """After a plan was made: its weights get code as far as the memory allows, those with the most positions first,
         and strips otherwise."""
         new = [weight for weight in self.pruned if not weight.ready]
-        for weight in new:
-            self.spent += (
-                0 if weight.packed is None else 5 * weight.kept
-            )  # strips: an index, and values if not float32's
+        self.spent += sum(weight.less for weight in new)
         chosen: list[Pruned] = []
         if new and coded.available():
             for weight in sorted(new, key=lambda weight: -weight.positions):
@@ -201,20 +226,19 @@ class Weights:
                     chosen.append(weight)
         codes = [weight.code() for weight in chosen]
         made = [(weight, code) for weight, code in zip(chosen, codes, strict=True) if code is not None]
+        self.flushed += sum(flush(unsealed.values) for _, unsealed in made)
         for (weight, _), code in zip(made, coded.seal([code for _, code in made]) or [], strict=False):
             weight.take(code)
         for weight in new:
             if not weight.ready:
-                weight.take_strips()
+                self.flushed += weight.take_strips()
         for module in self.convs.values():  # made again when a graph is captured, or it runs by itself
             module.forget_strips()
 
     def _flush(self, numbers: Tensor) -> Tensor:
         made = numbers.to(torch.float32).contiguous().clone()
-        small = (made.abs() < TINY) & (made != 0)
-        count = int(small.sum())
-        self.flushed += count
-        return made.masked_fill_(small, 0.0) if count else made
+        self.flushed += flush(made)
+        return made
 
     def _once(self, kind: Any, weight: Tensor, scale: Tensor | None, make: Any) -> Any:
         """Not made again for the next shape of inputs. Small ones are known by their content, since they are computed
