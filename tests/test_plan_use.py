@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from prunella import InputError
 from prunella.plan.network import Planned
+from prunella.sparse.conv import packed_module
+from prunella.sparse.format import pack, unpack
 
 
 def ids(*shape: int) -> Tensor:
@@ -104,6 +107,17 @@ def test_texts_in_pieces_whose_length_does_not_come_again_get_no_plan() -> None:
         assert len(plans(network)) == 4
         network(ids(16, 40))
     assert len(plans(network)) == 5
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounded_layers_become_dense_without_being_rounded_again(bits: int) -> None:
+    layer, conv = nn.Linear(32, 16), nn.Conv2d(32, 16, 3)
+    for dense in (layer, conv):
+        weight_OI = dense.weight.detach().movedim(1, -1).flatten(1).contiguous()
+        module: Any = packed_module(pack(weight_OI, weight_OI.abs() > 0.02, bits, 128), dense)
+        found_OI = module.weight_in(torch.float32).movedim(1, -1).flatten(1)
+        assert torch.equal(found_OI, unpack(module.packed(), torch.float32))
+    assert torch.equal(module.plain(torch.float32).weight, module.weight_in(torch.float32))
 
 
 def test_it_compiles() -> None:

@@ -115,7 +115,11 @@ class SparseLinear(PackedModule):
 
     @property
     def weight(self) -> Tensor:
-        weight_OI = unpack(self._packed)
+        return self.weight_in(None)
+
+    def weight_in(self, dtype: torch.dtype | None) -> Tensor:
+        """The dense weight; one in integers is not rounded to bfloat16 before."""
+        weight_OI = unpack(self._packed, dtype)
         return weight_OI.T if self.transposed else weight_OI
 
     def product(self, x: Tensor) -> Tensor:
