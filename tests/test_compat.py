@@ -109,6 +109,18 @@ CALLED = [
         "records_outputs",
         "hooks that stay on modules after hidden states were asked for",
     ),
+    (
+        "torch.fx.experimental.proxy_tensor._ModuleStackTracer.call_module",
+        "self m forward args kwargs",
+        "traced_here",
+        "threads that call modules while another one exports",
+    ),
+    (
+        "torch.fx.experimental.proxy_tensor._ModuleStackTracer.getattr",
+        "",
+        "traced_here",
+        "the same, of what modules hold",
+    ),
     ("torch._C._get_tracing_state", "", "under_transform", "no kernels while torch traces"),
     ("torch._C._functorch.peek_interpreter_stack", "", "under_transform", "no kernels under torch.func"),
 ]

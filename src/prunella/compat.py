@@ -274,6 +274,30 @@ def quiet_export() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def traced_here() -> Iterator[None]:
+    """torch.export watches the modules that all threads call and read: inside only those of this one."""
+    own = threading.get_ident()
+
+    def call_module(tracer: Any, module: Any, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != own:
+            return forward(*args, **kwargs)
+        return call(tracer, module, forward, args, kwargs)
+
+    def attribute(tracer: Any, name: str, value: Any, proxies: Any) -> Any:
+        return value if threading.get_ident() != own else read(tracer, name, value, proxies)
+
+    from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
+
+    kind: Any = _ModuleStackTracer
+    call, read = kind.call_module, kind.getattr
+    kind.call_module, kind.getattr = call_module, attribute
+    try:
+        yield
+    finally:
+        kind.call_module, kind.getattr = call, read
+
+
 def records_outputs(hook: Any) -> bool:
     """Is a module's hook the one with which transformers finds hidden states and attentions, if they are asked for? It
     stays there for good."""

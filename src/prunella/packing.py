@@ -104,7 +104,7 @@ def pack_model(
         model: directory (or any other name) of a pruned model; which weights were pruned says its prunella.masks,
             or where there is none, their zeros.
         out: directory for the packed model; appears when it is whole.
-        bits: None keeps the values (and `unpack_model` gives the same bytes back); 8 or 4 rounds them. Layers that
+        bits: None keeps the values (and `unpack_model` gives the same numbers back); 8 or 4 rounds them. Layers that
             a step quantized already (prunella.grids) are packed on their own grid, without a second rounding,
             unless `bits` says another width.
         group: inputs that share a scale, a multiple of 128; 0: all of a row.
@@ -154,12 +154,10 @@ def _directory(model: str | Path) -> Path:
 
 def _mask(slot: Slot, known: dict[str, Tensor] | None) -> Tensor | None:
     """Where the weight is kept, by its mask if masks are `known`, else by its zeros; None for a weight that is not
-    pruned. Without a mask a negative zero counts as kept, so that the same bytes come back; where a mask prunes, it
-    becomes a plain zero."""
+    pruned. A negative zero, as `weight * mask` leaves them, is a zero, and becomes a plain one."""
     weight_OI = slot.read()
     if known is None:
-        integers = {2: torch.int16, 4: torch.int32}[weight_OI.element_size()]
-        nonzero_OI = weight_OI.contiguous().view(integers) != 0
+        nonzero_OI = weight_OI != 0
         return None if bool(nonzero_OI.all()) else nonzero_OI
     mask_OI = known.get(slot.name)
     if mask_OI is None:

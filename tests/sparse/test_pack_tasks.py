@@ -20,7 +20,7 @@ from prunella.model.timm_models import save_timm
 from prunella.packing import load_packed, pack_model, unpack_model
 from prunella.sparse.conv import SparseConv
 from prunella.sparse.linear import SparseLinear
-from prunella.tensors import save_tensors
+from prunella.tensors import MASKS, save_tensors
 
 FACTORY = """
 import torch
@@ -153,3 +153,22 @@ def test_a_module_of_ones_own_is_packed_and_opened_by_its_factory(tmp_path: Path
     said.write_text(said.read_text().replace("mine.py", "wider.py"))
     with pytest.raises(ModelError, match="shape"):
         load_packed(tmp_path / "other")
+
+
+def test_negative_zeros_without_a_mask_are_zeros(tmp_path: Path) -> None:
+    factory = tmp_path / "mine.py"
+    factory.write_text(FACTORY)
+    recipe = {"steps": ["wanda"], "calibration": {"samples": 4}}
+    prunella.prune(f"{factory}:build", recipe, output=tmp_path / "pruned")
+    (tmp_path / "pruned" / MASKS).unlink()
+    sizes = []
+    for zero in (0.0, -0.0):
+        for path in (tmp_path / "pruned").glob("*.safetensors"):
+            changed = {key: torch.where(tensor == 0, zero, tensor) for key, tensor in load_file(path).items()}
+            save_tensors(path, changed)
+        made = pack_model(str(tmp_path / "pruned"), tmp_path / f"packed{zero}")
+        sizes.append((made.layers, made.packed))
+        unpack_model(str(tmp_path / f"packed{zero}"), tmp_path / f"plain{zero}")
+        before, after = weights(tmp_path / "pruned"), weights(tmp_path / f"plain{zero}")
+        assert all(torch.equal(before[key], after[key]) for key in before)
+    assert sizes[0] == sizes[1]

@@ -512,10 +512,10 @@ def test_the_fastest_way_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
     slow, fast = way("slow", 2.0), way("fast", 1.0)
     measured.forget()
     assert measured.fastest("a", {"slow": slow, "fast": fast}) == "fast"
-    assert calls == ["slow", "fast"] * measured.AGAIN
+    assert calls == [*["slow", "fast"] * measured.AGAIN, "fast"]
     assert measured.fastest("a", {"slow": slow, "fast": way("fast", 9.0)}) == "fast"
     assert calls[-1] == "fast"
-    assert len(calls) == 2 * measured.AGAIN + 1
+    assert len(calls) == 2 * measured.AGAIN + 2
     assert measured.fastest("b", {"slow": way("slow", 0.5), "fast": fast}) == "slow"
     assert measured.fastest("a", {"slow": slow}) == "slow"  # the other is no longer to be had
     measured.forget()

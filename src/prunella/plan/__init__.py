@@ -13,6 +13,7 @@ encoder.py    those of encoders: attention, norms over channels
 weights.py    weights as the steps take them, batch norms folded into them
 memory.py     where each value lies, and for how long
 run.py        a plan that is made, and one call of it
+turns.py      threads: one captures a graph, or all run modules
 network.py    the forward of a packed network: a plan for each shape of inputs, else module by module
 ```
 """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
-from ..compat import OPERATOR, pytree, quiet_export, schema_of
+from ..compat import OPERATOR, pytree, quiet_export, schema_of, traced_here
 from .attention import join_attention
 from .nodes import aten, is_view, packet
 from .pads import join_pads
@@ -49,7 +49,7 @@ class Graph:
 def capture(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Graph:
     """The graph of this very call. Raises NoGraphError."""
     try:
-        with torch.no_grad(), quiet_export():
+        with torch.no_grad(), quiet_export(), traced_here():
             program = torch.export.export(network, tuple(args), dict(kwargs), strict=False)
             if not _without_changes(program.graph):
                 program = program.run_decompositions({})

@@ -19,9 +19,10 @@ from ..sparse.linear import PackedModule
 from ..sparse.measured import times
 from .graph import capture
 from .memory import memory
-from .pieces import joined, pieces, samples_of, size_of
+from .pieces import alike, joined, pieces, samples_of, size_of
 from .run import Bound, Plan
-from .weights import Weights
+from .turns import turns
+from .weights import Weights, share
 
 MOST = 1 << 12  # shapes that are remembered
 KEPT = 16  # plans of one network; the one that was used longest ago goes first
@@ -77,22 +78,32 @@ class Planned:
         return type(self.network).forward.__get__(self.network)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() or turns.inside:
+            # not by a bound method: compiled code would look for that in `forward`
+            return type(self.network).forward(self.network, *args, **kwargs)
         key = None if torch.compiler.is_compiling() else self._key(args, kwargs)
         if key is None:
-            return self.modules(*args, **kwargs)
+            return self._by_modules(args, kwargs)
         size = self._size(key, args, kwargs)
+        if size is None:
+            return self._by_modules(args, kwargs)
         if size:
             made = self._in_pieces(args, kwargs, size)
-            return self.modules(*args, **kwargs) if made is None else made
+            return self._by_modules(args, kwargs) if made is None else made
         plan = self._plan(key, args, kwargs)
         if plan is None:
-            return self.modules(*args, **kwargs)
+            return self._by_modules(args, kwargs)
         return self._run(plan, args, kwargs)
+
+    def _by_modules(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        with turns.run():
+            return self.modules(*args, **kwargs)
 
     # --- a few samples at a time
 
-    def _size(self, key: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-        """How many samples go through a plan together; 0: all of them, which see each other or are few."""
+    def _size(self, key: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int | None:
+        """How many samples go through a plan together; 0: all of them, which see each other or are few; None: there is
+        no plan for them yet."""
         values = (*args, *kwargs.values())
         samples = samples_of(values)
         size = size_of(values, samples)
@@ -102,11 +113,13 @@ class Planned:
             if len(self.sizes) >= MOST:
                 self.sizes.clear()
                 self.asked.clear()
+            if alike(values, samples):
+                return 0  # which would come out the same if they saw each other
             made = self._in_pieces(args, kwargs, size)
             if made is None and not self._refused(args, kwargs, samples, size):
-                return size  # there is no plan for them yet
+                return None
             with torch.no_grad():
-                apart = made is None or _apart(made, self.modules(*args, **kwargs))
+                apart = made is None or _apart(made, self._by_modules(args, kwargs))
             good = not apart and self._pays(lambda: self._in_pieces(args, kwargs, size), args, kwargs)
             self.sizes[key] = size if good else 0
         return self.sizes[key]
@@ -148,8 +161,8 @@ class Planned:
                     self.asked.clear()
                     self.count = 0
                     self.bound.clear()
-                    self.seen = _Seen(self.network)
                     self.weights = Weights(self.network)
+                    self.seen = _Seen(self.network)
         return about if self.seen.plannable else None
 
     def _differentiable(self, values: Sequence[Any]) -> bool:
@@ -187,14 +200,16 @@ class Planned:
         try:
             with torch.no_grad():
                 self.weights.begin()
-                plan = Plan(capture(self.network, args, kwargs), self.weights)
+                with turns.capture():
+                    graph = capture(self.network, args, kwargs)
+                plan = Plan(graph, self.weights)
                 self.weights.finish()
                 if self.weights.flushed:
                     self._say(
                         f"{self.weights.flushed} weights and biases of {name} are too small for normal numbers of"
                         " float32, and count as zero"
                     )
-                wanted = self.modules(*args, **kwargs)
+                wanted = self._by_modules(args, kwargs)
                 found = self._run(plan, args, kwargs)
         except Exception as error:  # whatever it is, the modules give the answer
             self._say(f"{name} runs module by module, which is slower: {first_line(error)}")
@@ -207,7 +222,7 @@ class Planned:
     def _pays(self, run: Callable[[], Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         """Is this way of a call as fast as its modules are? Dense products in half precision may be faster, where a
         processor has units for them and there are many positions."""
-        ways = {"plan": run, "modules": lambda: self.modules(*args, **kwargs)}
+        ways = {"plan": run, "modules": lambda: self._by_modules(args, kwargs)}
         with torch.no_grad():
             took = times(ways)
         return took["plan"] <= max(took["modules"] * (1 + MARGIN), SHORT)
@@ -278,7 +293,7 @@ class _Seen:
         self.then = list(map(_copied, self.now))
         tensors = [*network.parameters(), *network.buffers()]
         self.counted = [tensor for tensor in tensors if not tensor.is_inference()]
-        self.versions = versions_of(self.counted)
+        self.versions, self.places = versions_of(self.counted), list(map(Tensor.data_ptr, self.counted))
         hooks = [
             hook
             for module in modules[1:]
@@ -297,7 +312,11 @@ class _Seen:
 
     def still(self) -> bool:
         try:
-            return self.now == self.then and versions_of(self.counted) == self.versions
+            return (
+                self.now == self.then
+                and versions_of(self.counted) == self.versions
+                and list(map(Tensor.data_ptr, self.counted)) == self.places  # which `weight.data = …` moves
+            )
         except (RuntimeError, ValueError):  # tensors that are others, compared
             return False
 
@@ -335,7 +354,7 @@ def _apart(found: Any, wanted: Any) -> str | None:
 
 def speed_up(network: nn.Module) -> None:
     """Let a packed network run by plans on the CPU. One that writes texts runs token by token, for which it has other
-    kernels; of those that read one first the encoder is planned."""
+    kernels; of those that read one first the encoder is planned. Raises InputError."""
     part: Any = network
     if hasattr(part, "can_generate") and part.can_generate():
         encodes = getattr(part.config, "is_encoder_decoder", False) and hasattr(part, "get_encoder")
@@ -343,6 +362,7 @@ def speed_up(network: nn.Module) -> None:
     if part is None or "forward" in part.__dict__ or library() is None:
         return
     if any(isinstance(module, PackedModule) for module in part.modules()):
+        share()  # what is wrong with it is said now
         part.forward = Planned(part)
 
 

@@ -20,6 +20,12 @@ def samples_of(values: Sequence[Any]) -> int:
     return sizes.pop() if len(sizes) == 1 else 1
 
 
+def alike(values: Sequence[Any], samples: int) -> bool:
+    """Is every sample the same as the first, as in a batch of zeros?"""
+    whole = [value for value in values if isinstance(value, Tensor) and value.ndim and value.shape[0] == samples]
+    return all(bool((value == value[:1]).all()) for value in whole)
+
+
 def size_of(values: Sequence[Any], samples: int) -> int:
     """How many samples go through a plan together: as few as have POSITIONS positions, a power of two. A picture, with
     three dimensions, has more than that alone."""

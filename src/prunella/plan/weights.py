@@ -120,7 +120,7 @@ def share() -> float:
         found = float(text)
     except ValueError:
         found = -1.0
-    if not found >= 0:
+    if not 0 <= found < math.inf:
         raise InputError(f"PRUNELLA_MEMORY={text}: it is a share of the dense network's memory, 0.5 or 1 for example.")
     return found
 
@@ -135,8 +135,8 @@ class Weights:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         layers = [module for module in network.modules() if isinstance(module, SparseLinear)]
-        self.modules = {module.weight_values.data_ptr(): module for module in layers}
-        self.convs: dict[int, SparseConv] = {}
+        self.modules = {_place(module.weight_mask, module.weight_values): module for module in layers}
+        self.convs: dict[Any, SparseConv] = {}
         self.pruned: list[Pruned] = []
         self.made: dict[Any, Any] = {}
         self.flushed = 0
@@ -163,24 +163,30 @@ class Weights:
         """A packed weight, by the parts that `sparse_linear` takes, for so many positions. scale, ends: what its code
         does too, if it gets some."""
         mask, offsets, values, scales, columns, group = parts
-        module = self.modules.get(values.data_ptr())
+        module = self.modules.get(_place(mask, values))
         packed = Packed(mask, offsets, values, scales, columns, group)
         ends = replace(ends, apart=packed.rows <= APART)
         return self._pruned(
-            values, positions, lambda: Pruned(packed, module=module, scale=scale, ends=ends), scale, ends
+            values,
+            positions,
+            lambda: Pruned(packed, module=module, scale=scale, ends=ends),
+            scale,
+            (ends, _place(mask, values)),  # another layer may have the same values at other places
         )
 
     def conv(self, weight: Striped, kernel: Sequence[int], groups: int, positions: int, scale: Tensor | None) -> Pruned:
         """That of a packed convolution, by what its operator takes."""
-        module = self.convs.get(weight.values.data_ptr())
+        module = self.convs.get(_place(weight.starts, weight.values))
         if module is None:
-            return self._pruned(weight.values, positions, lambda: Pruned(None, weight))
+            kind = _place(weight.starts, weight.values)
+            return self._pruned(weight.values, positions, lambda: Pruned(None, weight), kind=kind)
         places = math.prod(kernel)
         return self._pruned(
             module.weight_values,
             positions,
             lambda: Pruned(module._packed, None, places, groups, module, scale),
             scale,
+            _place(module.weight_mask, module.weight_values),
         )
 
     def striped(self, weight: Tensor, places: int, positions: int) -> Pruned:
@@ -193,9 +199,9 @@ class Weights:
         positions: int,
         make: Callable[[], Pruned],
         scale: Tensor | None = None,
-        ends: Ends = PLAIN,
+        kind: Any = "striped",
     ) -> Pruned:
-        found: Pruned = self._once(ends, key, scale, lambda _: make())
+        found: Pruned = self._once(kind, key, scale, lambda _: make())
         found.positions = max(found.positions, positions)
         if all(found is not one for one in self.pruned):
             self.pruned.append(found)
@@ -204,7 +210,8 @@ class Weights:
     def begin(self) -> None:
         """Before a graph is captured: packed convolutions are known in it by their strips."""
         convs = [module for module in self.network.modules() if isinstance(module, SparseConv)]
-        self.convs = {module.striped().values.data_ptr(): module for module in convs if not module.one_place}
+        made = [(module.striped(), module) for module in convs if not module.one_place]
+        self.convs = {_place(weight.starts, weight.values): module for weight, module in made}
 
     def finish(self) -> None:
         """After a plan was made: its weights get code as far as the memory allows, those with the most positions first,
@@ -240,6 +247,11 @@ class Weights:
         if key not in self.made:
             self.made[key] = weight, make(weight)  # kept, so that its address stays its own
         return self.made[key][1]
+
+
+def _place(where: Tensor, values: Tensor) -> tuple[int, int]:
+    """By which a weight is known: where its parts lie. Values alone may be none, which lie nowhere."""
+    return where.data_ptr(), values.data_ptr()
 
 
 def _name(tensor: Tensor) -> Any:

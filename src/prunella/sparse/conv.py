@@ -78,7 +78,10 @@ class SparseConv(SparseLinear):
 
     @property
     def weight(self) -> Tensor:
-        return as_parameter(unpack(self._packed), {"kernel": self.kernel_size})
+        return self.weight_in(None)
+
+    def weight_in(self, dtype: torch.dtype | None) -> Tensor:
+        return as_parameter(unpack(self._packed, dtype), {"kernel": self.kernel_size})
 
     @property
     def places(self) -> int:
@@ -184,7 +187,7 @@ class SparseConv(SparseLinear):
     def plain(self, dtype: torch.dtype) -> nn.Module:
         """The dense convolution."""
         (conv,) = self.original
-        return _filled(conv, self.weight.to(dtype), self.bias)
+        return _filled(conv, self.weight_in(dtype), self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, stride={self.stride}"

@@ -115,7 +115,11 @@ class SparseLinear(PackedModule):
 
     @property
     def weight(self) -> Tensor:
-        weight_OI = unpack(self._packed)
+        return self.weight_in(None)
+
+    def weight_in(self, dtype: torch.dtype | None) -> Tensor:
+        """The dense weight; one in integers is not rounded to bfloat16 before."""
+        weight_OI = unpack(self._packed, dtype)
         return weight_OI.T if self.transposed else weight_OI
 
     def product(self, x: Tensor) -> Tensor:
@@ -151,12 +155,12 @@ class SparseLinear(PackedModule):
         what is the fastest way is measured."""
         return (
             positions > FEW
+            and not torch.compiler.is_compiling()
             and type(x) is Tensor
             and x.device.type == "cpu"
             and x.dtype == torch.float32
             and self.weight_values.dtype == torch.float32
             and library() is not None
-            and not torch.compiler.is_compiling()
         )
 
     @property
@@ -176,14 +180,15 @@ class SparseLinear(PackedModule):
     def made(self, kind: type[T], make: Callable[[], T]) -> T:
         """What is made of the weight when it is first asked for, and made anew when the weight has changed. While the
         module is traced nobody can see whether it has: operators are told what it was made of."""
-        if kind not in self._made or not (torch.compiler.is_compiling() or self._holds(self._made[kind])):
+        found = self._made.get(kind)  # once: another thread may forget it
+        if found is None or not (torch.compiler.is_compiling() or self._holds(found)):
             with torch.inference_mode(False):
                 for name, part in self._buffers.items():
                     if part is not None and part.is_inference():  # which would not count its changes
                         self._buffers[name] = part.clone()
                 parts = tuple(part for part in self._buffers.values() if part is not None)
-                self._made[kind] = Made(parts, tuple(part._version for part in parts), make())
-        thing: T = self._made[kind].thing
+                found = self._made[kind] = Made(parts, tuple(part._version for part in parts), make())
+        thing: T = found.thing
         return thing
 
     def _holds(self, made: Made) -> bool:
@@ -196,7 +201,7 @@ class SparseLinear(PackedModule):
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        if not all(map(self._holds, self._made.values())):
+        if not all(map(self._holds, list(self._made.values()))):
             self._made = Cache()
             self.settle()
         return self

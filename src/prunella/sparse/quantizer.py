@@ -273,7 +273,7 @@ class PrunellaQuantizer(HfQuantizer):
             if isinstance(module, nn.ModuleList) and len(module) and isinstance(module[0], SparseExpert):
                 owner, _, key = name.rpartition(".")
                 experts: Any = module
-                weight = torch.stack([expert.weight.to(dtype) for expert in experts])
+                weight = torch.stack([expert.weight_in(dtype) for expert in experts])
                 delattr(model.get_submodule(owner), key)
                 model.get_submodule(owner).register_parameter(key, nn.Parameter(weight))
             elif isinstance(module, RoundedEmbedding | SparseConv):
@@ -285,7 +285,11 @@ class PrunellaQuantizer(HfQuantizer):
                     else:
                         dense = nn.Linear(module.in_features, module.out_features, module.bias is not None)
                 if not isinstance(module, TiedHead):  # which gets the embedding's
-                    dense.weight = nn.Parameter(module.weight.to(dtype).contiguous())
+                    if isinstance(module, SparseLinear):
+                        weight = module.weight_in(dtype)
+                    else:
+                        weight = module.weight.to(dtype)
+                    dense.weight = nn.Parameter(weight.contiguous())
                 dense.bias = module.bias
                 model.set_submodule(name, dense.eval())
             elif isinstance(module, DenseLinear):
