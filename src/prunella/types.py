@@ -252,7 +252,6 @@ class Block:
                 For n a tuple of several numbers, as `pieces` gives them, their output (B, L, D) together. None in the
                 orders `layer` and `back`
     windows:    how many calibration windows `run` takes
-    pieces:     pieces(size) is the numbers of all windows, tuples of so many of one shape, or single ones
     targets:    targets(n) is the dense block's output on window n; where the dense model runs beside the pruned
                 one (`drift`), its own output there. None unless a step needs `targets`
     dense:      dense(n) is what the dense model puts out here on window n, its own inputs given. None unless a step
@@ -261,6 +260,7 @@ class Block:
     buffers:    where the model is pruned already: what it has in place of the dense block's statistics of norms, for
                 `run`
     fixed:      those of `others` that it should leave as they are: routers, and layers that stay dense
+    pieces:     pieces(size) is the numbers of all windows, tuples of so many of one shape, or single ones
     """
 
     index: int
@@ -268,9 +268,9 @@ class Block:
     layers: tuple[Layer, ...]
     run: Callable[..., Tensor] | None = None
     windows: int = 0
-    pieces: Callable[[int], Sequence[Numbers]] | None = None
     targets: Callable[[Numbers], Tensor] | None = None
     dense: Callable[[Numbers], Tensor] | None = None
     others: Mapping[str, Tensor] = field(default_factory=dict)
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()
+    pieces: Callable[[int], Sequence[Numbers]] | None = None
