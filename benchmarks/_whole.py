@@ -358,7 +358,7 @@ class Runs:
             model = prunella.load_model(str(path), device=str(self.device), packed=name == "packed")
             with model.whole() as network:
                 rate, beside = self.decoded(network, self.size.tokens)
-                nbytes = bench._bytes(network, everything=True)
+                nbytes = bench.held_bytes(network)
             base = base or rate
             times = f", packed {base / rate:.2f}x" if name == "dense" else ""
             self.add(f"decode, {name}", f"{rate:.1f} tokens/s", f"{nbytes / 1e9:.2f} GB{times} {beside}".strip())

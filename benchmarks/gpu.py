@@ -512,7 +512,7 @@ def time_model(report: Report, shape: str, tokens: int = 128) -> None:
         for name, network in networks.items():
             network = network.to(DEVICE)
             plain, graph, why = decoded(network, tokens)
-            size = f"{bench._bytes(network, everything=True) / 1e9:.2f} GB"
+            size = f"{bench.held_bytes(network) / 1e9:.2f} GB"
             beside = "" if bases is None else f"{plain / bases[0]:.2f}x dense"
             report.add("model", f"{shape}, {name}, as it runs", f"{plain:.1f} tokens/s", f"{beside} {size}".strip())
             if graph is None:
