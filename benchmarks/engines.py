@@ -33,12 +33,12 @@ from rich.table import Table
 
 from prunella.bench.engines import ENGINES, Case, check_engines, open_engines
 from prunella.bench.memory import resident_bytes
-from prunella.bench.run import difference, fractions, threaded
+from prunella.bench.run import difference, fractions
 from prunella.bench.shapes import SHAPES, random_directory
 from prunella.bench.sides import open_sides, random_batch
 from prunella.bench.turns import in_turns
 from prunella.errors import InputError
-from prunella.machine import cache_directory
+from prunella.machine import cache_directory, threaded
 from prunella.model.network import Model
 from prunella.sparse.bench import held_bytes
 from prunella.sparse.kernels import instructions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from prunella import Pattern, Stats, columns
 from prunella.columns import plain_tile, tile_pass
 from prunella.grid import Grid, fit, limit
 from prunella.linalg import InverseFactor, inverse_factor
+from prunella.machine import threaded
 from prunella.native import library
 
 NONE = Pattern()
@@ -72,16 +72,6 @@ def check_tile(
     torch.testing.assert_close(errors_BO.T * diagonal_B, reached_OB - w_OB, rtol=0, atol=near)
 
 
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.fixture(params=[0, 1, 2], ids=["any", "avx2", "avx512"])
 def compiled(request: pytest.FixtureRequest) -> Iterator[None]:
     kernels = library()
@@ -131,10 +121,10 @@ def test_every_tile_of_a_pass_is_what_its_definition_says_whatever_the_threads(
 
     def tile(w_OB: Tensor, upper_BB: Tensor, mask_OB: Tensor, *rest: Any) -> Tensor:
         one_OB, chosen_OB = w_OB.clone(), mask_OB.clone()
-        with threads(1):
+        with threaded(1):
             alone_BO = tile_pass(one_OB, upper_BB, chosen_OB, *rest)
         before_OB, given_OB = w_OB.clone(), mask_OB.clone()
-        with threads(2):
+        with threaded(2):
             errors_BO = tile_pass(w_OB, upper_BB, mask_OB, *rest)
         check_tile(before_OB, given_OB, upper_BB, *rest, w_OB, mask_OB, errors_BO)
         for two, one in ((w_OB, one_OB), (mask_OB, chosen_OB), (errors_BO, alone_BO)):

@@ -17,6 +17,7 @@ from timm.models import convnext, efficientnet, mobilenetv3, regnet, resnet, vis
 from torch import Tensor, nn
 
 from prunella.errors import InputError
+from prunella.plan import network as planned
 from prunella.plan.memory import lay_out
 from prunella.plan.network import Planned, slow_down, speed_up
 from prunella.plan.run import Plan
@@ -27,6 +28,12 @@ from prunella.sparse.format import pack
 from prunella.sparse.striped import Striped
 
 SEE = {"pad_token_id": 0, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are kept however slow they are: what takes how long depends on what else runs here."""
+    monkeypatch.setattr(planned, "SHORT", float("inf"))
 
 
 def pruned(network: nn.Module, sparsity: float) -> nn.Module:
@@ -375,6 +382,17 @@ def test_numbers_that_are_too_small_are_flushed_and_counted(
         check(network(x), dense(x))
         check(network(x), dense(x))
     assert "too small for normal numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("plan", "modules", "taken"), [(1.0, 0.98, True), (1.0, 0.9, False), (1e-3, 1e-4, True)])
+def test_a_plan_has_to_pay(plan: float, modules: float, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planned, "SHORT", 2e-3)
+    monkeypatch.setattr(planned, "times", lambda ways: {"plan": plan, "modules": modules})
+    dense = pruned(VISION["resnet"](), 0.9)
+    network, x = packed(dense), torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        check(network(x), dense(x))
+    assert [one is not None for one in plans(network)] == [taken]
 
 
 def test_memory_is_given_again() -> None:

@@ -14,9 +14,16 @@ from test_plan import check, packed, plans, pruned
 from torch import Tensor, nn
 
 from prunella import InputError
+from prunella.plan import network as planned
 from prunella.plan.network import Planned
 from prunella.sparse.conv import packed_module
 from prunella.sparse.format import pack, unpack
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are kept however slow they are: what takes how long depends on what else runs here."""
+    monkeypatch.setattr(planned, "SHORT", float("inf"))
 
 
 def ids(*shape: int) -> Tensor:

@@ -25,6 +25,17 @@ def cache_directory() -> Path:
         raise InputError("this user has no home directory for the cache: set PRUNELLA_CACHE to a directory.") from None
 
 
+@contextlib.contextmanager
+def threaded(count: int | None) -> Iterator[None]:
+    """torch and the kernels run on so many threads; None: on as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` is cuda where there is one. Raises InputError for a device that is not there."""
     if name == "auto":

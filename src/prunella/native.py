@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .errors import say
 
-VERSION = 7  # of the functions that the library exports; the same number stands in sparse/csrc/api.c
+VERSION = 8  # of the functions that the library exports; the same number stands in sparse/csrc/api.c
 
 
 @functools.cache

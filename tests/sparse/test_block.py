@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import prunella
+from prunella.machine import threaded
 from prunella.packing import pack_model
 from prunella.sparse import block, kernels
 from prunella.sparse.bench import packed_copy
@@ -266,10 +267,8 @@ def test_gradients_of_a_block_are_refused_as_before() -> None:
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
     """With more than one thread where there are processors for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with threaded(2):
+        yield
 
 
 def test_the_cache_grows_in_place_and_holds_what_it_would_hold(monkeypatch: pytest.MonkeyPatch) -> None:

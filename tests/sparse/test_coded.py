@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from prunella.machine import threaded
 from prunella.sparse import coded, kernels
 from prunella.sparse.format import pack
 from prunella.sparse.steps import run, step
@@ -37,7 +38,7 @@ def product(weight: coded.Coded, x_TI: Tensor, **options: Any) -> Tensor:
         options["residual"] = (beside.data_ptr(), ld)
     struct = weight.weight()
     fields = {"x": (x.data_ptr(), ld), "y": (y.data_ptr(), ld), "positions": positions, **options}
-    run([step("product", weight=ctypes.addressof(struct), **fields)], threads=options.get("threads"))
+    run([step("product", weight=ctypes.addressof(struct), **fields)])
     return y[:, :positions].T
 
 
@@ -57,12 +58,8 @@ def sealed(weight_OI: Tensor, places: int = 1, groups: int = 1) -> coded.Coded:
 def test_products_are_torchs(shape: tuple[int, int, int], sparsity: float, threads: int) -> None:
     rows, columns, positions = shape
     weight, x = pruned(torch.randn(rows, columns), sparsity), torch.randn(positions, columns)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threaded(threads):
         y = product(sealed(weight), x)
-    finally:
-        torch.set_num_threads(before)
     wanted = x.double() @ weight.double().T
     torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5 * columns**0.5)
 

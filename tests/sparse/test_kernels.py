@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prunella import fast
 from prunella.errors import InputError
+from prunella.machine import threaded
 from prunella.sparse import kernels
 from prunella.sparse.format import Packed, pack, unpack
 
@@ -118,14 +119,10 @@ def test_leading_dimensions_and_views_are_kept(instructions: str) -> None:
 def test_threads_do_not_change_the_result(instructions: str) -> None:
     p = weight(200, 300, torch.bfloat16, None)
     x = torch.randn(1, 300).bfloat16()
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
+    results = []
+    for threads in (1, 2, 5):
+        with threaded(threads):
             results.append(product(x, p))
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prunella import ModelError
+from prunella.machine import threaded
 from prunella.sparse import kernels, measured
 from prunella.sparse.conv import SparseConv, packed_module
 from prunella.sparse.format import pack
@@ -45,12 +46,10 @@ def seed() -> None:
 def processor(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every instruction set, with one thread and with two."""
     name, threads = request.param
-    before = torch.get_num_threads()
     if name != "torch":
         kernels.use(name)
-    torch.set_num_threads(threads)
-    yield
-    torch.set_num_threads(before)
+    with threaded(threads):
+        yield
     kernels.use(None)
 
 

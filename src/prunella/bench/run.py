@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, say, unknown
+from ..machine import threaded
 from ..samples import size_of
 from ..sparse.bench import held_bytes
 from ..sparse.format import SPAN
@@ -109,17 +109,6 @@ def bench_network(
             "rows": rows,
             "refused": refused,
         }
-
-
-@contextlib.contextmanager
-def threaded(count: int) -> Iterator[None]:
-    """torch and the kernels run on so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def measured(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,13 +26,11 @@ class Step:
 
     planes:  the values that it reads and writes, by the names of its fields
     fields:  its other fields: numbers, lists of numbers, tensors and prepared weights
-    outside: fields that are addresses of loose values
     """
 
     kind: str
     planes: dict[str, Plane]
     fields: dict[str, Any]
-    outside: dict[str, Loose] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +132,6 @@ class Lowering:
         if isinstance(action, Step):
             for plane in action.planes.values():
                 plane.buffer.use(number)
-            self._reads(list(action.outside.values()), number)
         else:
             self._reads((action.args, action.kwargs, action.out), number)
         self.actions.append(action)

@@ -19,27 +19,20 @@ class Turns(threading.local):
     _running = 0
     _captures = False
 
-    @contextlib.contextmanager
-    def run(self) -> Iterator[None]:
+    def run(self) -> contextlib.AbstractContextManager[None]:
         """Waits while another thread captures."""
-        with Turns._free:
-            Turns._free.wait_for(lambda: not Turns._captures)
-            Turns._running += 1
-        self.inside = True
-        try:
-            yield
-        finally:
-            self.inside = False
-            with Turns._free:
-                Turns._running -= 1
-                Turns._free.notify_all()
+        return self._turn(captures=False)
+
+    def capture(self) -> contextlib.AbstractContextManager[None]:
+        """Waits while other threads run modules, or one captures."""
+        return self._turn(captures=True)
 
     @contextlib.contextmanager
-    def capture(self) -> Iterator[None]:
-        """Waits while other threads run modules, or one captures."""
+    def _turn(self, captures: bool) -> Iterator[None]:
         with Turns._free:
-            Turns._free.wait_for(lambda: not Turns._captures and not Turns._running)
-            Turns._captures = True
+            Turns._free.wait_for(lambda: not Turns._captures and not (captures and Turns._running))
+            Turns._captures = captures
+            Turns._running += not captures
         self.inside = True
         try:
             yield
@@ -47,6 +40,7 @@ class Turns(threading.local):
             self.inside = False
             with Turns._free:
                 Turns._captures = False
+                Turns._running -= not captures
                 Turns._free.notify_all()
 
 

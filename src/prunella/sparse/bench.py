@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..compat import quiet_transformers
 from ..errors import InputError, unknown
+from ..machine import threaded
 from ..model.names import find_directory
 from .block import settle
 from .format import SPAN, check_options, pack, round_weight
@@ -77,10 +78,7 @@ def bench(
     if min(prompt, tokens, rounds) < 1:
         raise InputError("prompt, tokens and rounds are at least 1.")
     check_options(bits, group)
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
+    with threaded(threads):
         dense, packed = _pair(model, random, sparsity, bits, group, head)
         result = measure({"dense": dense, "packed": packed}, prompt, tokens, rounds)
         speedup = {key: result["packed"][key] / result["dense"][key] for key in ("prefill", "decode")}
@@ -93,8 +91,6 @@ def bench(
             "tokens": tokens,
             "sparsity": _sparsity(packed),
         }
-    finally:
-        torch.set_num_threads(before)
 
 
 def _pair(

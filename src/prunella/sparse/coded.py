@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .format import Packed, unpack
 from .kernels import instructions, library
-from .striped import StripedWeight, order_of
+from .striped import StripedWeight, in_strips
 
 ROWS = 28  # of a block: those whose sums registers hold (CODE_ROWS of csrc/steps.h)
 LENGTH = 2200  # kept weights in a block's strip: its code stays in the first cache while positions go through it
@@ -77,7 +77,6 @@ class Coded:
     strip: int
     ends: Ends
     region: _Region
-    nbytes: int
 
     def weight(self) -> StripedWeight:
         """As C takes it; it lives as long as this does."""
@@ -135,8 +134,7 @@ def generate_dense(weight_OI: Tensor, places: int = 1, groups: int = 1, ends: En
     wanted = int(LENGTH * rows * columns / max(1, kept * min(ROWS, rows // groups)))
     together = max(1, min(WIDEST, max(NARROWEST, wanted)) // places)
     together = -(-channels // -(-channels // together))  # strips alike
-    if places > 1:
-        weight_OI = weight_OI[:, torch.from_numpy(order_of(channels, places, together))]
+    weight_OI = in_strips(weight_OI, places, together)
     return _generate(weight_OI.float().contiguous(), rows // groups, together * places, ends)
 
 
@@ -173,6 +171,6 @@ def seal(codes: Sequence[Code]) -> list[Coded] | None:
         table = torch.cat([code.where.view(-1, 2), torch.tensor([[code.code.numel(), code.values.numel()]])])
         table[:, 0] += address + at
         table[:, 1] = table[:, 1] * 4 + code.values.data_ptr()
-        sealed.append(Coded(code.values, table, code.rows, code.columns, code.strip, code.ends, region, code.nbytes))
+        sealed.append(Coded(code.values, table, code.rows, code.columns, code.strip, code.ends, region))
         at += code.code.numel()
     return sealed

@@ -52,6 +52,7 @@ _SIGNATURES = {
     "prunella_read": (POINTER, LONG, INT),
     "prunella_use": (ctypes.c_char_p,),
     "prunella_isa": (INT,),
+    "prunella_has": (INT,),
 }
 
 
@@ -84,9 +85,7 @@ def instructions() -> list[str]:
     names: list[str] = []
     while name := kernels.prunella_isa(len(names)):
         names.append(name.decode())
-    usable = [name for name in names if kernels.prunella_use(name.encode()) >= 0]
-    kernels.prunella_use(None)
-    return usable
+    return [name for number, name in enumerate(names) if kernels.prunella_has(number)]
 
 
 def use(name: str | None = None) -> None:

@@ -75,26 +75,28 @@ def striped(packed: Packed, places: int = 1) -> Striped:
         places: of a convolution, how many its kernel has: the packed columns are all channels of one place after the
             other's, those of a strip all places of a few channels
     """
-    mask_OI, columns = mask_of(packed.mask, packed.columns), packed.columns
-    if places == 1 and packed.scales is None:
-        values = packed.values[: int(packed.offsets[-1])].float()
-    else:
-        weight_OI = unpack(packed, torch.float32)
-        order = torch.from_numpy(order_of(columns // places, places, _strip(columns, places) // places))
-        mask_OI = mask_OI[:, order]
-        values = weight_OI[:, order][mask_OI]
-    return _striped(values, mask_OI, _strip(columns, places))
+    if places > 1 or packed.scales is not None:
+        return _striped(unpack(packed, torch.float32), mask_of(packed.mask, packed.columns), places)
+    values = packed.values[: int(packed.offsets[-1])].float()  # which are those of the packed weight itself
+    return _listed(values, mask_of(packed.mask, packed.columns), _strip(packed.columns, places))
 
 
 def striped_dense(weight_OI: Tensor, places: int = 1) -> Striped:
     """The same of a weight that is not packed, what is zero in it left out."""
-    columns = weight_OI.shape[1]
-    if places > 1:
-        weight_OI = weight_OI[
-            :, torch.from_numpy(order_of(columns // places, places, _strip(columns, places) // places))
-        ]
-    mask_OI = weight_OI != 0
-    return _striped(weight_OI.float()[mask_OI], mask_OI, _strip(columns, places))
+    return _striped(weight_OI.float(), weight_OI != 0, places)
+
+
+def _striped(weight_OI: Tensor, mask_OI: Tensor, places: int) -> Striped:
+    strip = _strip(weight_OI.shape[1], places)
+    weight_OI, mask_OI = (in_strips(matrix, places, strip // places) for matrix in (weight_OI, mask_OI))
+    return _listed(weight_OI[mask_OI], mask_OI, strip)
+
+
+def in_strips(weight_OI: Tensor, places: int, together: int) -> Tensor:
+    """A matrix (O, I) with its columns in the order of strips of so many channels."""
+    if places == 1:
+        return weight_OI
+    return weight_OI[:, torch.from_numpy(_order_of(weight_OI.shape[1] // places, places, together))]
 
 
 def _strip(columns: int, places: int) -> int:
@@ -106,13 +108,13 @@ def _strip(columns: int, places: int) -> int:
     return -(-channels // strips) * places
 
 
-def order_of(channels: int, places: int, together: int) -> np.ndarray[Any, Any]:
+def _order_of(channels: int, places: int, together: int) -> np.ndarray[Any, Any]:
     """The packed columns (place, channel) in the order of strips of so many channels."""
     order = np.arange(places * channels).reshape(places, channels)
     return np.concatenate([order[:, c : c + together].ravel() for c in range(0, channels, together)])
 
 
-def _striped(values: Tensor, mask_OI: Tensor, strip: int) -> Striped:
+def _listed(values: Tensor, mask_OI: Tensor, strip: int) -> Striped:
     rows, columns = mask_OI.shape
     strips = -(-columns // strip)
     index = (torch.arange(columns, device=mask_OI.device) % strip).to(torch.uint8).expand(rows, -1)[mask_OI]
@@ -143,7 +145,7 @@ def kernel_weight(weight: Striped, kernel: Sequence[int]) -> Tensor:
     """A convolution's weight (O, C, k…)."""
     places = math.prod(kernel)
     channels = weight.columns // places
-    order = torch.from_numpy(order_of(channels, places, weight.strip // places))
+    order = torch.from_numpy(_order_of(channels, places, weight.strip // places))
     weight_OI = torch.empty(weight.rows, weight.columns, device=weight.values.device)
     weight_OI[:, order] = dense_weight(weight)
     return weight_OI.view(weight.rows, *kernel, channels).movedim(-1, 1).contiguous()
@@ -205,44 +207,31 @@ def _product_cpu(
     positions, shape = x.numel() // columns, (*x.shape[:-1], weight.rows)
     if library() is None or x.dtype not in FLOATS or not positions:
         return _product(x, values, index, starts, bias, columns, strip)
-    ld = leading(positions)
+    ld, x, y = leading(positions), x.contiguous(), x.new_empty(shape)
     x_IT, y_OT = torch.empty(columns, ld), torch.empty(weight.rows, ld)
-    x_IT[:, :positions] = x.reshape(positions, columns).T
-    bias = None if bias is None else bias.float().contiguous()
+    by_channel = {"x": (x_IT.data_ptr(), ld), "y": (y_OT.data_ptr(), ld)}
+    sizes = {"positions": positions, "dtype": x.dtype}
     run(
         [
+            step("pack", x=x, x_stride=columns, y=by_channel["x"], channels=columns, **sizes),
             step(
                 "product",
                 weight=ctypes.addressof(weight),
-                bias=bias,
-                x=(x_IT.data_ptr(), ld),
-                y=(y_OT.data_ptr(), ld),
+                bias=None if bias is None else bias.float().contiguous(),
+                **by_channel,
                 positions=positions,
-            )
+            ),
+            step("unpack", x=by_channel["y"], y=y, y_stride=weight.rows, channels=weight.rows, **sizes),
         ]
     )
-    return y_OT[:, :positions].T.to(x.dtype, memory_format=torch.contiguous_format, copy=True).view(shape)
+    return y
 
 
 def _conv(
-    x: Tensor,
-    values: Tensor,
-    index: Tensor,
-    starts: Tensor,
-    bias: Tensor | None,
-    columns: int,
-    strip: int,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    parts: list[Tensor] | None = None,
-    versions: list[int] | None = None,
+    x: Tensor, values: Tensor, index: Tensor, starts: Tensor, bias: Tensor | None, columns: int, strip: int, *how: Any
 ) -> Tensor:
     check_floating(x)
-    weight = kernel_weight(Striped(values, index, starts, columns, strip), kernel)
-    return _dense_conv(x, weight, bias, kernel, stride, padding, dilation, groups, parts, versions)
+    return _dense_conv(x, kernel_weight(Striped(values, index, starts, columns, strip), how[0]), bias, *how)
 
 
 def _dense_conv(

@@ -27,10 +27,13 @@ static const isa_t *const all[] = {
 enum { ALL = sizeof(all) / sizeof(*all) };
 
 /* Raised whenever what an exported function takes or does changes; native.py knows the same number. */
-EXPORT int prunella_version(void) { return 7; }
+EXPORT int prunella_version(void) { return 8; }
 
 /* The name of instruction set number i, best first; NULL after the last. */
 EXPORT const char *prunella_isa(int i) { return i >= 0 && i < ALL ? all[i]->name : NULL; }
+
+/* Does this processor have instruction set number i? */
+EXPORT int prunella_has(int i) { return i >= 0 && i < ALL && all[i]->available(); }
 
 /* Use the instruction set of this name, or with NULL the best one. -1 if this processor does not have it. */
 EXPORT int prunella_use(const char *name) {
