@@ -45,6 +45,12 @@ class Planned:
 
     def __init__(self, network: nn.Module):
         self.network, self.kept = network, KEPT
+        self._begin()
+
+    def _begin(self) -> None:
+        self.lock = threading.Lock()
+        self.seen: _Seen | None = None
+        self.said: set[str] = set()
         self._forget()
 
     def _forget(self) -> None:
@@ -53,16 +59,13 @@ class Planned:
         self.asked: dict[Any, int] = {}  # how often shapes came for which there is no plan
         self.count = 0  # of plans that were made
         self.bound: list[_Room] = []
-        self.lock = threading.Lock()
-        self.seen: _Seen | None = None
-        self.said: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"network": self.network, "kept": self.kept}  # plans hold addresses
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget()
+        self._begin()
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -156,11 +159,7 @@ class Planned:
         if self.seen is None or not self.seen.still():
             with self.lock:
                 if self.seen is None or not self.seen.still():
-                    self.plans.clear()
-                    self.sizes.clear()
-                    self.asked.clear()
-                    self.count = 0
-                    self.bound.clear()
+                    self._forget()
                     self.weights = Weights(self.network)
                     self.seen = _Seen(self.network)
         return about if self.seen.plannable else None

@@ -20,10 +20,14 @@ def samples_of(values: Sequence[Any]) -> int:
     return sizes.pop() if len(sizes) == 1 else 1
 
 
+def _has_rows(value: Any, samples: int) -> bool:
+    """Is it a tensor with a row for each of so many samples?"""
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == samples
+
+
 def alike(values: Sequence[Any], samples: int) -> bool:
     """Is every sample the same as the first, as in a batch of zeros?"""
-    whole = [value for value in values if isinstance(value, Tensor) and value.ndim and value.shape[0] == samples]
-    return all(bool((value == value[:1]).all()) for value in whole)
+    return all(bool((value == value[:1]).all()) for value in values if _has_rows(value, samples))
 
 
 def size_of(values: Sequence[Any], samples: int) -> int:
@@ -31,7 +35,7 @@ def size_of(values: Sequence[Any], samples: int) -> int:
     three dimensions, has more than that alone."""
     size = 1
     for value in values:
-        if isinstance(value, Tensor) and value.ndim == 2 and value.shape[0] == samples:
+        if _has_rows(value, samples) and value.ndim == 2:
             size = max(size, -(-POSITIONS // max(1, value.shape[1])))
     return 1 << (size - 1).bit_length()
 
@@ -43,8 +47,7 @@ def pieces(
     for first in range(0, samples, size):
 
         def part(value: Any, first: int = first) -> Any:
-            whole = isinstance(value, Tensor) and value.ndim and value.shape[0] == samples
-            return value[first : first + size] if whole else value
+            return value[first : first + size] if _has_rows(value, samples) else value
 
         yield [part(value) for value in args], {key: part(value) for key, value in kwargs.items()}
 
@@ -56,9 +59,7 @@ def joined(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
         return None
     made: list[Any] = []
     for column in zip(*leaves, strict=True):
-        if all(
-            isinstance(one, Tensor) and one.ndim and one.shape[0] == n for one, n in zip(column, sizes, strict=True)
-        ):
+        if all(_has_rows(one, size) for one, size in zip(column, sizes, strict=True)):
             made.append(torch.cat(column))
         elif any(isinstance(one, Tensor) for one in column) or any(one != column[0] for one in column):
             return None

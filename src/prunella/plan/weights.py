@@ -137,7 +137,6 @@ class Weights:
         layers = [module for module in network.modules() if isinstance(module, SparseLinear)]
         self.modules = {_place(module.weight_mask, module.weight_values): module for module in layers}
         self.convs: dict[Any, SparseConv] = {}
-        self.pruned: list[Pruned] = []
         self.made: dict[Any, Any] = {}
         self.flushed = 0
         self.spent = sum(part.nbytes for module in layers for part in module._buffers.values() if part is not None)
@@ -203,9 +202,11 @@ class Weights:
     ) -> Pruned:
         found: Pruned = self._once(kind, key, scale, lambda _: make())
         found.positions = max(found.positions, positions)
-        if all(found is not one for one in self.pruned):
-            self.pruned.append(found)
         return found
+
+    @property
+    def pruned(self) -> list[Pruned]:
+        return [made for _, made in self.made.values() if isinstance(made, Pruned)]
 
     def begin(self) -> None:
         """Before a graph is captured: packed convolutions are known in it by their strips."""

@@ -159,8 +159,8 @@ static int64_t generate(
 }
 
 /* The code of a weight (rows, columns), `group` rows of which make up a group that shares no block with the next, in strips
- * of columns; ends: CODE_… of steps.h. `where` (blocks, strips, 2) gets, for each, where its code begins in `code` and its values in `values`. Returns
- * how many bytes of code there are, -1 if `size` is too small or an argument makes no sense. */
+ * of columns; ends: CODE_... of steps.h. `where` (blocks, strips, 2) gets, for each, where its code begins in `code` and its
+ * values in `values`. Returns how many bytes of code there are, -1 if `size` is too small or an argument makes no sense. */
 EXPORT int64_t prunella_generate(
     const float *dense, int64_t rows, int64_t columns, int64_t group, int64_t strip, int64_t ends, uint8_t *code,
     int64_t size, float *values, int64_t *where) {

@@ -266,26 +266,51 @@ INLINE int64_t NAME(part_begin)(const NAME(striped_job_t) *job, int64_t begin, i
     return low;
 }
 
+/* An item of work: tiles of `wide` positions, of each group of rows all parts. */
+typedef struct {
+    int64_t at, group, part;  /* the tile's first position, the group of rows and the part of it */
+    int64_t rows;             /* in a group */
+    int64_t places, channels; /* of a kernel; that go into a strip */
+    float *panel;
+} NAME(striped_item_t);
+
+INLINE NAME(striped_item_t) NAME(item_of)(const NAME(striped_job_t) *job, int64_t item, int worker, int64_t wide) {
+    const int64_t places = job->conv ? job->conv->kernel[0] * job->conv->kernel[1] : 1;
+    return (NAME(striped_item_t)){
+        .at = item / job->parts / job->groups * wide,
+        .group = item / job->parts % job->groups,
+        .part = item % job->parts,
+        .rows = job->w->rows / job->groups,
+        .places = places,
+        .channels = job->w->strip / places,
+        .panel = (float *)((uint8_t *)job->scratch + worker * job->scratch_size),
+    };
+}
+
+/* The first input of a strip of an item. */
+INLINE const float *NAME(inputs_of)(const NAME(striped_job_t) *job, const NAME(striped_item_t) *it, int64_t strip) {
+    return job->x + (it->group * job->w->columns / it->places + strip * it->channels) * job->x_ld;
+}
+
 static TARGET void NAME(striped_item)(const void *data, int64_t item, int worker) {
     const NAME(striped_job_t) *job = data;
     const conv_step_t *c = job->conv;
     const striped_t *w = job->w;
-    const int64_t part = item % job->parts, group = item / job->parts % job->groups;
-    const int64_t at = item / job->parts / job->groups * POSITIONS, rows = w->rows / job->groups;
-    const int64_t begin = NAME(part_begin)(job, group * rows, (group + 1) * rows, part);
-    const int64_t end = NAME(part_begin)(job, group * rows, (group + 1) * rows, part + 1);
-    const int64_t places = c ? c->kernel[0] * c->kernel[1] : 1, channels = w->strip / places;
+    const NAME(striped_item_t) it = NAME(item_of)(job, item, worker, POSITIONS);
+    const int64_t at = it.at, from = it.group * it.rows;
+    const int64_t begin = NAME(part_begin)(job, from, from + it.rows, it.part);
+    const int64_t end = NAME(part_begin)(job, from, from + it.rows, it.part + 1);
     const int64_t vectors = NAME(least)(STRIPED_VECTORS, (job->positions - at + LANES - 1) / LANES), count = vectors * LANES;
-    float *panel = (float *)((uint8_t *)job->scratch + worker * job->scratch_size), *flat = panel + w->strip * POSITIONS;
+    float *panel = it.panel, *flat = panel + w->strip * POSITIONS;
     for (int64_t first = begin; first < end; first += STRIPED_ROWS) {
         const int64_t last = NAME(least)(end, first + STRIPED_ROWS);
         float *sums = flat + job->flat;
         for (int64_t strip = 0; strip < w->strips; strip++) {
             const int64_t columns = NAME(least)(w->strip, w->columns - strip * w->strip);
-            const float *x = job->x + (group * w->columns / places + strip * channels) * job->x_ld;
+            const float *x = NAME(inputs_of)(job, &it, strip);
             lanes_t watch[WATCHES] = {all(0), all(0), all(0), all(0)};
             if (c) {
-                const int64_t here = columns / places;
+                const int64_t here = columns / it.places;
                 for (int64_t i = 0; i < here; i++)
                     NAME(fetch_channel)(
                         job, x + i * job->x_ld, at, count, flat, panel + i * count, here * count, count, 0, watch);
@@ -329,16 +354,13 @@ static TARGET void NAME(coded_item)(const void *data, int64_t item, int worker) 
     const NAME(striped_job_t) *job = data;
     const conv_step_t *c = job->conv;
     const striped_t *w = job->w;
-    const int64_t rows = w->rows / job->groups, blocks = (rows + CODE_ROWS - 1) / CODE_ROWS;
-    const int64_t part = item % job->parts, group = item / job->parts % job->groups;
-    const int64_t at = item / job->parts / job->groups * CODE_SUMS;
-    const int64_t begin = blocks * part / job->parts, end = blocks * (part + 1) / job->parts;
-    const int64_t places = c ? c->kernel[0] * c->kernel[1] : 1, channels = w->strip / places;
+    const NAME(striped_item_t) it = NAME(item_of)(job, item, worker, CODE_SUMS);
+    const int64_t at = it.at, group = it.group, rows = it.rows, blocks = (rows + CODE_ROWS - 1) / CODE_ROWS;
+    const int64_t begin = blocks * it.part / job->parts, end = blocks * (it.part + 1) / job->parts;
     const int64_t tiles = NAME(least)(CODE_SUMS / CODE_TILE, (job->positions - at + CODE_TILE - 1) / CODE_TILE);
     const int64_t count = tiles * CODE_TILE, stride = c ? CODE_SUMS : job->y_ld;
     const int apart = (w->ends & CODE_APART) != 0;
-    float *panel = (float *)((uint8_t *)job->scratch + worker * job->scratch_size);
-    float *flat = panel + w->strip * CODE_SUMS, *sums = flat + job->flat;
+    float *panel = it.panel, *flat = panel + w->strip * CODE_SUMS, *sums = flat + job->flat;
     for (int64_t first = begin; first < end; first += CODE_MOST) {
         const int64_t last = NAME(least)(end, first + CODE_MOST), from = group * rows + first * CODE_ROWS;
         const int64_t to = NAME(least)((group + 1) * rows, group * rows + last * CODE_ROWS);
@@ -347,16 +369,17 @@ static TARGET void NAME(coded_item)(const void *data, int64_t item, int worker) 
         int any = 0;
         for (int64_t strip = 0; strip < w->strips; strip++) {
             const int64_t columns = NAME(least)(w->strip, w->columns - strip * w->strip);
-            const float *x = job->x + (group * w->columns / places + strip * channels) * job->x_ld;
+            const float *x = NAME(inputs_of)(job, &it, strip);
             lanes_t watch[WATCHES] = {all(0), all(0), all(0), all(0)};
             if (c) {
-                const int64_t here = columns / places;
+                const int64_t here = columns / it.places;
                 for (int64_t i = 0; i < here; i++)
                     NAME(fetch_channel)(
                         job, x + i * job->x_ld, at, count, flat, panel + i * CODE_TILE, here * CODE_TILE, CODE_TILE,
                         columns * CODE_TILE, watch);
             } else if (apart)
-                for (int64_t i = 0; i < columns; i++) NAME(look)(x + i * job->x_ld + at, NAME(least)(count, job->positions - at), watch);
+                for (int64_t i = 0; i < columns; i++)
+                    NAME(look)(x + i * job->x_ld + at, NAME(least)(count, job->positions - at), watch);
             else
                 for (int64_t i = 0; i < columns; i++)
                     for (int64_t t = 0; t < tiles; t++)
