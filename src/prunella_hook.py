@@ -96,7 +96,7 @@ class _Config:
 
     @staticmethod
     def from_dict(*arguments: Any, **options: Any) -> Any:
-        from prunella.sparse.quantizer import PrunellaConfig  # which puts itself into the table
+        from prunella.packed.quantizer import PrunellaConfig  # which puts itself into the table
 
         return PrunellaConfig.from_dict(*arguments, **options)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["prunella.cli", "prunella.cells", "prunella.heal.run", "prunella.sparse.quantizer"])
+CONTEXT.set_forkserver_preload(["prunella.cli", "prunella.cells", "prunella.heal.run", "prunella.packed.quantizer"])
 SCALE = float(os.environ.get("PRUNELLA_FAULTS", "0.2"))  # how much of all kills and mutations
 
 SHORT = ("--samples", 4, "--length", 32, "--windows", 1)  # flags of a quick run

@@ -21,12 +21,12 @@ from transformers import AutoModelForImageClassification, AutoModelForSequenceCl
 import prunella
 from prunella import InputError, Model, ModelError, Task, register_task
 from prunella.model.open import open_files
+from prunella.packed.opening import open_network
 from prunella.packing import load_packed, pack_model, packed_config, unpack_model
 from prunella.samples import Batch, Samples
 from prunella.sparse.conv import ExpandedConv, SparseConv, packed_module, runs_packed, why_expanded
 from prunella.sparse.format import mask_of, pack
 from prunella.sparse.linear import SparseLinear, TrainingError
-from prunella.sparse.opening import open_network
 from prunella.tensors import read_grids
 
 SHORT: dict[str, Any] = {"steps": ["magnitude"], "calibration": {"samples": 4}, "evaluate": {"windows": 2}}

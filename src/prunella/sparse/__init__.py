@@ -13,8 +13,6 @@ rounded.py     embeddings and heads in 8 bits, nothing left out
 semi.py        2:4 weights on sparse tensor cores
 block.py       one token through whole blocks in C; placed.py knows where their weights lie, cache.py has the room
 checkpoint.py  their files, read as those of a plain model
-quantizer.py   how transformers loads and saves them
-opening.py     how networks of other libraries are opened
 bench.py       how fast it is
 csrc/          the source of the compiled kernels, which native.py finds
 ```

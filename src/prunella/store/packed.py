@@ -277,7 +277,7 @@ class PackedStore(Store):
 
     @classmethod
     def read(cls, directory: Path) -> PackedCheckpoint:
-        from ..sparse.quantizer import PrunellaConfig  # which imports transformers
+        from ..packed.quantizer import PrunellaConfig  # which imports transformers
 
         found = packed_config(directory)
         if found is None:

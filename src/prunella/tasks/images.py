@@ -24,11 +24,11 @@ from ..model.network import Model
 from ..model.open import open_files
 from ..model.task import NO_ANSWERS, Answers, Counts, Task
 from ..model.timm_models import PREFIX, build, is_timm, of_timm, pictures_of, save_timm, timm
+from ..packed.opening import open_network
 from ..photos import PHOTOS
 from ..pictures import find_pictures, read_pictures
 from ..samples import TARGET, Batch, Samples, in_dtype
 from ..sparse.checkpoint import packed_config
-from ..sparse.opening import open_network
 from .labels import labels_of, match
 from .registry import register_task
 from .scores import class_answers, class_scores

@@ -21,10 +21,10 @@ from ..model.network import Model
 from ..model.open import DTYPES
 from ..model.state import load_state
 from ..model.task import NO_ANSWERS, Answers, Task
+from ..packed.opening import open_network
 from ..registry import import_file
 from ..samples import TARGET, Batch, Samples, on, size_of
 from ..sparse.checkpoint import packed_config
-from ..sparse.opening import open_network
 from ..trees import tensors
 from .handed import Form, read, same
 from .registry import register_task

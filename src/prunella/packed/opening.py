@@ -15,9 +15,9 @@ from ..model.files import weight_files
 from ..model.network import Model
 from ..model.open import DTYPES, open_plain
 from ..plan.network import speed_up
-from .block import settle
-from .checkpoint import PackedCheckpoint, packed_config
-from .conv import ExpandedConv, check_fits, packed_module
+from ..sparse.block import settle
+from ..sparse.checkpoint import PackedCheckpoint, packed_config
+from ..sparse.conv import ExpandedConv, check_fits, packed_module
 
 if TYPE_CHECKING:
     from ..model.task import Task

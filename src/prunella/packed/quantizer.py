@@ -25,10 +25,9 @@ from ..errors import ModelError
 from ..model.checkpoint import read_header
 from ..plan.network import slow_down as without_plans
 from ..plan.network import speed_up
-from ..tensors import DTYPES, FLOATS
-from .block import settle, slow_down
-from .conv import ExpandedConv, SparseConv, check_fits, packed_module
-from .format import (
+from ..sparse.block import settle, slow_down
+from ..sparse.conv import ExpandedConv, SparseConv, check_fits, packed_module
+from ..sparse.format import (
     MARK,
     PAD,
     SPAN,
@@ -40,8 +39,9 @@ from .format import (
     parameter_name,
     rounded_shapes,
 )
-from .linear import DenseLinear, SparseExpert, SparseLinear
-from .rounded import RoundedEmbedding, RoundedLinear, TiedHead, put
+from ..sparse.linear import DenseLinear, SparseExpert, SparseLinear
+from ..sparse.rounded import RoundedEmbedding, RoundedLinear, TiedHead, put
+from ..tensors import DTYPES, FLOATS
 
 METHOD = "prunella"
 Stored = Mapping[str, tuple[str, tuple[int, ...]]]  # what the headers of files say: {tensor: (dtype code, shape)}
